@@ -1,0 +1,79 @@
+"""Every error that dpo_ext raises by itself.
+
+::
+
+    DpoExtError
+    ├── DataError (ValueError)           a row or an input is bad: path, line, byte, field, reason
+    │   └── LimitExceeded                a documented limit was exceeded; `field` is its name
+    ├── TokenizerError (ValueError)      tokenizer.json, tokenizer_config.json or the chat template
+    ├── TensorError (ValueError)         a tensor has the wrong shape, dtype, device or content
+    ├── KernelUnavailable (RuntimeError) no CuPy, no driver, no GPU: says what to install or change
+    ├── KernelCompileError (RuntimeError) NVRTC refused a kernel: architecture, options, log
+    └── RefLogpsError (RuntimeError)     the store of reference log-probs
+
+Python's own `FileNotFoundError`, `PermissionError`, `IsADirectoryError`, `MemoryError`, `KeyboardInterrupt` and, for a
+bad scalar argument, `ValueError` and `TypeError` are raised where they fit.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+
+
+class DpoExtError(Exception):
+    """Base of all; raised as itself only for a bug of ours, which the message asks to report."""
+
+
+class DataError(DpoExtError, ValueError):
+    """A row, or a whole input, is bad.
+
+    Attributes:
+        path: the file, None for rows from memory.
+        line: 1-based line of the unpacked text; for rows from memory the 1-based row.
+        byte: offset in the unpacked text, where known.
+        field: the field, or the name of the limit.
+        reason: one of the keys of ``report.dropped``, or ``"bad_input"`` for an input that cannot be read at all.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        path: str | PathLike[str] | None = None,
+        line: int | None = None,
+        byte: int | None = None,
+        field: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.path = None if path is None else fspath(path)
+        self.line = line
+        self.byte = byte
+        self.field = field
+        self.reason = reason
+
+    def __reduce__(self):  # an exception crosses process borders in data workers
+        return type(self), (self.args[0], self.path, self.line, self.byte, self.field, self.reason)
+
+
+class LimitExceeded(DataError):
+    """One of the documented limits was exceeded; ``field`` is its name."""
+
+
+class TokenizerError(DpoExtError, ValueError):
+    """A tokenizer or a chat template could not be loaded or used."""
+
+
+class TensorError(DpoExtError, ValueError):
+    """A tensor has the wrong shape, dtype, device or content."""
+
+
+class KernelUnavailable(DpoExtError, RuntimeError):
+    """The CUDA kernels cannot run here; the message says what to install or change."""
+
+
+class KernelCompileError(DpoExtError, RuntimeError):
+    """NVRTC refused a kernel; the message holds architecture, options and log."""
+
+
+class RefLogpsError(DpoExtError, RuntimeError):
+    """The store of reference log-probs is missing, damaged or stale."""

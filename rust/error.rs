@@ -1,0 +1,109 @@
+//! Every failure of this crate: a kind, a place, the numbers; the sentence comes last.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where in the input something was found. Unknown parts are `None`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The file, or `None` for rows from memory.
+    pub path: Option<PathBuf>,
+    /// 1-based line of the unpacked text, or 1-based row for rows from memory.
+    pub line: Option<u64>,
+    /// Byte offset inside the unpacked text.
+    pub byte: Option<u64>,
+    /// The field, or the name of the limit that was exceeded.
+    pub field: Option<String>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        if let Some(path) = &self.path {
+            write!(f, "{}", path.display())?;
+            separator = ", ";
+        }
+        if let Some(line) = self.line {
+            let unit = if self.path.is_some() { "line" } else { "row" };
+            write!(f, "{separator}{unit} {line}")?;
+            separator = ", ";
+        }
+        if let Some(byte) = self.byte {
+            write!(f, "{separator}byte {byte}")?;
+            separator = ", ";
+        }
+        if let Some(field) = &self.field {
+            write!(f, "{separator}`{field}`")?;
+        }
+        Ok(())
+    }
+}
+
+/// What went wrong. `py` maps each kind to one Python exception of `dpo_ext.errors`.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// A row or an input is bad: `DataError`.
+    Data {
+        /// Where it was found.
+        place: Place,
+        /// The machine-readable reason: one of the report's `dropped` keys for a row, `bad_input` for a whole input.
+        reason: &'static str,
+        /// What was expected, then what was found.
+        message: String,
+    },
+    /// A limit was exceeded: `LimitExceeded`. `place.field` names the limit.
+    Limit {
+        /// Where it was found.
+        place: Place,
+        /// The limit and the size that was found.
+        message: String,
+    },
+    /// The operating system refused a file: the fitting subclass of `OSError`.
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A tokenizer or chat template could not be loaded or used: `TokenizerError`.
+    Tokenizer(String),
+    /// An array has the wrong shape, dtype or content: `TensorError`.
+    Tensor(String),
+    /// A bad scalar argument: `ValueError`.
+    Value(String),
+    /// The user pressed Ctrl-C: `KeyboardInterrupt`.
+    Interrupted,
+    /// A bug of ours, for example a caught panic: `DpoExtError`.
+    Internal(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Data { place, message, .. } | Self::Limit { place, message } => {
+                if *place == Place::default() {
+                    write!(f, "{message}")
+                } else {
+                    write!(f, "{place}: {message}")
+                }
+            }
+            Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Self::Tokenizer(message) | Self::Tensor(message) | Self::Value(message) => {
+                f.write_str(message)
+            }
+            Self::Interrupted => f.write_str("interrupted"),
+            Self::Internal(message) => {
+                write!(
+                    f,
+                    "internal error: {message}\nhint: this is a bug in dpo_ext, please report it"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}

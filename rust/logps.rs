@@ -1,0 +1,1 @@
+//! Masked log-probs of given logits on the CPU: the same definition as `cuda/`.

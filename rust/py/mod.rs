@@ -1,0 +1,70 @@
+//! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
+
+use pyo3::prelude::*;
+
+use crate::error::Error;
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        Python::attach(|py| to_python(py, error).unwrap_or_else(|e| e))
+    }
+}
+
+fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
+    use pyo3::exceptions as builtin;
+    let text = error.to_string();
+    let ours = |name: &str, args: Bound<'_, pyo3::types::PyTuple>| -> PyResult<PyErr> {
+        let class = py.import("dpo_ext.errors")?.getattr(name)?;
+        Ok(PyErr::from_value(class.call1(args)?))
+    };
+    let one = |name: &str, text: String| ours(name, pyo3::types::PyTuple::new(py, [text])?);
+    Ok(match error {
+        Error::Data { place, reason, .. } => ours(
+            "DataError",
+            (text, place.path, place.line, place.byte, place.field, reason).into_pyobject(py)?,
+        )?,
+        Error::Limit { place, .. } => ours(
+            "LimitExceeded",
+            (text, place.path, place.line, place.byte, place.field, "limit").into_pyobject(py)?,
+        )?,
+        Error::Io { path, source } => match source.raw_os_error() {
+            // OSError(errno, strerror, filename) picks the subclass by itself.
+            Some(code) => {
+                let strerror = py.import("os")?.call_method1("strerror", (code,))?.unbind();
+                builtin::PyOSError::new_err((code, strerror, path))
+            }
+            None => builtin::PyOSError::new_err(text),
+        },
+        Error::Tokenizer(_) => one("TokenizerError", text)?,
+        Error::Tensor(_) => one("TensorError", text)?,
+        Error::Value(_) => builtin::PyValueError::new_err(text),
+        Error::Interrupted => builtin::PyKeyboardInterrupt::new_err(()),
+        Error::Internal(_) => one("DpoExtError", text)?,
+    })
+}
+
+/// Runs `work` without the GIL; a panic becomes an internal error and never reaches Python.
+#[allow(dead_code)]
+pub(crate) fn detached<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> crate::Result<T> + Send,
+) -> PyResult<T> {
+    py.detach(|| match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+        Ok(result) => result,
+        Err(payload) => {
+            let text = payload
+                .downcast_ref::<&str>()
+                .map(ToString::to_string)
+                .or_else(|| payload.downcast_ref::<String>().cloned())
+                .unwrap_or_else(|| "panic".to_owned());
+            Err(Error::Internal(text))
+        }
+    })
+    .map_err(PyErr::from)
+}
+
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    Ok(())
+}
