@@ -1,0 +1,67 @@
+"""The rules that the other tests lean on: what did not run is counted, a worse result is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_no_worse
+
+CONFTEST = Path(__file__).with_name("conftest.py")
+
+SUITE = """
+import pytest
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 2])
+def test_on_the_gpu(n): pass
+def test_shared(shared_dir): pass
+def test_cpu(): pass
+"""
+
+
+@pytest.mark.parametrize("extra", [[], ["-q"], ["-n", "2"]], ids=["plain", "quiet", "xdist"])
+def test_what_did_not_run_is_counted_in_the_last_lines(tmp_path, extra):
+    if extra[:1] == ["-n"]:
+        pytest.importorskip("xdist")
+    tests = tmp_path / "repo" / "tests"
+    tests.mkdir(parents=True)
+    (tests / "conftest.py").write_bytes(CONFTEST.read_bytes())
+    (tests / "test_suite.py").write_text(SUITE, encoding="utf-8")
+    (tests.parent / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *extra, "tests"],
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        "tests without ../shared beside the repository: 1 skipped",
+        "gpu tests: 0 of 2 run (no device)",
+    ]
+
+
+def test_no_worse_accepts_the_error_of_the_baseline_and_the_slack():
+    truth = np.array([1.0, 2.0, np.nan, -np.inf])
+    assert_no_worse(truth + np.array([0.3, 0, 0, 0]), truth + np.array([0, 0.2, 0, 0]), truth, 0.11)
+
+
+@pytest.mark.parametrize(
+    ("got", "baseline"),
+    [
+        ([1.4, 2.0, np.nan, -np.inf], [1.0, 2.2, 0, 0]),
+        ([np.nan, 2.0, np.nan, -np.inf], [1.0, 2.2, 0, 0]),
+        ([1.4, 2.0, np.nan, -np.inf], [np.inf, 2.0, 0, 0]),
+        ([1.0, 2.0, 3.0, -np.inf], [1.0, 2.0, 3.0, 0]),
+        ([1.0, 2.0, np.nan, np.inf], [1.0, 2.0, 3.0, 0]),
+        ([1.0, 2.0, np.nan], [1.0, 2.0, np.nan]),
+    ],
+    ids=["error", "nan", "broken baseline", "nan lost", "sign of inf", "shape"],
+)
+def test_no_worse_refuses(got, baseline):
+    truth = np.array([1.0, 2.0, np.nan, -np.inf])
+    with pytest.raises(AssertionError):
+        assert_no_worse(np.array(got), np.array(baseline), truth, 0.1)
