@@ -1,0 +1,75 @@
+# The one vocabulary of commands, for people, hooks and CI. `make help` lists it.
+# `make demo` and `make test` do all set-up themselves; stamps in .stamps make every step idempotent.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := .stamps
+# CUDA 13 is what torch 2.13.0 from PyPI brings; NVRTC in its wheels compiles our kernels without a GPU.
+EXTRAS := torch,arrow,hf,trl,cuda13,cli,report,testing,test,dev
+RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-rust test-python check format bench wheel gpu-check clean require
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+require:
+	@command -v cargo >/dev/null || { echo "missing: cargo (Rust 1.88 or newer, https://rustup.rs)" >&2; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "missing: a C++ compiler (g++ 12 or newer)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	    || { echo "missing: Python >= 3.11 as '$(PYTHON)' (choose one with PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "missing: the venv module of '$(PYTHON)'" >&2; exit 1; }
+
+$(STAMPS)/torch: | require
+	@mkdir -p $(STAMPS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml $(RUST) $(STAMPS)/torch | require
+	$(BIN)/python -m pip install --quiet 'maturin>=1.8,<2'
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras $(EXTRAS)
+	@touch $@
+
+setup: require $(STAMPS)/package  ## create .venv with torch 2.13.0, build the package, install it with its extras
+
+demo: setup  ## train a policy by DPO from start to report; DATA=pairs.jsonl.gz uses your file
+	$(BIN)/dpo-ext demo $(if $(DATA),--data '$(DATA)')
+
+test: test-rust test-python  ## all tests; the last line counts the GPU tests that did not run
+
+test-rust: setup
+	cargo test --release --quiet
+
+test-python: setup
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --doctest-modules tests python/dpo_ext
+
+check: setup  ## format, clippy, ruff, mypy, stubtest, docs
+	cargo fmt --check
+	cargo clippy --release --quiet --features python --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --release --quiet --no-deps --document-private-items
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/ruff check python tests benches
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest dpo_ext._core
+
+format:  ## format Rust and Python in place
+	cargo fmt
+	$(BIN)/ruff format python tests benches
+	$(BIN)/ruff check --fix python tests benches
+
+bench: setup  ## the CPU benchmarks, each verified before it is timed
+	$(BIN)/python benches/logps.py
+	$(BIN)/python benches/loss.py
+
+wheel: setup  ## the abi3 wheel, in dist/
+	$(BIN)/maturin build --release --out dist
+
+gpu-check: wheel  ## on a machine with a GPU: kernel correctness, compute-sanitizer, GPU rows of the benches
+	$(BIN)/python benches/gpu_check.py
+
+clean:  ## remove what the targets made, except .venv
+	rm -rf $(STAMPS) dist demo_out target

@@ -1,0 +1,77 @@
+"""Every fenced python block of README.md and of the pages in docs/ runs: page by page, in order, one namespace a page.
+
+The namespace holds what a reader is told to have: logits with labels, a file of pairs, a folder with a model.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("trl")
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The reader's working folder: pairs.jsonl.gz and path/to/model."""
+    folder = tmp_path_factory.mktemp("reader")
+    tiny.write_jsonl(folder / "pairs.jsonl.gz", tiny.rows())
+    tiny.tokenizer().save_pretrained(folder / "path/to/model")
+    tiny.model().save_pretrained(folder / "path/to/model")
+    return folder
+
+
+def namespace():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 50, (4, 12))
+    labels[:, :4] = -100
+    labels[1, 9:] = -100
+    return {
+        "__name__": "readme",
+        "logits": torch.randn(4, 12, 50, requires_grad=True),
+        "labels": labels,
+        "ref_logps": torch.randn(2, 2) - 30,
+    }
+
+
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_python_block_runs(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = namespace()
+    for code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        exec(compile(code, str(page), "exec"), names)
+
+
+def test_before_and_after_of_the_readme_give_the_same_loss_and_gradient():
+    before, after = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))[:2]
+    names = namespace()
+    exec(before, names)
+    expected = names["loss"]
+    (expected_grad,) = torch.autograd.grad(expected, names["logits"])
+    names = namespace()
+    exec(after, names)
+    (grad,) = torch.autograd.grad(names["loss"], names["logits"])
+    torch.testing.assert_close(names["loss"], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-7, rtol=1e-5)
+
+
+def test_readme_names_only_targets_and_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert os.path.exists(ROOT / link), link
