@@ -3,7 +3,6 @@
 The namespace holds what a reader is told to have: logits with labels, a file of pairs, a folder with a model.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -74,4 +73,4 @@ def test_readme_names_only_targets_and_files_that_exist():
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert os.path.exists(ROOT / link), link
+        assert (ROOT / link).exists(), link
