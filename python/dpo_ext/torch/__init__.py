@@ -1,1 +1,5 @@
-"""The torch half: score table, log-probs, losses, loader. Everything here needs torch; nothing needs a GPU."""
+"""The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
+
+from dpo_ext.torch.table import ScoreTable
+
+__all__ = ["ScoreTable"]

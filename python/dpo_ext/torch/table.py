@@ -1,0 +1,375 @@
+"""The score table: which row of the logits predicts which token of which sequence.
+
+Letters: N pairs, S sequences, M tokens of the table, T columns of padded labels, V vocabulary.
+The shift by one of labels against logits happens here (or in Rust, with the batch), nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import TensorError
+
+IGNORE_INDEX = -100
+_NOT_A_TOKEN = -1  # what a label outside int32 becomes on a device: the kernels answer NaN
+_FIELDS = {
+    "logit_rows": torch.int64,
+    "targets": torch.int32,
+    "seq_offsets": torch.int32,
+    "weights": torch.float32,
+}
+
+
+class ScoreTable:
+    """Which rows of flat (R, V) logits are scored, with which target, for which sequence.
+
+    A model sees a layout; the log-prob head sees rows and this table. Consecutive ``group_size``
+    sequences belong to one prompt, for pairs chosen then rejected, so results are
+    (S / group_size, group_size). The table knows neither R nor V: ``sequence_logps`` compares.
+
+    Args:
+        logit_rows: (M,) int64, row of the flattened (R, V) logits or (R, H) hidden states. No two
+            scored tokens name the same row: their gradients would race.
+        targets: (M,) int32, the token that the row must predict, >= 0; -100 = not scored, its row
+            is never read.
+        seq_offsets: (S+1,) int32; tokens of sequence s are ``seq_offsets[s]:seq_offsets[s+1]``.
+        weights: (M,) float32 or None, static factor of each token's log-prob in its sequence's sum;
+            exactly 0 selects nothing (not even NaN). None = 1.
+        group_size: sequences of one prompt, 2 for pairs.
+
+    Tensors, NumPy arrays (taken without a copy) or, for small tables, lists of numbers.
+
+    Raises:
+        TensorError: a dtype, shape, device or value is not as above.
+        ValueError: ``group_size`` < 1.
+
+    Numerics: integers only. Tensors on a GPU are checked on the host, which waits for the device
+    once; tables from ``from_labels``, ``.to`` and batches do not.
+
+    Two prompts, rows of three sequences out of four rows of logits, one token masked by weight:
+
+    >>> ScoreTable(logit_rows=[0, 1, 2, 5, 8], targets=[7, 3, -100, 4, 9],
+    ...            seq_offsets=[0, 2, 3, 4, 5], weights=[1.0, 0.0, 1.0, 1.0, 0.5])
+    ScoreTable(n_groups=2, group_size=2, n_tokens=5, device=cpu)
+      sequence 0 (group 0): row 0 -> 7, row 1 -> 3 (weight 0)
+      sequence 1 (group 0): row 2 not scored
+      sequence 2 (group 1): row 5 -> 4
+      sequence 3 (group 1): row 8 -> 9 (weight 0.5)
+    """
+
+    __slots__ = ("group_size", "host_offsets", "logit_rows", "seq_offsets", "targets", "weights")
+
+    logit_rows: Tensor
+    targets: Tensor
+    seq_offsets: Tensor
+    weights: Tensor | None
+    group_size: int
+    host_offsets: Tensor
+    """``seq_offsets`` in the host's memory, so that cutting into chunks waits for no device."""
+
+    def __init__(
+        self,
+        *,
+        logit_rows: Tensor | np.ndarray | Sequence[int],
+        targets: Tensor | np.ndarray | Sequence[int],
+        seq_offsets: Tensor | np.ndarray | Sequence[int],
+        weights: Tensor | np.ndarray | Sequence[float] | None = None,
+        group_size: int = 2,
+    ) -> None:
+        given = {"logit_rows": logit_rows, "targets": targets, "seq_offsets": seq_offsets}
+        tensors = {name: _tensor(name, value) for name, value in given.items()}
+        if weights is not None:
+            tensors["weights"] = _tensor("weights", weights)
+        self.logit_rows, self.targets = tensors["logit_rows"], tensors["targets"]
+        self.seq_offsets, self.weights = tensors["seq_offsets"], tensors.get("weights")
+        self.group_size = group_size
+        _check_shapes(self)
+        self.host_offsets = self.seq_offsets.cpu()
+        _check_values(self)
+
+    @classmethod
+    def _checked(
+        cls,
+        logit_rows: Tensor,
+        targets: Tensor,
+        seq_offsets: Tensor,
+        weights: Tensor | None,
+        group_size: int,
+        host_offsets: Tensor,
+    ) -> ScoreTable:
+        """A table from parts known to be right: nothing is compared, no device is waited for."""
+        table = cls.__new__(cls)
+        table.logit_rows, table.targets, table.weights = logit_rows, targets, weights
+        table.seq_offsets, table.host_offsets = seq_offsets, host_offsets
+        table.group_size = group_size
+        return table
+
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> ScoreTable:
+        """The table of Hugging Face labels: aligned with the inputs, chosen rows first.
+
+        Same as, for logits of shape (2N, T, V) flattened to (2N*T, V)::
+
+            for pair in range(N):
+                for row in (pair, N + pair):                    # chosen, then rejected
+                    for t in range(T - 1):                      # position t predicts labels[t + 1]
+                        add(logit_row=row * T + t, target=labels[row, t + 1])
+
+        The size depends on the shape alone (M = 2N * (T-1), -100 kept), so nothing waits for the
+        device and a CUDA graph can hold it. Drop the ignored tokens with `compact`.
+
+        Args:
+            labels: (2N, T) int64 or int32, -100 ignored; rows 0..N-1 chosen, N..2N-1 the rejected
+                of the same pairs.
+
+        Returns:
+            ScoreTable on the device of ``labels``.
+
+        Raises:
+            TensorError: wrong dtype or shape, an odd number of rows; on the CPU also a label that
+                is negative and not -100, or above int32. On a GPU that gives a NaN log-prob.
+
+        >>> ScoreTable.from_labels(torch.tensor([[-100, 5, 6], [-100, 7, -100]]))
+        ScoreTable(n_groups=1, group_size=2, n_tokens=4, device=cpu)
+          sequence 0 (group 0): row 0 -> 5, row 1 -> 6
+          sequence 1 (group 0): row 3 -> 7, row 4 not scored
+        """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"`labels` must be a torch.Tensor, found {type(labels).__name__}")
+        if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 2:
+            raise TensorError(
+                f"`labels` must be int64 or int32 of shape (2N, T), found {_is(labels)}"
+            )
+        rows, T = labels.shape
+        if rows % 2:
+            raise TensorError(
+                f"`labels` must have an even number of rows, chosen first, found {rows}"
+            )
+        device, N, per_row = labels.device, rows // 2, max(T - 1, 0)
+        # (2N, T-1) with chosen first -> (N, 2, T-1) interleaved
+        shifted = labels[:, 1:].reshape(2, N, per_row).transpose(0, 1)
+        limit = torch.iinfo(torch.int32).max
+        wrong = ((shifted < 0) & (shifted != IGNORE_INDEX)) | (shifted > limit)
+        if device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong.any()):
+            raise TensorError(
+                f"`labels` must be -100 or in 0..{limit}, found {int(shifted[wrong][0])}"
+            )
+        targets = shifted.masked_fill(wrong, _NOT_A_TOKEN).to(torch.int32).reshape(-1)
+        row = torch.arange(rows, device=device).reshape(2, N, 1).transpose(0, 1)
+        logit_rows = (row * T + torch.arange(per_row, device=device)).reshape(-1)
+        host_offsets = torch.arange(rows + 1, dtype=torch.int32) * per_row
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * per_row
+        return cls._checked(logit_rows, targets, offsets, None, 2, host_offsets)
+
+    def compact(self) -> ScoreTable:
+        """The table without the tokens that are not scored (-100); the results are the same.
+
+        Waits for the device once, to learn how many tokens are left. What it saves: a linear head
+        multiplies every row of its table, scored or not.
+
+        >>> ScoreTable.from_labels(torch.tensor([[-100, 5, 6], [-100, 7, -100]])).compact()
+        ScoreTable(n_groups=1, group_size=2, n_tokens=3, device=cpu)
+          sequence 0 (group 0): row 0 -> 5, row 1 -> 6
+          sequence 1 (group 0): row 3 -> 7
+        """
+        scored = self.targets != IGNORE_INDEX
+        before = _scored_before(scored)
+        offsets = before[self.seq_offsets.long()].to(torch.int32)
+        host_offsets = offsets.cpu()  # the one wait
+        M = int(host_offsets[-1])
+        # the place of each kept token; what is dropped is written to one spare place behind
+        place = torch.where(scored, before[:-1], M)
+
+        def keep(values: Tensor) -> Tensor:
+            return values.new_empty(M + 1).scatter_(0, place, values)[:M]
+
+        weights = None if self.weights is None else keep(self.weights)
+        return ScoreTable._checked(
+            keep(self.logit_rows),
+            keep(self.targets),
+            offsets,
+            weights,
+            self.group_size,
+            host_offsets,
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """M, tokens of the table, scored or not."""
+        return self.targets.shape[0]
+
+    @property
+    def n_sequences(self) -> int:
+        """S, sequences of the table."""
+        return self.seq_offsets.shape[0] - 1
+
+    @property
+    def n_groups(self) -> int:
+        """Prompts: S / group_size."""
+        return self.n_sequences // self.group_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.targets.device
+
+    @property
+    def lengths(self) -> Tensor:
+        """(n_groups, group_size) int64: scored tokens (target not -100) of each sequence.
+
+        Weights do not count. Waits for no device.
+
+        >>> ScoreTable.from_labels(torch.tensor([[-100, 5, 6], [-100, 7, -100]])).lengths
+        tensor([[2, 1]])
+        """
+        before = _scored_before(self.targets != IGNORE_INDEX)
+        return before[self.seq_offsets.long()].diff().reshape(-1, self.group_size)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> ScoreTable:
+        """The table on another device; itself if it is there already."""
+        where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        moved = self._map(lambda part: part.to(where, non_blocking=non_blocking))
+        return self if moved.targets is self.targets else moved
+
+    def pin_memory(self) -> ScoreTable:
+        """The table in page-locked memory: ``to(device, non_blocking=True)`` does not wait."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> ScoreTable:
+        return ScoreTable._checked(
+            move(self.logit_rows),
+            move(self.targets),
+            move(self.seq_offsets),
+            None if self.weights is None else move(self.weights),
+            self.group_size,
+            self.host_offsets,
+        )
+
+    def __repr__(self) -> str:
+        head = (
+            f"ScoreTable(n_groups={self.n_groups}, group_size={self.group_size}, "
+            f"n_tokens={self.n_tokens}, device={self.device})"
+        )
+        if self.device.type != "cpu" or self.n_tokens > 32 or self.n_sequences > 16:
+            return head
+        lines = [head]
+        weights = None if self.weights is None else self.weights.tolist()
+        rows, targets = self.logit_rows.tolist(), self.targets.tolist()
+        borders = self.host_offsets.tolist()
+        for s in range(self.n_sequences):
+            tokens = []
+            for i in range(borders[s], borders[s + 1]):
+                factor = "" if weights is None or weights[i] == 1 else f" (weight {weights[i]:g})"
+                scored = targets[i] != IGNORE_INDEX
+                tokens.append(
+                    f"row {rows[i]} -> {targets[i]}{factor}"
+                    if scored
+                    else f"row {rows[i]} not scored"
+                )
+            lines.append(
+                f"  sequence {s} (group {s // self.group_size}): {', '.join(tokens) or 'empty'}"
+            )
+        return "\n".join(lines)
+
+
+def _scored_before(scored: Tensor) -> Tensor:
+    """(M+1,) int64: scored tokens before each position."""
+    return torch.nn.functional.pad(scored.cumsum(0), (1, 0))
+
+
+def _is(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    dtype = _FIELDS[name]
+    if isinstance(value, np.ndarray):
+        if str(value.dtype) != str(dtype).removeprefix("torch."):
+            raise TensorError(
+                f"`{name}` must be {str(dtype).removeprefix('torch.')}, "
+                f"found {value.dtype} of shape {value.shape}"
+            )
+        return torch.from_numpy(value if value.flags.writeable else value.copy()).contiguous()
+    if isinstance(value, Tensor):
+        if value.dtype != dtype:
+            raise TensorError(
+                f"`{name}` must be {str(dtype).removeprefix('torch.')}, found {_is(value)}"
+            )
+        return value.detach().contiguous()
+    try:
+        return torch.tensor(list(value), dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"`{name}` must be a tensor, an array or numbers: {error}") from None
+
+
+def _check_shapes(table: ScoreTable) -> None:
+    M = table.targets.shape[0] if table.targets.dim() == 1 else -1
+    for name in ("targets", "logit_rows", "weights"):
+        value = getattr(table, name)
+        if value is None:
+            continue
+        if value.dim() != 1 or value.shape[0] != M:
+            shape = f"({M},), as `targets` has" if name != "targets" else "(M,)"
+            raise TensorError(f"`{name}` must have shape {shape}, found {_is(value)}")
+    offsets = table.seq_offsets
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise TensorError(f"`seq_offsets` must have shape (S+1,), found {_is(offsets)}")
+    for name in ("logit_rows", "seq_offsets", "weights"):
+        value = getattr(table, name)
+        if value is not None and value.device != table.device:
+            raise TensorError(
+                f"`{name}` must be on {table.device}, as `targets` is, found {value.device}"
+            )
+    if isinstance(table.group_size, bool) or not isinstance(table.group_size, int):
+        raise TypeError(f"`group_size` must be an int, found {type(table.group_size).__name__}")
+    if table.group_size < 1:
+        raise ValueError(f"`group_size` must be at least 1, found {table.group_size}")
+    if table.n_sequences % table.group_size:
+        raise TensorError(
+            f"`group_size` must divide the number of sequences, found {table.group_size} "
+            f"and {table.n_sequences} sequences"
+        )
+
+
+def _check_values(table: ScoreTable) -> None:
+    offsets, M = table.host_offsets.numpy(), table.n_tokens
+    if offsets[0] != 0 or offsets[-1] != M:
+        raise TensorError(
+            f"`seq_offsets` must go from 0 to {M}, the number of targets, "
+            f"found {offsets[0]} to {offsets[-1]}"
+        )
+    falls = np.flatnonzero(np.diff(offsets) < 0)
+    if falls.size:
+        s = int(falls[0])
+        raise TensorError(
+            f"`seq_offsets` must not fall, found {offsets[s]} then {offsets[s + 1]} at sequence {s}"
+        )
+    targets = table.targets.cpu().numpy()
+    wrong = np.flatnonzero((targets < 0) & (targets != IGNORE_INDEX))
+    if wrong.size:
+        i = int(wrong[0])
+        raise TensorError(f"`targets` must be a token id or -100, found {targets[i]} at token {i}")
+    rows, scored = table.logit_rows.cpu().numpy(), np.flatnonzero(targets != IGNORE_INDEX)
+    wrong = scored[rows[scored] < 0]
+    if wrong.size:
+        i = int(wrong[0])
+        raise TensorError(f"`logit_rows` must not be negative, found {rows[i]} at token {i}")
+    order = scored[np.argsort(rows[scored], kind="stable")]
+    twice = np.flatnonzero(np.diff(rows[order]) == 0)
+    if twice.size:
+        i, j = sorted((int(order[twice[0]]), int(order[twice[0] + 1])))
+        raise TensorError(
+            f"`logit_rows` must name a row once, found row {rows[i]} scored by tokens {i} and {j}\n"
+            "hint: copy the row, so that each token has one of its own"
+        )
+    if table.weights is not None:
+        weights = table.weights.cpu().numpy()
+        wrong = np.flatnonzero(~np.isfinite(weights))
+        if wrong.size:
+            i = int(wrong[0])
+            raise TensorError(f"`weights` must be finite, found {weights[i]} at token {i}")

@@ -1,0 +1,218 @@
+"""The score table: what it refuses, how labels become one, what compaction keeps."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from dpo_ext import TensorError
+from dpo_ext.torch import ScoreTable
+
+GOOD = {
+    "logit_rows": [4, 1, 7, 0],
+    "targets": [3, 0, -100, 9],
+    "seq_offsets": [0, 2, 2, 3, 4],
+    "weights": [1.0, 0.5, 2.0, 0.0],
+}
+
+
+def tensors(**changes):
+    dtypes = {"logit_rows": torch.int64, "targets": torch.int32, "seq_offsets": torch.int32}
+    fields = {**GOOD, **changes}
+    return {
+        name: value
+        if value is None or isinstance(value, torch.Tensor | np.ndarray | int)
+        else torch.tensor(value, dtype=dtypes.get(name, torch.float32))
+        for name, value in fields.items()
+    }
+
+
+def fields(table):
+    names = ("logit_rows", "targets", "seq_offsets")
+    return {name: getattr(table, name).tolist() for name in names}
+
+
+def test_a_table_keeps_what_it_is_given():
+    table = ScoreTable(**tensors())
+    assert fields(table) == {name: GOOD[name] for name in fields(table)}
+    assert (table.n_sequences, table.n_groups, table.n_tokens, table.group_size) == (4, 2, 4, 2)
+    assert table.weights.tolist() == GOOD["weights"]
+    assert table.host_offsets.tolist() == GOOD["seq_offsets"]
+    assert table.lengths.tolist() == [[2, 0], [0, 1]]
+    assert table.lengths.dtype == torch.int64
+
+
+def test_numpy_arrays_are_taken_without_a_copy():
+    rows = np.array([4, 1, 7, 0], dtype=np.int64)
+    table = ScoreTable(**tensors(logit_rows=rows))
+    rows[0] = 5
+    assert table.logit_rows[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"logit_rows": torch.tensor([4, 1, 7, 0], dtype=torch.int32)},
+            "`logit_rows` must be int64",
+        ),
+        ({"targets": torch.tensor([3, 0, -100, 9])}, "`targets` must be int32, found int64"),
+        ({"targets": np.array([3, 0, -100, 9])}, "`targets` must be int32, found int64"),
+        ({"seq_offsets": torch.tensor([0, 2, 2, 3, 4])}, "`seq_offsets` must be int32"),
+        ({"weights": torch.ones(4, dtype=torch.float16)}, "`weights` must be float32"),
+        ({"weights": torch.ones(4, dtype=torch.bool)}, "`weights` must be float32"),
+        ({"targets": torch.zeros(2, 2, dtype=torch.int32)}, r"`targets` must have shape \(M,\)"),
+        ({"logit_rows": [1, 2]}, r"`logit_rows` must have shape \(4,\)"),
+        ({"weights": [1.0]}, r"`weights` must have shape \(4,\)"),
+        ({"seq_offsets": torch.zeros((), dtype=torch.int32)}, r"`seq_offsets` must have shape"),
+        ({"seq_offsets": torch.zeros(0, dtype=torch.int32)}, r"`seq_offsets` must have shape"),
+        ({"seq_offsets": [1, 2, 2, 3, 4]}, "must go from 0 to 4"),
+        ({"seq_offsets": [0, 2, 2, 3, 3]}, "must go from 0 to 4"),
+        ({"seq_offsets": [0, 3, 2, 3, 4]}, "must not fall, found 3 then 2 at sequence 1"),
+        ({"seq_offsets": [0, 2, 2, 4]}, "`group_size` must divide"),
+        ({"targets": [3, -1, -100, 9]}, "found -1 at token 1"),
+        ({"logit_rows": [4, -1, 7, 0]}, "found -1 at token 1"),
+        ({"logit_rows": [4, 1, 7, 4]}, "found row 4 scored by tokens 0 and 3"),
+        (
+            {"weights": [1.0, float("nan"), 1.0, 1.0]},
+            "`weights` must be finite, found nan at token 1",
+        ),
+        ({"logit_rows": torch.zeros(4, dtype=torch.int64, device="meta")}, "must be on cpu"),
+    ],
+)
+def test_a_wrong_table_is_refused_by_name(changes, message):
+    with pytest.raises(TensorError, match=message):
+        ScoreTable(**tensors(**changes))
+
+
+def test_wrong_kinds_of_arguments_are_refused():
+    with pytest.raises(TypeError, match="`targets`"):
+        ScoreTable(**tensors(targets=7))
+    with pytest.raises(TypeError, match="`targets`"):
+        ScoreTable(logit_rows=[0], targets=["a"], seq_offsets=[0, 1, 1])
+    with pytest.raises(TypeError, match="`group_size`"):
+        ScoreTable(**tensors(), group_size=2.0)
+    with pytest.raises(ValueError, match="`group_size`"):
+        ScoreTable(**tensors(), group_size=0)
+    with pytest.raises(TypeError, match=r"torch\.Tensor"):
+        ScoreTable.from_labels([[1, 2], [3, 4]])
+
+
+def test_rows_of_tokens_that_are_not_scored_do_not_matter():
+    table = ScoreTable(**tensors(logit_rows=[4, 1, -9, 0]))
+    assert table.n_tokens == 4
+    assert ScoreTable(**tensors(logit_rows=[4, 1, 4, 0])).n_tokens == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_every_small_label_matrix_is_shifted_by_one_and_interleaved(dtype):
+    """All masks of all shapes up to 4 pairs' rows by T = 4, over a vocabulary of 3."""
+    for T in range(5):
+        values = [-100, 0, 2] if T == 4 else [-100, 0, 1, 2]
+        for flat in itertools.product(values, repeat=min(2 * T, 8)):
+            labels = torch.tensor(flat, dtype=dtype).reshape(2, T)
+            expected = reference.table_from_labels(labels.tolist())
+            table = ScoreTable.from_labels(labels)
+            assert table.n_tokens == 2 * max(T - 1, 0)
+            scored = table.targets != -100
+            assert table.logit_rows[scored].tolist() == expected["logit_rows"].tolist()
+            assert table.targets[scored].tolist() == expected["targets"].tolist()
+            assert table.lengths.flatten().tolist() == np.diff(expected["seq_offsets"]).tolist()
+            if T < 4:
+                small = table.compact()
+                assert fields(small) == {name: v.tolist() for name, v in expected.items()}
+
+
+def test_pairs_of_labels_interleave():
+    labels = torch.arange(12).reshape(6, 2)  # three pairs, chosen rows 0..2
+    table = ScoreTable.from_labels(labels)
+    assert table.logit_rows.tolist() == [0, 6, 2, 8, 4, 10]
+    assert table.targets.tolist() == [1, 7, 3, 9, 5, 11]
+    assert table.seq_offsets.tolist() == list(range(7))
+
+
+def test_no_pair_makes_an_empty_table():
+    for table in (
+        ScoreTable.from_labels(torch.zeros(0, 5, dtype=torch.int64)),
+        ScoreTable(logit_rows=[], targets=[], seq_offsets=[0]),
+    ):
+        assert (table.n_groups, table.n_tokens, tuple(table.lengths.shape)) == (0, 0, (0, 2))
+        assert table.compact().n_tokens == 0
+
+
+@pytest.mark.parametrize("bad", [-1, -101, 2**31, 2**31 + 3, 2**63 - 1, -(2**63)])
+def test_labels_that_are_no_token_are_refused_on_the_host(bad):
+    with pytest.raises(TensorError, match=str(bad)):
+        ScoreTable.from_labels(torch.tensor([[0, bad], [0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(3, 4, dtype=torch.int64), "even number of rows"),
+        (torch.zeros(2, 4), "int64 or int32"),
+        (torch.zeros(4, dtype=torch.int64), r"shape \(2N, T\)"),
+    ],
+)
+def test_wrong_labels_are_refused(labels, message):
+    with pytest.raises(TensorError, match=message):
+        ScoreTable.from_labels(labels)
+
+
+def test_from_labels_never_looks_at_values_on_a_device():
+    table = ScoreTable.from_labels(torch.zeros(4, 3, dtype=torch.int64, device="meta"))
+    assert table.device.type == "meta"
+    assert table.host_offsets.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_compact_drops_what_is_not_scored_and_keeps_weights():
+    table = ScoreTable(**tensors()).compact()
+    assert fields(table) == {
+        "logit_rows": [4, 1, 0],
+        "targets": [3, 0, 9],
+        "seq_offsets": [0, 2, 2, 2, 3],
+    }
+    assert table.weights.tolist() == [1.0, 0.5, 0.0]
+    assert table.host_offsets.tolist() == [0, 2, 2, 2, 3]
+    assert table.targets.dtype == torch.int32
+    assert table.seq_offsets.dtype == torch.int32
+    assert fields(table.compact()) == fields(table)
+
+
+def test_a_table_moves_and_pickles():
+    table = ScoreTable(**tensors())
+    assert table.to("cpu") is table
+    moved = table.to("meta", non_blocking=True)
+    assert moved.device.type == "meta"
+    assert moved.host_offsets.tolist() == GOOD["seq_offsets"]
+    again = pickle.loads(pickle.dumps(table))
+    assert fields(again) == fields(table)
+    assert again.weights.tolist() == table.weights.tolist()
+    assert again.group_size == 2
+
+
+def test_groups_of_three():
+    table = ScoreTable(logit_rows=[0, 1], targets=[1, 2], seq_offsets=[0, 1, 1, 2], group_size=3)
+    assert table.lengths.tolist() == [[1, 0, 1]]
+
+
+def test_a_large_table_prints_one_line():
+    assert repr(ScoreTable.from_labels(torch.zeros(2, 100, dtype=torch.int64))).count("\n") == 0
+    assert "sequence 1 (group 0): empty" in repr(ScoreTable(**tensors()))
+
+
+@pytest.mark.gpu
+def test_a_table_on_a_gpu():
+    labels = torch.tensor([[-100, 5, 6], [-100, 7, -100]])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        table = ScoreTable.from_labels(labels.pin_memory().to("cuda", non_blocking=True))
+        _ = table.lengths
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert fields(table.compact().to("cpu")) == fields(ScoreTable.from_labels(labels).compact())
+    pinned = ScoreTable.from_labels(labels).pin_memory()
+    assert pinned.targets.is_pinned()
