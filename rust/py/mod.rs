@@ -1,5 +1,7 @@
 //! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
 
+mod logps;
+
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -66,5 +68,6 @@ pub(crate) fn detached<T: Send>(
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    logps::register(m)?;
     Ok(())
 }
