@@ -1,5 +1,6 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.table import ScoreTable
 
-__all__ = ["ScoreTable"]
+__all__ = ["PreferenceLoss", "ScoreTable", "preference_loss", "register_loss"]

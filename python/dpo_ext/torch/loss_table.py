@@ -1,0 +1,484 @@
+"""The table of pair losses: one row a loss, with its formula, closed-form gradients, paper and
+flags.
+
+- ``u`` rows are ``L = sp(-u)``: the formula returns ``u, du/dc, du/dr``, and `margin` and
+  `label_smoothing` are theirs for free: ``L = sp(-v) + label_smoothing*v`` with ``v = u - margin``;
+- ``m`` rows depend on the DPO margin ``m = beta*D`` alone: the formula returns ``L, dL/dm``;
+- ``g`` rows return ``L, dL/dc, dL/dr`` themselves.
+
+After the name: the formula as text, arXiv id and equation, what the row needs (R reference, L
+lengths, T token statistics, C constants of the pair) and its shape (M: ``dL/dr == -dL/dc``; c, r:
+never increasing in c, never decreasing in r; X: convex). `sp` is softplus, `s` the sigmoid, `ds`
+its derivative; other names are those of `Pairs`. At a kink the derivative is that of the side
+written
+first: ``relu'(0) = 0``, a ``min`` tie takes its first argument, a clip has 0 outside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_ext.torch.loss_forms import (
+    Number,
+    below_zero,
+    ds,
+    exp_difference,
+    indicator,
+    log,
+    log_odds,
+    relu,
+    s,
+    sp,
+)
+from dpo_ext.torch.loss_row import (
+    SMOOTHING,
+    below_half,
+    closed_unit,
+    finite,
+    g_row,
+    m_row,
+    non_negative,
+    non_zero,
+    open_unit,
+    positive,
+    switch,
+    u_exp_row,
+    u_row,
+)
+
+# L = sp(-u)
+
+
+@u_row("dpo", "u = beta*D", "2305.18290, eq. 7", "R", "M c r X", beta=positive(0.1))
+def _(x, beta):
+    return beta * x.D, beta, -beta
+
+
+@u_row("dpo_norm", "u = beta*(xw/nw - xl/nl)", "2411.15124", "R L", "c r X", beta=positive(5.0))
+def _(x, beta):
+    nw, nl = x.nw, x.nl
+    return beta * (x.xw / nw - x.xl / nl), beta / nw, -beta / nl
+
+
+@u_row(
+    "r_dpo", "u = beta*D + alpha*(nw - nl)", "2403.19159", "R L", "M c r X",
+    beta=positive(0.1), alpha=non_negative(0.01),
+)  # fmt: skip
+def _(x, beta, alpha):
+    return beta * x.D + alpha * (x.nw - x.nl), beta, -beta
+
+
+@u_row(
+    "odpo", "u = beta*D - alpha*log(score_gap)", "2402.10571", "R C", "M c r X",
+    beta=positive(0.1), alpha=non_negative(1.0), score_gap=positive(),
+)  # fmt: skip
+def _(x, beta, alpha, score_gap):
+    return beta * x.D - alpha * log(score_gap), beta, -beta
+
+
+@u_row(
+    "margin_dpo", "u = beta*D - gamma", "generic: constants of each pair on detached data", "R C",
+    "M c r X", beta=positive(0.1), gamma=finite(),
+)  # fmt: skip
+def _(x, beta, gamma):
+    return beta * x.D - gamma, beta, -beta
+
+
+@u_row(
+    "modpo", "u = (beta*D - w_other*dr_other)/w_k", "2310.03708", "R C", "M c r X",
+    beta=positive(0.1), w_k=positive(), w_other=finite(), dr_other=finite(),
+)  # fmt: skip
+def _(x, beta, w_k, w_other, dr_other):
+    slope = beta / w_k
+    return (beta * x.D - w_other * dr_other) / w_k, slope, -slope
+
+
+@u_row(
+    "hypo", "u = beta*((c - r) - max(0, cr - rr))", "2602.11902", "R", "M c r X", beta=positive(0.1)
+)
+def _(x, beta):
+    return beta * ((x.c - x.r) - relu(x.cr - x.rr)), beta, -beta
+
+
+@u_row(
+    "simpo", "u = beta*(c/nw - r/nl) - gamma", "2405.14734", "L", "c r X",
+    beta=positive(2.0), gamma=finite(0.5),
+)  # fmt: skip
+def _(x, beta, gamma):
+    nw, nl = x.nw, x.nl
+    return beta * (x.c / nw - x.r / nl) - gamma, beta / nw, -beta / nl
+
+
+@u_exp_row(
+    "alphapo", "u = (beta/alpha)*(exp(-alpha*r/nl) - exp(-alpha*c/nw)) - gamma",
+    "2501.03884", "L", "c r",
+    beta=positive(2.5), gamma=finite(0.25), alpha=non_zero(0.25),
+)  # fmt: skip
+def _(x, beta, gamma, alpha):
+    nw, nl = x.nw, x.nl
+    bc, br = -alpha * (x.c / nw), -alpha * (x.r / nl)
+    return (beta / alpha) * exp_difference(br, bc) - gamma, beta / nw, bc, beta / nl, br
+
+
+@u_row(
+    "dpop", "u = beta*(D - lam*max(0, -xw))", "2402.13228", "R", "c r X",
+    beta=positive(0.3), lam=non_negative(50.0),
+)  # fmt: skip
+def _(x, beta, lam):
+    return beta * (x.D - lam * relu(-x.xw)), beta * (1 + lam * indicator(x.xw < 0, x.xw)), -beta
+
+
+@u_row(
+    "dpo_shift", "u = beta*(xw - f*xl)", "2502.07599", "R", "c r X",
+    beta=positive(0.1), f=non_negative(0.75),
+)  # fmt: skip
+def _(x, beta, f):
+    return beta * (x.xw - f * x.xl), beta, -beta * f
+
+
+@u_row(
+    "bdpo", "u = beta*(xw - log(lam*e^xl + 1 - lam))", "2506.12725", "R", "c r X",
+    beta=positive(0.1), lam=open_unit(0.5),
+)  # fmt: skip
+def _(x, beta, lam):
+    rest = log(1 - lam)
+    shifted = x.xl + (log(lam) - rest)
+    return beta * (x.xw - (rest + sp(shifted))), beta, -beta * s(shifted)
+
+
+@u_row(
+    "bpo_balanced", "u = min(beta*xw, -alpha*beta*xl)", "2506.03557", "R", "c r X",
+    beta=positive(0.1), alpha=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, alpha):
+    a, b = beta * x.xw, -alpha * beta * x.xl
+    first = indicator(a <= b, a)
+    return torch.minimum(a, b), beta * first, -alpha * beta * (1 - first)
+
+
+@u_exp_row(
+    "fdpo_forward_kl", "u = beta*(exp(-xl) - exp(-xw))",
+    "2309.16240", "R", "c r", beta=positive(0.1)
+)  # fmt: skip
+def _(x, beta):
+    return beta * exp_difference(-x.xl, -x.xw), beta, -x.xw, beta, -x.xl
+
+
+@u_row("fdpo_js", "u = beta*(sp(-xl) - sp(-xw))", "2309.16240", "R", "c r", beta=positive(0.1))
+def _(x, beta):
+    return beta * (sp(-x.xl) - sp(-x.xw)), beta * s(-x.xw), -beta * s(-x.xl)
+
+
+@u_exp_row(
+    "fdpo_alpha", "u = (beta/alpha)*(exp(-alpha*xl) - exp(-alpha*xw))", "2309.16240", "R", "c r",
+    beta=positive(0.1), alpha=non_zero(0.5),
+)  # fmt: skip
+def _(x, beta, alpha):
+    bc, br = -alpha * x.xw, -alpha * x.xl
+    return (beta / alpha) * exp_difference(br, bc), beta, bc, beta, br
+
+
+@u_row(
+    "chipo", "u = clip(beta*((e^xw + xw) - (e^xl + xl)), -clip2r, clip2r)",
+    "2407.13399", "R", "c r",
+    beta=positive(0.1), clip2r=positive(10.0),
+)  # fmt: skip
+def _(x, beta, clip2r):
+    v = beta * (exp_difference(x.xw, x.xl) + x.D)
+    inside = v.abs() < clip2r  # before the exponentials: inf * 0 is NaN
+    zero = torch.zeros_like(v)
+    uc = torch.where(inside, beta * (1 + torch.exp(x.xw)), zero)
+    ur = torch.where(inside, -beta * (1 + torch.exp(x.xl)), zero)
+    return torch.minimum(torch.maximum(v, zero - clip2r), zero + clip2r), uc, ur
+
+
+@u_row(
+    "tdpo1", "u = beta*(D - (kl - kw))", "2404.11999", "R T", "M c r X", ("kw", "kl"),
+    beta=positive(0.1), kw=finite(), kl=finite(),
+)  # fmt: skip
+def _(x, beta, kw, kl):
+    return beta * (x.D - (kl - kw)), beta, -beta, {"kw": beta, "kl": -beta}
+
+
+@u_row(
+    "tdpo2", "u = beta*(D - alpha*(kl - kw)), kw detached", "2404.11999", "R T", "M c r X", ("kl",),
+    beta=positive(0.1), alpha=non_negative(0.5), kw=finite(), kl=finite(),
+)  # fmt: skip
+def _(x, beta, alpha, kw, kl):
+    return beta * (x.D - alpha * (kl - kw)), beta, -beta, {"kl": -alpha * beta}
+
+
+# L of m = beta*D alone
+
+
+@m_row(
+    "cdpo", "L = sp(-m) + label_smoothing*m",
+    "Mitchell 2023, note on noisy preferences, eq. 3", "R", "M X",
+    beta=positive(0.1), label_smoothing=closed_unit(),
+)  # fmt: skip
+def _(m, label_smoothing):
+    return sp(-m) + label_smoothing * m, label_smoothing - s(-m)
+
+
+@m_row(
+    "robust", "L = sp(-m) - m*label_smoothing/(1 - 2*label_smoothing)",
+    "2403.00409", "R", "M c r X",
+    beta=positive(0.1), label_smoothing=below_half(),
+)  # fmt: skip
+def _(m, label_smoothing):
+    k = label_smoothing / (1 - 2 * label_smoothing)
+    return sp(-m) - k * m, -s(-m) - k
+
+
+@m_row(
+    "hinge", "L = max(0, 1 - m)", "2309.06657 and 2305.10425", "R", "M c r X", beta=positive(0.1)
+)
+def _(m):
+    return relu(1 - m), -indicator(m < 1, m)
+
+
+@m_row(
+    "exo_pair", "L = s(m)*log(s(m)/(1 - eps)) + s(-m)*log(s(-m)/eps)",
+    "2402.00856, eq. 16", "R", "M",
+    beta=positive(0.1), label_smoothing=open_unit(1e-3),
+)  # fmt: skip
+def _(m, label_smoothing):
+    log_keep, log_flip = log(1 - label_smoothing), log(label_smoothing)
+    loss = s(m) * (-sp(-m) - log_keep) + s(-m) * (-sp(m) - log_flip)
+    return loss, ds(m) * (m - (log_keep - log_flip))
+
+
+@m_row(
+    "discopop", "L = sp(-m)*s(-m/tau) + exp(-m)*s(m/tau)", "2406.08414, eq. 5", "R", "M",
+    beta=positive(0.05), tau=positive(0.05),
+)  # fmt: skip
+def _(m, tau):
+    t = m / tau
+    gated = torch.exp(-m - sp(-t))  # exp(-m)*s(t), without inf * 0
+    slope = -s(-m) * s(-t) - gated + (gated * s(-t) - ds(t) * sp(-m)) / tau
+    return sp(-m) * s(-t) + gated, slope
+
+
+@m_row(
+    "focalpo",
+    "L = sp(-m)*exp(-g*sp(-m))",
+    "2501.06645",
+    "R",
+    "M",
+    beta=positive(0.1),
+    g=non_negative(0.05),
+)
+def _(m, g):
+    nll = sp(-m)
+    factor = torch.exp(-g * nll)
+    return nll * factor, -s(-m) * factor * (1 - g * nll)
+
+
+@m_row(
+    "bpo_sba", "L = (lam*exp(-(lam + 1)*m) - (lam + 1)*exp(lam*m))/(4*lam*(lam + 1))",
+    "2505.19601", "R", "M c r",
+    beta=positive(0.02), lam=positive(0.5),
+)  # fmt: skip
+def _(m, lam):
+    down, up = torch.exp(-(lam + 1) * m), torch.exp(lam * m)
+    return (lam * down - (lam + 1) * up) / (4 * lam * (lam + 1)), -(down + up) / 4
+
+
+def _gap(m: Tensor, eta: Number, dr: Number) -> Tensor:
+    """``eta*dr`` as a tensor like m."""
+    return torch.zeros_like(m) + eta * dr
+
+
+@m_row(
+    "rpo_bwd_kl", "KL(s(a), s(m)), a = eta*dr", "2406.11704 and 2502.00203", "R C", "M X",
+    beta=positive(0.1), eta=positive(1.0), dr=finite(),
+)  # fmt: skip
+def _(m, eta, dr):
+    a = _gap(m, eta, dr)
+    return s(a) * (sp(-m) - sp(-a)) + s(-a) * (sp(m) - sp(a)), s(m) - s(a)
+
+
+@m_row(
+    "rpo_fwd_kl", "KL(s(m), s(a)), a = eta*dr", "2502.00203", "R C", "M",
+    beta=positive(0.1), eta=positive(1.0), dr=finite(),
+)  # fmt: skip
+def _(m, eta, dr):
+    a = _gap(m, eta, dr)
+    return s(m) * (sp(-a) - sp(-m)) + s(-m) * (sp(a) - sp(m)), ds(m) * (m - a)
+
+
+@m_row(
+    "rpo_sq", "L = (m - eta*dr)**2", "2502.00203", "R C", "M X",
+    beta=positive(0.1), eta=positive(1.0), dr=finite(),
+)  # fmt: skip
+def _(m, eta, dr):
+    e = m - eta * dr
+    return e * e, 2 * e
+
+
+@m_row(
+    "wpo", "L = w*(sp(-m) + label_smoothing*m), w = exp(aw + al), at most 1 if clamp",
+    "2406.11827, eq. 2", "R T", "M c r X",
+    beta=positive(0.1), aw=finite(), al=finite(), clamp=switch(1), label_smoothing=SMOOTHING,
+)  # fmt: skip
+def _(m, aw, al, clamp, label_smoothing):
+    w = torch.exp(torch.zeros_like(m) + aw + al)
+    if clamp:
+        w = w.clamp(max=1)
+    return w * (sp(-m) + label_smoothing * m), w * (label_smoothing - s(-m))
+
+
+# the other pair losses
+
+
+@g_row("ipo_sum", "L = (D - 1/(2*beta))**2", "2310.12036, eq. 17", "R", "M X", beta=positive(0.1))
+def _(x, beta):
+    e = x.D - 0.5 / beta
+    return e * e, 2 * e, -2 * e
+
+
+@g_row(
+    "ipo_avg",
+    "L = (xw/nw - xl/nl - 1/(2*beta))**2",
+    "2310.12036, averaged",
+    "R L",
+    "X",
+    beta=positive(0.1),
+)
+def _(x, beta):
+    nw, nl = x.nw, x.nl
+    e = x.xw / nw - x.xl / nl - 0.5 / beta
+    return e * e, 2 * e / nw, -2 * e / nl
+
+
+@g_row(
+    "slic", "L = max(0, delta - c + r) - lam*c", "2305.10425", "", "c r X",
+    delta=finite(1.0), lam=non_negative(0.1),
+)  # fmt: skip
+def _(x, delta, lam):
+    gap = delta - (x.c - x.r)
+    k = indicator(gap > 0, gap)
+    return relu(gap) - lam * x.c, -k - lam, k
+
+
+@g_row(
+    "nca_pair",
+    "L = sp(-a) + sp(a)/2 + sp(b)/2, a = beta*xw, b = beta*xl",
+    "2402.05369",
+    "R",
+    "r X",
+    beta=positive(0.1),
+)
+def _(x, beta):
+    a, b = beta * x.xw, beta * x.xl
+    return sp(-a) + 0.5 * sp(a) + 0.5 * sp(b), beta * (0.5 * s(a) - s(-a)), 0.5 * beta * s(b)
+
+
+@g_row(
+    "bco_pair", "L = sp(-(beta*xw - delta)) + sp(beta*xl - delta)", "2404.04656", "R C", "c r X",
+    beta=positive(0.1), delta=finite(),
+)  # fmt: skip
+def _(x, beta, delta):
+    a, b = beta * x.xw - delta, beta * x.xl - delta
+    return sp(-a) + sp(b), -beta * s(-a), beta * s(b)
+
+
+@g_row(
+    "kto_pair_z", "L = lam_d*s(-beta*(xw - z)) + lam_u*s(beta*(xl - z))",
+    "2402.01306, eq. 7", "R C", "c r",
+    beta=positive(0.1), z=finite(), lam_d=non_negative(1.0), lam_u=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, z, lam_d, lam_u):
+    a, b = beta * (x.xw - z), beta * (x.xl - z)
+    return lam_d * s(-a) + lam_u * s(b), -lam_d * beta * ds(a), lam_u * beta * ds(b)
+
+
+@g_row(
+    "sppo_hard", "L = (xw - h)**2 + (xl + h)**2, h = 1/(2*beta)", "2405.00675, eq. 4.7", "R", "X",
+    beta=positive(0.1),
+)  # fmt: skip
+def _(x, beta):
+    a, b = x.xw - 0.5 / beta, x.xl + 0.5 / beta
+    return a * a + b * b, 2 * a, 2 * b
+
+
+@g_row(
+    "sppo_soft", "L = ((xw - h)**2 + (xl + h)**2)/2, h = (p - 0.5)/beta", "2405.00675", "R C", "X",
+    beta=positive(0.001), p=closed_unit(),
+)  # fmt: skip
+def _(x, beta, p):
+    h = (p - 0.5) / beta
+    a, b = x.xw - h, x.xl + h
+    return 0.5 * (a * a + b * b), a, b
+
+
+@g_row(
+    "apo_zero", "L = s(-beta*xw) + s(beta*xl)", "2408.06266, eq. 7", "R", "c r", beta=positive(0.1)
+)
+def _(x, beta):
+    a, b = beta * x.xw, beta * x.xl
+    return s(-a) + s(b), -beta * ds(a), beta * ds(b)
+
+
+@g_row("apo_down", "L = s(beta*xw) + s(-beta*D)", "2408.06266, eq. 8", "R", "r", beta=positive(0.1))
+def _(x, beta):
+    a, m = beta * x.xw, beta * x.D
+    slope = beta * ds(m)
+    return s(a) + s(-m), beta * ds(a) - slope, slope
+
+
+@g_row(
+    "cpo", "L = sp(-beta*(c - r)) - alpha*c/nw", "2401.08417, eq. 3", "L", "c r X",
+    beta=positive(0.1), alpha=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, alpha):
+    u = beta * (x.c - x.r)
+    slope, nw = beta * s(-u), x.nw
+    return sp(-u) - alpha * (x.c / nw), -slope - alpha / nw, slope
+
+
+@g_row(
+    "dpo_sft", "L = sp(-beta*D) - alpha*c/nw", "2404.19733 and 2405.16436", "R L", "c r X",
+    beta=positive(0.1), alpha=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, alpha):
+    m = beta * x.D
+    slope, nw = beta * s(-m), x.nw
+    return sp(-m) - alpha * (x.c / nw), -slope - alpha / nw, slope
+
+
+@g_row(
+    "orpo", "L = -nll*cn + lam*sp(lo(rn) - lo(cn)), lo(a) = a - log(1 - e^a)",
+    "2403.07691, eq. 4 and 7", "L", "c r",
+    lam=non_negative(0.1), nll=non_negative(1.0),
+)  # fmt: skip
+def _(x, lam, nll):
+    nw, nl = x.nw, x.nl
+    cn, rn = below_zero(x.c / nw), below_zero(x.r / nl)
+    u = log_odds(cn) - log_odds(rn)
+    slope = lam * s(-u)
+    gc = (-nll + slope / torch.expm1(cn)) / nw
+    return -nll * (x.c / nw) + lam * sp(-u), gc, -slope / torch.expm1(rn) / nl
+
+
+@g_row(
+    "cal_dpo", "L = sp(-D) + k*((xw - h)**2 + (xl + h)**2), h = 1/(2*beta)", "2412.14516", "R", "X",
+    beta=positive(0.1), k=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, k):
+    a, b, slope = x.xw - 0.5 / beta, x.xl + 0.5 / beta, s(-x.D)
+    return sp(-x.D) + k * (a * a + b * b), -slope + 2 * k * a, slope + 2 * k * b
+
+
+@g_row("simper", "L = exp(r/nl) - exp(c/nw)", "2502.00883", "L", "c r")
+def _(x):
+    nw, nl = x.nw, x.nl
+    cn, rn = x.c / nw, x.r / nl
+    return exp_difference(rn, cn), -torch.exp(cn) / nw, torch.exp(rn) / nl
+
+
+@g_row("sft", "L = -c/nw", "maximum likelihood of the chosen completion", "L", "c r X")
+def _(x):
+    nw = x.nw
+    return -x.c / nw, -1 / nw, torch.zeros_like(nw)

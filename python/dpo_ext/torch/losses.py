@@ -1,0 +1,412 @@
+"""Preference losses: from the log-probs of pairs to a scalar, its gradient and the metrics.
+
+The rows are in `loss_table`; how other code bases use the same names is in `loss_compat`. N pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import dpo_ext.torch.loss_table  # noqa: F401 - fills LOSSES
+from dpo_ext.errors import TensorError
+from dpo_ext.torch.loss_checks import (
+    bind_parameters,
+    check_lengths,
+    check_log_probs,
+    check_num_pairs,
+    check_reference,
+    check_weight,
+    explain_nan,
+    find_loss,
+    host_values,
+)
+from dpo_ext.torch.loss_forms import Number, Pairs
+from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite
+
+
+class PreferenceLoss:
+    """What `preference_loss` returns.
+
+    Attributes:
+        loss: scalar in the dtype of the log-probs, differentiable.
+        per_pair: (N,), the loss of each pair before `weight`; differentiable unless the loss
+            couples the batch.
+        chosen_rewards, rejected_rewards: (N,) detached, ``beta * (log-prob - reference log-prob)``;
+            without reference log-probs, and without a beta, the missing factor is left out.
+            Computed when they are read.
+        metrics: TRL's keys, each a detached scalar tensor, a mean over the N pairs (0 for none):
+            ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (strict: 0 at exact
+            equality), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``. Computed when it
+            is read, without waiting for the device.
+    """
+
+    __slots__ = ("_logps", "_ref_logps", "_scale", "loss", "per_pair")
+
+    def __init__(
+        self, loss: Tensor, per_pair: Tensor, logps: Tensor, ref_logps: Tensor | None, scale: Number
+    ) -> None:
+        self.loss = loss
+        self.per_pair = per_pair
+        self._logps = logps
+        self._ref_logps = ref_logps
+        self._scale = scale
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        return self._rewards()[0]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        return self._rewards()[1]
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        chosen, rejected = self._rewards()
+        logps = self._logps.detach()
+        above = (chosen > rejected).to(logps.dtype)
+        columns = torch.stack(
+            (chosen, rejected, above, chosen - rejected, logps[:, 0], logps[:, 1])
+        )
+        means = (columns.sum(1) / max(logps.shape[0], 1)).unbind()
+        keys = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+        return dict(zip((*keys, "logps/chosen", "logps/rejected"), means, strict=True))
+
+    def _rewards(self) -> tuple[Tensor, Tensor]:
+        ratios = self._logps.detach()
+        if self._ref_logps is not None:
+            ratios = ratios - self._ref_logps
+        chosen, rejected = ratios.unbind(1)
+        return chosen * self._scale, rejected * self._scale
+
+    def __repr__(self) -> str:
+        return f"PreferenceLoss(loss={self.loss!r}, {self.per_pair.shape[0]} pairs)"
+
+
+def preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    loss: str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]] = "dpo",
+    beta: Any = None,
+    lengths: Tensor | None = None,
+    weight: Any = None,
+    num_pairs: float | Tensor | None = None,
+    compat: str | None = None,
+    loss_weights: Sequence[float] | None = None,
+    **params: Any,
+) -> PreferenceLoss:
+    """Loss of preference pairs from the log-probs of their two sequences.
+
+    Same as, for ``loss="dpo"``::
+
+        h = (logps[:, 0] - ref_logps[:, 0]) - (logps[:, 1] - ref_logps[:, 1])
+        loss = -logsigmoid(beta * h).mean()
+
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7. The other names, with paper, parameters, defaults
+    and flags: ``dpo-ext losses``, or `loss_table.LOSSES`.
+
+    Args:
+        logps: (N, 2) float32 or float64, chosen then rejected; summed over the completion's tokens.
+        ref_logps: (N, 2), same dtype; from the frozen reference, no gradient. None only for losses
+            without one.
+        loss: a name; a callable that is called with ``(logps, ref_logps)``, and with ``lengths``
+            when they are given, and returns (N,) or a scalar; or a list of these, whose weighted
+            sum is taken.
+        beta: > 0, a float or (N,); strength of the pull to the reference. None is the row's
+            default, 0.1 for DPO.
+        lengths: (N, 2) scored tokens of each sequence, for losses of averages: ``table.lengths``.
+        weight: >= 0, (N,); the batch loss is ``mean(weight * per_pair)``, not divided by the sum of
+            the weights. A pair of weight 0 is not read: its NaN does not leak.
+        num_pairs: > 0, replaces N in the mean; the pairs of the whole step, over all micro-batches
+            and ranks.
+        compat: ``"trl-1.16"``, ``"trl-0.28"``, ``"openrlhf"``, ``"llamafactory"`` or ``"paper"``:
+            the name and its options mean what that code base computes.
+        loss_weights: one factor for each loss of the list; 1 by default.
+        **params: parameters of the loss under the names of the table, floats or, where a pair has
+            its own, (N,).
+
+    Returns:
+        PreferenceLoss: ``loss`` a scalar, ``per_pair`` (N,), rewards (N,) detached, ``metrics``
+            with TRL's keys.
+
+    Raises:
+        TensorError: a tensor has the wrong shape, dtype, device or, on the CPU, content (NaN).
+        ValueError: unknown or ambiguous loss, missing or unknown parameter, a parameter outside its
+            domain.
+
+    Numerics: in the dtype of the input; gradients in closed form; finite while the loss is. At
+        policy == reference the
+    loss of ``"dpo"`` is log 2. Values of CUDA tensors are not checked, because looking at them
+    waits for the device. A second derivative is refused.
+
+    >>> from torch import tensor
+    >>> preference_loss(tensor([[-1.0, -2.0]]), tensor([[-1.5, -1.5]])).loss
+    tensor(0.6444)
+    >>> logps, lengths = tensor([[-9.0, -8.0]]), tensor([[3, 4]])
+    >>> preference_loss(logps, loss="simpo", lengths=lengths, gamma=0.5).loss
+    tensor(2.5789)
+    """
+    check_log_probs(logps)
+    if ref_logps is not None:
+        check_reference(ref_logps, logps)
+    if lengths is not None:
+        check_lengths(lengths, logps)
+    if compat is not None:
+        raise NotImplementedError
+    if isinstance(loss, list | tuple):
+        return _sum_of_losses(
+            loss, loss_weights, logps, ref_logps, lengths, beta, weight, num_pairs, params
+        )
+    if loss_weights is not None:
+        raise ValueError("`loss_weights` needs a list of losses in `loss`")
+    return _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params)
+
+
+def _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params) -> PreferenceLoss:
+    if isinstance(loss, str):
+        row = find_loss(loss)
+        if not row.autograd:
+            return _row_loss(row, logps, ref_logps, lengths, beta, weight, num_pairs, params)
+        _check_needs(row, ref_logps, lengths)
+        bound = bind_parameters(row, beta, params, logps)
+        passed = lengths if row.lengths else None
+        return _autograd_loss(row.formula, row, logps, ref_logps, passed, bound, weight, num_pairs)
+    if not callable(loss):
+        raise TypeError(
+            f"`loss` must be a name, a callable or a list of them, found {type(loss).__name__}"
+        )
+    bound = dict(params) if beta is None else {"beta": beta, **params}
+    return _autograd_loss(loss, None, logps, ref_logps, lengths, bound, weight, num_pairs)
+
+
+def _sum_of_losses(
+    losses, loss_weights, logps, ref_logps, lengths, beta, weight, num_pairs, params
+) -> PreferenceLoss:
+    """``sum_k loss_weights[k] * loss_k``; every loss takes the parameters that it has."""
+    factors = [1.0] * len(losses) if loss_weights is None else [float(f) for f in loss_weights]
+    if not losses or len(factors) != len(losses):
+        raise ValueError(
+            f"`loss_weights` must have {len(losses)} factors, one a loss, found {len(factors)}"
+        )
+    rows = [find_loss(name) if isinstance(name, str) else None for name in losses]
+    known = {name for row in rows if row is not None for name in row.parameters}
+    given = params if beta is None else {"beta": beta, **params}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"none of the losses {list(losses)!r} has a parameter `{name}`")
+    total = per_pair = None
+    scale: Number | None = None
+    for factor, name, row in zip(factors, losses, rows, strict=True):
+        own = {k: v for k, v in given.items() if row is not None and k in row.parameters}
+        part = _one_loss(name, logps, ref_logps, lengths, None, weight, num_pairs, own)
+        total = factor * part.loss if total is None else total + factor * part.loss
+        per_pair = factor * part.per_pair if per_pair is None else per_pair + factor * part.per_pair
+        if scale is None and row is not None and "beta" in row.parameters:
+            scale = part._scale
+    assert total is not None
+    assert per_pair is not None
+    return PreferenceLoss(total, per_pair, logps, ref_logps, 1.0 if scale is None else scale)
+
+
+def _row_loss(
+    row: LossRow,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    beta: Any,
+    weight: Any,
+    num_pairs: float | Tensor | None,
+    given: Mapping[str, Any],
+) -> PreferenceLoss:
+    _check_needs(row, ref_logps, lengths)
+    params = bind_parameters(row, beta, given, logps)
+    if weight is not None:
+        weight = check_weight(weight, logps)
+    count = max(logps.shape[0], 1) if num_pairs is None else check_num_pairs(num_pairs)
+    if row.couples_batch and (weight is not None or num_pairs is not None):
+        raise ValueError(
+            f"loss {row.name!r} couples the batch: it takes neither `weight` nor `num_pairs`"
+        )
+    tensors = [t for t in (params[name] for name in row.differentiable) if isinstance(t, Tensor)]
+    total, per_pair = _PairLoss.apply(
+        logps, ref_logps, lengths, row, params, weight, count, *tensors
+    )
+    if host_values(total) and total.isnan():
+        explain_nan(row.name, logps, ref_logps, params, per_pair)
+    return PreferenceLoss(total, per_pair, logps, ref_logps, params.get("beta", 1.0))
+
+
+def _check_needs(row: LossRow, ref_logps: Tensor | None, lengths: Tensor | None) -> None:
+    if row.reference and ref_logps is None:
+        raise TensorError(
+            f"`ref_logps` is missing: loss {row.name!r} needs the reference's log-probs"
+        )
+    if row.lengths and lengths is None:
+        raise TensorError(
+            f"`lengths` is missing: loss {row.name!r} needs the scored tokens of each sequence\n"
+            "hint: pass `lengths=table.lengths`"
+        )
+
+
+def _autograd_loss(
+    function: Callable[..., Any],
+    row: LossRow | None,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    params: Mapping[str, Any],
+    weight: Any,
+    num_pairs: float | Tensor | None,
+) -> PreferenceLoss:
+    """A user's function of the log-probs, differentiated by autograd."""
+    name = row.name if row is not None else getattr(function, "__name__", repr(function))
+    if lengths is None:
+        value = function(logps, ref_logps, **params)
+    else:
+        value = function(logps, ref_logps, lengths, **params)
+    pairs = logps.shape[0]
+    if not isinstance(value, Tensor) or value.shape not in ((), (pairs,)):
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TensorError(f"loss {name!r} must return a scalar or ({pairs},), found {found}")
+    scale = params.get("beta", 1.0)
+    if value.dim() == 0:
+        if weight is not None or num_pairs is not None:
+            raise ValueError(
+                f"loss {name!r} returns a scalar: `weight` and `num_pairs` need a loss a pair"
+            )
+        return PreferenceLoss(value, value.detach().expand(pairs), logps, ref_logps, scale)
+    count = max(pairs, 1) if num_pairs is None else check_num_pairs(num_pairs)
+    weighted = value
+    if weight is not None:
+        weight = check_weight(weight, logps)
+        weighted = torch.where(weight == 0, torch.zeros_like(value), weight * value)
+    total = weighted.sum() / count
+    if host_values(total) and total.isnan():
+        explain_nan(name, logps, ref_logps, params, value)
+    return PreferenceLoss(total, value, logps, ref_logps, scale)
+
+
+class _PairLoss(torch.autograd.Function):
+    """A row of the table as one node of the graph: the forward pass keeps dL/dc and dL/dr of each
+    pair.
+    """
+
+    @staticmethod
+    def forward(ctx, logps, ref_logps, lengths, row, params, weight, count, *differentiable):
+        per_pair, gc, gr, *others = row.formula(Pairs(logps, ref_logps, lengths), **params)
+        grads = [gc, gr]
+        if others:
+            grads += [
+                others[0][name] for name in row.differentiable if isinstance(params[name], Tensor)
+            ]
+        ctx.set_materialize_grads(False)
+        ctx.count = count
+        ctx.save_for_backward(weight, *grads)
+        if row.couples_batch:
+            ctx.mark_non_differentiable(per_pair)
+        if weight is None:
+            return per_pair.sum() / count, per_pair
+        # a select, not a product: 0 * NaN is NaN
+        kept = torch.where(weight == 0, torch.zeros_like(per_pair), weight * per_pair)
+        return kept.sum() / count, per_pair
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, grad_per_pair):
+        weight, gc, gr, *others = ctx.saved_tensors
+        if grad_loss is not None:
+            factor = grad_loss / ctx.count
+            if weight is not None:
+                factor = factor * weight
+            if grad_per_pair is not None:
+                factor = factor + grad_per_pair
+        elif grad_per_pair is not None:
+            factor = grad_per_pair
+        else:
+            return (None,) * (7 + len(others))
+        if weight is not None:
+            zero = torch.zeros_like(gc)
+            gc, gr, *others = (torch.where(factor == 0, zero, g) for g in (gc, gr, *others))
+        if factor.dim() == 0:
+            grad = torch.stack((gc, gr), 1) * factor
+        else:
+            grad = torch.stack((gc * factor, gr * factor), 1)
+        return grad, None, None, None, None, None, None, *(g * factor for g in others)
+
+
+def register_loss(
+    name: str,
+    function: Callable[..., Tensor] | None = None,
+    *,
+    parameters: Mapping[str, float | Parameter | None] | None = None,
+    reference: bool = True,
+    lengths: bool = False,
+    couples_batch: bool = False,
+    only_margin: bool = False,
+    monotone: bool = False,
+    convex: bool = False,
+    text: str = "",
+    paper: str = "",
+) -> Any:
+    """Add a loss of your own to the table, as a call or as a decorator.
+
+    Args:
+        name: a name that the table does not have.
+        function: called with ``(logps, ref_logps, **parameters)``, and with ``lengths`` third if
+            ``lengths=True``; returns the loss of each pair (N,) or a scalar. Autograd
+            differentiates it.
+        parameters: name to default; None as a default means that the caller must give it; a
+            `Parameter` has a domain.
+        reference, lengths: it needs `ref_logps`, `lengths`: calls without them are an error.
+        couples_batch: a pair's gradient depends on the other pairs.
+        only_margin, monotone, convex: properties it has;
+            `dpo_ext.testing.check_loss_invariants(name)` holds it to them.
+        text, paper: the formula and its source, for ``dpo-ext losses``.
+
+    Returns:
+        The function, so that it works as a decorator.
+
+    Raises:
+        ValueError: the table has the name already.
+
+    >>> @register_loss("square_margin", parameters={"beta": 0.1}, only_margin=True)
+    ... def square_margin(logps, ref_logps, beta):
+    ...     ratios = logps - ref_logps
+    ...     return (beta * (ratios[:, 0] - ratios[:, 1]) - 1) ** 2
+    >>> logps = torch.tensor([[-1.0, -2.0]])
+    >>> preference_loss(logps, logps, loss="square_margin").loss
+    tensor(1.)
+    """
+    if function is None:
+        return lambda f: register_loss(
+            name, f, parameters=parameters, reference=reference, lengths=lengths,
+            couples_batch=couples_batch, only_margin=only_margin, monotone=monotone, convex=convex,
+            text=text, paper=paper,
+        )  # fmt: skip
+    if name in LOSSES:
+        raise ValueError(f"the table has a loss {name!r} already")
+    if not callable(function):
+        raise TypeError(f"`function` must be callable, found {type(function).__name__}")
+    LOSSES[name] = LossRow(
+        name=name,
+        formula=function,
+        text=text,
+        paper=paper,
+        parameters={
+            key: value if isinstance(value, Parameter) else finite(value)
+            for key, value in (parameters or {}).items()
+        },
+        reference=reference,
+        lengths=lengths,
+        couples_batch=couples_batch,
+        only_margin=only_margin,
+        monotone="cr" if monotone else "",
+        convex=convex,
+        autograd=True,
+    )
+    return function
