@@ -1,6 +1,15 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.table import ScoreTable
 
-__all__ = ["PreferenceLoss", "ScoreTable", "preference_loss", "register_loss"]
+__all__ = [
+    "PreferenceLoss",
+    "ScoreTable",
+    "TokenScores",
+    "preference_loss",
+    "register_loss",
+    "sequence_logps",
+    "token_scores",
+]

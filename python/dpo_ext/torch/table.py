@@ -240,6 +240,17 @@ class ScoreTable:
         """The table in page-locked memory: ``to(device, non_blocking=True)`` does not wait."""
         return self._map(Tensor.pin_memory)
 
+    def _with_targets(self, targets: Tensor) -> ScoreTable:
+        """The same rows and sequences with other targets (M,) int32."""
+        return ScoreTable._checked(
+            self.logit_rows,
+            targets,
+            self.seq_offsets,
+            self.weights,
+            self.group_size,
+            self.host_offsets,
+        )
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> ScoreTable:
         return ScoreTable._checked(
             move(self.logit_rows),
