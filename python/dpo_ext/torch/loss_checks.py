@@ -182,7 +182,7 @@ def check_num_pairs(num_pairs: float | Tensor) -> float | Tensor:
         num_pairs = num_pairs.item()
     if not num_pairs > 0:
         raise ValueError(f"`num_pairs` must be > 0, found {num_pairs!r}")
-    return num_pairs
+    return float(num_pairs)
 
 
 def explain_nan(

@@ -11,6 +11,7 @@ N pairs; every tensor is (N,) float32 or float64 unless it says otherwise.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TypeAlias
 
@@ -20,6 +21,27 @@ from torch.nn.functional import logsigmoid
 
 Number: TypeAlias = float | Tensor
 """A parameter: a float for all pairs, or a tensor (N,)."""
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def times(x: Tensor, k: Number) -> Tensor:
+    """``x * k``; a float becomes a cached tensor, which saves 4 of the 6 us that PyTorch takes to wrap
+    a Python number. Tensor subclasses and the compiler see the number itself.
+    """
+    if isinstance(k, float) and not torch.compiler.is_compiling() and type(x) is Tensor:
+        return x * _constant(k, x.dtype)
+    return x * k
+
+
+def over(x: Tensor, k: Number) -> Tensor:
+    """``x / k``, as `times`."""
+    if isinstance(k, float) and not torch.compiler.is_compiling() and type(x) is Tensor:
+        return x / _constant(k, x.dtype)
+    return x / k
 
 
 class Pairs:
@@ -61,6 +83,10 @@ class Pairs:
     @property
     def D(self) -> Tensor:  # noqa: N802 - the name in the formulas
         return self.xw - self.xl
+
+    def m(self, beta: Number) -> Tensor:
+        """The DPO margin ``beta*D``."""
+        return times(self.xw - self.xl, beta)
 
     @property
     def nw(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.loss_forms import Number, s, sigmoid_times_exp, sp
+from dpo_ext.torch.loss_forms import Number, s, sigmoid_times_exp, sp, times
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def u_row(
             if _given(label_smoothing):
                 loss, slope = loss + label_smoothing * u, slope - label_smoothing
             if not others:
-                return loss, slope * -uc, slope * -ur
+                return loss, times(slope, -uc), times(slope, -ur)
             return loss, slope * -uc, slope * -ur, {k: slope * -du for k, du in others[0].items()}
 
         extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
@@ -209,11 +209,11 @@ def m_row(name: str, text: str, paper: str, needs: str, shape: str, /, **paramet
 
     def register(m_formula: Formula) -> Formula:
         def formula(x, beta, margin=0.0, **p):
-            m = beta * x.D
+            m = x.m(beta)
             if _given(margin):
                 m = m - margin
             loss, slope = m_formula(m, **p)
-            slope = beta * slope
+            slope = times(slope, beta)
             return loss, slope, -slope
 
         extra = {"margin": MARGIN} if name in ("cdpo", "robust", "wpo") else {}

@@ -52,7 +52,7 @@ from dpo_ext.torch.loss_row import (
 
 @u_row("dpo", "u = beta*D", "2305.18290, eq. 7", "R", "M c r X", beta=positive(0.1))
 def _(x, beta):
-    return beta * x.D, beta, -beta
+    return x.m(beta), beta, -beta
 
 
 @u_row("dpo_norm", "u = beta*(xw/nw - xl/nl)", "2411.15124", "R L", "c r X", beta=positive(5.0))
@@ -66,7 +66,7 @@ def _(x, beta):
     beta=positive(0.1), alpha=non_negative(0.01),
 )  # fmt: skip
 def _(x, beta, alpha):
-    return beta * x.D + alpha * (x.nw - x.nl), beta, -beta
+    return x.m(beta) + alpha * (x.nw - x.nl), beta, -beta
 
 
 @u_row(
@@ -74,7 +74,7 @@ def _(x, beta, alpha):
     beta=positive(0.1), alpha=non_negative(1.0), score_gap=positive(),
 )  # fmt: skip
 def _(x, beta, alpha, score_gap):
-    return beta * x.D - alpha * log(score_gap), beta, -beta
+    return x.m(beta) - alpha * log(score_gap), beta, -beta
 
 
 @u_row(
@@ -82,7 +82,7 @@ def _(x, beta, alpha, score_gap):
     "M c r X", beta=positive(0.1), gamma=finite(),
 )  # fmt: skip
 def _(x, beta, gamma):
-    return beta * x.D - gamma, beta, -beta
+    return x.m(beta) - gamma, beta, -beta
 
 
 @u_row(
@@ -91,7 +91,7 @@ def _(x, beta, gamma):
 )  # fmt: skip
 def _(x, beta, w_k, w_other, dr_other):
     slope = beta / w_k
-    return (beta * x.D - w_other * dr_other) / w_k, slope, -slope
+    return (x.m(beta) - w_other * dr_other) / w_k, slope, -slope
 
 
 @u_row(
@@ -423,7 +423,7 @@ def _(x, beta):
 
 @g_row("apo_down", "L = s(beta*xw) + s(-beta*D)", "2408.06266, eq. 8", "R", "r", beta=positive(0.1))
 def _(x, beta):
-    a, m = beta * x.xw, beta * x.D
+    a, m = beta * x.xw, x.m(beta)
     slope = beta * ds(m)
     return s(a) + s(-m), beta * ds(a) - slope, slope
 
@@ -443,7 +443,7 @@ def _(x, beta, alpha):
     beta=positive(0.1), alpha=non_negative(1.0),
 )  # fmt: skip
 def _(x, beta, alpha):
-    m = beta * x.D
+    m = x.m(beta)
     slope, nw = beta * s(-m), x.nw
     return sp(-m) - alpha * (x.c / nw), -slope - alpha / nw, slope
 

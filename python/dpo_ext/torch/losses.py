@@ -5,6 +5,7 @@ The rows are in `loss_table`; how other code bases use the same names is in `los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from dpo_ext.torch.loss_checks import (
     find_loss,
     host_values,
 )
-from dpo_ext.torch.loss_forms import Number, Pairs
+from dpo_ext.torch.loss_forms import Number, Pairs, over
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite
 
 
@@ -227,7 +228,7 @@ def _row_loss(
     params = bind_parameters(row, beta, given, logps)
     if weight is not None:
         weight = check_weight(weight, logps)
-    count = max(logps.shape[0], 1) if num_pairs is None else check_num_pairs(num_pairs)
+    count = float(max(logps.shape[0], 1)) if num_pairs is None else check_num_pairs(num_pairs)
     if row.couples_batch and (weight is not None or num_pairs is not None):
         raise ValueError(
             f"loss {row.name!r} couples the batch: it takes neither `weight` nor `num_pairs`"
@@ -236,7 +237,7 @@ def _row_loss(
     total, per_pair = _PairLoss.apply(
         logps, ref_logps, lengths, row, params, weight, count, *tensors
     )
-    if host_values(total) and total.isnan():
+    if host_values(total) and math.isnan(total.item()):
         explain_nan(row.name, logps, ref_logps, params, per_pair)
     return PreferenceLoss(total, per_pair, logps, ref_logps, params.get("beta", 1.0))
 
@@ -286,7 +287,7 @@ def _autograd_loss(
         weight = check_weight(weight, logps)
         weighted = torch.where(weight == 0, torch.zeros_like(value), weight * value)
     total = weighted.sum() / count
-    if host_values(total) and total.isnan():
+    if host_values(total) and math.isnan(total.item()):
         explain_nan(name, logps, ref_logps, params, value)
     return PreferenceLoss(total, value, logps, ref_logps, scale)
 
@@ -310,17 +311,17 @@ class _PairLoss(torch.autograd.Function):
         if row.couples_batch:
             ctx.mark_non_differentiable(per_pair)
         if weight is None:
-            return per_pair.sum() / count, per_pair
+            return over(per_pair.sum(), count), per_pair
         # a select, not a product: 0 * NaN is NaN
         kept = torch.where(weight == 0, torch.zeros_like(per_pair), weight * per_pair)
-        return kept.sum() / count, per_pair
+        return over(kept.sum(), count), per_pair
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, grad_per_pair):
         weight, gc, gr, *others = ctx.saved_tensors
         if grad_loss is not None:
-            factor = grad_loss / ctx.count
+            factor = over(grad_loss, ctx.count)
             if weight is not None:
                 factor = factor * weight
             if grad_per_pair is not None:
