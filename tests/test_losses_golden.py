@@ -1,4 +1,6 @@
-"""Every loss of the table against the golden file: values and both gradients, in float64 and float32."""
+"""Every loss of the table against the golden file: values and both gradients, in float64 and
+float32.
+"""
 
 import json
 import math
@@ -92,3 +94,67 @@ def test_the_batch_loss_is_the_weighted_mean_and_so_is_its_gradient(name):
         for side, key in enumerate(("d_chosen", "d_rejected")):
             want_gradient = 3.0 * weight.numpy() * np.array(golden[key]) / divisor
             assert mixed_error(gradient[:, side].numpy(), want_gradient).max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["aot_paired", "aot_unpaired", "dr_dpo"])
+def test_losses_that_couple_the_batch_are_the_golden_ones(name, dtype):
+    for golden in GOLDEN["structured"][name]["sets"]:
+        for batch in golden["batches"]:
+            logps, ref_logps, _ = (t[batch["rows"]] for t in golden_inputs(dtype))
+            logps.requires_grad_()
+            out = preference_loss(logps, ref_logps, loss=name, **golden["params"])
+            (gradient,) = torch.autograd.grad(2.0 * out.loss, logps)
+            case = (name, batch["rows"])
+            compare([out.loss.item()], [batch.get("mean_loss", batch.get("loss"))], case, dtype)
+            compare(gradient[:, 0] / 2, batch["d_chosen"], case, dtype)
+            compare(gradient[:, 1] / 2, batch["d_rejected"], case, dtype)
+            assert not out.per_pair.requires_grad
+            assert abs(out.per_pair.mean().item() - out.loss.item()) <= 1e-6
+
+
+def test_ld_dpo_is_dpo_on_head_and_weighted_tail():
+    golden = GOLDEN["structured"]["ld_dpo"]
+    head_w, tail_w, head_l, tail_l, *ref = torch.tensor(golden["rows"], dtype=torch.float64).unbind(
+        1
+    )
+    heads = torch.stack((head_w, head_l), 1).requires_grad_()
+    for k in golden["sets"]:
+        tails = {
+            "tail_w": tail_w.clone().requires_grad_(),
+            "tail_l": tail_l.clone().requires_grad_(),
+        }
+        out = preference_loss(
+            heads,
+            torch.stack((ref[0], ref[2]), 1),
+            loss="ld_dpo",
+            ref_tail_w=ref[1],
+            ref_tail_l=ref[3],
+            **tails,
+            **k["params"],
+        )
+        compare(out.per_pair.detach(), k["loss"], ("ld_dpo", k["params"]), torch.float64)
+        grads = torch.autograd.grad(out.per_pair.sum(), (heads, tails["tail_w"], tails["tail_l"]))
+        alpha = k["params"]["ld_alpha"]
+        assert torch.allclose(grads[1], alpha * grads[0][:, 0], rtol=1e-12, atol=0)
+        assert torch.allclose(grads[2], alpha * grads[0][:, 1], rtol=1e-12, atol=0)
+
+
+def test_tdpo_gives_its_gradient_to_both_kls():
+    logps, ref_logps, _ = golden_inputs(torch.float64)
+    beta, alpha = 0.1, 0.5
+    kw = torch.full((len(ROWS),), 2.0, dtype=torch.float64, requires_grad=True)
+    kl = torch.full((len(ROWS),), 3.5, dtype=torch.float64, requires_grad=True)
+    d = (logps - ref_logps) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    one = preference_loss(logps, ref_logps, loss="tdpo1", beta=beta, kw=kw, kl=kl)
+    g_kw, g_kl = torch.autograd.grad(one.per_pair.sum(), (kw, kl))
+    wrong = torch.sigmoid(-beta * (d - 1.5))
+    assert torch.allclose(g_kw, -beta * wrong, rtol=1e-12, atol=0)
+    assert torch.allclose(g_kl, beta * wrong, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="`kw` asks for a gradient"):
+        preference_loss(logps, ref_logps, loss="tdpo2", beta=beta, alpha=alpha, kw=kw, kl=kl)
+    two = preference_loss(logps, ref_logps, loss="tdpo2", alpha=alpha, kw=kw.detach(), kl=kl)
+    (g_kl,) = torch.autograd.grad(two.per_pair.sum(), kl)
+    assert torch.allclose(
+        g_kl, alpha * beta * torch.sigmoid(-beta * (d - 0.75)), rtol=1e-12, atol=0
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.torch.loss_compat import ambiguous
 from dpo_ext.torch.loss_forms import Number
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, non_negative
 
@@ -41,6 +42,9 @@ def find_loss(name: str) -> LossRow:
     """
     row = LOSSES.get(name)
     if row is None:
+        why = ambiguous(name)
+        if why is not None:
+            raise ValueError(why)
         close = difflib.get_close_matches(name, LOSSES, n=3, cutoff=0.5)
         meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(f"unknown loss {name!r}\nhint: {meant}`dpo-ext losses` lists them all")
@@ -130,7 +134,7 @@ def convert_parameter(
     name: str, value: Any, parameter: Parameter, logps: Tensor, differentiable: tuple[str, ...] = ()
 ) -> Number:
     """A float, or a tensor (N,) in the dtype and on the device of the log-probs."""
-    if isinstance(value, float | int):
+    if isinstance(value, (float, int)):
         if not parameter.contains(value):
             raise ValueError(f"`{name}` must be {parameter.domain}, found {value!r}")
         return float(value)

@@ -29,8 +29,8 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def times(x: Tensor, k: Number) -> Tensor:
-    """``x * k``; a float becomes a cached tensor, which saves 4 of the 6 us that PyTorch takes to wrap
-    a Python number. Tensor subclasses and the compiler see the number itself.
+    """``x * k``; a float becomes a cached tensor, which saves 4 of the 6 us that PyTorch takes to
+    wrap a Python number. Tensor subclasses and the compiler see the number itself.
     """
     if isinstance(k, float) and not torch.compiler.is_compiling() and type(x) is Tensor:
         return x * _constant(k, x.dtype)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import dpo_ext.torch.loss_table  # noqa: F401 - fills LOSSES
+import dpo_ext.torch.loss_batch
+import dpo_ext.torch.loss_table  # noqa: F401
 from dpo_ext.errors import TensorError
 from dpo_ext.torch.loss_checks import (
     bind_parameters,
@@ -22,12 +23,16 @@ from dpo_ext.torch.loss_checks import (
     check_num_pairs,
     check_reference,
     check_weight,
+    convert_parameter,
     explain_nan,
     find_loss,
     host_values,
 )
+from dpo_ext.torch.loss_compat import Term, resolve
 from dpo_ext.torch.loss_forms import Number, Pairs, over
-from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite
+from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite, positive
+
+_SCALE = positive()
 
 
 class PreferenceLoss:
@@ -49,7 +54,12 @@ class PreferenceLoss:
     __slots__ = ("_logps", "_ref_logps", "_scale", "loss", "per_pair")
 
     def __init__(
-        self, loss: Tensor, per_pair: Tensor, logps: Tensor, ref_logps: Tensor | None, scale: Number
+        self,
+        loss: Tensor,
+        per_pair: Tensor,
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        scale: Number | None,
     ) -> None:
         self.loss = loss
         self.per_pair = per_pair
@@ -82,7 +92,8 @@ class PreferenceLoss:
         if self._ref_logps is not None:
             ratios = ratios - self._ref_logps
         chosen, rejected = ratios.unbind(1)
-        return chosen * self._scale, rejected * self._scale
+        scale = 1.0 if self._scale is None else self._scale
+        return chosen * scale, rejected * scale
 
     def __repr__(self) -> str:
         return f"PreferenceLoss(loss={self.loss!r}, {self.per_pair.shape[0]} pairs)"
@@ -157,15 +168,50 @@ def preference_loss(
         check_reference(ref_logps, logps)
     if lengths is not None:
         check_lengths(lengths, logps)
-    if compat is not None:
-        raise NotImplementedError
-    if isinstance(loss, list | tuple):
-        return _sum_of_losses(
-            loss, loss_weights, logps, ref_logps, lengths, beta, weight, num_pairs, params
-        )
-    if loss_weights is not None:
+    if loss_weights is None and compat is None and isinstance(loss, str):
+        return _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params)
+    losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    factors = _factors(loss, losses, loss_weights)
+    given = params if beta is None else {"beta": beta, **params}
+    averages = False
+    if compat is None:
+        terms = _terms(losses, factors, given)
+    else:
+        terms, averages = resolve(compat, losses, factors, given)
+    if averages:  # a mean over 0 tokens is 0
+        if lengths is None:
+            raise TensorError(f"`lengths` is missing: {compat} averages the log-probs of {loss!r}")
+        divisor = lengths.to(logps.dtype).clamp(min=1)
+        logps = logps / divisor
+        ref_logps = None if ref_logps is None else ref_logps / divisor
+        lengths = torch.ones_like(lengths)
+    return _sum_of_losses(terms, logps, ref_logps, lengths, beta, weight, num_pairs)
+
+
+def _factors(loss: Any, losses: Sequence[Any], loss_weights: Sequence[float] | None) -> list[float]:
+    if loss_weights is not None and not isinstance(loss, (list, tuple)):
         raise ValueError("`loss_weights` needs a list of losses in `loss`")
-    return _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params)
+    factors = [1.0] * len(losses) if loss_weights is None else [float(f) for f in loss_weights]
+    if not losses or len(factors) != len(losses):
+        raise ValueError(
+            f"`loss_weights` must have {len(losses)} factors, one a loss, found {len(factors)}"
+        )
+    return factors
+
+
+def _terms(losses: Sequence[Any], factors: Sequence[float], given: Mapping[str, Any]) -> list[Term]:
+    """Every loss with the parameters that it has; a callable takes all of them when it is alone."""
+    if len(losses) == 1:
+        return [(factors[0], losses[0], dict(given))]
+    rows = [find_loss(name) if isinstance(name, str) else None for name in losses]
+    known = {name for row in rows if row is not None for name in row.parameters}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"none of the losses {list(losses)!r} has a parameter `{name}`")
+    return [
+        (factor, name, {k: v for k, v in given.items() if row is not None and k in row.parameters})
+        for factor, name, row in zip(factors, losses, rows, strict=True)
+    ]
 
 
 def _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params) -> PreferenceLoss:
@@ -186,32 +232,30 @@ def _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params) 
 
 
 def _sum_of_losses(
-    losses, loss_weights, logps, ref_logps, lengths, beta, weight, num_pairs, params
+    terms: Sequence[Term],
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor | None,
+    beta: Any,
+    weight: Any,
+    num_pairs: float | Tensor | None,
 ) -> PreferenceLoss:
-    """``sum_k loss_weights[k] * loss_k``; every loss takes the parameters that it has."""
-    factors = [1.0] * len(losses) if loss_weights is None else [float(f) for f in loss_weights]
-    if not losses or len(factors) != len(losses):
-        raise ValueError(
-            f"`loss_weights` must have {len(losses)} factors, one a loss, found {len(factors)}"
-        )
-    rows = [find_loss(name) if isinstance(name, str) else None for name in losses]
-    known = {name for row in rows if row is not None for name in row.parameters}
-    given = params if beta is None else {"beta": beta, **params}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"none of the losses {list(losses)!r} has a parameter `{name}`")
-    total = per_pair = None
-    scale: Number | None = None
-    for factor, name, row in zip(factors, losses, rows, strict=True):
-        own = {k: v for k, v in given.items() if row is not None and k in row.parameters}
-        part = _one_loss(name, logps, ref_logps, lengths, None, weight, num_pairs, own)
-        total = factor * part.loss if total is None else total + factor * part.loss
-        per_pair = factor * part.per_pair if per_pair is None else per_pair + factor * part.per_pair
-        if scale is None and row is not None and "beta" in row.parameters:
-            scale = part._scale
-    assert total is not None
-    assert per_pair is not None
-    return PreferenceLoss(total, per_pair, logps, ref_logps, 1.0 if scale is None else scale)
+    """``sum_k factor_k * loss_k``; the rewards take the beta that was given, or the first
+    loss's.
+    """
+    parts = [
+        (factor, _one_loss(name, logps, ref_logps, lengths, None, weight, num_pairs, own))
+        for factor, name, own in terms
+    ]
+    if len(parts) == 1 and parts[0][0] == 1.0:
+        total, per_pair = parts[0][1].loss, parts[0][1].per_pair
+    else:
+        total = torch.stack([factor * part.loss for factor, part in parts]).sum()
+        per_pair = torch.stack([factor * part.per_pair for factor, part in parts]).sum(0)
+    scale: Number | None = next((p._scale for _, p in parts if p._scale is not None), None)
+    if beta is not None:
+        scale = convert_parameter("beta", beta, _SCALE, logps)
+    return PreferenceLoss(total, per_pair, logps, ref_logps, scale)
 
 
 def _row_loss(
@@ -239,7 +283,7 @@ def _row_loss(
     )
     if host_values(total) and math.isnan(total.item()):
         explain_nan(row.name, logps, ref_logps, params, per_pair)
-    return PreferenceLoss(total, per_pair, logps, ref_logps, params.get("beta", 1.0))
+    return PreferenceLoss(total, per_pair, logps, ref_logps, params.get("beta"))
 
 
 def _check_needs(row: LossRow, ref_logps: Tensor | None, lengths: Tensor | None) -> None:
@@ -274,7 +318,7 @@ def _autograd_loss(
     if not isinstance(value, Tensor) or value.shape not in ((), (pairs,)):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TensorError(f"loss {name!r} must return a scalar or ({pairs},), found {found}")
-    scale = params.get("beta", 1.0)
+    scale = params.get("beta")
     if value.dim() == 0:
         if weight is not None or num_pairs is not None:
             raise ValueError(
