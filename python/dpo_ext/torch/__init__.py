@@ -1,10 +1,12 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.table import ScoreTable
 
 __all__ = [
+    "PairLoader",
     "PreferenceLoss",
     "ScoreTable",
     "TokenScores",

@@ -1,0 +1,155 @@
+"""Batches of a plan, built ahead of the model by one thread and moved to its device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any, Protocol
+from weakref import WeakSet, finalize
+
+import torch
+
+_EPOCH_SET = "the epoch of the plan was set while its batches were being read"
+
+
+class Plan(Protocol):
+    """What a loader reads: ``dpo_ext.BatchPlan``, or any sequence of batches that move."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
+class PairLoader:
+    """Iterates over the batches of a plan; while the model works, a thread builds the next ones.
+
+    Same as::
+
+        for i in range(len(plan)):
+            yield plan[i].to(device)
+
+    Rust builds a batch without the GIL, so that the thread and the training loop do not wait for
+    each other. For a CUDA device the thread also copies into page-locked memory, and the copy to
+    the device runs on the current stream without stopping the host. Leaving the loop, by ``break``
+    or by an exception, ends the thread; so does dropping the iterator. An error in the thread is
+    raised in the loop, in place of the batch that failed. One plan has one order: shard it by its
+    own ``rank`` and ``world_size``.
+
+    Args:
+        plan: ``pairs.plan(...)``: a length, batches by index, each with ``.to(device)`` and, for a
+            CUDA device, ``.pin_memory()``.
+        device: where the batches go; None = the CPU, as torch tensors that share the plan's memory.
+        prefetch: batches built ahead, >= 0; 0 builds each when it is asked for, without a thread.
+
+    Raises:
+        TypeError: ``plan`` has no length or no index. ValueError: ``prefetch`` < 0.
+
+    >>> plan = [torch.tensor([1, 2]), torch.tensor([3])]  # any sequence; pairs.plan(...) in earnest
+    >>> list(PairLoader(plan))
+    [tensor([1, 2]), tensor([3])]
+    """
+
+    def __init__(
+        self, plan: Plan, device: torch.device | str | int | None = None, prefetch: int = 2
+    ) -> None:
+        if not (hasattr(plan, "__len__") and hasattr(plan, "__getitem__")):
+            raise TypeError(
+                f"`plan` must have a length and batches by index, found {type(plan).__name__}\n"
+                "hint: use pairs.plan(...)"
+            )
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int):
+            raise TypeError(f"`prefetch` must be an int, found {type(prefetch).__name__}")
+        if prefetch < 0:
+            raise ValueError(f"`prefetch` must be at least 0, found {prefetch}")
+        self.plan = plan
+        if isinstance(device, int):
+            device = torch.device("cuda", device)
+        self.device = torch.device("cpu" if device is None else device)
+        self.prefetch = prefetch
+        self._fillers: WeakSet[_Filler] = WeakSet()
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the plan's epoch. An iteration that is still open ends with an error."""
+        for filler in list(self._fillers):
+            filler.close()
+        self.plan.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:
+        filler = _Filler(self.plan, self.device, self.prefetch)
+        self._fillers.add(filler)
+        return _Batches(filler, self.device)
+
+
+class _Batches(Iterator[Any]):
+    """One pass over a plan. The thread does not know it, so that dropping it ends the thread."""
+
+    def __init__(self, filler: _Filler, device: torch.device) -> None:
+        self._filler, self._device = filler, device
+        self._close = finalize(self, filler.close)  # also at exit, before the interpreter is gone
+
+    def __next__(self) -> Any:
+        if not self._close.alive or self._filler.taken == self._filler.length:
+            self._close()
+            raise StopIteration
+        try:
+            batch = self._filler.take()
+            return batch.to(self._device, non_blocking=self._device.type == "cuda")
+        except BaseException:
+            self._close()
+            raise
+
+
+class _Filler:
+    """Builds the batches of one iteration in order, ``ahead`` of them ahead, in a thread if > 0."""
+
+    def __init__(self, plan: Plan, device: torch.device, ahead: int) -> None:
+        self.length = len(plan)
+        self._plan, self._device = plan, device
+        self._done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._free = threading.Semaphore(ahead)
+        self._closed = False
+        self.taken = 0
+        self._thread: threading.Thread | None = None
+        if ahead and self.length:
+            self._thread = threading.Thread(target=self._run, name="dpo_ext-loader", daemon=True)
+            self._thread.start()
+
+    def take(self) -> Any:
+        """The next batch; raises what the thread raised."""
+        if self._closed:
+            raise RuntimeError(_EPOCH_SET)
+        self.taken += 1
+        if self._thread is None:
+            return self._build(self.taken - 1)
+        batch, error = self._done.get()
+        self._free.release()
+        if error is not None:
+            raise error
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread and waits for the batch that it is building."""
+        self._closed = True
+        self._free.release()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _build(self, i: int) -> Any:
+        batch = self._plan[i]
+        return batch.pin_memory() if self._device.type == "cuda" else batch
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            for i in range(self.length):
+                self._free.acquire()
+                if self._closed:
+                    raise RuntimeError(_EPOCH_SET)
+                self._done.put((self._build(i), None))
+        except BaseException as error:  # whatever it is: the loop would wait for ever otherwise
+            self._done.put((None, error))
