@@ -1,5 +1,6 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
@@ -10,6 +11,8 @@ __all__ = [
     "PreferenceLoss",
     "ScoreTable",
     "TokenScores",
+    "linear_sequence_logps",
+    "linear_token_scores",
     "preference_loss",
     "register_loss",
     "sequence_logps",

@@ -121,11 +121,8 @@ def sequence_logps(
     """
     how = Transform.of(logit_scale, softcap, temperature)
     check_is_table(table)
-    if table.weights is not None:  # a token without weight is as good as not scored
-        table = table._with_targets(
-            torch.where(table.weights != 0, table.targets, IGNORE_INDEX).to(torch.int32)
-        )
-    scores, kernels = _token_scores(logits, table, how, False, inplace_grad, impl)
+    scored = table.without_zero_weights()
+    scores, kernels = _token_scores(logits, scored, how, False, inplace_grad, impl)
     return sum_sequences(scores.logps, table, kernels)
 
 
@@ -341,17 +338,20 @@ class _TokenStats(torch.autograd.Function):
             else:
                 dz = logits.detach()
                 torch.ops.dpo_ext.logits_grad_(dz, *saved, grad.contiguous(), *ctx.how)
-        return (differentiable_once(dz, logits, grad), None, None, None, None, None)
+        return (differentiable_once(dz, grad), None, None, None, None, None)
 
 
-def differentiable_once(value: Tensor, *reasons: Tensor) -> Tensor:
+def differentiable_once(value: Tensor, upstream: Tensor) -> Tensor:
     """A gradient whose own gradient, if ever asked for, is an error instead of silently missing."""
-    return _DifferentiableOnce.apply(value, *reasons) if torch.is_grad_enabled() else value
+    if not torch.is_grad_enabled():  # autograd wants no graph of this backward pass
+        return value
+    anchor = torch.zeros((), requires_grad=True)
+    return _DifferentiableOnce.apply(value, upstream, anchor)
 
 
 class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *reasons: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, *parents: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod

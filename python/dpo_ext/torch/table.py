@@ -240,11 +240,13 @@ class ScoreTable:
         """The table in page-locked memory: ``to(device, non_blocking=True)`` does not wait."""
         return self._map(Tensor.pin_memory)
 
-    def _with_targets(self, targets: Tensor) -> ScoreTable:
-        """The same rows and sequences with other targets (M,) int32."""
+    def without_zero_weights(self) -> ScoreTable:
+        """The table with tokens of weight 0 not scored (-100), so that their rows are not read."""
+        if self.weights is None:
+            return self
         return ScoreTable._checked(
             self.logit_rows,
-            targets,
+            self.targets.masked_fill(self.weights == 0, IGNORE_INDEX),
             self.seq_offsets,
             self.weights,
             self.group_size,
