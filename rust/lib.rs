@@ -5,10 +5,17 @@
 //! turn bytes into rows, text and ids; `pair` decides one pair; `layout` and `table` build batches; [`logps`] reduces
 //! rows of logits. Only `py` (feature `python`) knows that Python exists.
 
+pub mod encode;
 pub mod error;
+pub mod layout;
 pub mod logps;
+pub mod pair;
 pub mod pool;
 #[cfg(feature = "python")]
 mod py;
+pub mod read;
+pub mod table;
+pub mod template;
+pub mod tokenize;
 
 pub use error::{Error, Result};

@@ -1,6 +1,9 @@
 //! The thread pool: one per process, built lazily, so that it survives a fork.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 
@@ -42,4 +45,46 @@ pub fn pool(n: usize) -> Result<Arc<rayon::ThreadPool>> {
     });
     pools.push((pid, n, Arc::clone(&pool)));
     Ok(pool)
+}
+
+/// How long the caller of [`run`] waits between two calls of `tick`.
+const TICK: Duration = Duration::from_millis(40);
+
+/// Runs `work` on the pool of `n` threads while the caller waits and calls `tick` at least every 40 ms.
+///
+/// If `tick` fails, `run` returns its error at once: the work is told by `tick` itself to stop, and whatever it still
+/// returns is thrown away. A panic of `work` becomes [`Error::Internal`].
+///
+/// # Errors
+/// Those of `work` and `tick`, and [`Error::Internal`].
+pub fn run<T: Send + 'static>(
+    n: usize,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+    mut tick: impl FnMut() -> Result<()>,
+) -> Result<T> {
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    pool(n)?.spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(work))
+            .unwrap_or_else(|payload| Err(Error::Internal(panic_text(payload.as_ref()))));
+        // Nobody listens after an interrupt.
+        let _ = sender.send(result);
+    });
+    loop {
+        match receiver.recv_timeout(TICK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) => tick()?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::Internal("a thread of the pool ended".to_owned()));
+            }
+        }
+    }
+}
+
+/// What a panic said.
+pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
+    payload
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "panic".to_owned())
 }

@@ -1,6 +1,8 @@
 """dpo_ext: from a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone."""
 
 from dpo_ext._core import __version__
+from dpo_ext.batch import Batch, BatchPlan, PlanStats, Ragged
+from dpo_ext.data import Limits, PairDataset
 from dpo_ext.errors import (
     DataError,
     DpoExtError,
@@ -11,15 +13,25 @@ from dpo_ext.errors import (
     TensorError,
     TokenizerError,
 )
+from dpo_ext.report import Report
+from dpo_ext.tokenizer import Tokenizer
 
 __all__ = [
+    "Batch",
+    "BatchPlan",
     "DataError",
     "DpoExtError",
     "KernelCompileError",
     "KernelUnavailable",
     "LimitExceeded",
+    "Limits",
+    "PairDataset",
+    "PlanStats",
+    "Ragged",
     "RefLogpsError",
+    "Report",
     "TensorError",
+    "Tokenizer",
     "TokenizerError",
     "__version__",
 ]

@@ -1,6 +1,8 @@
+__all__: list[str]
 __version__: str
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, final
 
 from numpy import bool_, float32, int32, int64
 from numpy.typing import NDArray
@@ -45,3 +47,76 @@ def logits_grad_(
     threads: int,
 ) -> None: ...
 def segment_sum(values: _Float, weights: _Float | None, seq_offsets: NDArray[int32]) -> _Float: ...
+
+_Ids = NDArray[int32]
+_Offsets = NDArray[int64]
+_Ragged = tuple[_Ids, _Offsets]
+
+@final
+class Tokenizer:
+    def __new__(
+        cls,
+        json: str,
+        named: list[tuple[str, str]],
+        added: list[tuple[Any, ...]],
+        bos_eos: tuple[bool, bool] | None,
+        ids: tuple[int | None, int | None, int | None],
+        template: str | None,
+    ) -> Tokenizer: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def gaps(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    def encode(self, text: str, add_special_tokens: bool) -> _Ids: ...
+    def encode_batch(
+        self, texts: Iterable[str], add_special_tokens: bool, threads: int | None
+    ) -> _Ragged: ...
+    def apply_chat_template(
+        self,
+        messages: Any,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        time: tuple[int, int, int, int, int, int, int, int],
+    ) -> str: ...
+
+def data_from_files(
+    paths: list[str],
+    tokenizer: Tokenizer,
+    settings: Any,
+    callback: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]: ...
+def data_from_rows(
+    rows: Iterable[Any],
+    tokenizer: Tokenizer,
+    settings: Any,
+    callback: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]: ...
+def scan(paths: list[str], vocab_size: int, settings: Any) -> tuple[int, int]: ...
+def check_ids(name: str, values: _Ids, offsets: _Offsets, vocab_size: int | None) -> None: ...
+def pad_batch(
+    prompt: _Ragged,
+    chosen: _Ragged,
+    rejected: _Ragged,
+    index: NDArray[int64],
+    pad_id: int,
+    multiple: int,
+) -> tuple[
+    NDArray[int64],
+    NDArray[int64],
+    NDArray[int64],
+    NDArray[int64],
+    NDArray[int32],
+    NDArray[int32],
+]: ...
+def epoch_order(
+    n: int, seed: int, epoch: int, shuffle: bool, start: int, stop: int
+) -> NDArray[int64]: ...
+def batches_by_slots(
+    longest: NDArray[int64], budget: int, multiple: int, seed: int, epoch: int, shuffle: bool
+) -> NDArray[int64]: ...

@@ -1,5 +1,6 @@
 //! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
 
+mod data;
 mod logps;
 
 use pyo3::prelude::*;
@@ -53,14 +54,7 @@ pub(crate) fn detached<T: Send>(
 ) -> PyResult<T> {
     py.detach(|| match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
         Ok(result) => result,
-        Err(payload) => {
-            let text = payload
-                .downcast_ref::<&str>()
-                .map(ToString::to_string)
-                .or_else(|| payload.downcast_ref::<String>().cloned())
-                .unwrap_or_else(|| "panic".to_owned());
-            Err(Error::Internal(text))
-        }
+        Err(payload) => Err(Error::Internal(crate::pool::panic_text(payload.as_ref()))),
     })
     .map_err(PyErr::from)
 }
@@ -68,6 +62,7 @@ pub(crate) fn detached<T: Send>(
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    data::register(m)?;
     logps::register(m)?;
     Ok(())
 }

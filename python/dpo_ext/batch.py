@@ -1,0 +1,368 @@
+"""`Ragged`, `Batch`, `BatchPlan`: from lists of ids to the arrays that a model and the log-prob
+head see.
+
+Shapes: N pairs, S = 2N sequences, T tokens of the longest row, M scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_ext import _core
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dpo_ext.data import PairDataset
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Sequence):
+    """Lists of different lengths in one array: list ``i`` is ``values[offsets[i]:offsets[i + 1]]``,
+    a view.
+
+    Attributes:
+        values: (sum of lengths,) int32.
+        offsets: (n + 1,) int64.
+
+    >>> import numpy as np
+    >>> lists = Ragged(np.array([1, 2, 3], np.int32), np.array([0, 2, 2, 3]))
+    >>> len(lists), lists[0].tolist(), lists[1].tolist()
+    (3, [1, 2], [])
+    """
+
+    values: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Any]) -> Ragged:
+        """Copies lists or arrays of whole numbers; values that int32 does not hold are an
+        OverflowError.
+        """
+        lengths = np.fromiter((len(ids) for ids in lists), np.int64, len(lists))
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.empty(int(offsets[-1]), np.int32)
+        for start, stop, ids in zip(offsets[:-1], offsets[1:], lists, strict=True):
+            values[start:stop] = _int32(ids)
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        k = int(i)
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"index {i} is out of range for {len(self)} lists")
+        k %= len(self)
+        return self.values[self.offsets[k] : self.offsets[k + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) int64."""
+        return np.diff(self.offsets)
+
+    def tolist(self) -> list[list[int]]:
+        return [ids.tolist() for ids in self]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Ragged)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.values, other.values)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _int32(ids: Any) -> NDArray[np.int32]:
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise TypeError(f"expected whole numbers, found {array.dtype} of shape {array.shape}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise OverflowError("expected ids of 32 bits")
+    return array.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class PlanStats:
+    """Size of one epoch over all ranks.
+
+    Attributes:
+        real_tokens: ids in all batches, prompts counted once a side.
+        slots: places for ids in all batches, padding included.
+        fill: ``real_tokens / slots``; 1.0 for an empty plan.
+        repeated: pairs that occur a second time, so that every rank gets the same number of
+            batches.
+    """
+
+    real_tokens: int
+    slots: int
+    fill: float
+    repeated: int
+
+    def __getitem__(self, name: str) -> float:
+        if name not in {f.name for f in fields(self)}:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N pairs, ready for a model.
+
+    ``layout="padded"`` is TRL's collator, tensor for tensor. The pairs ([1, 2], [3, 4], [5]) and
+    ([6], [7], [8, 9]) of (prompt, chosen, rejected), padded with 0::
+
+        input_ids            completion_mask      attention_mask
+        [[1, 2, 3, 4],       [[0, 0, 1, 1],       [[1, 1, 1, 1],     chosen
+         [6, 7, 0, 0],        [0, 1, 0, 0],        [1, 1, 0, 0],     chosen
+         [1, 2, 5, 0],        [0, 0, 1, 0],        [1, 1, 1, 0],     rejected
+         [6, 8, 9, 0]]        [0, 1, 1, 0]]        [1, 1, 1, 0]]     rejected
+
+        logit_rows   [1, 2, 9, 4, 12, 13]   row r * T + t of the flattened logits
+        targets      [3, 4, 5, 7, 8, 9]     the token at t + 1, which that row predicts
+        seq_offsets  [0, 2, 3, 4, 6]        chosen 0, rejected 0, chosen 1, rejected 1
+
+    A sequence whose prompt has no token cannot score its first token.
+
+    Attributes:
+        layout: ``"padded"``.
+        input_ids, attention_mask, completion_mask: (2N, T) int64, chosen rows first, padded on the
+            right; the completion mask is not shifted.
+        logit_rows: (M,) int64.
+        targets: (M,) int32.
+        seq_offsets: (2N + 1,) int32.
+        pair_index: (N,) int64, positions in the data set.
+        ref_logps: (N, 2) float64 or None: sums under the reference, chosen then rejected.
+
+    All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
+    """
+
+    layout: str
+    input_ids: Any
+    attention_mask: Any
+    completion_mask: Any
+    logit_rows: Any
+    targets: Any
+    seq_offsets: Any
+    pair_index: Any
+    ref_logps: Any = None
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pair_index)
+
+    @property
+    def table(self) -> Any:
+        """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
+        from dpo_ext.torch import ScoreTable
+
+        return ScoreTable(
+            logit_rows=_tensor(self.logit_rows),
+            targets=_tensor(self.targets),
+            seq_offsets=_tensor(self.seq_offsets),
+        )
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a Hugging Face model, as torch tensors; never with a cache."""
+        return {
+            "input_ids": _tensor(self.input_ids),
+            "attention_mask": _tensor(self.attention_mask),
+            "use_cache": False,
+        }
+
+    def _map(self, change: Any) -> Batch:
+        changed = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and not isinstance(value, str):
+                changed[f.name] = change(_tensor(value))
+        return replace(self, **changed)
+
+    def to(self, device: Any = None, *, non_blocking: bool = False) -> Batch:
+        """The batch as torch tensors on ``device``; imports torch."""
+        return self._map(
+            lambda tensor: (
+                tensor.to(device, non_blocking=non_blocking) if device is not None else tensor
+            )
+        )
+
+    def pin_memory(self, device: Any = None) -> Batch:
+        """The batch as torch tensors in page-locked memory; DataLoader calls this by itself."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        import torch
+
+        return torch.from_numpy(value)
+    return value
+
+
+class BatchPlan(Sequence):
+    """Which pairs make which batch, for one rank; a map-style sequence of :class:`Batch`.
+
+    The order is a function of (seed, epoch), the same for every world size and number of workers:
+    there is one global list of batches, and rank r takes number r, r + world_size, ... Every rank
+    gets the same number of batches: those missing at the end are repeats from the start of the
+    epoch, counted in ``stats.repeated``, or, with ``drop_last``, the last incomplete round is left
+    out together with a last batch of fewer than ``pairs_per_batch`` pairs.
+
+    ``plan[i]`` builds batch i alone, so resuming is an index: ``DataLoader(plan, batch_size=1,
+    collate_fn=first)`` with ``first = lambda batches: batches[0]`` resumes in any trainer.
+
+    Same as, for ``pairs_per_batch``::
+
+        order = permutation(seed, epoch)
+        batches = [order[i : i + pairs_per_batch] for i in range(0, len(order), pairs_per_batch)]
+        mine = batches[rank::world_size]
+    """
+
+    def __init__(
+        self,
+        pairs: PairDataset,
+        *,
+        layout: str,
+        pairs_per_batch: int | None,
+        tokens_per_batch: int | None,
+        seed: int,
+        epoch: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        pad_to_multiple_of: int,
+    ) -> None:
+        if layout != "padded":
+            raise ValueError(f'unknown `layout` {layout!r}: there is "padded"')
+        if (pairs_per_batch is None) == (tokens_per_batch is None):
+            raise ValueError(
+                "exactly one of `pairs_per_batch` and `tokens_per_batch` must be given"
+            )
+        positive = {
+            "pairs_per_batch": pairs_per_batch,
+            "tokens_per_batch": tokens_per_batch,
+            "world_size": world_size,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, found {value}")
+        for name, value in (("seed", seed), ("epoch", epoch)):
+            if not 0 <= value < 2**64:
+                raise ValueError(f"`{name}` must be in 0..2**64, found {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must be in 0..{world_size}, found {rank}")
+        self._pairs = pairs
+        self.layout = layout
+        self.pairs_per_batch = pairs_per_batch
+        self.tokens_per_batch = tokens_per_batch
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.set_epoch(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves to another epoch: another order, and with a token budget another number of
+        batches.
+        """
+        if not 0 <= epoch < 2**64:
+            raise ValueError(f"`epoch` must be in 0..2**64, found {epoch}")
+        self.epoch = epoch
+        self._stats: PlanStats | None = None
+        n = len(self._pairs)
+        if self.pairs_per_batch is not None:
+            size = self.pairs_per_batch
+            bounds = np.append(np.arange(0, n, size, dtype=np.int64), np.int64(n))
+            if self.drop_last and n % size:
+                bounds = bounds[:-1]
+        else:
+            bounds = _core.batches_by_slots(
+                self._pairs.longest,
+                self.tokens_per_batch or 0,
+                self.pad_to_multiple_of,
+                self.seed,
+                epoch,
+                self.shuffle,
+            )
+        self._bounds = bounds
+        batches = max(len(bounds) - 1, 0)
+        self._batches = batches
+        self._steps = (
+            batches // self.world_size if self.drop_last else -(-batches // self.world_size)
+        )
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def _index(self, batch: int) -> NDArray[np.int64]:
+        """The pairs of batch number ``batch`` of the global list, which goes on with its own
+        start.
+        """
+        batch %= self._batches
+        start, stop = int(self._bounds[batch]), int(self._bounds[batch + 1])
+        return _core.epoch_order(len(self._pairs), self.seed, self.epoch, self.shuffle, start, stop)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        k = int(i)
+        if not -self._steps <= k < self._steps:
+            raise IndexError(f"batch {i} is out of range for {self._steps} batches")
+        index = self._index(k % self._steps * self.world_size + self.rank)
+        return self._pairs._padded(index, self.pad_to_multiple_of)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(self._steps))
+
+    def pairs_in_step(self, i: int) -> int:
+        """Pairs of step ``i`` over all ranks, repeats included: ``num_pairs`` of
+        ``preference_loss``.
+        """
+        if not -self._steps <= i < self._steps:
+            raise IndexError(f"step {i} is out of range for {self._steps} steps")
+        first = i % self._steps * self.world_size
+        batches = np.arange(first, first + self.world_size) % self._batches
+        return int((self._bounds[batches + 1] - self._bounds[batches]).sum())
+
+    @property
+    def stats(self) -> PlanStats:
+        """Tokens, slots and repeats of this epoch over all ranks."""
+        if self._stats is None:
+            self._stats = self._count()
+        return self._stats
+
+    def _count(self) -> PlanStats:
+        used = self._steps * self.world_size
+        if used == 0:
+            return PlanStats(0, 0, 1.0, 0)
+        n = len(self._pairs)
+        order = _core.epoch_order(n, self.seed, self.epoch, self.shuffle, 0, n)
+        starts, sizes = self._bounds[:-1], np.diff(self._bounds)
+        tokens = np.add.reduceat(self._pairs.tokens[order], starts)
+        width = np.maximum.reduceat(self._pairs.longest[order], starts)
+        width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        times = np.bincount(np.arange(used) % self._batches, minlength=self._batches)
+        real, slots = int((times * tokens).sum()), int((times * 2 * sizes * width).sum())
+        repeated = int(((times - 1).clip(0) * sizes).sum())
+        return PlanStats(real, slots, real / slots if slots else 1.0, repeated)
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchPlan(layout={self.layout!r}, batches={len(self)}, epoch={self.epoch}, "
+            f"rank={self.rank}/{self.world_size})"
+        )

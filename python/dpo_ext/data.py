@@ -1,0 +1,515 @@
+"""`PairDataset`: preference pairs as token ids, from files, rows or ids."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dpo_ext import _core
+from dpo_ext.batch import Batch, BatchPlan, Ragged
+from dpo_ext.errors import DataError
+from dpo_ext.report import Example, Report
+from dpo_ext.tokenizer import Tokenizer, default_threads, local_time
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "error"]
+Boundary = Literal["joint", "separate", "trl"]
+OnBad = Literal["error", "skip"]
+SpecialTokensInText = Literal["special", "error"]
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+Progress = bool | Callable[[int, int], Any]
+
+DEEPEST = 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes beyond which input is refused with :class:`LimitExceeded`, whose ``field`` names the
+    limit.
+
+    A row over one of the first six is a bad row with the reason ``limit``; a file over one of the
+    last two is a bad input, raised whatever ``on_bad`` says.
+
+    Attributes:
+        max_line_bytes: of one line of text. A file without line ends costs at most about twice this
+            in memory.
+        max_rendered_bytes: of one rendered conversation; a template is somebody else's code.
+        max_depth: nesting of a row's JSON, also in fields that nobody reads; at most 1024.
+        max_keys: of one JSON object.
+        max_messages: of one conversation.
+        max_row_tokens: of one side with its prompt, before truncation.
+        max_expansion: unpacked bytes for each byte of a compressed file, looked at after 64 MiB.
+            Real data has 3 to 10, a gzip bomb 1,030.
+        max_unpacked_bytes: of one file's text; None for no limit.
+    """
+
+    max_line_bytes: int = 16 << 20
+    max_rendered_bytes: int = 16 << 20
+    max_depth: int = 64
+    max_keys: int = 1024
+    max_messages: int = 4096
+    max_row_tokens: int = 1 << 20
+    max_expansion: int = 200
+    max_unpacked_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{f.name}` must be at least 1, found {value}")
+        if self.max_depth > DEEPEST:
+            raise ValueError(f"`max_depth` must be at most {DEEPEST}, found {self.max_depth}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The options of `from_files` and `from_rows`; Rust reads them by attribute."""
+
+    max_length: int | None = 1024
+    truncation: Truncation = "keep_start"
+    boundary: Boundary = "joint"
+    on_bad: OnBad = "error"
+    special_tokens_in_text: SpecialTokensInText = "special"
+    prompt_key: str | None = None
+    chosen_key: str | None = None
+    rejected_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    threads: int | None = None
+    now: tuple[int, ...] = field(default_factory=local_time)
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1 or None, found {self.max_length}")
+        choices = {
+            "truncation": Truncation,
+            "boundary": Boundary,
+            "on_bad": OnBad,
+            "special_tokens_in_text": SpecialTokensInText,
+        }
+        for name, literal in choices.items():
+            value, known = getattr(self, name), literal.__args__  # type: ignore[attr-defined]
+            if value not in known:
+                raise ValueError(
+                    f"unknown `{name}` {value!r}: there is {', '.join(map(repr, known))}"
+                )
+        names = [
+            key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None
+        ]
+        if len(set(names)) < len(names):
+            raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
+        object.__setattr__(self, "threads", default_threads(self.threads))
+
+
+class PairDataset(Sequence):
+    """Preference pairs as token ids, with a report of what became of every row.
+
+    Rows hold ``prompt``, ``chosen``, ``rejected`` as strings or as lists of messages (``prompt``
+    may be missing: it is then the common start of both sides), or ``prompt_ids``, ``chosen_ids``,
+    ``rejected_ids``. Optional are ``tools``, ``chat_template_kwargs``, and ``ref_chosen_logps``
+    with ``ref_rejected_logps``. Other fields are ignored.
+
+    ``pairs[i]`` is a dict of three int32 arrays. Construct with :meth:`from_files`,
+    :meth:`from_rows` or :meth:`from_ids`.
+
+    Attributes:
+        prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
+            prompt.
+        report: :class:`Report`.
+        ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
+        rows: (n,) int64, the 0-based number of each pair's row among the rows read.
+        pad_id: what batches are padded with.
+        vocab_size: every id is below it; None if unknown.
+
+    >>> pairs = PairDataset.from_ids([[1, 2]], [[3]], [[4, 5]])
+    >>> pairs[0]["rejected_ids"].tolist()
+    [4, 5]
+    >>> pairs.plan(layout="padded", pairs_per_batch=1)[0].input_ids.tolist()
+    [[1, 2, 3, 0], [1, 2, 4, 5]]
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Ragged,
+        chosen_ids: Ragged,
+        rejected_ids: Ragged,
+        *,
+        report: Report,
+        pad_id: int,
+        vocab_size: int | None,
+        ref_logps: NDArray[np.float64] | None = None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.chosen_ids = chosen_ids
+        self.rejected_ids = rejected_ids
+        self.report = report
+        self.pad_id = pad_id
+        self.vocab_size = vocab_size
+        self.ref_logps = ref_logps
+        self.rows = np.arange(len(prompt_ids)) if rows is None else rows
+
+    @classmethod
+    def from_files(
+        cls,
+        paths: Paths,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = 1024,
+        truncation: Truncation = "keep_start",
+        boundary: Boundary = "joint",
+        on_bad: OnBad = "error",
+        special_tokens_in_text: SpecialTokensInText = "special",
+        prompt_key: str | None = None,
+        chosen_key: str | None = None,
+        rejected_key: str | None = None,
+        limits: Limits | None = None,
+        threads: int | None = None,
+        progress: Progress = False,
+    ) -> PairDataset:
+        """Reads JSONL, plain or gzip (several members too), in Rust and without the GIL.
+
+        Args:
+            paths: a file, a glob (sorted, hidden files left out), or several of them; no file
+                twice.
+            tokenizer: encodes text and renders messages.
+            max_length: longest side in tokens, prompt included; None for no bound.
+            truncation: what happens beyond it, one decision a pair, so that both sides keep the
+                same prompt. ``keep_start`` the first ids of each side; ``keep_end`` cuts the prompt
+                from the left, the same on both sides, then completions from the left;
+                ``keep_completions`` cuts the prompt from the left only as needed, then completions
+                at their end; ``drop`` drops and counts the pair; ``error`` makes a bad row.
+            boundary: where the prompt's ids end. ``joint``: prompt and completion are encoded as
+                one text, and a token across the border belongs to the completion; ``separate``:
+                they are encoded apart; ``trl``: TRL 1.16's rule, the common id prefix of the prompt
+                alone and the whole text, the shorter one of both sides.
+            on_bad: ``error`` raises at the first bad row, ``skip`` drops and counts it. A bad
+                input, such as a damaged gzip file, is always raised.
+            special_tokens_in_text: ``special``: text that spells a control token is the token, as
+                in transformers; ``error``: such a row is bad. It is counted either way.
+            prompt_key, chosen_key, rejected_key: other names of the fields. A prompt named here
+                must be in every row.
+            limits: :class:`Limits`.
+            threads: number of threads; by default ``RAYON_NUM_THREADS``, else what affinity and
+                cgroup allow.
+            progress: True for a bar, or a function of (bytes done, rows done) called a few times a
+                second.
+
+        Raises:
+            DataError: a bad row or a bad input, with path, line and field.  LimitExceeded: a limit.
+            FileNotFoundError, PermissionError, IsADirectoryError: as the system says.
+            TokenizerError: messages without a chat template.
+
+        Numerics: ids and their order do not depend on ``threads``.
+        """
+        files = _files(paths)
+        settings = _settings(locals())
+        with _callback(progress, files) as callback:
+            raw = _core.data_from_files(files, _checked(tokenizer)._core, settings, callback)
+        return cls._from_raw(raw, tokenizer)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = 1024,
+        truncation: Truncation = "keep_start",
+        boundary: Boundary = "joint",
+        on_bad: OnBad = "error",
+        special_tokens_in_text: SpecialTokensInText = "special",
+        prompt_key: str | None = None,
+        chosen_key: str | None = None,
+        rejected_key: str | None = None,
+        limits: Limits | None = None,
+        threads: int | None = None,
+        progress: Progress = False,
+    ) -> PairDataset:
+        """Same as :meth:`from_files` for any iterable of dicts, read once and in batches.
+
+        In a :class:`DataError` ``path`` is None and ``line`` the 1-based row.
+        """
+        if isinstance(rows, str | bytes | Mapping):
+            raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
+        settings = _settings(locals())
+        with _callback(progress, []) as callback:
+            raw = _core.data_from_rows(rows, _checked(tokenizer)._core, settings, callback)
+        return cls._from_raw(raw, tokenizer)
+
+    @classmethod
+    def from_ids(
+        cls,
+        prompt: Ragged | Sequence[Any],
+        chosen: Ragged | Sequence[Any],
+        rejected: Ragged | Sequence[Any],
+        *,
+        pad_id: int = 0,
+        vocab_size: int | None = None,
+    ) -> PairDataset:
+        """Pairs from ids that exist already, kept as they are: no truncation, no row dropped.
+
+        Args:
+            prompt, chosen, rejected: lists, arrays or :class:`Ragged`, n of each.
+            pad_id: what batches are padded with.
+            vocab_size: if known, ids must be below it.
+
+        Raises:
+            DataError: an id is negative or not below ``vocab_size``.  TensorError: bad offsets.
+            ValueError: the three differ in length.
+        """
+        lists = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        lengths = {name: len(ids) for name, ids in lists.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"`prompt`, `chosen` and `rejected` must have one length, found {lengths}"
+            )
+        if not 0 <= pad_id < 2**31:
+            raise ValueError(f"`pad_id` must be in 0..2**31, found {pad_id}")
+        columns = []
+        for name, ids in lists.items():
+            try:
+                ragged = _contiguous(ids) if isinstance(ids, Ragged) else Ragged.from_lists(ids)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise DataError(f"`{name}`: {error}", field=name, reason="bad_ids") from error
+            _core.check_ids(name, ragged.values, ragged.offsets, vocab_size)
+            columns.append(ragged)
+        n = lengths["prompt_ids"]
+        return cls(*columns, report=Report(n, n), pad_id=pad_id, vocab_size=vocab_size)
+
+    @classmethod
+    def _from_raw(cls, raw: dict[str, Any], tokenizer: Tokenizer) -> PairDataset:
+        kept, with_ref = raw["kept"], raw["with_ref"]
+        notes = list(tokenizer.notes)
+        ref_logps = None
+        if kept and with_ref == kept:
+            ref_logps = raw["ref_logps"].reshape(-1, 2)
+        elif with_ref:
+            notes.append(
+                f"reference log-probs stand in {with_ref} of {kept} pairs and were not carried"
+            )
+        report = Report(
+            read=raw["read"],
+            kept=kept,
+            dropped=raw["dropped"],
+            warned=raw["warned"],
+            first={
+                name: Example(None if path is None else fspath(path), line, where, message)
+                for name, (path, line, where, message) in raw["first"].items()
+            },
+            notes=tuple(notes),
+            bytes=raw["bytes"],
+        )
+        return cls(
+            Ragged(*raw["prompt"]),
+            Ragged(*raw["chosen"]),
+            Ragged(*raw["rejected"]),
+            report=report,
+            pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
+            vocab_size=tokenizer.vocab_size,
+            ref_logps=ref_logps,
+            rows=raw["rows"],
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return {
+            "prompt_ids": self.prompt_ids[i],
+            "chosen_ids": self.chosen_ids[i],
+            "rejected_ids": self.rejected_ids[i],
+        }
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[np.int32]]]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"PairDataset({len(self)} pairs)"
+
+    @cached_property
+    def longest(self) -> NDArray[np.int64]:
+        """(n,) int64: tokens of the longer side of each pair, prompt included."""
+        return self.prompt_ids.lengths + np.maximum(
+            self.chosen_ids.lengths, self.rejected_ids.lengths
+        )
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """(n,) int64: tokens of both sides of each pair, the prompt counted twice."""
+        return 2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
+
+    def with_ref_logps(self, values: ArrayLike) -> PairDataset:
+        """The same pairs, with log-probs under the reference, (n, 2), chosen then rejected, on
+        every batch.
+
+        Raises:
+            ValueError: the shape differs, or a value is not finite.
+        """
+        ref_logps = np.array(values, np.float64)
+        if ref_logps.shape != (len(self), 2):
+            raise ValueError(
+                f"`values` must have the shape {(len(self), 2)}, found {ref_logps.shape}"
+            )
+        finite = np.isfinite(ref_logps).all(axis=1)
+        if not finite.all():
+            worst = int(np.argmin(finite))
+            raise ValueError(f"`values` must be finite, found {ref_logps[worst]} at pair {worst}")
+        return PairDataset(
+            self.prompt_ids,
+            self.chosen_ids,
+            self.rejected_ids,
+            report=self.report,
+            pad_id=self.pad_id,
+            vocab_size=self.vocab_size,
+            ref_logps=ref_logps,
+            rows=self.rows,
+        )
+
+    def plan(
+        self,
+        *,
+        layout: str,
+        pairs_per_batch: int | None = None,
+        tokens_per_batch: int | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        pad_to_multiple_of: int = 1,
+    ) -> BatchPlan:
+        """The batches of one epoch for one rank; see :class:`BatchPlan`.
+
+        Args:
+            layout: ``"padded"``.
+            pairs_per_batch: N of every batch but perhaps the last.
+            tokens_per_batch: instead, at most this many slots, 2N * T with padding, filled greedily
+                in order.
+            seed, epoch: choose the order.
+            rank, world_size: which share of the global list of batches.
+            shuffle: False for the order of the data set.
+            drop_last: leave out what does not fill the last round, instead of repeating pairs.
+            pad_to_multiple_of: T is rounded up to a multiple.
+
+        Raises:
+            ValueError: an unknown layout, or a scalar out of range.
+            DataError: a pair needs more slots than ``tokens_per_batch``.
+        """
+        return BatchPlan(
+            self,
+            layout=layout,
+            pairs_per_batch=pairs_per_batch,
+            tokens_per_batch=tokens_per_batch,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+
+    def _padded(self, index: NDArray[np.int64], multiple: int) -> Batch:
+        prompt, chosen, rejected = self.prompt_ids, self.chosen_ids, self.rejected_ids
+        arrays = _core.pad_batch(
+            (prompt.values, prompt.offsets),
+            (chosen.values, chosen.offsets),
+            (rejected.values, rejected.offsets),
+            index,
+            self.pad_id,
+            multiple,
+        )
+        ref_logps = None if self.ref_logps is None else self.ref_logps[index]
+        return Batch("padded", *arrays, pair_index=index, ref_logps=ref_logps)
+
+
+def _settings(arguments: Mapping[str, Any]) -> _Settings:
+    """The options among the arguments of a constructor."""
+    chosen = {f.name: arguments[f.name] for f in fields(_Settings) if f.name in arguments}
+    chosen["limits"] = chosen["limits"] or Limits()
+    return _Settings(**chosen)
+
+
+def _checked(tokenizer: Any) -> Tokenizer:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"`tokenizer` must be a dpo_ext.Tokenizer, found {type(tokenizer).__name__}\n"
+            "hint: use Tokenizer.from_pretrained(tokenizer)"
+        )
+    return tokenizer
+
+
+def _contiguous(ragged: Ragged) -> Ragged:
+    values = np.ascontiguousarray(ragged.values)
+    if values.dtype != np.int32:
+        raise TypeError(f"expected int32, found {values.dtype}")
+    return Ragged(values, np.ascontiguousarray(ragged.offsets, np.int64))
+
+
+def _files(paths: Paths) -> list[str]:
+    """Globs opened up and sorted; no file twice."""
+    if isinstance(paths, str | PathLike):
+        paths = [paths]
+    files: list[str] = []
+    for path in paths:
+        name = fspath(path)
+        if any(c in name for c in "*?[") and not Path(name).exists():
+            found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (pathlib's matches hidden files)
+            if not found:
+                raise FileNotFoundError(2, "no file matches", name)
+            files.extend(found)
+        else:
+            files.append(name)
+    if not files:
+        raise ValueError("`paths` must name at least one file")
+    seen: dict[tuple[int, int], str] = {}
+    for name in files:
+        status = Path(name).stat()
+        first = seen.setdefault((status.st_dev, status.st_ino), name)
+        if first is not name:
+            raise DataError(f"{name}: the same file as {first}", path=name, reason="bad_input")
+    return files
+
+
+class _callback:  # noqa: N801 (a context manager used like a function)
+    """What Rust calls with (bytes, rows) done so far: nothing, the caller's function, or a bar."""
+
+    def __init__(self, progress: Progress, files: Sequence[str]) -> None:
+        self._progress, self._files = progress, files
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int], Any] | None:
+        if callable(self._progress):
+            return self._progress
+        if not self._progress:
+            return None
+        import rich.progress as rich
+
+        total = sum(Path(name).stat().st_size for name in self._files) or None
+        columns = (
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.TextColumn("{task.fields[rows]:,} rows"),
+        )
+        bar = rich.Progress(*columns, rich.TimeElapsedColumn())
+        bar.disable = not bar.console.is_terminal
+        task = bar.add_task("encoding pairs", total=total, rows=0)
+        self._bar = bar
+        bar.start()
+        return lambda done, rows: bar.update(task, completed=done, rows=rows)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,434 @@
+//! Text to ids: the `tokenizers` crate, made safe to call and able to say which bytes a token covers.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
+
+use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Token};
+
+use crate::error::{Error, Result};
+use crate::template::Template;
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs code of another crate: a panic becomes an error, and nothing is printed.
+fn guarded<T>(what: &str, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                before(info);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    QUIET.set(false);
+    match result {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(e)) => Err(Error::Tokenizer(format!("{what}: {e}"))),
+        Err(payload) => {
+            let text = crate::pool::panic_text(payload.as_ref());
+            Err(Error::Tokenizer(format!("{what}: the `tokenizers` crate panicked: {text}")))
+        }
+    }
+}
+
+/// A token that `tokenizer_config.json` adds to those of `tokenizer.json`.
+#[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools)] // the flags of the file format
+pub struct Added {
+    /// Its text.
+    pub content: String,
+    /// Takes white space on its left along.
+    pub lstrip: bool,
+    /// Takes white space on its right along.
+    pub rstrip: bool,
+    /// Only between word borders.
+    pub single_word: bool,
+    /// Searched in normalised text.
+    pub normalized: bool,
+    /// A control token.
+    pub special: bool,
+}
+
+/// What a tokenizer is made of.
+#[derive(Debug, Clone, Default)]
+pub struct Source {
+    /// The text of `tokenizer.json`.
+    pub json: String,
+    /// `bos_token`, `eos_token`, ... as templates know them.
+    pub named: Vec<(String, String)>,
+    /// Tokens beyond those of `json`.
+    pub added: Vec<Added>,
+    /// Put BOS before and EOS behind, whatever the post-processor says; `None` leaves it alone.
+    pub bos_eos: Option<(bool, bool)>,
+    /// Ids that win over the named tokens.
+    pub ids: [Option<u32>; 3],
+    /// The chat template.
+    pub template: Option<String>,
+}
+
+/// Encodes text and renders conversations. Immutable, shared by all threads.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    spelling: Spelling,
+    named: Vec<(String, String)>,
+    vocab_size: usize,
+    gaps: usize,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    pad: Option<u32>,
+    /// Text that becomes exactly the EOS id.
+    eos_text: Option<String>,
+    template: Option<std::result::Result<Template, String>>,
+    control: Control,
+}
+
+/// Ids that no real vocabulary reaches: twice the tokens and this many more.
+const GAP_SLACK: usize = 1 << 16;
+
+impl Tokenizer {
+    /// Builds a tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
+    pub fn new(source: Source) -> Result<Self> {
+        let mut inner = guarded("tokenizer.json", || {
+            let mut inner = tokenizers::Tokenizer::from_bytes(source.json.as_bytes())?;
+            inner.with_truncation(None)?;
+            inner.with_padding(None);
+            for added in &source.added {
+                let token = AddedToken::from(added.content.clone(), added.special)
+                    .lstrip(added.lstrip)
+                    .rstrip(added.rstrip)
+                    .single_word(added.single_word)
+                    .normalized(added.normalized);
+                if added.special {
+                    inner.add_special_tokens([token])?;
+                } else {
+                    inner.add_tokens([token])?;
+                }
+            }
+            Ok(inner)
+        })?;
+        let post = inner.get_post_processor().cloned();
+        inner.with_post_processor(None::<PostProcessorWrapper>);
+
+        let vocab = inner.get_vocab(true);
+        let count = vocab.len();
+        let vocab_size = vocab.values().max().map_or(0, |id| *id as usize + 1);
+        if vocab_size > i32::MAX as usize || vocab_size > 2 * count + GAP_SLACK {
+            let message = format!(
+                "tokenizer.json: expected ids below about {count}, the number of tokens, found {}",
+                vocab_size.saturating_sub(1)
+            );
+            return Err(Error::Tokenizer(message));
+        }
+        let named_id = |name: &str, forced: Option<u32>| -> Result<Option<u32>> {
+            if let Some(id) = forced {
+                if id as usize >= vocab_size {
+                    let message =
+                        format!("`{name}`: expected an id in 0..{vocab_size}, found {id}");
+                    return Err(Error::Tokenizer(message));
+                }
+                return Ok(Some(id));
+            }
+            Ok(source
+                .named
+                .iter()
+                .find(|(n, _)| n == name)
+                .and_then(|(_, t)| vocab.get(t))
+                .copied())
+        };
+        let [bos, eos, pad] = source.ids;
+        let bos = named_id("bos_token", bos)?;
+        let eos = named_id("eos_token", eos)?;
+        let pad = named_id("pad_token", pad)?;
+        let (prefix, suffix) = match source.bos_eos {
+            Some((add_bos, add_eos)) => (
+                bos.filter(|_| add_bos).into_iter().collect(),
+                eos.filter(|_| add_eos).into_iter().collect(),
+            ),
+            None => surroundings(post.as_ref())?,
+        };
+        let template = source.template.map(|text| Template::new(&text).map_err(|e| e.to_string()));
+        let mut tokenizer = Self {
+            spelling: Spelling::new(&inner, vocab_size),
+            control: Control::default(),
+            inner,
+            prefix,
+            suffix,
+            named: source.named,
+            vocab_size,
+            gaps: vocab_size - count.min(vocab_size),
+            bos,
+            eos,
+            pad,
+            eos_text: None,
+            template,
+        };
+        tokenizer.eos_text = eos.and_then(|id| {
+            let text = tokenizer.inner.id_to_token(id)?;
+            tokenizer.inner.get_added_tokens_decoder().contains_key(&id).then_some(text)
+        });
+        tokenizer.control = Control::new(&tokenizer);
+        Ok(tokenizer)
+    }
+
+    /// One more than the largest id.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Ids below `vocab_size` that no token has.
+    pub fn gaps(&self) -> usize {
+        self.gaps
+    }
+
+    /// Begin of sequence.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// End of sequence.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Padding.
+    pub fn pad(&self) -> Option<u32> {
+        self.pad
+    }
+
+    /// The text that becomes the EOS id, if EOS is an added token.
+    pub fn eos_text(&self) -> Option<&str> {
+        self.eos_text.as_deref()
+    }
+
+    /// Ids that `add_special_tokens` puts before and behind a text.
+    pub fn surroundings(&self) -> (&[u32], &[u32]) {
+        (&self.prefix, &self.suffix)
+    }
+
+    /// Named tokens, as templates know them.
+    pub fn named(&self) -> &[(String, String)] {
+        &self.named
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if there is none, or if minijinja does not understand it.
+    pub fn template(&self) -> Result<&Template> {
+        match &self.template {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(message)) => Err(Error::Tokenizer(message.clone())),
+            None => Err(Error::Tokenizer(
+                "the tokenizer has no chat template\nhint: give `chat_template=`, or rows of strings".to_owned(),
+            )),
+        }
+    }
+
+    /// Control tokens and how to find them in text.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// The ids of `text`, with the surroundings if asked for.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the crate fails.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let ids = self.encode_plain(text)?;
+        if !add_special_tokens || (self.prefix.is_empty() && self.suffix.is_empty()) {
+            return Ok(ids);
+        }
+        Ok([&self.prefix[..], &ids, &self.suffix].concat())
+    }
+
+    /// The ids of `text` alone.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the crate fails.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ids =
+            guarded("encode", || Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()))?;
+        if ids.iter().any(|id| *id as usize >= self.vocab_size) {
+            return Err(Error::Tokenizer(
+                "encode: the tokenizer gave an id outside its vocabulary".to_owned(),
+            ));
+        }
+        Ok(ids)
+    }
+
+    /// The byte of `text` at which each of its `ids` ends.
+    ///
+    /// Ids that spell the text byte by byte (every byte-level vocabulary, unless the normaliser changed something)
+    /// need no second encoding.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the crate fails.
+    pub fn ends(&self, text: &str, ids: &[u32]) -> Result<Vec<usize>> {
+        if let Some(ends) = self.spelling.ends(text.as_bytes(), ids) {
+            return Ok(ends);
+        }
+        guarded("encode", || {
+            let encoding = self.inner.encode(text, false)?;
+            let mut last = 0;
+            let ends = encoding.get_offsets().iter().map(|(_, end)| {
+                last = last.max(*end);
+                last
+            });
+            Ok(ends.collect())
+        })
+    }
+}
+
+/// What the post-processor puts before and behind one sequence.
+fn surroundings(post: Option<&PostProcessorWrapper>) -> Result<(Vec<u32>, Vec<u32>)> {
+    const PROBE: u32 = u32::MAX;
+    let Some(post) = post else { return Ok((Vec::new(), Vec::new())) };
+    let ids = guarded("tokenizer.json, `post_processor`", || {
+        let token = Token::new(PROBE, "a".to_owned(), (0, 1));
+        let encoding = Encoding::from_tokens(vec![token], 0);
+        Ok(post.process(encoding, None, true)?.get_ids().to_vec())
+    })?;
+    let mut parts = ids.split(|id| *id == PROBE);
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(before), Some(behind), None) => Ok((before.to_vec(), behind.to_vec())),
+        _ => Err(Error::Tokenizer(
+            "tokenizer.json, `post_processor`: expected one sequence with tokens around it"
+                .to_owned(),
+        )),
+    }
+}
+
+/// The bytes of every token, in one arena.
+struct Spelling {
+    bytes: Vec<u8>,
+    offsets: Vec<u32>,
+}
+
+impl Spelling {
+    /// Bytes are known for added tokens and for tokens written in the alphabet of byte-level vocabularies. Others are
+    /// left empty; [`Spelling::ends`] then finds that the ids do not spell the text.
+    fn new(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Self {
+        let added = inner.get_added_tokens_decoder();
+        let alphabet = alphabet();
+        let mut tokens: Vec<Option<String>> = vec![None; vocab_size];
+        for (token, id) in inner.get_vocab(true) {
+            if let Some(slot) = tokens.get_mut(id as usize) {
+                *slot = Some(token);
+            }
+        }
+        let mut spelling = Self { bytes: Vec::new(), offsets: vec![0] };
+        for (id, token) in tokens.into_iter().enumerate() {
+            if let Some(token) = token {
+                let start = spelling.bytes.len();
+                if added.contains_key(&(id as u32)) {
+                    spelling.bytes.extend_from_slice(token.as_bytes());
+                } else {
+                    for c in token.chars() {
+                        let Some(byte) = alphabet.get(c as usize).copied().flatten() else {
+                            spelling.bytes.truncate(start);
+                            break;
+                        };
+                        spelling.bytes.push(byte);
+                    }
+                }
+            }
+            spelling.offsets.push(u32::try_from(spelling.bytes.len()).unwrap_or(u32::MAX));
+        }
+        spelling
+    }
+
+    fn get(&self, id: u32) -> Option<&[u8]> {
+        let start = *self.offsets.get(id as usize)? as usize;
+        let end = *self.offsets.get(id as usize + 1)? as usize;
+        self.bytes.get(start..end)
+    }
+
+    /// Where each id ends, if the ids spell exactly `text`.
+    fn ends(&self, text: &[u8], ids: &[u32]) -> Option<Vec<usize>> {
+        let mut at = 0;
+        let mut ends = Vec::with_capacity(ids.len());
+        for id in ids {
+            let bytes = self.get(*id).filter(|bytes| !bytes.is_empty())?;
+            if text.get(at..at + bytes.len())? != bytes {
+                return None;
+            }
+            at += bytes.len();
+            ends.push(at);
+        }
+        (at == text.len()).then_some(ends)
+    }
+}
+
+/// The byte of each character of GPT-2's printable alphabet.
+fn alphabet() -> Vec<Option<u8>> {
+    let mut table = vec![None; 512];
+    let mut next = 256;
+    for byte in 0..=255_u8 {
+        let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let code = if printable {
+            usize::from(byte)
+        } else {
+            next += 1;
+            next - 1
+        };
+        if let Some(slot) = table.get_mut(code) {
+            *slot = Some(byte);
+        }
+    }
+    table
+}
+
+/// Tokens that steer a model: special ones, and those that the chat template itself writes between turns.
+#[derive(Default)]
+pub struct Control {
+    finder: Option<aho_corasick::AhoCorasick>,
+    ids: Vec<u32>,
+}
+
+impl Control {
+    fn new(tokenizer: &Tokenizer) -> Self {
+        let structure =
+            tokenizer.template.as_ref().and_then(|t| t.as_ref().ok()).map(Template::source);
+        let mut texts = Vec::new();
+        let mut ids = Vec::new();
+        for (id, token) in tokenizer.inner.get_added_tokens_decoder() {
+            let written = structure.is_some_and(|source| source.contains(&token.content));
+            // `<think>` in an answer is the token that training expects, although templates mention it.
+            let reasoning = token.content.contains("think") || token.content.contains("reason");
+            if !token.content.is_empty() && (token.special || (written && !reasoning)) {
+                texts.push(token.content.clone());
+                ids.push(id);
+            }
+        }
+        let finder = aho_corasick::AhoCorasick::builder()
+            .match_kind(aho_corasick::MatchKind::LeftmostLongest)
+            .build(&texts)
+            .ok()
+            .filter(|_| !texts.is_empty());
+        Self { finder, ids }
+    }
+
+    /// Whether `text` spells a control token.
+    pub fn occurs_in(&self, text: &str) -> bool {
+        self.finder.as_ref().is_some_and(|finder| finder.is_match(text))
+    }
+
+    /// Ids of the control tokens.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+}
