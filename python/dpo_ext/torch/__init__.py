@@ -4,13 +4,16 @@ from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
+from dpo_ext.torch.scoring import ModelScores, attach_scoring
 from dpo_ext.torch.table import ScoreTable
 
 __all__ = [
+    "ModelScores",
     "PairLoader",
     "PreferenceLoss",
     "ScoreTable",
     "TokenScores",
+    "attach_scoring",
     "linear_sequence_logps",
     "linear_token_scores",
     "preference_loss",

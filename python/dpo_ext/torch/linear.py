@@ -195,7 +195,8 @@ class Head(NamedTuple):
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             logps = twin.token_stats(leaf, rows, targets, *self.how, False)[0]
-            return torch.autograd.grad(logps, leaf, g.to(logps.dtype))[0]
+            (dz,) = torch.autograd.grad(logps, leaf, g.to(logps.dtype))
+        return torch.where(g[:, None] != 0, dz, 0.0)  # as the kernels: 0 of NaN is 0
 
 
 def _score(

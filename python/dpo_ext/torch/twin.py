@@ -1,7 +1,10 @@
 """The readable twin of the log-prob kernels: plain torch, plain autograd, any float dtype.
 
 What the kernels of ``dpo_ext.torch.ops`` compute is defined as equal to this file. It spends
-several (M, V) buffers where they spend none. Letters: R rows, V vocabulary, M tokens, S sequences.
+several (M, V) buffers where they spend none. One difference: where a scored row holds NaN and its
+upstream gradient is 0, plain autograd gives NaN here and the kernels give 0.
+
+Letters: R rows, V vocabulary, M tokens, S sequences.
 """
 
 from __future__ import annotations
