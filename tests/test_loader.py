@@ -3,11 +3,13 @@
 import gc
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 
-from dpo_ext.torch import PairLoader
+from dpo_ext import PairDataset
+from dpo_ext.torch import PairLoader, sequence_logps
 
 
 class FakeBatch:
@@ -135,6 +137,27 @@ def test_set_epoch_reaches_the_plan_and_ends_an_open_iteration(prefetch):
     with pytest.raises(RuntimeError, match="epoch of the plan was set"):
         next(batches)
     assert [batch.epoch for batch in loader] == [4] * 4
+
+
+def test_batches_of_a_data_set_are_scored():
+    """The whole road: ids, plan, loader, table, log-probs; every token of every completion once."""
+    pairs = PairDataset.from_ids([[1, 2], [6], [3, 3]], [[3, 4], [7], [1]], [[5], [8, 9], [2]])
+    loader = PairLoader(pairs.plan(layout="padded", pairs_per_batch=2, seed=3))
+    seen = {}
+    for batch in loader:
+        logits = torch.nn.functional.one_hot(batch.input_ids, 10).float()  # "repeat the token"
+        logps = sequence_logps(logits, batch.table)
+        log_z = torch.tensor(9.0 + torch.e).log()
+        for row, pair in enumerate(batch.pair_index.tolist()):
+            sides = (pairs.chosen_ids[pair], pairs.rejected_ids[pair])
+            for side, completion in enumerate(sides):
+                before = [*pairs.prompt_ids[pair], *completion]
+                repeats = sum(int(a == b) for a, b in pairwise(before))
+                repeats -= sum(int(a == b) for a, b in pairwise(pairs.prompt_ids[pair]))
+                expected = repeats - len(completion) * log_z
+                assert logps[row, side].item() == pytest.approx(float(expected), abs=1e-5)
+            seen[pair] = True
+    assert sorted(seen) == [0, 1, 2]
 
 
 def test_wrong_arguments():

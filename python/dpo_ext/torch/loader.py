@@ -45,9 +45,11 @@ class PairLoader:
     Raises:
         TypeError: ``plan`` has no length or no index. ValueError: ``prefetch`` < 0.
 
-    >>> plan = [torch.tensor([1, 2]), torch.tensor([3])]  # any sequence; pairs.plan(...) in earnest
-    >>> list(PairLoader(plan))
-    [tensor([1, 2]), tensor([3])]
+    >>> from dpo_ext import PairDataset
+    >>> pairs = PairDataset.from_ids([[1, 2], [6]], [[3, 4], [7]], [[5], [8, 9]])
+    >>> plan = pairs.plan(layout="padded", pairs_per_batch=1, shuffle=False)
+    >>> [batch.input_ids.tolist() for batch in PairLoader(plan)]
+    [[[1, 2, 3, 4], [1, 2, 5, 0]], [[6, 7, 0], [6, 8, 9]]]
     """
 
     def __init__(
