@@ -85,11 +85,9 @@ impl Template {
             .ok_or_else(|| RenderError::Template("no environment".to_owned()))?;
         let template = env.get_template(NAME).map_err(|e| RenderError::Template(one_line(&e)))?;
         let now = [now.time.to_vec(), vec![now.weekday as i32, now.yearday]].concat();
-        let context: Jinja = variables
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), value.clone()))
-            .chain([(NOW.to_owned(), Jinja::from(now))])
-            .collect();
+        let now = Jinja::from(now);
+        let all = variables.iter().map(|(name, value)| (*name, value.clone()));
+        let context = Jinja::from_pairs(all.chain([(NOW, now)]));
         let mut out = Capped { bytes: Vec::new(), cap, full: false };
         match template.render_captured_to(context, &mut out) {
             Ok(_) => String::from_utf8(out.bytes).map_err(|e| RenderError::Template(e.to_string())),
@@ -490,12 +488,11 @@ pub fn to_jinja(value: &Value<'_>) -> Result<Jinja, String> {
         Value::Huge(_) => return Err("a number needs more than 128 bits".to_owned()),
         Value::Str(s) => Jinja::from(s.as_ref()),
         Value::List(items) => items.iter().map(to_jinja).collect::<Result<Vec<_>, _>>()?.into(),
-        Value::Object(items) => items
-            .iter()
-            .map(|(k, v)| Ok((k.as_ref().to_owned(), to_jinja(v)?)))
-            .collect::<Result<Vec<(String, Jinja)>, String>>()?
-            .into_iter()
-            .collect(),
+        Value::Object(items) => {
+            let pairs: Result<Vec<(&str, Jinja)>, String> =
+                items.iter().map(|(k, v)| Ok((k.as_ref(), to_jinja(v)?))).collect();
+            Jinja::from_pairs(pairs?)
+        }
     })
 }
 

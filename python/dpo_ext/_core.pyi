@@ -1,4 +1,18 @@
-__all__: list[str]
+__all__ = [
+    "Tokenizer",
+    "__version__",
+    "batches_by_slots",
+    "check_ids",
+    "data_from_files",
+    "data_from_rows",
+    "epoch_order",
+    "logits_grad",
+    "logits_grad_",
+    "pad_batch",
+    "scan",
+    "segment_sum",
+    "token_stats",
+]
 __version__: str
 
 from collections.abc import Callable, Iterable
