@@ -5,6 +5,7 @@
 //! turn bytes into rows, text and ids; `pair` decides one pair; `layout` and `table` build batches; [`logps`] reduces
 //! rows of logits. Only `py` (feature `python`) knows that Python exists.
 
+pub mod bpe;
 pub mod encode;
 pub mod error;
 pub mod layout;

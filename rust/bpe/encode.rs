@@ -1,0 +1,195 @@
+//! One text on its way through added tokens, normalisation, words and merges.
+
+use super::added::Match;
+use super::cache::{self, WordCache};
+use super::merge::MergeScratch;
+use super::normal::Normalised;
+use super::pair::Cut;
+use super::scan::{Scan, Text, with_scanner};
+use super::{Bpe, MAX_TEXT_BYTES};
+use crate::error::{Error, Place, Result};
+
+/// Reused memory of one thread, with its word cache. Made for one [`Bpe`]; given to another it starts anew.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    owner: u64,
+    cache: WordCache,
+    merge: MergeScratch,
+    normalised: Normalised,
+}
+
+/// An added token that a text spells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// Its first byte in the text.
+    pub start: usize,
+    /// One past its last byte.
+    pub end: usize,
+    /// Its id.
+    pub id: i32,
+    /// The file's `special` flag.
+    pub special: bool,
+}
+
+/// Which added tokens count as such; the others stay text.
+pub type Keep<'a> = Option<&'a dyn Fn(&Found) -> bool>;
+
+/// A [`Keep`] that leaves special tokens as text, like the `tokenizers` crate's `encode_special_tokens`.
+pub fn not_special(found: &Found) -> bool {
+    !found.special
+}
+
+impl Found {
+    fn at(found: Match, original: impl Fn(usize) -> usize) -> Self {
+        let Match { start, end, id, special } = found;
+        Self { start: original(start), end: original(end), id, special }
+    }
+}
+
+/// What all steps share: the model, reused memory, and where the results go.
+pub(super) struct Walk<'a> {
+    pub(super) bpe: &'a Bpe,
+    pub(super) keep: Keep<'a>,
+    pub(super) scratch: &'a mut Scratch,
+    pub(super) ids: &'a mut Vec<i32>,
+    pub(super) ends: Option<&'a mut Vec<u32>>,
+    pub(super) cut: Cut,
+}
+
+impl Walk<'_> {
+    /// Appends what `text[from..]` gives after words that end at `from`. `quick`: known to be in normal form.
+    pub(super) fn text(&mut self, text: &str, from: usize, quick: bool) -> Result<()> {
+        if text.len() > MAX_TEXT_BYTES {
+            let message = format!("a text of {} bytes, at most {MAX_TEXT_BYTES} fit", text.len());
+            let place = Place { field: Some("text".to_owned()), ..Place::default() };
+            return Err(Error::Limit { place, message });
+        }
+        let bpe = self.bpe;
+        if self.scratch.owner != bpe.owner {
+            self.scratch.cache.clear();
+            self.scratch.owner = bpe.owner;
+        }
+        let quick = quick || !bpe.nfc || bpe.classes.is_quick_nfc(&text[from..]);
+        let mut start = from;
+        if !bpe.raw.is_empty() {
+            for found in bpe.raw.matches(&text.as_bytes()[from..]) {
+                let found = Found::at(found, |i| from + i);
+                if self.keep.is_some_and(|keep| !keep(&found)) {
+                    self.cut.close();
+                    continue;
+                }
+                self.piece(text, start, found.start, quick);
+                self.added(found);
+                start = found.end;
+            }
+        }
+        self.piece(text, start, text.len(), quick);
+        Ok(())
+    }
+
+    /// `text[start..end]`, which holds no raw added token.
+    fn piece(&mut self, text: &str, start: usize, end: usize, quick: bool) {
+        let piece = &text[start..end];
+        if quick || self.bpe.classes.is_quick_nfc(piece) {
+            self.normal_piece(piece, |i| start + i);
+        } else {
+            self.cut.close();
+            let mut normalised = std::mem::take(&mut self.scratch.normalised);
+            normalised.set(piece, self.bpe.classes);
+            self.normal_piece(normalised.text(), |i| start + normalised.original(i));
+            self.scratch.normalised = normalised;
+        }
+    }
+
+    /// Normalised text. `original` maps its offsets to the text that the caller gave.
+    fn normal_piece(&mut self, text: &str, original: impl Fn(usize) -> usize) {
+        let bpe = self.bpe;
+        let mut start = 0;
+        if !bpe.normal.is_empty() {
+            for found in bpe.normal.matches(text.as_bytes()) {
+                let there = Found::at(found, &original);
+                if self.keep.is_some_and(|keep| !keep(&there)) {
+                    self.cut.close();
+                    continue;
+                }
+                self.words(&text[start..found.start], |i| original(start + i));
+                self.added(there);
+                start = found.end;
+            }
+        }
+        self.words(&text[start..], |i| original(start + i));
+    }
+
+    fn added(&mut self, found: Found) {
+        self.ids.push(found.id);
+        if let Some(ends) = &mut self.ends {
+            ends.push(found.end as u32);
+        }
+        self.cut.consider(found.end, found.end, self.bpe.longest_added, self.ids.len());
+    }
+
+    /// Normalised text without added tokens.
+    fn words(&mut self, text: &str, original: impl Fn(usize) -> usize) {
+        if text.is_empty() {
+            return;
+        }
+        let before = self.ids.len();
+        let text = Text::new(text, self.bpe.classes);
+        let base = original(0);
+        with_scanner!(self.bpe.family, scan => self.scan(scan, text, base));
+        if let Some(ends) = &mut self.ends {
+            let mut at = 0;
+            ends.extend(self.ids[before..].iter().map(|&id| {
+                at += self.bpe.token_bytes[id as usize] as usize;
+                original(at) as u32
+            }));
+        }
+    }
+
+    #[inline(never)]
+    fn scan<S: Scan>(&mut self, scan: S, text: Text<'_>, base: usize) {
+        let mut i = 0;
+        while i < text.len() {
+            let word = scan.word(&text, i);
+            self.word(text.bytes(), i, word.end);
+            if self.cut.is_open() {
+                let reach = base + word.reach;
+                let longest = self.bpe.longest_added;
+                self.cut.consider(base + word.end, reach, longest, self.ids.len());
+            }
+            i = word.end;
+        }
+    }
+
+    #[inline]
+    fn word(&mut self, text: &[u8], start: usize, end: usize) {
+        if end - start > cache::SHORT {
+            return self.long_word(&text[start..end]);
+        }
+        let key = cache::short_key(text, start, end);
+        if !self.scratch.cache.get_short(key, self.ids) {
+            let before = self.ids.len();
+            self.new_word(&text[start..end]);
+            self.scratch.cache.put_short(key, &self.ids[before..]);
+        }
+    }
+
+    #[cold]
+    fn long_word(&mut self, word: &[u8]) {
+        if word.len() > cache::LONG {
+            self.new_word(word);
+        } else if !self.scratch.cache.get_long(word, self.ids) {
+            let before = self.ids.len();
+            self.new_word(word);
+            self.scratch.cache.put_long(word, &self.ids[before..]);
+        }
+    }
+
+    #[cold]
+    fn new_word(&mut self, word: &[u8]) {
+        match self.bpe.whole_words.get(word) {
+            Some(&id) => self.ids.push(id),
+            None => self.bpe.merges.encode(word, &mut self.scratch.merge, self.ids),
+        }
+    }
+}

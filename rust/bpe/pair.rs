@@ -1,0 +1,149 @@
+//! Two texts with a common beginning, encoded with the beginning scanned once.
+//!
+//! The first text is encoded whole. For the second one the leading words of the first scan are kept, and the scan goes
+//! on from there. Let l be the common prefix of both texts in bytes, A the longest added token in bytes, and seen(k)
+//! one past the last byte that was read while deciding any word up to k, where reading the end of the text counts as
+//! one past the end. Word k is kept if and only if seen(k) + A <= l.
+
+use super::Bpe;
+use super::encode::{Keep, Scratch, Walk};
+use crate::error::Result;
+
+/// A scanner's `reach` is the start of the last character it looked at (4 bytes at most), and a contraction looks one
+/// byte further than the word it does not become.
+const SLACK: usize = 4;
+
+/// The ids of two texts with a common beginning.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct PairIds {
+    /// Ids of the first text.
+    pub first: Vec<i32>,
+    /// For each id of the first text, the end of its bytes.
+    pub first_ends: Vec<u32>,
+    /// Ids of the second text.
+    pub second: Vec<i32>,
+    /// For each id of the second text, the end of its bytes.
+    pub second_ends: Vec<u32>,
+    /// How many leading ids of the second text were taken from the first.
+    pub reused: usize,
+}
+
+impl PairIds {
+    /// How many leading ids both texts share whose bytes end at or before byte `border`: the prompt of the boundary
+    /// `joint`. The second number says whether a token of either text begins before `border` and ends after it.
+    pub fn joint_prompt(&self, border: usize) -> (usize, bool) {
+        let common = std::iter::zip(&self.first, &self.second).take_while(|(a, b)| a == b).count();
+        let inside = self.first_ends.partition_point(|&end| end as usize <= border);
+        let prompt = common.min(inside);
+        let straddles = |ends: &[u32]| {
+            let inside = ends.partition_point(|&end| end as usize <= border);
+            let last = inside.checked_sub(1).map_or(0, |i| ends[i] as usize);
+            inside < ends.len() && last < border
+        };
+        (prompt, straddles(&self.first_ends) || straddles(&self.second_ends))
+    }
+}
+
+impl Bpe {
+    /// Encodes two texts that begin alike, such as prompt + chosen and prompt + rejected. `out` is emptied first.
+    ///
+    /// Same as two calls of [`Bpe::encode_with_ends`]. Words of the common beginning are reused only where that is
+    /// provably the same, and only if both texts are in normal form already (where the model normalises at all).
+    ///
+    /// # Errors
+    /// [`crate::Error::Limit`] for a text of more than [`super::MAX_TEXT_BYTES`].
+    pub fn encode_pair(
+        &self,
+        first_text: &str,
+        second_text: &str,
+        keep: Keep<'_>,
+        scratch: &mut Scratch,
+        out: &mut PairIds,
+    ) -> Result<()> {
+        let PairIds { first, first_ends, second, second_ends, reused } = out;
+        first.clear();
+        first_ends.clear();
+        second.clear();
+        second_ends.clear();
+        let common = common_prefix(first_text, second_text);
+        let quick = !self.nfc || self.classes.is_quick_nfc(first_text);
+        let quick2 = !self.nfc || (quick && self.classes.is_quick_nfc(&second_text[common..]));
+        let cut = if quick && quick2 { Cut::within(common) } else { Cut::none() };
+        let ends = Some(&mut *first_ends);
+        let mut walk = Walk { bpe: self, keep, scratch: &mut *scratch, ids: first, ends, cut };
+        walk.text(first_text, 0, quick)?;
+        let (at, kept) = walk.cut.last();
+        second.extend_from_slice(&first[..kept]);
+        second_ends.extend_from_slice(&first_ends[..kept]);
+        *reused = kept;
+        let (ends, cut) = (Some(second_ends), Cut::none());
+        Walk { bpe: self, keep, scratch, ids: second, ends, cut }.text(second_text, at, quick2)
+    }
+}
+
+/// Bytes of the longest common prefix that ends between characters.
+fn common_prefix(first: &str, second: &str) -> usize {
+    const CHUNK: usize = 16;
+    let (a, b) = (first.as_bytes(), second.as_bytes());
+    let equal = std::iter::zip(a.chunks_exact(CHUNK), b.chunks_exact(CHUNK))
+        .take_while(|(a, b)| a == b)
+        .count()
+        * CHUNK;
+    let rest = std::iter::zip(&a[equal..], &b[equal..]).take_while(|(a, b)| a == b).count();
+    let mut common = equal + rest;
+    while !first.is_char_boundary(common) || !second.is_char_boundary(common) {
+        common -= 1;
+    }
+    common
+}
+
+/// The last word of the first text that may be kept for the second.
+#[derive(Debug)]
+pub(super) struct Cut {
+    open: bool,
+    common: usize,
+    seen: usize,
+    /// Where the kept words end.
+    at: usize,
+    /// How many ids they have.
+    ids: usize,
+}
+
+impl Cut {
+    pub(super) fn none() -> Self {
+        Self { open: false, common: 0, seen: 0, at: 0, ids: 0 }
+    }
+
+    fn within(common: usize) -> Self {
+        Self { open: common > 0, common, ..Self::none() }
+    }
+
+    /// End of the last kept word, and how many ids come with it.
+    fn last(&self) -> (usize, usize) {
+        (self.at, self.ids)
+    }
+
+    #[inline]
+    pub(super) fn is_open(&self) -> bool {
+        self.open
+    }
+
+    /// Keeps no later word: after an added token that stays text, a scan that starts inside it would find others.
+    pub(super) fn close(&mut self) {
+        self.open = false;
+    }
+
+    /// Keeps the word that ends at `end`, if the rule allows.
+    #[inline]
+    pub(super) fn consider(&mut self, end: usize, reach: usize, longest_added: usize, ids: usize) {
+        if !self.open {
+            return;
+        }
+        self.seen = self.seen.max(reach + SLACK);
+        if self.seen + longest_added <= self.common {
+            (self.at, self.ids) = (end, ids);
+        } else {
+            self.open = false;
+        }
+    }
+}

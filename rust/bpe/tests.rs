@@ -1,0 +1,468 @@
+//! The whole engine against the `tokenizers` crate: files of every family, shipped or built here.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use tokenizers::Tokenizer;
+
+use super::check::nasty;
+use super::*;
+
+const TEXT: &str = "The quick brown fox's den isn't where they've said it'd be; we'll see, I'm sure. \
+    HTTPServer camelCase snake_case 12345 3.14159 2024-01-02 $1,000.00 \n\nHuman: hello there\n\nAssistant: \
+    Hello! How can I help you today?\r\n\tif (x == 1) { return y != 2; } // a comment\n    indented    code\n\
+    caf\u{e9} na\u{ef}ve \u{fc}ber \u{416}\u{438}\u{437}\u{43d}\u{44c} \u{4e2d}\u{6587}\u{4e2d}\u{6587} \
+    \u{3053}\u{3093}\u{306b}\u{3061}\u{306f} \u{d55c}\u{ad6d}\u{c5b4} \u{915}\u{94d}\u{937} e\u{301}e\u{301} \
+    \u{201c}quoted\u{201d} \u{2019}s \u{2026} \u{1f600}\u{1f600} aaaaaaaaaaaaaaaa ------------ ============ ........ ";
+
+const ADDED: [(&str, bool, bool); 8] = [
+    ("<|bos|>", true, false),
+    ("<|eos|>", true, false),
+    ("<think>", false, true),
+    ("   ", false, true),
+    ("<|user|>", false, false),
+    ("\u{e9}?", false, true),
+    ("z\u{e9}", false, false),
+    ("user|>x", false, false),
+];
+
+fn pre_tokenizer(family: Family) -> Value {
+    let last = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    if family == Family::Gpt2 {
+        return json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
+    }
+    let split = |r: &&str| json!({"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": false});
+    let parts: Vec<Value> = family.regexes().iter().map(split).chain([last]).collect();
+    json!({"type": "Sequence", "pretokenizers": parts})
+}
+
+/// GPT-2's printable symbol of a byte.
+fn symbol(byte: u8) -> String {
+    let shifted = (0..=255u8).filter(|b| !matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff));
+    let place = shifted.clone().position(|b| b == byte);
+    place.map_or(char::from(byte), |i| char::from_u32(256 + i as u32).unwrap()).to_string()
+}
+
+/// A tokenizer.json with a few hundred merges learnt from [`TEXT`], with added tokens and a BOS and EOS.
+fn small(family: Family, ignore_merges: bool, nfc: bool) -> Value {
+    let mut vocab: HashMap<String, usize> =
+        (0..=255u8).map(|b| (symbol(b), 255 - b as usize)).collect();
+    let mut merges = Vec::new();
+    let mut words: Vec<Vec<String>> = TEXT
+        .split_inclusive(' ')
+        .flat_map(|w| [w.to_owned(), format!(" {}", w.trim_end())])
+        .map(|w| w.bytes().map(symbol).collect())
+        .collect();
+    while merges.len() < 500 {
+        let mut counts: HashMap<(String, String), usize> = HashMap::new();
+        for word in &words {
+            for pair in word.windows(2) {
+                *counts.entry((pair[0].clone(), pair[1].clone())).or_default() += 1;
+            }
+        }
+        let best =
+            counts.into_iter().filter(|(_, n)| *n > 1).max_by_key(|(pair, n)| (*n, pair.clone()));
+        let Some(((left, right), _)) = best else { break };
+        let joined = format!("{left}{right}");
+        for word in &mut words {
+            let mut i = 0;
+            while i + 1 < word.len() {
+                if word[i] == left && word[i + 1] == right {
+                    word[i].clone_from(&joined);
+                    word.remove(i + 1);
+                }
+                i += 1;
+            }
+        }
+        let id = vocab.len();
+        vocab.entry(joined).or_insert(id);
+        merges.push(json!([left, right]));
+    }
+    // Tokens that no merge reaches: only `ignore_merges` finds them.
+    for token in ["xyzzy", "\u{120}xyzzy", "qq"] {
+        let id = vocab.len();
+        vocab.insert(token.to_owned(), id);
+    }
+    let n = vocab.len();
+    let added: Vec<Value> = ADDED
+        .iter()
+        .enumerate()
+        .map(|(i, (content, special, normalized))| {
+            json!({"id": n + i, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": normalized, "special": special})
+        })
+        .collect();
+    let piece = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let ids = |name: &str, id: usize| json!({"id": name, "ids": [id], "tokens": [name]});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": if nfc { json!({"type": "NFC"}) } else { json!({"type": "Sequence", "normalizers": []}) },
+        "pre_tokenizer": pre_tokenizer(family),
+        "post_processor": {"type": "Sequence", "processors": [
+            {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true},
+            {"type": "TemplateProcessing",
+             "single": [piece("<|bos|>"), {"Sequence": {"id": "A", "type_id": 0}}, piece("<|eos|>")],
+             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+             "special_tokens": {"<|bos|>": ids("<|bos|>", n), "<|eos|>": ids("<|eos|>", n + 1)}},
+        ]},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+                  "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges},
+    })
+}
+
+fn both(json: &str) -> (Bpe, Tokenizer) {
+    (Bpe::recognise(json).unwrap(), json.parse().unwrap())
+}
+
+fn built() -> impl Iterator<Item = (String, Bpe, Tokenizer)> {
+    Family::ALL.into_iter().flat_map(|family| {
+        [(false, true), (true, false)].map(|(ignore, nfc)| {
+            let (ours, oracle) = both(&small(family, ignore, nfc).to_string());
+            (format!("{family:?} ignore_merges={ignore} nfc={nfc}"), ours, oracle)
+        })
+    })
+}
+
+/// The files beside the repository, where it has them.
+fn shipped() -> Vec<(String, Bpe, Tokenizer)> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/tokenizers");
+    let mut found = Vec::new();
+    for name in ["gpt2", "neox20b", "qwen2.5"] {
+        if let Ok(json) = std::fs::read_to_string(root.join(name).join("tokenizer.json")) {
+            let (ours, oracle) = both(&json);
+            found.push((name.to_owned(), ours, oracle));
+        }
+    }
+    if found.is_empty() {
+        eprintln!("skipped: no ../shared/tokenizers, so the shipped files are not compared");
+    }
+    found
+}
+
+/// Seconds that this thread has had a processor: other tests run beside it.
+fn seconds() -> Option<f64> {
+    let statistics = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    Some(statistics.split(' ').next()?.parse::<f64>().ok()? / 1e9)
+}
+
+fn deep() -> bool {
+    std::env::var_os("DPO_EXT_DEEP").is_some()
+}
+
+fn assert_same(name: &str, ours: &Bpe, oracle: &Tokenizer, scratch: &mut Scratch, text: &str) {
+    let mut ids = Vec::new();
+    ours.encode_into(text, None, scratch, &mut ids).unwrap();
+    let theirs = oracle.encode_fast(text, false).unwrap();
+    let theirs: Vec<i32> = theirs.get_ids().iter().map(|&id| id as i32).collect();
+    assert_eq!(ids, theirs, "{name}: {text:?}");
+}
+
+#[test]
+fn every_family_passes_its_self_check() {
+    for (name, ours, oracle) in built().chain(shipped()) {
+        let start = seconds();
+        if let Err(mismatch) = ours.self_check(&oracle) {
+            panic!("{name}: {mismatch}");
+        }
+        let spent = start.and_then(|start| Some(seconds()? - start));
+        assert!(spent.is_none_or(|s| s < 1.0), "{name}: {spent:?} s");
+    }
+}
+
+#[test]
+fn every_scalar_in_three_contexts() {
+    let scalars: Vec<char> = (0..0x11_0000).filter_map(char::from_u32).collect();
+    let chunks = scalars.chunks(16).enumerate();
+    for (name, ours, oracle) in built().chain(shipped()) {
+        let mut scratch = Scratch::default();
+        for (i, chunk) in chunks.clone() {
+            if !deep() && i % 97 != 0 && chunk[0] as u32 > 0x3000 {
+                continue;
+            }
+            let text = |f: &dyn Fn(&char) -> String| chunk.iter().map(f).collect::<String>();
+            assert_same(&name, &ours, &oracle, &mut scratch, &text(&|c| format!("{c}")));
+            assert_same(&name, &ours, &oracle, &mut scratch, &text(&|c| format!("a{c}b ")));
+            assert_same(&name, &ours, &oracle, &mut scratch, &text(&|c| format!(" {c}{c}1'{c}\n")));
+        }
+    }
+}
+
+#[test]
+fn random_nasty_texts_have_the_same_ids() {
+    let added: Vec<&str> = ADDED
+        .iter()
+        .map(|a| a.0)
+        .chain(["xyzzy", " xyzzy", "z", "user", "<|endoftext|>"])
+        .collect();
+    let count = if deep() { 200_000 } else { 3_000 };
+    for (name, ours, oracle) in built().chain(shipped()) {
+        let mut scratch = Scratch::default();
+        for text in nasty(7, 16, &added).take(count) {
+            assert_same(&name, &ours, &oracle, &mut scratch, &text);
+        }
+    }
+}
+
+#[test]
+fn special_tokens_as_text_equal_the_crates_option() {
+    let added: Vec<&str> =
+        ADDED.iter().map(|a| a.0).chain(["<|im_end|>", "<|endoftext|>"]).collect();
+    for (name, ours, mut oracle) in built().chain(shipped()) {
+        oracle.set_encode_special_tokens(true);
+        let mut scratch = Scratch::default();
+        for text in nasty(8, 12, &added).take(2_000) {
+            let mut ids = Vec::new();
+            ours.encode_into(&text, Some(&not_special), &mut scratch, &mut ids).unwrap();
+            let theirs = oracle.encode_fast(text.as_str(), false).unwrap();
+            let theirs: Vec<i32> = theirs.get_ids().iter().map(|&id| id as i32).collect();
+            assert_eq!(ids, theirs, "{name}: {text:?}");
+        }
+    }
+}
+
+#[test]
+fn ends_equal_decoding_each_token_and_the_crates_offsets_at_characters() {
+    for (name, ours, oracle) in built().chain(shipped()) {
+        let mut scratch = Scratch::default();
+        for text in nasty(9, 12, &["<think>", "z\u{e9}", "e\u{301}\u{327}"]).take(2_000) {
+            let (mut ids, mut ends) = (Vec::new(), Vec::new());
+            ours.encode_with_ends(&text, None, &mut scratch, &mut ids, &mut ends).unwrap();
+            assert_eq!(ids.len(), ends.len());
+            assert!(ends.is_sorted());
+            assert_eq!(ends.last().copied().unwrap_or(0) as usize, text.len());
+            let theirs = oracle.encode(text.as_str(), false).unwrap();
+            let changed = ours.nfc && !ours.classes.is_quick_nfc(&text);
+            for (&end, &(_, their_end)) in std::iter::zip(&ends, theirs.get_offsets()) {
+                // The crate widens a token that ends inside a character to that character's end.
+                if !changed && text.is_char_boundary(end as usize) && !ours_trims(&oracle) {
+                    assert_eq!(end as usize, their_end, "{name}: {text:?}");
+                }
+            }
+        }
+    }
+}
+
+/// Whether the oracle's post-processor trims white space off its offsets (`NeoX`).
+fn ours_trims(oracle: &Tokenizer) -> bool {
+    let json = serde_json::to_value(oracle.get_post_processor()).unwrap();
+    json["trim_offsets"] == true
+}
+
+#[test]
+fn pairs_equal_two_encodings() {
+    let added: Vec<&str> =
+        ADDED.iter().map(|a| a.0).chain(["AAAAAAAA", "user", "<|im_start|>", "     "]).collect();
+    let count = if deep() { 100_000 } else { 15_000 };
+    let mut reused = 0;
+    for (name, ours, _) in built().chain(shipped()) {
+        let mut scratch = Scratch::default();
+        let mut pair = PairIds::default();
+        let texts = nasty(10, 10, &added).zip(nasty(11, 4, &added)).zip(nasty(12, 4, &added));
+        for (i, ((prompt, a), b)) in texts.take(count).enumerate() {
+            let (first, second) = (format!("{prompt}{a}"), format!("{prompt}{b}"));
+            // Every fifth pair: one side is a prefix of the other.
+            let second = if i % 5 == 0 { prompt } else { second };
+            let keep: Keep = if i % 3 == 0 { Some(&not_special) } else { None };
+            ours.encode_pair(&first, &second, keep, &mut scratch, &mut pair).unwrap();
+            for (text, ids, ends) in [
+                (&first, &pair.first, &pair.first_ends),
+                (&second, &pair.second, &pair.second_ends),
+            ] {
+                let (mut whole, mut whole_ends) = (Vec::new(), Vec::new());
+                ours.encode_with_ends(text, keep, &mut scratch, &mut whole, &mut whole_ends)
+                    .unwrap();
+                assert_eq!((ids, ends), (&whole, &whole_ends), "{name}: {first:?} {second:?}");
+            }
+            reused += pair.reused;
+        }
+    }
+    assert!(reused > 100_000, "reuse must happen for this test to mean anything: {reused}");
+}
+
+#[test]
+fn the_joint_prompt_is_the_common_prefix_inside_the_border() {
+    let (ours, _) = both(&small(Family::Qwen2, false, true).to_string());
+    let mut pair = PairIds::default();
+    let mut scratch = Scratch::default();
+    let prompt = "\n\nHuman: hello\n\nAssistant:";
+    ours.encode_pair(
+        &format!("{prompt} Hello"),
+        &format!("{prompt} there"),
+        None,
+        &mut scratch,
+        &mut pair,
+    )
+    .unwrap();
+    let (n, straddles) = pair.joint_prompt(prompt.len());
+    assert_eq!((pair.first_ends[n - 1] as usize, straddles), (prompt.len(), false));
+    let common: Vec<usize> = pair.first_ends[..n].iter().map(|&end| end as usize).collect();
+    let mut inside_a_token = 0;
+    for border in 1..prompt.len() {
+        let expected = common.iter().filter(|&&end| end <= border).count();
+        assert_eq!(pair.joint_prompt(border), (expected, !common.contains(&border)));
+        inside_a_token += usize::from(!common.contains(&border));
+    }
+    assert!(inside_a_token > 0);
+}
+
+#[test]
+fn ten_megabytes_of_one_character_are_linear_work() {
+    // 1 s is the promise on a quiet machine; hyper-threads and page faults double it on a busy one.
+    let limit = if cfg!(debug_assertions) { 40.0 } else { 2.0 };
+    let units = ["a", " ", "1", "<", "\n", "A", "e\u{301}", "\u{4e2d}", "1234567", "theof"];
+    let units = if deep() { &units[..] } else { &units[..3] };
+    for (name, ours, _) in built().step_by(if deep() { 1 } else { 4 }).chain(shipped()) {
+        let mut scratch = Scratch::default();
+        for unit in units {
+            let text = unit.repeat(10_000_000 / unit.len());
+            let start = seconds();
+            let mut ids = Vec::new();
+            ours.encode_into(&text, None, &mut scratch, &mut ids).unwrap();
+            let spent = start.and_then(|start| Some(seconds()? - start));
+            if std::env::var_os("DPO_EXT_TIMES").is_some() {
+                eprintln!("{name}: 10 MB of {unit:?}: {spent:.2?} s");
+            }
+            assert!(spent.is_none_or(|s| s < limit), "{name}: 10 MB of {unit:?} took {spent:?} s");
+        }
+    }
+}
+
+fn refusal(change: impl FnOnce(&mut Value)) -> Refusal {
+    let mut json = small(Family::Llama3, false, false);
+    change(&mut json);
+    Bpe::recognise(&json.to_string()).unwrap_err()
+}
+
+#[test]
+fn what_is_not_ours_is_refused_with_the_reason() {
+    let set = |path: &'static str, value: Value| {
+        move |json: &mut Value| *json.pointer_mut(path).unwrap_or_else(|| panic!("{path}")) = value
+    };
+    let regex = "/pre_tokenizer/pretokenizers/0/pattern/Regex";
+    assert!(matches!(refusal(set(regex, json!(r"\p{N}|\s+"))), Refusal::Regex(_)));
+    assert!(matches!(refusal(set("/model/type", json!("WordPiece"))), Refusal::Model("type", _)));
+    assert!(matches!(refusal(set("/model/dropout", json!(0.1))), Refusal::Model("dropout", _)));
+    assert!(matches!(refusal(set("/model/unk_token", json!("a"))), Refusal::Model("unk_token", _)));
+    assert!(matches!(
+        refusal(set("/model/byte_fallback", json!(true))),
+        Refusal::Model("byte_fallback", _)
+    ));
+    assert!(matches!(refusal(set("/model/end_of_word_suffix", json!("x"))), Refusal::Model(..)));
+    assert!(matches!(
+        refusal(set("/model/continuing_subword_prefix", json!("x"))),
+        Refusal::Model(..)
+    ));
+    assert!(matches!(refusal(set("/normalizer", json!({"type": "NFKC"}))), Refusal::Normalizer(_)));
+    assert!(matches!(refusal(set("/pre_tokenizer", Value::Null)), Refusal::PreTokenizer(_)));
+    assert!(matches!(
+        refusal(set("/pre_tokenizer/pretokenizers/1/add_prefix_space", json!(true))),
+        Refusal::PreTokenizer(_)
+    ));
+    assert!(matches!(
+        refusal(set("/pre_tokenizer/pretokenizers/0/behavior", json!("Removed"))),
+        Refusal::PreTokenizer(_)
+    ));
+    assert!(matches!(
+        refusal(set("/post_processor", json!({"type": "BertProcessing"}))),
+        Refusal::PostProcessor(_)
+    ));
+    assert!(matches!(refusal(set("/added_tokens/0/lstrip", json!(true))), Refusal::AddedToken(..)));
+    assert!(matches!(refusal(set("/added_tokens/0/id", json!(9))), Refusal::AddedToken(..)));
+    assert!(matches!(
+        refusal(set("/added_tokens/1/content", json!("<|bos|>"))),
+        Refusal::AddedToken(..)
+    ));
+    assert!(matches!(
+        refusal(set("/model/merges/0", json!(["nowhere", "x"]))),
+        Refusal::Merge(0, _)
+    ));
+    assert!(matches!(refusal(set("/model/merges/0", json!("a b c"))), Refusal::Merge(0, _)));
+    assert!(matches!(refusal(set("/model/merges/0", json!(["a", "b", "c"]))), Refusal::Json(_)));
+    assert!(matches!(
+        refusal(set("/model/vocab/a", json!(4_294_967_295u32))),
+        Refusal::Id(4_294_967_295, _)
+    ));
+    assert!(matches!(refusal(set("/model/vocab/a", json!(0))), Refusal::Id(0, _)));
+    assert!(matches!(refusal(set("/model/vocab/a", json!(-1))), Refusal::Json(_)));
+    let no_a = |json: &mut Value| drop(json["model"]["vocab"].as_object_mut().unwrap().remove("q"));
+    assert!(matches!(refusal(no_a), Refusal::MissingByte(b'q')));
+    for text in ["", "{", "[]", "null", "{\"model\": 3}", "\u{0}"] {
+        assert!(matches!(Bpe::recognise(text), Err(Refusal::Json(_))), "{text:?}");
+    }
+}
+
+#[test]
+fn removed_with_invert_is_the_same_where_everything_matches() {
+    for family in [Family::Llama3, Family::O200k, Family::DeepSeekV3] {
+        let mut json = small(family, false, false);
+        for split in json["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap() {
+            if split["type"] == "Split" {
+                split["behavior"] = json!("Removed");
+                split["invert"] = json!(true);
+            }
+        }
+        let recognised = Bpe::recognise(&json.to_string());
+        if family == Family::DeepSeekV3 {
+            assert!(matches!(recognised, Err(Refusal::PreTokenizer(_))));
+        } else {
+            recognised.unwrap().self_check(&json.to_string().parse().unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn older_merges_and_a_version_line_are_read() {
+    let mut json = small(Family::Qwen2, false, true);
+    let pairs = json["model"]["merges"].as_array().unwrap();
+    let joined =
+        pairs.iter().map(|p| format!("{} {}", p[0].as_str().unwrap(), p[1].as_str().unwrap()));
+    json["model"]["merges"] = std::iter::once("#version: 0.2".to_owned()).chain(joined).collect();
+    let (ours, oracle) = both(&json.to_string());
+    ours.self_check(&oracle).unwrap();
+}
+
+#[test]
+fn the_self_check_sees_planted_errors() {
+    let json = small(Family::Llama3, false, false).to_string();
+    for c in ['a', '7', ' ', '\u{2003}', '\u{e9}', '\u{4e2d}', '\u{664}', '\u{1c89}', '\u{378}'] {
+        for classes in [0, 1, 2, 4] {
+            let (mut ours, oracle) = both(&json);
+            if ours.classes.of(c as u32) & 7 == classes {
+                continue;
+            }
+            ours.classes = Box::leak(Box::new(ours.classes.planted(c, classes)));
+            let mismatch = ours.self_check(&oracle).unwrap_err();
+            assert!(mismatch.text.contains(c), "{c:?} as {classes}: {mismatch}");
+        }
+    }
+    let mut swapped = small(Family::Llama3, false, false);
+    swapped["model"]["merges"].as_array_mut().unwrap().reverse();
+    let ours = Bpe::recognise(&swapped.to_string()).unwrap();
+    ours.self_check(&json.parse().unwrap()).unwrap_err();
+    let mut bos = small(Family::Llama3, false, false);
+    bos["post_processor"] = Value::Null;
+    Bpe::recognise(&bos.to_string()).unwrap().self_check(&json.parse().unwrap()).unwrap_err();
+}
+
+#[test]
+fn a_scratch_may_serve_several_models() {
+    let mut scratch = Scratch::default();
+    let models: Vec<_> = built().collect();
+    for text in nasty(13, 8, &[]).take(200) {
+        for (name, ours, oracle) in &models {
+            assert_same(name, ours, oracle, &mut scratch, &text);
+        }
+    }
+}
+
+#[test]
+fn words_of_an_ignore_merges_model_are_tokens_at_once() {
+    let (ours, oracle) = both(&small(Family::Llama3, true, false).to_string());
+    let mut ids = Vec::new();
+    ours.encode_into("xyzzy xyzzy", None, &mut Scratch::default(), &mut ids).unwrap();
+    assert_eq!(ids.len(), 2);
+    assert_eq!(oracle.token_to_id("xyzzy"), Some(ids[0] as u32));
+}
