@@ -311,7 +311,7 @@ fn finish<const STATS: bool>(state: &State, y_target: f32, columns: usize) -> To
     let d = f64::from(y_target) - f64::from(state.max);
     let e = d.exp();
     let total = state.rest + e;
-    let logp = if d == 0.0 { -state.rest.ln_1p() } else { d - total.ln() };
+    let logp = if d == 0.0 { 0.0 - state.rest.ln_1p() } else { d - total.ln() };
     let mut out = TokenStats {
         logp: logp as f32,
         row_max: state.max,

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpo_ext import _core
+from dpo_ext import _core, kernels
 from dpo_ext.errors import TensorError
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
@@ -189,6 +189,45 @@ _LIBRARY.impl("logits_grad_", _logits_grad_in_place_cpu, "CPU")
 _LIBRARY.impl("segment_sum", _segment_sum_cpu, "CPU")
 
 
+# ---- CUDA ------------------------------------------------------------
+
+
+def _token_stats_cuda(logits, logit_rows, targets, logit_scale, softcap, temperature, stats):
+    transform = (logit_scale, softcap, temperature)
+    _check_token_stats(logits, logit_rows, targets, *transform)
+    return kernels.token_stats(logits, logit_rows, targets, *transform, stats)
+
+
+def _logits_grad_cuda(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    arguments = (logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature)
+    _check_logits_grad(logits, *arguments)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    kernels.logits_grad(logits, *arguments, out)
+    return out
+
+
+def _logits_grad_in_place_cuda(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    arguments = (logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature)
+    _check_logits_grad(logits, *arguments)
+    kernels.logits_grad(logits, *arguments, logits)
+    _bump(logits)
+
+
+def _segment_sum_cuda(values, weights, seq_offsets):
+    _check_segment_sum(values, weights, seq_offsets)
+    return kernels.segment_sum(values, weights, seq_offsets)
+
+
+_LIBRARY.impl("token_stats", _token_stats_cuda, "CUDA")
+_LIBRARY.impl("logits_grad", _logits_grad_cuda, "CUDA")
+_LIBRARY.impl("logits_grad_", _logits_grad_in_place_cuda, "CUDA")
+_LIBRARY.impl("segment_sum", _segment_sum_cuda, "CUDA")
+
+
 # ---- shapes alone: meta and fake tensors ------------------------------
 
 
@@ -208,7 +247,7 @@ def _logits_grad_fake(
 ):
     transform = (logit_scale, softcap, temperature)
     _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform)
-    return logits.new_empty(logits.shape)
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 @torch.library.register_fake("dpo_ext::logits_grad_", lib=_LIBRARY)

@@ -1,0 +1,163 @@
+/*
+reduce.cuh: what one thread, one warp or one block knows of a row, and how two such parts become
+one.
+
+Math      part: max m, rest = sum e, a = sum e*(y - m), q = sum e*e, sum = sum y, with e = exp(y -
+          m) over the part's columns but the target; merge of 1 and 2: m = max(m1, m2), d = m1 - m,
+          k = exp(d), rest = k*rest1 + ..., a = k*(a1 + rest1*d) + ..., q = k*k*q1 + ...
+Shapes    scalars; Eight<T> is 8 neighbouring columns of a row
+Launch    none: nothing here has a thread index, so that a host test can run it
+Traffic   load_eight reads and store_eight writes 8*sizeof(T) bytes
+Numerics  float32; every product that a compiler may fuse is written as it shall be rounded, so
+          that a row has the same bits in every instantiation; a part of -inf alone adds nothing;
+          NaN passes through the sums, fmaxf drops it
+Source    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3, with the target left out of
+          the sum
+*/
+#pragma once
+#ifndef EMU_HOST
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define INFINITY __int_as_float(0x7f800000)  // NVRTC has no <cmath>
+#define NAN __int_as_float(0x7fc00000)
+#endif
+
+constexpr int THREADS = 256;
+constexpr int UNROLL = 4;      // groups of 8 columns that a thread has in flight
+constexpr int MAX_TILES = 64;  // tiles of a row, see token_stats.cu
+constexpr int IGNORE = -100;   // the target of a token that is not scored
+constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ void narrow(float v, float& to) { to = v; }
+__device__ __forceinline__ void narrow(float v, __half& to) { to = __float2half_rn(v); }
+__device__ __forceinline__ void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+
+// exp(y - shift). The subtraction is exact near the maximum; fusing shift*log2(e) into it would not
+// be.
+__device__ __forceinline__ float exp_of(float difference) {
+    return exp2f(__fmul_rn(difference, LOG2E));
+}
+
+struct Transformed {
+    float y, slope;  // y, and dy/dz without its constant factors
+};
+
+// y = scale*z, or cap*tanh(scale*z) with CAP. With E = exp(-2|u|), tanh is (1 - E)/(1 + E), but near
+// 0, where that cancels, Cephes' polynomial; its derivative is 4E/(1 + E)^2, which never cancels.
+template <bool CAP>
+__device__ __forceinline__ Transformed transform(float z, float scale, float cap) {
+    const float u = __fmul_rn(scale, z);
+    if (!CAP) return {u, 1.f};
+    const float a = fabsf(u), e = exp_of(__fmul_rn(-2.f, a)), r = __fdividef(1.f, 1.f + e);
+    const float z2 = __fmul_rn(a, a);
+    float p = __fmaf_rn(-5.70498872745e-3f, z2, 2.06390887954e-2f);
+    p = __fmaf_rn(p, z2, -5.37397155531e-2f);
+    p = __fmaf_rn(p, z2, 1.33314422036e-1f);
+    p = __fmaf_rn(p, z2, -3.33332819422e-1f);
+    const float near = __fmaf_rn(__fmul_rn(p, z2), a, a), far = __fmul_rn(1.f - e, r);
+    const float t = a < 0.625f ? near : far;
+    return {__fmul_rn(cap, u < 0.f ? -t : t), __fmul_rn(__fmul_rn(4.f, e), __fmul_rn(r, r))};
+}
+
+// 8 neighbouring columns: one 16-byte load of half-width elements, two of float32.
+template <typename T>
+union Eight {
+    uint4 load[sizeof(T) / 2];
+    T value[8];
+};
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* row) {
+    return reinterpret_cast<unsigned long long>(row) % 16 == 0;
+}
+
+// Columns 8*group .. 8*group + 7, all of which exist. `aligned` is one for the whole row: an address
+// that is not a multiple of 16 bytes changes how they are loaded, never which thread has them.
+template <typename T>
+__device__ __forceinline__ Eight<T> load_eight(const T* row, int group, bool aligned) {
+    Eight<T> eight;
+    if (aligned) {
+        const uint4* const p =
+            reinterpret_cast<const uint4*>(row) + (long long)group * (sizeof(T) / 2);
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; ++i) eight.load[i] = __ldcs(p + i);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) eight.value[k] = row[8ll * group + k];
+    }
+    return eight;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_eight(T* row, int group, Eight<T> eight, bool aligned) {
+    if (aligned) {
+        uint4* const p = reinterpret_cast<uint4*>(row) + (long long)group * (sizeof(T) / 2);
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; ++i) __stcs(p + i, eight.load[i]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) row[8ll * group + k] = eight.value[k];
+    }
+}
+
+struct Part {
+    float max, rest;  // the target is in neither
+    // Statistics alone: `sum` has the target, `before` is the maximum of the columns before it.
+    float a, q, sum, before;
+};
+
+__device__ __forceinline__ Part empty_part() { return {-INFINITY, 0.f, 0.f, 0.f, 0.f, -INFINITY}; }
+
+// How far a part lies below the joint maximum; 0 for a part of -inf alone, whose sums are 0
+// whatever they are scaled by.
+__device__ __forceinline__ float below(float max, float joint) {
+    return max == -INFINITY ? 0.f : max - joint;
+}
+
+template <bool STATS>
+__device__ __forceinline__ Part merge(Part one, Part two) {
+    const float joint = fmaxf(one.max, two.max);
+    const float d1 = below(one.max, joint), d2 = below(two.max, joint);
+    const float k1 = exp_of(d1), k2 = exp_of(d2);
+    Part both = empty_part();
+    both.max = joint;
+    both.rest = __fmaf_rn(k1, one.rest, __fmul_rn(k2, two.rest));
+    if (STATS) {
+        // exp(d) is 0 long before d is -inf; the clamp keeps 0 * d a 0.
+        const float a1 = __fmaf_rn(one.rest, fmaxf(d1, -200.f), one.a);
+        const float a2 = __fmaf_rn(two.rest, fmaxf(d2, -200.f), two.a);
+        both.a = __fmaf_rn(k1, a1, __fmul_rn(k2, a2));
+        both.q = __fmaf_rn(__fmul_rn(k1, k1), one.q, __fmul_rn(__fmul_rn(k2, k2), two.q));
+        both.sum = one.sum + two.sum;
+        both.before = fmaxf(one.before, two.before);
+    }
+    return both;
+}
+
+// Adds N values whose maximum is `max` to a part: one exp each, and one for what was there before.
+template <bool STATS, int N>
+__device__ __forceinline__ void add(Part& part, const float (&y)[N], float max) {
+    const float joint = fmaxf(part.max, max), shift = joint == -INFINITY ? 0.f : joint;
+    const float d = below(part.max, joint), k = exp_of(d);
+    float rest[4] = {}, a[4] = {}, q[4] = {};  // four chains: one would wait for its own adds
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float from_max = y[i] - shift, e = exp_of(from_max);
+        rest[i % 4] += e;
+        if (STATS) {
+            // e is 0 where the clamp acts: 0 * -inf would be NaN.
+            a[i % 4] = __fmaf_rn(e, fmaxf(from_max, -200.f), a[i % 4]);
+            q[i % 4] = __fmaf_rn(e, e, q[i % 4]);
+        }
+    }
+    if (STATS) {
+        const float moved = __fmaf_rn(part.rest, fmaxf(d, -200.f), part.a);
+        part.a = __fmaf_rn(k, moved, (a[0] + a[1]) + (a[2] + a[3]));
+        part.q = __fmaf_rn(__fmul_rn(k, k), part.q, (q[0] + q[1]) + (q[2] + q[3]));
+    }
+    part.rest = __fmaf_rn(k, part.rest, (rest[0] + rest[1]) + (rest[2] + rest[3]));
+    part.max = joint;
+}

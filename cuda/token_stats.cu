@@ -1,0 +1,222 @@
+/*
+token_stats.cu: log-prob of one target token a row, and on request four statistics, in one read. No
+softmax is stored.
+
+Math      y = scale*z or cap*tanh(scale*z); m = max_v y_v; rest = sum over v != t of exp(y_v - m);
+          S = rest + exp(y_t - m); logp = (y_t - m) - log S, and -log1p(rest) where y_t == m;
+          entropy = log S - a/S; mean_logit = sum/V; log_sum_sq = log q - 2 log S; is_top1: t is
+          the first argmax
+Shapes    logits (R, V) T, row stride >= V; logit_rows (M) int64; targets (M) int32, -100 = not
+          scored; logps, row_max, row_rest, entropy, mean_logit, log_sum_sq (M) float32; is_top1
+          (M) bool; parts (M, tiles) Part, of the split form alone
+Launch    (M, 1) blocks of 256 threads, one row a block; or, for few rows, (M, tiles) blocks, one
+          tile a block, then token_stats_finish with ceil(M / 256) blocks of 256 threads; no
+          dynamic shared memory
+Traffic   reads M*V*sizeof(T) + 12*M bytes, writes 12*M, with STATS 25*M; a row that is not scored
+          is not read
+Numerics  float32 for every T. A row is cut into tiles by V alone, column j belongs to thread (j/8)
+          mod 256 whatever the alignment, and tiles merge in order: the same bits alone, in a
+          batch, split or not, at any address. NaN in a row that is read, a target outside [0, V)
+          or a row outside [0, R) give NaN; -inf at the target -inf
+Source    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3; numerics.md 1 of the design:
+          rest without target
+*/
+#include "reduce.cuh"
+
+enum class Place { not_scored, missing, found };
+
+__device__ __forceinline__ Place place(long long row, int target, long long rows, int columns) {
+    if (target == IGNORE) return Place::not_scored;
+    return row >= 0 && row < rows && target >= 0 && target < columns ? Place::found
+                                                                     : Place::missing;
+}
+
+// One group of 8 columns, of which the first `count` exist: y and its maximum without the target;
+// phantoms are -inf.
+template <bool CAP, bool STATS, typename T>
+__device__ __forceinline__ float open_group(const Eight<T>& eight, int group, int count, int target,
+                                            float scale, float cap, Part& part, float* y) {
+    float max = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+        y[k] = k < count ? transform<CAP>(widen(eight.value[k]), scale, cap).y : -INFINITY;
+    if (STATS) {
+        float sum[2] = {};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum[k % 2] += k < count ? y[k] : 0.f;
+        part.sum += sum[0] + sum[1];
+    }
+    const int at = target - 8 * group;  // the target's place in this group, if it has one
+    if (at >= 0 && at < 8) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (STATS && k < at) part.before = fmaxf(part.before, y[k]);
+            if (k == at) y[k] = -INFINITY;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) max = fmaxf(max, y[k]);
+    if (STATS && at >= 8) part.before = fmaxf(part.before, max);
+    return max;
+}
+
+// This thread's columns of one tile: groups me, me + THREADS, ... of [first, last).
+template <bool CAP, bool STATS, typename T>
+__device__ __forceinline__ Part read_tile(const T* row, int first, int last, int columns,
+                                          int target, float scale, float cap) {
+    const bool aligned = is_aligned(row);
+    const int whole = columns / 8 < last ? columns / 8 : last;  // groups that have all 8 columns
+    Part part = empty_part();
+    int group = first + threadIdx.x;
+    for (; group + (UNROLL - 1) * THREADS < whole; group += UNROLL * THREADS) {
+        Eight<T> eight[UNROLL];
+        float y[8 * UNROLL], max = -INFINITY;
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) eight[u] = load_eight(row, group + u * THREADS, aligned);
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+            max = fmaxf(max, open_group<CAP, STATS>(eight[u], group + u * THREADS, 8, target, scale,
+                                                    cap, part, y + 8 * u));
+        add<STATS>(part, y, max);
+    }
+    for (; group < last; group += THREADS) {
+        const int count = group < whole ? 8 : columns - 8 * group;
+        Eight<T> eight = {};
+        if (count == 8) {
+            eight = load_eight(row, group, aligned);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+                if (k < count) eight.value[k] = row[8ll * group + k];
+        }
+        float y[8];
+        const float max = open_group<CAP, STATS>(eight, group, count, target, scale, cap, part, y);
+        add<STATS>(part, y, max);
+    }
+    return part;
+}
+
+template <bool STATS>
+__device__ __forceinline__ Part merge_warp(Part part) {  // lane 0 ends with all of them
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) {
+        Part other = empty_part();
+        other.max = __shfl_down_sync(0xffffffffu, part.max, by);
+        other.rest = __shfl_down_sync(0xffffffffu, part.rest, by);
+        if (STATS) {
+            other.a = __shfl_down_sync(0xffffffffu, part.a, by);
+            other.q = __shfl_down_sync(0xffffffffu, part.q, by);
+            other.sum = __shfl_down_sync(0xffffffffu, part.sum, by);
+            other.before = __shfl_down_sync(0xffffffffu, part.before, by);
+        }
+        part = merge<STATS>(part, other);
+    }
+    return part;
+}
+
+struct Outputs {
+    float *logps, *row_max, *row_rest, *entropy, *mean_logit, *log_sum_sq;
+    unsigned char* is_top1;
+
+    template <bool STATS>
+    __device__ __forceinline__ void fill(long long i, float value) const {
+        logps[i] = row_max[i] = row_rest[i] = value;
+        if (STATS) entropy[i] = mean_logit[i] = log_sum_sq[i] = value, is_top1[i] = 0;
+    }
+
+    // Adds the target to what is known of all other columns.
+    template <bool STATS>
+    __device__ __forceinline__ void finish(long long i, Part part, float y_target,
+                                           int columns) const {
+        const float max = fmaxf(part.max, y_target), d = y_target - max, e = exp_of(d);
+        const float moved = below(part.max, max), k = exp_of(moved);
+        const float rest = __fmul_rn(k, part.rest), total = rest + e, log_total = logf(total);
+        logps[i] = d == 0.f ? 0.f - log1pf(rest) : d - log_total;
+        row_max[i] = max;
+        row_rest[i] = rest;
+        if (STATS) {
+            const float others = __fmul_rn(k, __fmaf_rn(part.rest, fmaxf(moved, -200.f), part.a));
+            const float a = __fmaf_rn(e, fmaxf(d, -200.f), others);
+            entropy[i] = log_total - a / total;
+            mean_logit[i] = part.sum / columns;
+            log_sum_sq[i] =
+                logf(__fmaf_rn(__fmul_rn(k, k), part.q, __fmul_rn(e, e))) - 2.f * log_total;
+            is_top1[i] = d == 0.f && part.before < y_target && total == total;
+        }
+    }
+};
+
+template <typename T, bool CAP, bool STATS>
+__global__ void __launch_bounds__(THREADS, 3)
+    token_stats(const T* __restrict__ logits, const long long* __restrict__ logit_rows,
+                const int* __restrict__ targets, float* __restrict__ logps,
+                float* __restrict__ row_max, float* __restrict__ row_rest,
+                float* __restrict__ entropy, float* __restrict__ mean_logit,
+                float* __restrict__ log_sum_sq, unsigned char* __restrict__ is_top1,
+                Part* __restrict__ parts, long long rows, long long stride, int columns,
+                int tile_groups, int tiles, float scale, float cap) {
+    __shared__ Part of_warp[MAX_TILES][THREADS / 32];
+    __shared__ Part of_tile[MAX_TILES];
+    const Outputs out = {logps, row_max, row_rest, entropy, mean_logit, log_sum_sq, is_top1};
+    const long long i = blockIdx.x, r = logit_rows[i];
+    const int target = targets[i], me = threadIdx.x, lane = me % 32, warp = me / 32;
+    const bool split = gridDim.y > 1;
+
+    const Place where = place(r, target, rows, columns);
+    if (where != Place::found) {  // the whole block agrees, and has not touched the row
+        if (me == 0 && !split) out.fill<STATS>(i, where == Place::missing ? NAN : 0.f);
+        return;
+    }
+    // 64-bit: rows * columns passes 2^31 at everyday sizes.
+    const T* const row = logits + r * stride;
+    const int groups = (int)((columns + 7ll) / 8);
+    const int first_tile = split ? blockIdx.y : 0, last_tile = split ? first_tile + 1 : tiles;
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+        const int first = tile * tile_groups,
+                  last = tile + 1 == tiles ? groups : first + tile_groups;
+        const Part part =
+            merge_warp<STATS>(read_tile<CAP, STATS>(row, first, last, columns, target, scale, cap));
+        if (lane == 0) of_warp[tile - first_tile][warp] = part;
+    }
+    __syncthreads();  // (1) every warp has written before warp 0 reads
+    if (warp != 0) return;
+    for (int tile = lane; tile < last_tile - first_tile; tile += 32) {
+        Part part = of_warp[tile][0];
+        for (int w = 1; w < THREADS / 32; ++w) part = merge<STATS>(part, of_warp[tile][w]);
+        of_tile[tile] = part;
+    }
+    __syncwarp();  // (2) every lane has written before lane 0 reads
+    if (lane != 0) return;
+    if (split) {
+        parts[i * tiles + blockIdx.y] = of_tile[0];
+        return;
+    }
+    Part part = of_tile[0];
+    for (int tile = 1; tile < tiles; ++tile) part = merge<STATS>(part, of_tile[tile]);
+    out.finish<STATS>(i, part, transform<CAP>(widen(row[target]), scale, cap).y, columns);
+}
+
+template <typename T, bool CAP, bool STATS>
+__global__ void __launch_bounds__(THREADS, 3)
+    token_stats_finish(const T* __restrict__ logits, const long long* __restrict__ logit_rows,
+                       const int* __restrict__ targets, float* __restrict__ logps,
+                       float* __restrict__ row_max, float* __restrict__ row_rest,
+                       float* __restrict__ entropy, float* __restrict__ mean_logit,
+                       float* __restrict__ log_sum_sq, unsigned char* __restrict__ is_top1,
+                       const Part* __restrict__ parts, long long tokens, long long rows,
+                       long long stride, int columns, int tiles, float scale, float cap) {
+    const Outputs out = {logps, row_max, row_rest, entropy, mean_logit, log_sum_sq, is_top1};
+    const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= tokens) return;
+    const long long r = logit_rows[i];
+    const int target = targets[i];
+    const Place where = place(r, target, rows, columns);
+    if (where != Place::found) {
+        out.fill<STATS>(i, where == Place::missing ? NAN : 0.f);
+        return;
+    }
+    Part part = parts[i * tiles];
+    for (int tile = 1; tile < tiles; ++tile) part = merge<STATS>(part, parts[i * tiles + tile]);
+    out.finish<STATS>(i, part, transform<CAP>(widen(logits[r * stride + target]), scale, cap).y,
+                      columns);
+}
