@@ -1,0 +1,93 @@
+"""The command line: codes, messages, and what is missing is named with its extra."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+
+from dpo_ext import DataError, DpoExtError, __version__, cli
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    return stopped.value.code
+
+
+def raising(error: Exception):
+    """An app whose command ends in ``error``."""
+
+    def app(**_):
+        raise error
+
+    return lambda: app
+
+
+def test_version_and_help(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == __version__
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    for command in ("demo", "bench", "losses"):
+        assert command in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["unknown"], ["demo", "--seed", "-1"], ["demo", "--unknown"], ["bench", "data"]]
+)
+def test_wrong_usage_is_code_two(arguments, capsys):
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("typer", "cli"), ("rich", "cli"), ("transformers", "hf"), ("torch", "torch")],
+)
+def test_a_missing_package_is_named_with_its_extra(module, extra, monkeypatch, capsys):
+    if extra == "cli":
+        monkeypatch.setitem(sys.modules, module, None)
+    else:
+        monkeypatch.setattr(cli, "_app", raising(ModuleNotFoundError("no module", name=module)))
+    assert run("losses") == 2
+    message = capsys.readouterr().err
+    assert message == f"error: `{module}` is not installed\nhint: pip install 'dpo_ext[{extra}]'\n"
+
+
+def test_a_missing_module_of_our_own_is_not_blamed_on_an_extra(monkeypatch):
+    monkeypatch.setattr(cli, "_app", raising(ModuleNotFoundError("no module", name="dpo_ext.gone")))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["losses"])
+
+
+def test_importing_the_command_line_loads_neither_typer_nor_torch():
+    import subprocess
+
+    code = "import sys, dpo_ext.cli; print(sorted({'typer', 'rich', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DataError("row 3, `chosen`: is empty"), 2), (DpoExtError("a check failed"), 1)],
+)
+def test_errors_are_messages_without_a_traceback(error, code, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_app", raising(error))
+    assert run("demo") == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_losses_prints_a_row_for_every_loss(capsys):
+    pytest.importorskip("torch")
+    from dpo_ext.torch.losses import LOSSES
+
+    assert run("losses") == 0
+    out = capsys.readouterr().out
+    printed = {line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")}
+    assert set(LOSSES) <= printed
+    assert "2305.18290, eq. 7" in out
+    assert "beta=0.1" in out
