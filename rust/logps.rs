@@ -132,7 +132,7 @@ impl Transform {
 impl Shape {
     fn check(self, length: usize) -> Result<()> {
         let Self { rows, columns, stride } = self;
-        let needed = match rows {
+        let needed = match rows.min(columns) {
             0 => Some(0),
             _ => (rows - 1).checked_mul(stride).and_then(|n| n.checked_add(columns)),
         };

@@ -150,7 +150,8 @@ def test_rows_split_over_blocks_have_the_bits_of_whole_rows(emulator, stats):
             results.append([bits(t) for t in (*scores, dz)])
             grids = [grid for _, grid in emulator.launched]
         assert results[0] == results[1]
-        assert grids[0] == (3, kernels.tiles(columns).count) and grids[-1][1] > 1  # it was split
+        assert grids[0] == (3, kernels.tiles(columns).number)
+        assert grids[-1][1] > 1
 
 
 def test_special_values_stay_in_their_row(emulator):
@@ -182,7 +183,8 @@ def test_special_values_stay_in_their_row(emulator):
                     column.numpy(), expected[name], rtol=1e-6, atol=1e-5, err_msg=name
                 )
         np.testing.assert_array_equal(scores[6].numpy(), expected["is_top1"])
-        assert scores[0][4] == -inf and scores[0][10] == 0
+        assert scores[0][4] == -inf
+        assert scores[0][10] == 0
         assert [bits(c[:2]) for c in scores] == [
             bits(c[:2]) for c in clean
         ]  # rows that were not touched
@@ -215,13 +217,15 @@ def test_what_does_not_exist_is_not_read(emulator):
     rows[6:9] = torch.tensor([len(values), 2**62, -1])
     logits = place(values, 1)
     scores = kernels.token_stats(logits, rows, targets, *PLAIN, True)
-    assert all(torch.isnan(column[:9]).all() for column in scores[:6]) and not scores[6][:9].any()
+    assert all(torch.isnan(column[:9]).all() for column in scores[:6])
+    assert not scores[6][:9].any()
     assert torch.isfinite(scores[0][9])
     dz = gradient(logits, rows, targets, scores, grad, PLAIN)
     named = rows[:6].tolist()
     assert torch.isnan(dz[named]).all()
     others = [r for r in range(len(values)) if r not in named and r != rows[9]]
-    assert (dz[others] == 0).all() and torch.isfinite(dz[rows[9]]).all()
+    assert (dz[others] == 0).all()
+    assert torch.isfinite(dz[rows[9]]).all()
 
 
 def test_a_gradient_of_zero_reads_nothing(emulator):
@@ -230,7 +234,8 @@ def test_a_gradient_of_zero_reads_nothing(emulator):
     grad[2] = -0.0
     values[rows[2]] = math.nan
     dz = gradient(place(values), rows, targets, scores, grad, PLAIN)
-    assert bits(dz[rows[2]]) == bytes(4 * 33) and torch.isfinite(dz).all()
+    assert bits(dz[rows[2]]) == bytes(4 * 33)
+    assert torch.isfinite(dz).all()
 
 
 def test_segment_sums_have_the_bits_of_the_cpu(emulator):
@@ -245,7 +250,8 @@ def test_segment_sums_have_the_bits_of_the_cpu(emulator):
         )
         got = kernels.segment_sum(values, weights, offsets)
         cpu = _core.segment_sum(values.numpy(), weights.numpy(), offsets.numpy())
-        assert np.isnan(cpu[6:]).all() and np.isfinite(cpu[:6]).all()
+        assert np.isnan(cpu[6:]).all()
+        assert np.isfinite(cpu[:6]).all()
         np.testing.assert_array_equal(got.numpy(), cpu)
         exact = reference.segment_sum(values.numpy(), weights.numpy(), offsets[:7].tolist())
         np.testing.assert_array_equal(got[:6].numpy(), exact.astype(np.float32))

@@ -15,8 +15,8 @@ from dpo_ext import kernels
 
 pytest.importorskip("cupy", reason="CuPy is not installed")
 
-from cuda.pathfinder import find_nvidia_header_directory  # noqa: E402
-from cupy.cuda import nvrtc  # noqa: E402
+from cuda.pathfinder import find_nvidia_header_directory
+from cupy.cuda import nvrtc
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # 64 registers leave room for four blocks of 256 threads on every architecture here, 80 for three.
@@ -66,9 +66,8 @@ def gate(file: str, arch: str, source: str | None = None, only: str = "") -> int
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     assert cubin.startswith(b"\x7fELF")
-    assert len(bodies) == len(registers) == len(expected) and len(spilled) == 2 * len(registers), (
-        log
-    )
+    assert len(bodies) == len(registers) == len(expected), log
+    assert len(spilled) == 2 * len(registers), log
     assert not any(spilled), f"{file}, {arch}: {max(spilled)} bytes spilled"
     assert max(registers) <= REGISTERS[file], f"{file}, {arch}: {max(registers)} registers"
     if file != "segment_sum.cu":

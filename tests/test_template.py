@@ -271,7 +271,7 @@ def test_an_attack_ends_at_once_and_small(tmp_path, name):
 
 def test_a_template_that_does_not_compile_names_its_line(tmp_path):
     ours = tokenizer(tmp_path / "m", template="a\n{% for x in %}")
-    with pytest.raises(TokenizerError, match="chat template does not compile.*line 2"):
+    with pytest.raises(TokenizerError, match=r"chat template does not compile.*line 2"):
         ours.apply_chat_template([])
 
 

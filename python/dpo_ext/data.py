@@ -477,9 +477,10 @@ def _files(paths: Paths) -> list[str]:
     seen: dict[tuple[int, int], str] = {}
     for name in files:
         status = Path(name).stat()
-        first = seen.setdefault((status.st_dev, status.st_ino), name)
-        if first is not name:
-            raise DataError(f"{name}: the same file as {first}", path=name, reason="bad_input")
+        key = (status.st_dev, status.st_ino)
+        if key in seen:
+            raise DataError(f"{name}: the same file as {seen[key]}", path=name, reason="bad_input")
+        seen[key] = name
     return files
 
 

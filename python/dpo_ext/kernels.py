@@ -162,10 +162,10 @@ def processors(device: torch.device) -> int:
 
 
 class Tiles(NamedTuple):
-    """How a row is cut, by V alone: tiles of ``groups`` groups of 8 columns."""
+    """How a row is cut, by V alone: ``number`` tiles of ``groups`` groups of 8 columns."""
 
     groups: int
-    count: int
+    number: int
 
 
 def tiles(columns: int) -> Tiles:
@@ -220,14 +220,16 @@ def token_stats(
     cut = tiles(columns)
     device, stride = logits.device, _stride(logits)
     table = (logit_rows.contiguous(), targets.contiguous())
-    few = cut.count > 1 and tokens < 2 * processors(device)
-    parts = logits.new_empty(tokens * cut.count * PART_FLOATS, dtype=torch.float32) if few else None
+    few = cut.number > 1 and tokens < 2 * processors(device)
+    parts = (
+        logits.new_empty(tokens * cut.number * PART_FLOATS, dtype=torch.float32) if few else None
+    )
     first = (logits, *table, *out, parts)
     launch(
         "token_stats",
         template,
-        (tokens, cut.count if few else 1),
-        (*first, rows, stride, columns, cut.groups, cut.count, scale, factor),
+        (tokens, cut.number if few else 1),
+        (*first, rows, stride, columns, cut.groups, cut.number, scale, factor),
         device,
     )
     if few:
@@ -235,7 +237,7 @@ def token_stats(
             "token_stats_finish",
             template,
             (-(-tokens // THREADS), 1),
-            (*first, tokens, rows, stride, columns, cut.count, scale, factor),
+            (*first, tokens, rows, stride, columns, cut.number, scale, factor),
             device,
         )
     return out

@@ -134,6 +134,8 @@ const RESERVED: [&str; 14] = [
     "chat_template",
 ];
 
+const ARRAY_HINT: &str = "\nhint: write one object a line; this looks like a JSON array file";
+
 /// A value whose limit was noted but not acted on: the reasons before `limit` come first.
 fn check_limit(findings: &Findings) -> Result<(), Bad> {
     match &findings.limit {
@@ -154,23 +156,24 @@ impl<'a> Row<'a> {
         vocab: usize,
     ) -> Result<Self, Bad> {
         let (fields, findings) =
-            super::json::parse_fields(text, &keys.names(), limits).map_err(|fault| Bad {
-                reason: if fault.is_encoding { "bad_utf8" } else { "bad_json" },
-                field: None,
-                byte: Some(fault.pos),
-                message: fault.message,
+            super::json::parse_fields(text, &keys.names(), limits).map_err(|fault| {
+                let hint = if text.trim_start().starts_with('[') { ARRAY_HINT } else { "" };
+                Bad {
+                    reason: if fault.is_encoding { "bad_utf8" } else { "bad_json" },
+                    field: None,
+                    byte: Some(fault.pos),
+                    message: fault.message + hint,
+                }
             })?;
         let Some(fields) = fields else {
-            let found = text.trim_start().chars().next();
-            let message = match found {
-                Some('[') => {
-                    "expected an object, found a list\nhint: write one object a line; this looks like a JSON array file"
-                }
-                Some('"') => "expected an object, found a string",
-                Some('t' | 'f') => "expected an object, found a boolean",
-                Some('n') => "expected an object, found null",
-                _ => "expected an object, found a number",
+            let (kind, hint) = match text.trim_start().chars().next() {
+                Some('[') => ("a list", ARRAY_HINT),
+                Some('"') => ("a string", ""),
+                Some('t' | 'f') => ("a boolean", ""),
+                Some('n') => ("null", ""),
+                _ => ("a number", ""),
             };
+            let message = format!("expected an object, found {kind}{hint}");
             return Err(Bad::new("not_an_object", "", message));
         };
         Self::from_fields(fields, &findings, keys, limits, vocab)

@@ -19,7 +19,7 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknow
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
 
 
-class Fault(RuntimeError):
+class FaultError(RuntimeError):
     """The emulator refused what a kernel did: a divergent barrier, a shuffle outside its mask."""
 
 
@@ -80,7 +80,7 @@ class Emulator:
             name.encode(), *grid, ctypes.c_uint64(self.seed), addresses, message, len(message)
         )
         if failed:
-            raise Fault(message.value.decode())
+            raise FaultError(message.value.decode())
 
     def install(self, monkeypatch) -> None:
         """Puts the emulator in the place of the device."""

@@ -4,6 +4,7 @@ from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
+from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring
 from dpo_ext.torch.table import ScoreTable
 
@@ -14,6 +15,7 @@ __all__ = [
     "ScoreTable",
     "TokenScores",
     "attach_scoring",
+    "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_scores",
     "preference_loss",

@@ -1,0 +1,328 @@
+"""Head and loss in one: with the reference known, a chunk of whole pairs knows its gradient.
+
+Letters: N pairs, M tokens of the table, R rows of hidden states, H hidden, V vocabulary. ``c`` =
+dL/d(log-prob of a sequence), a function of the pair's own log-probs. One pass over the chunks:
+logits, fold, sums, c, dz, dX, dW: 6MHV, where folding first and recomputing costs 8MHV. A pair
+that is longer than a chunk is folded piece by piece and then run again: 8MHV for that pair alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import TensorError
+from dpo_ext.torch import twin
+from dpo_ext.torch.linear import (
+    Head,
+    Rows,
+    add_product,
+    check_head,
+    choose_plan,
+    linear_sequence_logps,
+    make_head,
+    product,
+    wide,
+)
+from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
+from dpo_ext.torch.loss_checks import find_loss
+from dpo_ext.torch.losses import PreferenceLoss, preference_loss
+from dpo_ext.torch.table import ScoreTable
+
+PLANS = ("auto", "frozen", "pairwise", "recompute")
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    table: ScoreTable,
+    ref_logps: Tensor | None = None,
+    *,
+    loss: Any = "dpo",
+    beta: Any = None,
+    bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    pair_weight: Any = None,
+    num_pairs: float | Tensor | None = None,
+    compat: str | None = None,
+    loss_weights: Sequence[float] | None = None,
+    plan: str = "auto",
+    chunk_rows: int | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+    **params: Any,
+) -> PreferenceLoss:
+    """Preference loss of pairs from hidden states, with the gradient made in the forward pass.
+
+    Same as::
+
+        logps = linear_sequence_logps(hidden, weight, table, bias=bias, ...)
+        preference_loss(logps, ref_logps, loss=loss, beta=beta, lengths=table.lengths, ...)
+
+    With the plan ``pairwise`` each chunk of whole pairs turns its log-probs into
+    ``c = dL/dlogp`` as soon as they are folded, so that no logits are computed twice; backward
+    multiplies what was made by the upstream scalar.
+
+    Args:
+        hidden, weight, table, bias, chunk_rows: as in `linear_sequence_logps`; ``group_size`` 2.
+        ref_logps: (N, 2) of the frozen reference, cast to the dtype of the log-probs. None only
+            for losses without one.
+        loss, beta, num_pairs, compat, loss_weights, **params: as in `preference_loss`.
+        pair_weight: its ``weight``, a factor of each pair, (N,).
+        lengths: (N, 2); default for losses by name: ``table.lengths``.
+        plan: ``"pairwise"`` (losses by name in which a pair's gradient depends on that pair
+            alone), ``"frozen"``, ``"recompute"``, or ``"auto"``: ``frozen`` for a weight without
+            gradient, else ``pairwise`` if the loss allows it, else ``recompute``.
+        temperature, softcap, logit_scale, impl: as in `sequence_logps`.
+
+    Returns:
+        PreferenceLoss. With ``pairwise``, the gradient is that of ``.loss``; ``.per_pair`` has
+        none.
+
+    Raises:
+        As `linear_sequence_logps` and `preference_loss`. ValueError: ``plan="pairwise"`` for a
+        loss that couples the batch, a callable, ``compat``, or a parameter that needs a gradient.
+
+    Numerics: as `linear_sequence_logps`. In the forward pass gradients are kept N times larger
+    (a power of 2 near it), so that float16 does not lose what the loss scale would have saved.
+
+    >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)
+    >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1, 2], [-100, 3, -100]]))
+    >>> linear_preference_loss(hidden, weight, table, torch.tensor([[-2.0, -2.0]])).loss
+    tensor(0.7649)
+    """
+    check_is_table(table)
+    if table.group_size != 2:
+        raise TensorError(f"`table` must have groups of 2, found {table.group_size}")
+    if plan not in PLANS:
+        raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}")
+    if lengths is None and (isinstance(loss, str) or not callable(loss)):
+        lengths = table.lengths
+    options = {"loss": loss, "num_pairs": num_pairs, "compat": compat, "loss_weights": loss_weights}
+    by_pair = {"beta": beta, "weight": pair_weight, **params}
+    why_not = _not_pairwise(loss, compat, [beta, pair_weight, *params.values()])
+    if plan == "pairwise" and why_not:
+        raise ValueError(f'`plan="pairwise"` needs another loss: {why_not}\nhint: use plan="auto"')
+    if plan == "auto":
+        plan = choose_plan("auto", weight, bias)
+        if plan == "recompute" and not why_not:
+            plan = "pairwise"
+    how: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+    how["logit_scale"] = logit_scale
+    if plan != "pairwise":
+        logps = linear_sequence_logps(
+            hidden, weight, table, bias=bias, plan=plan, chunk_rows=chunk_rows, impl=impl, **how
+        )
+        ref = None if ref_logps is None else ref_logps.to(logps.dtype)
+        return preference_loss(logps, ref, lengths=lengths, **options, **by_pair)
+
+    rows = check_head(hidden, weight, bias, table)
+    head = make_head(
+        rows, weight, Transform.of(logit_scale, softcap, temperature), chunk_rows, impl
+    )
+    N, ref = table.n_groups, ref_logps
+    if ref is not None:
+        ref = ref.to(wide(head.dtype))
+        if tuple(ref.shape) != (N, 2):
+            raise TensorError(f"`ref_logps` must have shape ({N}, 2), found {tuple(ref.shape)}")
+    if num_pairs is None:
+        options["num_pairs"] = float(max(N, 1))
+    losses = _Losses(ref, lengths, options, by_pair, N)
+    trained = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (rows, weight, bias)
+    )
+    scored = table.without_zero_weights()
+    total, logps = _PairwiseHead.apply(rows, weight, bias, scored, head, losses, trained)
+    whole = losses.all(logps)
+    return PreferenceLoss(total, whole.per_pair.detach(), logps, ref, whole._scale)
+
+
+def _not_pairwise(loss: Any, compat: str | None, params: Sequence[Any]) -> str | None:
+    """Why a pair's gradient may not be a function of that pair alone, or None."""
+    if compat is not None:
+        return "`compat` may average over the batch"
+    for name in loss if isinstance(loss, list | tuple) else [loss]:
+        if not isinstance(name, str):
+            return "a callable may look at the whole batch"
+        row = find_loss(name)
+        if row.couples_batch or row.autograd:
+            return f"{name!r} couples the pairs of a batch, or may"
+    if any(isinstance(p, Tensor) and p.requires_grad for p in params):
+        return "a parameter that needs a gradient gets it from the whole batch"
+    return None
+
+
+class _Losses(NamedTuple):
+    """`preference_loss` with everything but the log-probs, for all pairs or some."""
+
+    ref_logps: Tensor | None
+    lengths: Tensor | None
+    options: dict[str, Any]
+    by_pair: dict[str, Any]
+    pairs: int
+
+    def all(self, logps: Tensor) -> PreferenceLoss:
+        return self.some(logps, slice(0, self.pairs))
+
+    def some(self, logps: Tensor, pairs: slice) -> PreferenceLoss:
+        def cut(value: Any) -> Any:
+            many = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+            return value[pairs] if many and len(value) == self.pairs else value
+
+        return preference_loss(
+            logps,
+            None if self.ref_logps is None else self.ref_logps[pairs],
+            lengths=None if self.lengths is None else self.lengths[pairs],
+            **self.options,
+            **{name: cut(value) for name, value in self.by_pair.items()},
+        )
+
+    def coefficients(self, logps: Tensor, pairs: slice) -> Tensor:
+        """(n, 2) dL/dlogp of some pairs of the batch."""
+        with torch.enable_grad():
+            leaf = logps.detach().requires_grad_()
+            return torch.autograd.grad(self.some(leaf, pairs).loss, leaf)[0]
+
+
+def chunks_of_pairs(offsets: Sequence[int], most: int) -> Iterator[slice]:
+    """Whole pairs whose tokens fit into ``most`` rows, or one pair that does not.
+
+    ``offsets`` (2N+1,) are those of the table, on the host.
+
+    >>> list(chunks_of_pairs([0, 2, 3, 5, 6, 16, 20], 8))
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    borders = offsets[::2]
+    start = 0
+    for pair in range(1, len(borders)):
+        if pair > start + 1 and borders[pair] - borders[start] > most:
+            yield slice(start, pair - 1)
+            start = pair - 1
+    if start < len(borders) - 1:
+        yield slice(start, len(borders) - 1)
+
+
+class _PairwiseHead(torch.autograd.Function):
+    """``(loss, log-probs (N, 2))``; the loss is differentiable, from gradients made in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        table: ScoreTable,
+        head: Head,
+        losses: _Losses,
+        trained: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            work = _Work(hidden, weight, bias, table, head, losses, trained)
+            offsets = table.host_offsets.tolist()
+            sums = [
+                work.pairs(pairs, offsets[2 * pairs.start : 2 * pairs.stop + 1])
+                for pairs in chunks_of_pairs(offsets, head.chunk_rows)
+            ]
+        logps = torch.cat(sums) if sums else hidden.new_zeros(0, 2, dtype=wide(head.dtype))
+        total = losses.all(logps).loss.detach().clone()
+        ctx.scale, ctx.height = work.scale, hidden.shape[0]
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(work.rows.place, work.dx, work.dw, work.db)
+        ctx.mark_non_differentiable(logps)
+        return total, logps
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        place, dx, dw, db = ctx.saved_tensors
+        grads: list[Tensor | None] = [None, None, None]
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            factor = g / ctx.scale
+            if dx is not None:
+                rows = Rows(place, place, ctx.height)
+                scaled = (dx * factor).to(ctx.dtypes[0])
+                grads[0] = rows.new_gradient(scaled).index_copy_(0, place, scaled)[: ctx.height]
+            if dw is not None:
+                grads[1] = (dw * factor).to(ctx.dtypes[1])
+            if db is not None:
+                grads[2] = (db * factor).to(ctx.dtypes[2])
+        once = (None if d is None else differentiable_once(d, g) for d in grads)
+        return (*once, None, None, None, None)
+
+
+class _Work:
+    """The buffers of one forward pass, and what a chunk of pairs does with them."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        table: ScoreTable,
+        head: Head,
+        losses: _Losses,
+        trained: bool,
+    ) -> None:
+        self.hidden, self.table, self.head, self.losses = hidden, table, head, losses
+        self.rows = Rows.of(table.logit_rows, table.targets, hidden.shape[0])
+        self.w = weight.to(head.dtype)
+        self.b = None if bias is None else bias.to(head.dtype)
+        self.trained = trained
+        self.scale = 2.0 ** (losses.pairs - 1).bit_length() if losses.pairs else 1.0
+        sums, M = wide(head.dtype), table.n_tokens
+        self.dx = hidden.new_empty(M, hidden.shape[1]) if self._needs(hidden) else None
+        self.dw = weight.new_zeros(weight.shape, dtype=sums) if self._needs(weight) else None
+        self.db = weight.new_zeros(len(weight), dtype=sums) if self._needs(bias) else None
+        self.scratch = head.scratch(self.w, M)
+        self.first = True
+
+    def _needs(self, tensor: Tensor | None) -> bool:
+        return self.trained and tensor is not None and tensor.requires_grad
+
+    def pairs(self, pairs: slice, offsets: list[int]) -> Tensor:
+        """(n, 2) log-probs of some whole pairs; adds their part of the gradients."""
+        first, last = offsets[0], offsets[-1]
+        pieces = [slice(first + p.start, first + p.stop) for p in self.head.chunks(last - first)]
+        folded = [self._fold(piece) for piece in pieces]
+        borders = self.table.seq_offsets[2 * pairs.start : 2 * pairs.stop + 1] - first
+        weights = self.table.weights
+        weights = None if weights is None else weights[first:last]
+        tokens = [logps for logps, _, _, _ in folded]
+        joined = torch.cat(tokens) if tokens else self.scratch.new_zeros(0, dtype=self._wide)
+        add: Callable[..., Tensor] = (
+            torch.ops.dpo_ext.segment_sum if self.head.kernels else twin.segment_sum
+        )
+        logps = add(joined, weights, borders).reshape(-1, 2)
+        if not self.trained:
+            return logps
+        c = self.losses.coefficients(logps, pairs) * self.scale
+        g = token_grad(c.reshape(-1), weights, borders, last - first)
+        for piece, (_, state, x, z) in zip(pieces, folded, strict=True):
+            if len(pieces) > 1:  # the scratch held another piece since
+                z = self.head.logits(x, self.w, self.b, self.scratch)
+            self._add(piece, x, z, state, g[piece.start - first : piece.stop - first])
+        return logps
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return wide(self.head.dtype)
+
+    def _fold(self, piece: slice) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        x = self.rows.gather(self.hidden, piece, self.head.dtype)
+        z = self.head.logits(x, self.w, self.b, self.scratch)
+        values, state = self.head.fold(z, self.rows.targets[piece], stats=False)
+        return values[0], state, x, z
+
+    def _add(self, piece: slice, x: Tensor, z: Tensor, state: list[Tensor], g: Tensor) -> None:
+        dz = self.head.gradient(z, self.rows.targets[piece], state, g)
+        if self.dx is not None:
+            self.dx[piece] = product(dz, self.w)
+        if self.dw is not None:
+            add_product(self.dw, dz.t(), x, first=self.first)
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self._wide)
+        self.first = False
