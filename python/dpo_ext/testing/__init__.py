@@ -1,0 +1,39 @@
+"""Property tests for people who write losses, log-prob functions and collators.
+
+Strategies (`pairs`, `texts`, `logits`, `score_tables`, `pair_logps`) draw inputs that break things;
+`check_loss_invariants`, `check_logps` and `check_layouts` hold a function to what it must satisfy
+and raise AssertionError with a shrunk counterexample to paste; `bradley_terry_world` is a world
+whose optimum is known, which trains a loss and compares. Needs torch and the extra ``testing``::
+
+    from dpo_ext.testing import check_loss_invariants
+
+    def test_my_loss():
+        check_loss_invariants(my_loss, only_margin=True, monotone=True)
+"""
+
+from dpo_ext.testing.loss_invariants import check_loss_invariants
+from dpo_ext.testing.scoring import PrefixModel, check_layouts, check_logps
+from dpo_ext.testing.strategies import (
+    PairLogps,
+    logits,
+    pair_logps,
+    pairs,
+    score_tables,
+    texts,
+)
+from dpo_ext.testing.world import BradleyTerryWorld, bradley_terry_world
+
+__all__ = [
+    "BradleyTerryWorld",
+    "PairLogps",
+    "PrefixModel",
+    "bradley_terry_world",
+    "check_layouts",
+    "check_logps",
+    "check_loss_invariants",
+    "logits",
+    "pair_logps",
+    "pairs",
+    "score_tables",
+    "texts",
+]
