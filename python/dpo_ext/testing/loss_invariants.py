@@ -35,8 +35,8 @@ def check_loss_invariants(
     """Hold a preference loss to what it must satisfy, on drawn, shrunk and extreme pairs.
 
     For every loss: it returns (N,) or a scalar of the log-probs' dtype; it is never NaN and, up to
-    ``finite_up_to``, never infinite; there its float64 gradient (random upstream) is the slope of its
-    values; float32 agrees with float64 in value and gradient; pairs do not influence each other,
+    ``finite_up_to``, never infinite; there its float64 gradient (random upstream) is its slope; in
+    float32 it agrees with float64 in value and gradient; pairs do not influence each other,
     their order does not matter, and a scalar is the mean over pairs; inputs are left as they were;
     it reads the reference (unless ``reference_free``: then it does not).
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import dpo_ext.torch.loss_batch
 import dpo_ext.torch.loss_table  # noqa: F401
@@ -361,8 +360,15 @@ class _PairLoss(torch.autograd.Function):
         return over(kept.sum(), count), per_pair
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, grad_per_pair):
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                grads = _PairLoss._gradients(ctx, grad_loss, grad_per_pair)
+            return tuple(None if g is None else _Once.apply(g, _anchor()) for g in grads)
+        return _PairLoss._gradients(ctx, grad_loss, grad_per_pair)
+
+    @staticmethod
+    def _gradients(ctx, grad_loss, grad_per_pair):
         weight, gc, gr, *others = ctx.saved_tensors
         if grad_loss is not None:
             factor = over(grad_loss, ctx.count)
@@ -382,6 +388,26 @@ class _PairLoss(torch.autograd.Function):
         else:
             grad = torch.stack((gc * factor, gr * factor), 1)
         return grad, None, None, None, None, None, None, *(g * factor for g in others)
+
+
+def _anchor() -> Tensor:
+    """Something that asks for a gradient, so that the node behind a gradient is kept."""
+    return torch.zeros((), requires_grad=True)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient whose own derivative is an error instead of silently missing."""
+
+    @staticmethod
+    def forward(ctx, value, anchor):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "a preference loss can be differentiated once, not twice\n"
+            "hint: pass a function of the log-probs as `loss`; autograd differentiates it again"
+        )
 
 
 def register_loss(
