@@ -42,7 +42,7 @@ def test_padded_equals_trls_collator_tensor_for_tensor(multiple, shortest):
             got = torch.from_numpy(getattr(batch, name))
             assert got.dtype == want[name].dtype
             assert torch.equal(got, want[name])
-        got = torch.from_numpy(batch.ref_logps).float()
+        got = torch.from_numpy(batch.ref_logps)
         assert torch.equal(got[:, 0], want["ref_chosen_logps"])
         assert torch.equal(got[:, 1], want["ref_rejected_logps"])
 

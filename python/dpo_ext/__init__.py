@@ -1,4 +1,4 @@
-"""dpo_ext: from a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone."""
+"""From a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone."""
 
 from dpo_ext._core import __version__
 from dpo_ext.batch import Batch, BatchPlan, PlanStats, Ragged

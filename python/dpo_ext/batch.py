@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,7 +143,8 @@ class Batch:
         targets: (M,) int32.
         seq_offsets: (2N + 1,) int32.
         pair_index: (N,) int64, positions in the data set.
-        ref_logps: (N, 2) float64 or None: sums under the reference, chosen then rejected.
+        ref_logps: (N, 2) float32, the dtype of `sequence_logps`, or None: sums under the reference,
+            chosen then rejected.
 
     All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
     """
@@ -161,15 +163,15 @@ class Batch:
     def n_pairs(self) -> int:
         return len(self.pair_index)
 
-    @property
+    @cached_property
     def table(self) -> Any:
         """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
         from dpo_ext.torch import ScoreTable
 
-        return ScoreTable(
-            logit_rows=_tensor(self.logit_rows),
-            targets=_tensor(self.targets),
-            seq_offsets=_tensor(self.seq_offsets),
+        # What filled the arrays keeps every rule that ScoreTable's own check would look for.
+        offsets = _tensor(self.seq_offsets)
+        return ScoreTable._checked(
+            _tensor(self.logit_rows), _tensor(self.targets), offsets, None, 2, offsets
         )
 
     @property
@@ -182,24 +184,26 @@ class Batch:
         }
 
     def _map(self, change: Any) -> Batch:
-        changed = {}
+        table = change(self.table)
+        changed = {name: getattr(table, name) for name in ("logit_rows", "targets", "seq_offsets")}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None and not isinstance(value, str):
+            if f.name not in changed and value is not None and not isinstance(value, str):
                 changed[f.name] = change(_tensor(value))
-        return replace(self, **changed)
+        moved = replace(self, **changed)
+        # Made anew from tensors on a device, the table would wait to learn its offsets.
+        moved.__dict__["table"] = table
+        return moved
 
     def to(self, device: Any = None, *, non_blocking: bool = False) -> Batch:
         """The batch as torch tensors on ``device``; imports torch."""
-        return self._map(
-            lambda tensor: (
-                tensor.to(device, non_blocking=non_blocking) if device is not None else tensor
-            )
-        )
+        if device is None:
+            return self._map(lambda part: part)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device: Any = None) -> Batch:
         """The batch as torch tensors in page-locked memory; DataLoader calls this by itself."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(lambda part: part.pin_memory())
 
 
 def _tensor(value: Any) -> Any:

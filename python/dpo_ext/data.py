@@ -431,7 +431,7 @@ class PairDataset(Sequence):
             self.pad_id,
             multiple,
         )
-        ref_logps = None if self.ref_logps is None else self.ref_logps[index]
+        ref_logps = None if self.ref_logps is None else self.ref_logps[index].astype(np.float32)
         return Batch("padded", *arrays, pair_index=index, ref_logps=ref_logps)
 
 

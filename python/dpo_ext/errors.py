@@ -11,8 +11,9 @@
     ├── KernelCompileError (RuntimeError) NVRTC refused a kernel: architecture, options, log
     └── RefLogpsError (RuntimeError)     the store of reference log-probs
 
-Python's own `FileNotFoundError`, `PermissionError`, `IsADirectoryError`, `MemoryError`, `KeyboardInterrupt` and, for a
-bad scalar argument, `ValueError` and `TypeError` are raised where they fit.
+Python's own `FileNotFoundError`, `PermissionError`, `IsADirectoryError`, `MemoryError`,
+`KeyboardInterrupt` and, for a bad scalar argument, `ValueError` and `TypeError` are raised where
+they fit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class DataError(DpoExtError, ValueError):
         line: 1-based line of the unpacked text; for rows from memory the 1-based row.
         byte: offset in the unpacked text, where known.
         field: the field, or the name of the limit.
-        reason: one of the keys of ``report.dropped``, or ``"bad_input"`` for an input that cannot be read at all.
+        reason: one of the keys of ``report.dropped``, or ``"bad_input"`` for an input that cannot
+            be read at all.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class DataError(DpoExtError, ValueError):
         return type(self), (self.args[0], self.path, self.line, self.byte, self.field, self.reason)
 
 
-class LimitExceeded(DataError):
+class LimitExceeded(DataError):  # noqa: N818 - the names of the public API
     """One of the documented limits was exceeded; ``field`` is its name."""
 
 
@@ -67,7 +69,7 @@ class TensorError(DpoExtError, ValueError):
     """A tensor has the wrong shape, dtype, device or content."""
 
 
-class KernelUnavailable(DpoExtError, RuntimeError):
+class KernelUnavailable(DpoExtError, RuntimeError):  # noqa: N818
     """The CUDA kernels cannot run here; the message says what to install or change."""
 
 

@@ -160,7 +160,7 @@ def train_dpo(
     for step, batch in enumerate(_batches(pairs, recipe.dpo_pairs, recipe.dpo_steps, seed + 1), 1):
         policy.train()
         logps = policy(**batch.model_inputs, score_table=batch.table).logps
-        out = preference_loss(logps, batch.ref_logps.to(logps.dtype), loss="dpo", beta=recipe.beta)
+        out = preference_loss(logps, batch.ref_logps, loss="dpo", beta=recipe.beta)
         if step_zero is None:
             optimizer.zero_grad(set_to_none=True)
             out.loss.backward(retain_graph=True)
