@@ -319,6 +319,7 @@ ERRORS = [
     ({"ref_logps": nan_at(REF, 2, 1)}, TensorError, "pair 2: `ref_logps` must not be NaN, found NaN for rejected"),
     ({"logps": LOGPS - math.inf, "ref_logps": REF - math.inf}, TensorError, "pair 0: loss 'dpo' is NaN for logps [-inf"),
     ({"loss": "dpoo"}, ValueError, "unknown loss 'dpoo'\nhint: did you mean 'dpo'"),
+    ({"loss": "kto"}, ValueError, "hint: dpo_ext.torch.unpaired_loss has it"),
     ({"loss": 3}, TypeError, "`loss` must be a name, a callable or a list"),
     ({"beta": 0.0}, ValueError, "`beta` must be > 0, found 0.0"),
     ({"beta": math.nan}, ValueError, "`beta` must be > 0, found nan"),

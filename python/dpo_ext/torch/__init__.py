@@ -3,23 +3,28 @@
 from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
+from dpo_ext.torch.loss_groups import GroupLoss, kto_z, list_loss, unpaired_loss
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring
 from dpo_ext.torch.table import ScoreTable
 
 __all__ = [
+    "GroupLoss",
     "ModelScores",
     "PairLoader",
     "PreferenceLoss",
     "ScoreTable",
     "TokenScores",
     "attach_scoring",
+    "kto_z",
     "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_scores",
+    "list_loss",
     "preference_loss",
     "register_loss",
     "sequence_logps",
     "token_scores",
+    "unpaired_loss",
 ]

@@ -20,6 +20,10 @@ from dpo_ext.torch.loss_forms import Number
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, non_negative
 
 _WEIGHT = non_negative()
+_ELSEWHERE = {
+    **dict.fromkeys(("kto", "bco", "apo_zero_unpaired"), "unpaired_loss"),
+    **dict.fromkeys(("plackett_luce", "s_dpo", "infonca", "nca"), "list_loss"),
+}
 
 
 def host_values(tensor: Tensor) -> bool:
@@ -42,6 +46,10 @@ def find_loss(name: str) -> LossRow:
     """
     row = LOSSES.get(name)
     if row is None:
+        if name in _ELSEWHERE:
+            raise ValueError(
+                f"loss {name!r} is not of pairs\nhint: dpo_ext.torch.{_ELSEWHERE[name]} has it"
+            )
         why = ambiguous(name)
         if why is not None:
             raise ValueError(why)

@@ -384,7 +384,7 @@ class _PairLoss(torch.autograd.Function):
             zero = torch.zeros_like(gc)
             gc, gr, *others = (torch.where(factor == 0, zero, g) for g in (gc, gr, *others))
         if factor.dim() == 0:
-            grad = torch.stack((gc, gr), 1) * factor
+            grad = torch.stack((gc, gr), 1).mul_(factor)
         else:
             grad = torch.stack((gc * factor, gr * factor), 1)
         return grad, None, None, None, None, None, None, *(g * factor for g in others)
