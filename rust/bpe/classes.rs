@@ -31,17 +31,20 @@ pub(crate) const NOT_QUICK: u16 = 1 << 9;
 /// No character: the end of the text. Never in the table.
 pub(crate) const END: u16 = 1 << 15;
 
-/// The classes and the regex whose matches define each.
-pub(crate) const DEFINITIONS: [(u16, &str); 9] = [
-    (LETTER, r"\p{L}+"),
-    (NUMBER, r"\p{N}+"),
-    (SPACE, r"\s+"),
-    (NEWLINE, r"[\r\n]+"),
-    (MARK, r"\p{M}+"),
-    (UPPER, r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"),
-    (LOWER, r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"),
-    (PUNCTUATION, r"[\p{P}\p{S}]+"),
-    (CJK, "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+"),
+/// General categories that partition what any class above is made of, the classes of their characters, and first what
+/// has none of them: it comes in long runs.
+const CATEGORIES: [(&str, u16); 11] = [
+    (r"[\p{Cn}\p{Co}]+", 0),
+    (r"\p{Lu}+", LETTER | UPPER),
+    (r"\p{Ll}+", LETTER | LOWER),
+    (r"\p{Lt}+", LETTER | UPPER),
+    (r"\p{Lm}+", LETTER | UPPER | LOWER),
+    (r"\p{Lo}+", LETTER | UPPER | LOWER),
+    (r"\p{M}+", MARK | UPPER | LOWER),
+    (r"\p{N}+", NUMBER),
+    (r"\p{P}+", PUNCTUATION),
+    (r"\p{S}+", PUNCTUATION),
+    (r"\s+", SPACE),
 ];
 
 const BLOCK: usize = 128;
@@ -65,21 +68,35 @@ impl Classes {
         TABLE.get_or_init(Self::probe).as_ref().map_err(Clone::clone)
     }
 
-    /// Same as asking the regex `^[class]$` and the normaliser about every character, one at a time.
+    /// Same as asking the regex of every class and the normaliser about every character, one at a time: the engine
+    /// finds the runs of one category, and only the first character of a run is asked for which.
     fn probe() -> Result<Self, String> {
-        let mut flat = vec![0u16; CODE_POINTS];
-        // Planes 4 to 13 have no assigned character in any version; one search over them would be most of the time.
-        let assigned: String =
+        let compiled = |pattern: &str| SysRegex::new(pattern).map_err(|e| e.to_string());
+        let categories = CATEGORIES.map(|(pattern, class)| (compiled(pattern), class));
+        let any = compiled(&CATEGORIES.map(|(pattern, _)| pattern).join("|"))?;
+        // Planes 4 to 13 have no assigned character in any version; searching them would be most of the time.
+        let text: String =
             (0..0x4_0000).chain(0xe_0000..0xe_1000).filter_map(char::from_u32).collect();
-        for (class, pattern) in DEFINITIONS {
-            let regex = SysRegex::new(pattern).map_err(|e| e.to_string())?;
-            for (start, end) in regex.find_iter(&assigned) {
-                for c in assigned[start..end].chars() {
-                    flat[c as usize] |= class;
+        let mut flat = vec![0u16; CODE_POINTS];
+        for (start, end) in any.find_iter(&text) {
+            let first = text[start..].chars().next().map_or(0, char::len_utf8);
+            for (regex, class) in &categories {
+                let regex = regex.as_ref().map_err(Clone::clone)?;
+                if regex.find_iter(&text[start..start + first]).next().is_some() {
+                    for c in text[start..end].chars() {
+                        flat[c as usize] = *class;
+                    }
+                    break;
                 }
             }
         }
-        for c in assigned.chars().filter(|c| !c.is_ascii()) {
+        for c in ['\r', '\n'] {
+            flat[c as usize] |= NEWLINE;
+        }
+        for c in ('\u{4e00}'..='\u{9fa5}').chain('\u{3040}'..='\u{30ff}') {
+            flat[c as usize] |= CJK;
+        }
+        for c in text.chars().filter(|c| !c.is_ascii()) {
             let quick = is_nfc_quick(std::iter::once(c)) == IsNormalized::Yes
                 && unicode::canonical_combining_class(c) == 0;
             if !quick {
@@ -183,6 +200,19 @@ pub(crate) fn decode(bytes: &[u8], i: usize) -> (u32, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The classes and the regex whose matches define each.
+    const DEFINITIONS: [(u16, &str); 9] = [
+        (LETTER, r"\p{L}+"),
+        (NUMBER, r"\p{N}+"),
+        (SPACE, r"\s+"),
+        (NEWLINE, r"[\r\n]+"),
+        (MARK, r"\p{M}+"),
+        (UPPER, r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"),
+        (LOWER, r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"),
+        (PUNCTUATION, r"[\p{P}\p{S}]+"),
+        (CJK, "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+"),
+    ];
 
     fn all() -> impl Iterator<Item = char> {
         (0..0x11_0000).filter_map(char::from_u32)

@@ -4,7 +4,7 @@
 //! an array; long ones keep the positions of each rank in a list, so that 10 MB of one letter cost linear work.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 
 /// No merge, no symbol, no position.
 const NONE: u32 = u32::MAX;
@@ -57,15 +57,14 @@ impl Merges {
             result: merges.iter().map(|m| m.2).collect(),
             calm: Vec::new(),
         };
-        let mut first_use = HashMap::with_capacity(merges.len());
-        for (rank, &(left, right, _)) in merges.iter().enumerate() {
-            first_use.entry(left).or_insert(rank);
-            first_use.entry(right).or_insert(rank);
+        let ids = merges.iter().map(|m| m.0.max(m.1).max(m.2) as usize + 1).max().unwrap_or(0);
+        let mut first_use = vec![NONE; ids];
+        for (rank, &(left, right, _)) in merges.iter().enumerate().rev() {
+            first_use[left as usize] = rank as u32;
+            first_use[right as usize] = rank as u32;
         }
-        let is_calm = |(rank, merge): (usize, &(u32, u32, u32))| {
-            first_use.get(&merge.2).is_none_or(|&used| used > rank)
-        };
-        table.calm = merges.iter().enumerate().map(is_calm).collect();
+        let is_calm = |(merge, rank): (&(u32, u32, u32), u32)| first_use[merge.2 as usize] > rank;
+        table.calm = merges.iter().zip(0u32..).map(is_calm).collect();
         for (rank, &(left, right, _)) in merges.iter().enumerate() {
             let slot = table.slot(left, right);
             table.keys[slot] = key(left, right);

@@ -178,27 +178,21 @@ pub(super) fn recognise(tokenizer_json: &str) -> Result<Bpe, Refusal> {
     let classes = Classes::linked().map_err(Refusal::Classes)?;
 
     let vocab = &file.model.vocab.0;
-    let mut used = HashSet::with_capacity(vocab.len());
-    for &id in vocab.values() {
-        check_id(id)?;
-        if !used.insert(id) {
-            return Err(Refusal::Id(id, "belongs to two tokens"));
-        }
-    }
+    check_ids(vocab)?;
     let byte_ids = byte_ids(vocab)?;
     let merges = Merges::new(&byte_ids, &merges(&file.model.merges, vocab)?);
     let (raw, normal) = added_tokens(&file.added_tokens, vocab, nfc)?;
 
-    let symbols = symbols();
-    let mut token_bytes = vec![0; used.iter().max().map_or(0, |&id| id as usize + 1)];
+    let symbols = Symbols::new();
+    let mut token_bytes = vec![0; vocab.values().max().map_or(0, |&id| id as usize + 1)];
     let mut whole_words = HashMap::new();
     for (token, &id) in vocab {
-        let bytes: Option<Box<[u8]>> = token.chars().map(|c| symbols.get(&c).copied()).collect();
-        if let Some(bytes) = bytes {
-            token_bytes[id as usize] = bytes.len() as u32;
-            if file.model.ignore_merges == Some(true) {
-                whole_words.insert(bytes, id as i32);
-            }
+        // Every symbol is one byte. Tokens of other characters are never made, so their length does not matter.
+        token_bytes[id as usize] = token.chars().count() as u32;
+        if file.model.ignore_merges == Some(true)
+            && let Some(bytes) = symbols.bytes(token)
+        {
+            whole_words.insert(bytes.into(), id as i32);
         }
     }
     let longest_added = raw.longest().max(normal.longest());
@@ -217,6 +211,20 @@ pub(super) fn recognise(tokenizer_json: &str) -> Result<Bpe, Refusal> {
         classes,
         sample: sample(vocab, &symbols, &file.added_tokens),
     })
+}
+
+fn check_ids(vocab: &HashMap<Cow<str>, u32>) -> Result<(), Refusal> {
+    let mut used = Vec::new();
+    for &id in vocab.values() {
+        check_id(id)?;
+        if used.len() <= id as usize {
+            used.resize(id as usize + 1, false);
+        }
+        if std::mem::replace(&mut used[id as usize], true) {
+            return Err(Refusal::Id(id, "belongs to two tokens"));
+        }
+    }
+    Ok(())
 }
 
 fn check_id(id: u32) -> Result<(), Refusal> {
@@ -346,23 +354,37 @@ fn template(value: &Value) -> Option<(Vec<i32>, Vec<i32>)> {
     seen.then_some((prefix, suffix))
 }
 
-/// GPT-2's map from printable character to byte.
+/// GPT-2's printable characters of the 256 bytes.
 ///
 /// Source: openai/gpt-2, `src/encoder.py`, `bytes_to_unicode`.
-fn symbols() -> HashMap<char, u8> {
-    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let mut others = (256u32..).filter_map(char::from_u32);
-    (0..=255u8)
-        .filter_map(|byte| {
-            let symbol = if printable(byte) { char::from(byte) } else { others.next()? };
-            Some((symbol, byte))
-        })
-        .collect()
+struct Symbols {
+    of_byte: [char; 256],
+    byte_of: HashMap<char, u8>,
+}
+
+impl Symbols {
+    fn new() -> Self {
+        let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let mut others = (256u32..).filter_map(char::from_u32);
+        let mut symbols = Self { of_byte: ['\0'; 256], byte_of: HashMap::new() };
+        for byte in 0..=255u8 {
+            let other = if printable(byte) { None } else { others.next() };
+            let symbol = other.unwrap_or(char::from(byte));
+            symbols.of_byte[byte as usize] = symbol;
+            symbols.byte_of.insert(symbol, byte);
+        }
+        symbols
+    }
+
+    /// The bytes of a token, if it is made of symbols.
+    fn bytes(&self, token: &str) -> Option<Vec<u8>> {
+        token.chars().map(|c| self.byte_of.get(&c).copied()).collect()
+    }
 }
 
 fn byte_ids(vocab: &HashMap<Cow<str>, u32>) -> Result<[u32; 256], Refusal> {
     let mut ids = [0; 256];
-    for (symbol, byte) in symbols() {
+    for (byte, symbol) in (0..=255u8).zip(Symbols::new().of_byte) {
         match vocab.get(symbol.encode_utf8(&mut [0; 4]) as &str) {
             Some(&id) => ids[byte as usize] = id,
             // No UTF-8 text holds these; NeoX lacks their symbols.
@@ -445,11 +467,7 @@ fn added_tokens(
 }
 
 /// Texts of the file's own for the self-check: added tokens in two surroundings, and every so-manieth token.
-fn sample(
-    vocab: &HashMap<Cow<str>, u32>,
-    symbols: &HashMap<char, u8>,
-    added: &[FileToken],
-) -> Vec<String> {
+fn sample(vocab: &HashMap<Cow<str>, u32>, symbols: &Symbols, added: &[FileToken]) -> Vec<String> {
     let mut texts = Vec::new();
     for token in added.iter().take(256) {
         texts.push(format!("a{0} b{0}{0}\n{0}c", token.content));
@@ -459,8 +477,7 @@ fn sample(
     let mut chosen: Vec<_> = vocab.iter().filter(|(_, id)| **id % step == 0).collect();
     chosen.sort_unstable_by_key(|(_, id)| **id);
     for (token, _) in chosen {
-        let bytes: Option<Vec<u8>> = token.chars().map(|c| symbols.get(&c).copied()).collect();
-        texts.extend(bytes.and_then(|b| String::from_utf8(b).ok()));
+        texts.extend(symbols.bytes(token).and_then(|bytes| String::from_utf8(bytes).ok()));
     }
     texts
 }

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::check::nasty;
-use super::*;
+use super::{Bpe, Family, Keep, PairIds, Refusal, Scratch, not_special};
 
 const TEXT: &str = "The quick brown fox's den isn't where they've said it'd be; we'll see, I'm sure. \
     HTTPServer camelCase snake_case 12345 3.14159 2024-01-02 $1,000.00 \n\nHuman: hello there\n\nAssistant: \
@@ -197,8 +198,12 @@ fn random_nasty_texts_have_the_same_ids() {
         .map(|a| a.0)
         .chain(["xyzzy", " xyzzy", "z", "user", "<|endoftext|>"])
         .collect();
-    let count = if deep() { 200_000 } else { 3_000 };
     for (name, ours, oracle) in built().chain(shipped()) {
+        let count = match (deep(), name.contains("ignore_merges")) {
+            (false, _) => 1_000,
+            (true, true) => 40_000,
+            (true, false) => 200_000,
+        };
         let mut scratch = Scratch::default();
         for text in nasty(7, 16, &added).take(count) {
             assert_same(&name, &ours, &oracle, &mut scratch, &text);
@@ -213,7 +218,7 @@ fn special_tokens_as_text_equal_the_crates_option() {
     for (name, ours, mut oracle) in built().chain(shipped()) {
         oracle.set_encode_special_tokens(true);
         let mut scratch = Scratch::default();
-        for text in nasty(8, 12, &added).take(2_000) {
+        for text in nasty(8, 12, &added).take(if deep() { 50_000 } else { 700 }) {
             let mut ids = Vec::new();
             ours.encode_into(&text, Some(&not_special), &mut scratch, &mut ids).unwrap();
             let theirs = oracle.encode_fast(text.as_str(), false).unwrap();
@@ -227,7 +232,7 @@ fn special_tokens_as_text_equal_the_crates_option() {
 fn ends_equal_decoding_each_token_and_the_crates_offsets_at_characters() {
     for (name, ours, oracle) in built().chain(shipped()) {
         let mut scratch = Scratch::default();
-        for text in nasty(9, 12, &["<think>", "z\u{e9}", "e\u{301}\u{327}"]).take(2_000) {
+        for text in nasty(9, 12, &["<think>", "z\u{e9}", "e\u{301}\u{327}"]).take(700) {
             let (mut ids, mut ends) = (Vec::new(), Vec::new());
             ours.encode_with_ends(&text, None, &mut scratch, &mut ids, &mut ends).unwrap();
             assert_eq!(ids.len(), ends.len());
@@ -391,6 +396,31 @@ fn what_is_not_ours_is_refused_with_the_reason() {
     assert!(matches!(refusal(no_a), Refusal::MissingByte(b'q')));
     for text in ["", "{", "[]", "null", "{\"model\": 3}", "\u{0}"] {
         assert!(matches!(Bpe::recognise(text), Err(Refusal::Json(_))), "{text:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if deep() { 2_000 } else { 64 }))]
+
+    /// T1: whatever is changed in a good file, it is refused or still agrees with the crate; no panic.
+    #[test]
+    fn changed_files_are_refused_or_served(seed in any::<u64>(), cuts in proptest::collection::vec((any::<u32>(), any::<u8>()), 1..6)) {
+        let family = Family::ALL[seed as usize % 7];
+        let mut bytes = small(family, seed % 2 == 0, seed % 3 == 0).to_string().into_bytes();
+        for (place, byte) in cuts {
+            let n = bytes.len();
+            bytes[place as usize % n] = byte & 127;
+        }
+        let text = String::from_utf8_lossy(&bytes);
+        if let Ok(bpe) = Bpe::recognise(&text) {
+            let mut ids = Vec::new();
+            bpe.encode_into(TEXT, None, &mut Scratch::default(), &mut ids).unwrap();
+            let oracle: Result<Tokenizer, _> = std::panic::catch_unwind(|| text.parse()).unwrap_or_else(|_| Err("panicked".into()));
+            if let Ok(oracle) = oracle && bpe.self_check(&oracle).is_ok() {
+                let theirs = oracle.encode_fast(TEXT, false).unwrap();
+                prop_assert!(theirs.get_ids().iter().map(|&id| id as i32).eq(ids));
+            }
+        }
     }
 }
 
