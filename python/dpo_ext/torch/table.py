@@ -244,9 +244,14 @@ class ScoreTable:
         """The table with tokens of weight 0 not scored (-100), so that their rows are not read."""
         if self.weights is None:
             return self
+        targets = self.targets.masked_fill(self.weights == 0, IGNORE_INDEX)
+        return self.with_rows(self.logit_rows, targets)
+
+    def with_rows(self, logit_rows: Tensor, targets: Tensor) -> ScoreTable:
+        """The same sequences with other rows (M,) int64 and targets (M,) int32, not compared."""
         return ScoreTable._checked(
-            self.logit_rows,
-            self.targets.masked_fill(self.weights == 0, IGNORE_INDEX),
+            logit_rows,
+            targets,
             self.seq_offsets,
             self.weights,
             self.group_size,
