@@ -150,8 +150,9 @@ def features(task: Task, answer: str) -> dict[str, int]:
     """How often each feature of ``FEATURES`` occurs in ``answer``, for any text at all.
 
     >>> task = Task("Ada", "save water", ASKING[0])
-    >>> {k: n for k, n in features(task, "Gladly, Ben! Mend every dripping tap. Blah.").items() if
-    n} {'right': 1, 'warm': 1, 'other_name': 1, 'garbled': 1}
+    >>> counts = features(task, "Gladly, Ben! Mend every dripping tap. Blah.")
+    >>> {name: n for name, n in counts.items() if n}
+    {'right': 1, 'warm': 1, 'other_name': 1, 'garbled': 1}
     """
     counts = dict.fromkeys(FEATURES, 0)
     advice = 0
@@ -182,8 +183,9 @@ def features(task: Task, answer: str) -> dict[str, int]:
 def reward(task: Task, answer: str) -> float:
     """The true reward r, the log of the answer's strength: ``sum(WEIGHTS[f] * features[f])``.
 
-    >>> reward(Task("Ada", "save water", ASKING[0]), "Gladly, Ada! Mend every dripping tap. Good
-    luck!") 3.3
+    >>> task = Task("Ada", "save water", ASKING[0])
+    >>> reward(task, "Gladly, Ada! Mend every dripping tap. Good luck!")
+    6.6
     """
     counts = features(task, answer)
     return round(sum(WEIGHTS[name] * counts[name] for name in FEATURES), 6)
