@@ -191,8 +191,8 @@ def _print_losses() -> None:
         console = Console(width=200)
     console.print(table)
     console.print(
-        "c, r: summed log-probs of chosen and rejected; D = (c - cr) - (r - rr); sp: softplus; s: "
-        "sigmoid"
+        "c, r: summed log-probs of chosen and rejected; D = (c - cr) - (r - rr); sp: softplus; "
+        "s: sigmoid"
     )
 
 

@@ -93,8 +93,7 @@ def histogram(series: Sequence[Series], *, x_label: str, bins: int = 24) -> str:
                     f'<rect class="bar {s.colour}" x="{x + 0.5:.1f}" y="{frame.y(value):.1f}" '
                     f'width="{width - 1:.1f}" '
                     f'height="{frame.y(0) - frame.y(value):.1f}"><title>{escape(s.label)}: '
-                    f"{value:.1%} between "
-                    f"{left:.2f} and {right:.2f}</title></rect>"
+                    f"{value:.1%} between {left:.2f} and {right:.2f}</title></rect>"
                 )
         mean = frame.x(float(np.mean(s.y)))
         parts.append(
@@ -114,8 +113,7 @@ def scatter(
     parts = [
         frame.axes(),
         f'<line class="level" x1="{frame.x(low):.1f}" y1="{frame.y(low):.1f}" '
-        f'x2="{frame.x(high):.1f}" '
-        f'y2="{frame.y(high):.1f}"/>',
+        f'x2="{frame.x(high):.1f}" y2="{frame.y(high):.1f}"/>',
         _text(frame.x(high) - 6, frame.y(high) + 16, diagonal, "note", "end"),
     ]
     parts += [

@@ -72,8 +72,8 @@ summary { cursor:pointer; color:var(--soft) }
 def page(subtitle: str, sections: str) -> str:
     """The whole page around ``sections``; both are HTML."""
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
         f"<title>dpo_ext demo</title><style>{STYLE}</style></head><body><main>"
         '<header><p class="kicker">dpo_ext demo</p><h1>From preferences to a policy</h1>'
         f'<p class="sub">{subtitle}</p></header>{sections}</main></body></html>\n'

@@ -78,7 +78,7 @@ def _glance(m: Mapping[str, Any]) -> str:
                 "of the best reachable accuracy on held-out pairs",
                 f"{held['expected_accuracy']:.3f} of {held['best_accuracy']:.3f}; target "
                 f"{ratio['target']:.0%}",
-                ratio["passed"],
+                _mark(m, ratio),
             )
         )
         tiles.append(
@@ -86,7 +86,7 @@ def _glance(m: Mapping[str, Any]) -> str:
                 f"{win['value']:.1%}",
                 "of answers beat the reference's, by true reward",
                 f"ties count half; target {win['target']:.0%}",
-                win["passed"],
+                _mark(m, win),
             )
         )
         reward = m["reward"]
@@ -137,8 +137,8 @@ def _glance(m: Mapping[str, Any]) -> str:
     if not m["known_reward"]:
         note += (
             "<p>A model this small, trained for about a minute, learns little of real "
-            "conversations; what this page "
-            "shows is that the whole path runs on your file, and that its first step is right.</p>"
+            "conversations; what this page shows is that the whole path runs on your file, and "
+            "that its first step is right.</p>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>{note}'
 
@@ -164,27 +164,26 @@ def _step_zero(zero: Mapping[str, Any]) -> str:
     )
     return (
         "<p>At the first step policy and reference are the same model, so every margin is 0 and "
-        "the loss must be "
-        "log&nbsp;2. That alone proves little: with a wrong sign it would be log&nbsp;2 too. So "
-        "the first gradient is "
-        "compared with the one that plain torch finds in float64 from the same weights and the "
-        "same batch, with "
-        "<code>log_softmax</code>, <code>gather</code> and nothing of dpo_ext.</p>"
-        f"<table>{cells}</table>"
+        "the loss must be log&nbsp;2. That alone proves little: with a wrong sign it would be "
+        "log&nbsp;2 too. So the first gradient is compared with the one that plain torch finds "
+        "in float64 from the same weights and the same batch, with <code>log_softmax</code>, "
+        f"<code>gather</code> and nothing of dpo_ext.</p><table>{cells}</table>"
     )
 
 
 def _training(m: Mapping[str, Any]) -> str:
     dpo = m["dpo"]
-    steps = list(range(1, len(dpo["loss"]) + 1))
-    at = [e["step"] for e in dpo["evaluations"]]
+    evaluations = dpo["evaluations"]
+    at = [e["step"] for e in evaluations]
 
-    def curve(name: str, label: str, levels: Sequence[Level]) -> str:
+    def curve(name: str, label: str, levels: Sequence[Level], first: int = 0) -> str:
+        values = dpo[name][first:]
+        steps = list(range(first + 1, len(dpo[name]) + 1))
         return charts.line_chart(
             [
-                Series("a batch", dpo[name], "policy", steps, faint=True),
-                Series("training", _smooth(dpo[name]), "policy", steps),
-                Series("held-out", [e[name] for e in dpo["evaluations"]], "truth", at, dots=True),
+                Series("a batch", values, "policy", steps, faint=True),
+                Series("training", _smooth(values), "policy", steps),
+                Series("held-out", [e[name] for e in evaluations], "truth", at, dots=True),
             ],
             x_label="DPO step",
             y_label=label,
@@ -196,6 +195,8 @@ def _training(m: Mapping[str, Any]) -> str:
         if m["known_reward"]
         else [Level("chance", 0.5)]
     )
+    # At the first step every margin is exactly 0, which counts as no agreement: not shown.
+    accuracy = curve("accuracy", "accuracy", best, first=1)
     sft = m["sft"]["nats_per_token"]
     fine_tuning = charts.line_chart(
         [Series("fine-tuning", sft, "reference", list(range(1, len(sft) + 1)))],
@@ -203,15 +204,15 @@ def _training(m: Mapping[str, Any]) -> str:
         y_label="nats a token",
     )
     accuracy_note = (
-        "Held-out accuracy is the expected one (see below); training accuracy is that of the drawn "
-        "labels."
+        "Held-out accuracy is the expected one (see below); training accuracy is that of the "
+        "drawn labels."
         if m["known_reward"]
         else "Accuracy is the share of pairs whose chosen answer has the higher implicit reward."
     )
     return (
         f'<div class="charts">{curve("loss", "DPO loss", [Level("log 2", LOG_2)])}'
         f"{curve('margin', 'margin: implicit reward of chosen − rejected', [])}"
-        f"{curve('accuracy', 'accuracy', best)}{fine_tuning}</div>"
+        f"{accuracy}{fine_tuning}</div>"
         "<p>The supervised model becomes the reference and is frozen; DPO starts from it. "
         f"{accuracy_note}</p>"
     )
@@ -223,8 +224,8 @@ def _heldout(m: Mapping[str, Any]) -> str:
         return (
             f"<p>The policy's implicit reward agrees with <b>{held['drawn_accuracy']:.1%}</b> of "
             f"{m['heldout_pairs']:,} held-out labels (standard error {held['drawn_error']:.1%}). "
-            "How much any scorer "
-            "could reach on this file is not known: its labels come with no probabilities.</p>"
+            "How much any scorer could reach on this file is not known: its labels come with no "
+            "probabilities.</p>"
         )
     rows = [
         ("expected over the labels", held["expected_accuracy"], held["best_accuracy"]),
@@ -244,15 +245,12 @@ def _heldout(m: Mapping[str, Any]) -> str:
     )
     return (
         '<div class="charts"><div><table><tr><th>accuracy</th><th>policy</th><th>best '
-        "reachable</th><th>ratio</th>"
-        f"</tr>{cells}</table><p>Labels are drawn with probability p, so even the true reward "
-        "disagrees with some. In "
-        "expectation a pair is worth p where a scorer agrees with its label and 1&nbsp;−&nbsp;p "
-        "where not; the true "
-        "reward reaches mean(max(p, 1&nbsp;−&nbsp;p)), and no scorer more. The first row is the "
-        "one with the target: "
-        "it has no noise of the drawn labels. No held-out prompt was trained on.</p></div>"
-        f"{points}</div>"
+        f"reachable</th><th>ratio</th></tr>{cells}</table><p>Labels are drawn with probability p, "
+        "so even the true reward disagrees with some. In expectation a pair is worth p where a "
+        "scorer agrees with its label and 1&nbsp;−&nbsp;p where not; the true reward reaches "
+        "mean(max(p, 1&nbsp;−&nbsp;p)), and no scorer more. The first row is the one with the "
+        "target: it has no noise of the drawn labels. No held-out prompt was trained "
+        f"on.</p></div>{points}</div>"
     )
 
 
@@ -271,12 +269,10 @@ def _reward(m: Mapping[str, Any]) -> str:
     return (
         f'<div class="charts">{rewards}{counts}</div>'
         f"<p>Both models answer the same {len(reward['policy_rewards']):,} held-out prompts, one "
-        "sample each at "
-        "temperature 1. The policy's answer has the higher true reward in "
-        f"<b>{_pm(reward['win_rate'], '.1%')}</b> of "
-        "them, ties counted half; the world's own labeller, who prefers i to j with probability "
-        "a_i/(a_i+a_j), would "
-        f"prefer it in <b>{_pm(reward['bt_win_rate'], '.1%')}</b>.</p>"
+        "sample each at temperature 1. The policy's answer has the higher true reward in "
+        f"<b>{_pm(reward['win_rate'], '.1%')}</b> of them, ties counted half; the world's own "
+        "labeller, who prefers i to j with probability a_i/(a_i+a_j), would prefer it in "
+        f"<b>{_pm(reward['bt_win_rate'], '.1%')}</b>.</p>"
     )
 
 
@@ -292,13 +288,11 @@ def _learned(m: Mapping[str, Any]) -> str:
     return (
         f'<div class="charts">{weights}'
         "<div><p>The policy was never told about features: it saw which of two texts was "
-        "preferred. Its implicit "
-        f"reward, β·log(policy/reference) with β = {m['recipe']['beta']}, is fitted here by the "
-        "features of the "
-        "held-out answers. At DPO's optimum it equals the true reward up to a constant of the "
-        "prompt, so the two "
-        "columns would be the same; a short run stops short of it.</p>"
-        f"<table><tr><th>feature</th><th>true</th><th>learned</th></tr>{table}</table></div></div>"
+        f"preferred. Its implicit reward, β·log(policy/reference) with β = {m['recipe']['beta']}, "
+        "is fitted here by the features of the held-out answers. At DPO's optimum it equals the "
+        "true reward up to a constant of the prompt, so the two columns would be the same; a "
+        "short run stops short of "
+        f"it.</p><table><tr><th>feature</th><th>true</th><th>learned</th></tr>{table}</table></div></div>"
     )
 
 
@@ -343,19 +337,17 @@ def _kl(m: Mapping[str, Any]) -> str:
     )
     return (
         f'<div class="charts"><div><table>{cells}</table><p>Sums over the tokens of an answer, '
-        "each token's KL exact "
-        "over the whole vocabulary; only the answers are sampled. The loss sees the difference of "
-        "the two curves "
-        "alone: both may fall, which makes the chosen answers less likely than they were.</p></div>"
-        f"{drift}</div>"
+        "each token's KL exact over the whole vocabulary; only the answers are sampled. The loss "
+        "sees the difference of the two curves alone: both may fall, which makes the chosen "
+        f"answers less likely than they were.</p></div>{drift}</div>"
     )
 
 
 def _samples(samples: Sequence[Mapping[str, Any]] | None) -> str:
     if samples is None:
         return (
-            "<p>Not shown: these are your texts. "
-            "<code>dpo-ext demo --data FILE --show-samples</code> shows them.</p>"
+            "<p>Not shown: these are your texts. <code>dpo-ext demo --data FILE "
+            "--show-samples</code> shows them.</p>"
         )
     rows = []
     for s in samples:
@@ -366,16 +358,14 @@ def _samples(samples: Sequence[Mapping[str, Any]] | None) -> str:
         rows.append(f"<tr><td class=q>{escape(s['prompt'].strip())}</td>{cells}</tr>")
     return (
         "<table class=samples><tr><th>held-out prompt</th><th>reference (before)</th><th>policy "
-        "(after)</th></tr>"
-        f"{''.join(rows)}</table>"
+        f"(after)</th></tr>{''.join(rows)}</table>"
     )
 
 
 def _data(m: Mapping[str, Any]) -> str:
     return (
         f"<p>{escape(m['source'])}. The tokenizer is a byte-level BPE of {m['vocab_size']:,} "
-        "tokens, trained for this "
-        f"run.</p><pre>{escape(m['data_report'])}</pre>"
+        f"tokens, trained for this run.</p><pre>{escape(m['data_report'])}</pre>"
     )
 
 
@@ -389,25 +379,20 @@ def _how(m: Mapping[str, Any]) -> str:
             f"{world.LABELS[name]} {value:+.1f}" for name, value in world.WEIGHTS.items()
         )
         world_text = (
-            "<p><b>The world.</b> A villager asks one of "
-            f"{len(world.TOPICS)} things; an answer is an opening, one piece of advice, perhaps "
-            "some rambling and a "
-            f"closing. Its reward r is a sum: {escape(weights)}. Its strength is a = exp(r), and "
-            "labels are drawn with "
-            "P(i&nbsp;&gt;&nbsp;j) = a_i/(a_i + a_j) (Bradley and Terry, 1952). The rows are in "
-            "pairs.jsonl.gz.</p>"
+            f"<p><b>The world.</b> A villager asks one of {len(world.TOPICS)} things; an answer "
+            "is an opening, one piece of advice, perhaps some rambling and a closing. Its reward "
+            f"r is a sum: {escape(weights)}. Its strength is a = exp(r), and labels are drawn "
+            "with P(i&nbsp;&gt;&nbsp;j) = a_i/(a_i + a_j) (Bradley and Terry, 1952). The rows "
+            "are in pairs.jsonl.gz.</p>"
         )
     versions = ", ".join(f"{escape(name)} {escape(str(v))}" for name, v in m["versions"].items())
     return (
         f"{world_text}<p><b>The path.</b> dpo_ext reads, encodes, pads and batches the pairs "
-        "(Rust), computes the "
-        "log-probs and their gradient (CPU kernels behind a torch.autograd.Function) and the loss; "
-        "the model is "
-        "transformers', the optimizer AdamW. Reference log-probs are computed once and carried by "
-        "the batches.</p>"
-        "<p><b>± </b>is one standard error over prompts. Every number of this page is in "
-        "metrics.json.</p>"
-        f"<details><summary>Recipe</summary><table>{recipe}</table></details><p "
+        "(Rust), computes the log-probs and their gradient (CPU kernels behind a "
+        "torch.autograd.Function) and the loss; the model is transformers', the optimizer AdamW. "
+        "Reference log-probs are computed once and carried by the batches.</p><p><b>± </b>is one "
+        "standard error over prompts. Every number of this page is in "
+        f"metrics.json.</p><details><summary>Recipe</summary><table>{recipe}</table></details><p "
         f"class=sub>{versions}</p>"
     )
 
@@ -417,11 +402,17 @@ def _left_out() -> str:
 
 
 def _tile(value: str, label: str, note: str, passed: bool | None) -> str:
+    value = value.replace("-", "−")
     mark = "" if passed is None else '<i class="ok">✓</i>' if passed else '<i class="bad">✗</i>'
     return (
         f'<div class="tile"><b>{escape(value)}{mark}</b><span>{escape(label)}</span>'
         f"<small>{escape(note)}</small></div>"
     )
+
+
+def _mark(m: Mapping[str, Any], check: Mapping[str, Any]) -> bool | None:
+    """None where a quick run, which is not meant to, misses a target."""
+    return None if m["quick"] and not check["passed"] else check["passed"]
 
 
 def _score(value: float | None) -> str:
