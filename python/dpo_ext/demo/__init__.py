@@ -58,8 +58,8 @@ WORLD_QUICK = _Size(
     answers=64,
     new_tokens=48,
     recipe=Recipe(
-        hidden=64, layers=2, sft_steps=120, sft_pairs=16, sft_lr=5e-3, sft_both=True,
-        dpo_steps=60, dpo_pairs=16, dpo_lr=5e-4, beta=1.5, max_length=128, evaluations=3,
+        hidden=64, layers=2, sft_steps=150, sft_pairs=16, sft_lr=5e-3, sft_both=True,
+        dpo_steps=50, dpo_pairs=32, dpo_lr=4e-4, beta=1.5, max_length=128, evaluations=3,
     ),
 )  # fmt: skip
 FILE = _Size(

@@ -52,10 +52,11 @@ table { border-collapse:collapse; width:100%; font-size:.94rem; margin:.4em 0 }
 td,th { padding:5px 12px 5px 0; border-bottom:1px solid var(--rule); text-align:left;
   vertical-align:top }
 th { color:var(--soft); font-weight:500 }
+th.n { text-align:right }
 td.n { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap }
 .samples td { width:36% }
 .samples td.q { width:28%; color:var(--soft) }
-.score { display:inline-block; min-width:2.7em; text-align:center; border-radius:6px;
+.score { display:inline-block; min-width:3.5em; text-align:center; border-radius:6px;
   margin-right:.6em; font-size:.85em; font-variant-numeric:tabular-nums; border:1px solid
   currentColor }
 .good { color:var(--truth) }

@@ -244,8 +244,8 @@ def _heldout(m: Mapping[str, Any]) -> str:
         diagonal="DPO's optimum",
     )
     return (
-        '<div class="charts"><div><table><tr><th>accuracy</th><th>policy</th><th>best '
-        f"reachable</th><th>ratio</th></tr>{cells}</table><p>Labels are drawn with probability p, "
+        '<div class="charts"><div><table><tr><th>accuracy</th><th class=n>policy</th>'
+        f"<th class=n>best reachable</th><th class=n>ratio</th></tr>{cells}</table><p>Labels are drawn with probability p, "
         "so even the true reward disagrees with some. In expectation a pair is worth p where a "
         "scorer agrees with its label and 1&nbsp;−&nbsp;p where not; the true reward reaches "
         "mean(max(p, 1&nbsp;−&nbsp;p)), and no scorer more. The first row is the one with the "
@@ -290,9 +290,9 @@ def _learned(m: Mapping[str, Any]) -> str:
         "<div><p>The policy was never told about features: it saw which of two texts was "
         f"preferred. Its implicit reward, β·log(policy/reference) with β = {m['recipe']['beta']}, "
         "is fitted here by the features of the held-out answers. At DPO's optimum it equals the "
-        "true reward up to a constant of the prompt, so the two columns would be the same; a "
-        "short run stops short of "
-        f"it.</p><table><tr><th>feature</th><th>true</th><th>learned</th></tr>{table}</table></div></div>"
+        "true reward up to a constant of the prompt, so the dots would meet; a short run stops "
+        "short of it.</p><details><summary>The same as numbers</summary><table><tr><th>feature</th>"
+        f"<th class=n>true</th><th class=n>learned</th></tr>{table}</table></details></div></div>"
     )
 
 
