@@ -211,9 +211,8 @@ def _training(m: Mapping[str, Any]) -> str:
     )
     return (
         f'<div class="charts">{curve("loss", "DPO loss", [Level("log 2", LOG_2)])}'
-        f"{curve('margin', 'margin: implicit reward of chosen − rejected', [])}"
-        f"{accuracy}{fine_tuning}</div>"
-        "<p>The supervised model becomes the reference and is frozen; DPO starts from it. "
+        f"{curve('margin', 'margin: implicit reward of chosen − rejected', [])}{accuracy}{fine_tuning}</div><p>The "
+        "supervised model becomes the reference and is frozen; DPO starts from it. "
         f"{accuracy_note}</p>"
     )
 
@@ -245,12 +244,12 @@ def _heldout(m: Mapping[str, Any]) -> str:
     )
     return (
         '<div class="charts"><div><table><tr><th>accuracy</th><th class=n>policy</th>'
-        f"<th class=n>best reachable</th><th class=n>ratio</th></tr>{cells}</table><p>Labels are drawn with probability p, "
-        "so even the true reward disagrees with some. In expectation a pair is worth p where a "
-        "scorer agrees with its label and 1&nbsp;−&nbsp;p where not; the true reward reaches "
-        "mean(max(p, 1&nbsp;−&nbsp;p)), and no scorer more. The first row is the one with the "
-        "target: it has no noise of the drawn labels. No held-out prompt was trained "
-        f"on.</p></div>{points}</div>"
+        f"<th class=n>best reachable</th><th class=n>ratio</th></tr>{cells}</table><p>Labels are "
+        "drawn with probability p, so even the true reward disagrees with some. In expectation a "
+        "pair is worth p where a scorer agrees with its label and 1&nbsp;−&nbsp;p where not; the "
+        "true reward reaches mean(max(p, 1&nbsp;−&nbsp;p)), and no scorer more. The first row is "
+        "the one with the target: it has no noise of the drawn labels. No held-out prompt was "
+        f"trained on.</p></div>{points}</div>"
     )
 
 
@@ -291,8 +290,9 @@ def _learned(m: Mapping[str, Any]) -> str:
         f"preferred. Its implicit reward, β·log(policy/reference) with β = {m['recipe']['beta']}, "
         "is fitted here by the features of the held-out answers. At DPO's optimum it equals the "
         "true reward up to a constant of the prompt, so the dots would meet; a short run stops "
-        "short of it.</p><details><summary>The same as numbers</summary><table><tr><th>feature</th>"
-        f"<th class=n>true</th><th class=n>learned</th></tr>{table}</table></details></div></div>"
+        "short of it.</p><details><summary>The same as "
+        "numbers</summary><table><tr><th>feature</th><th class=n>true</th><th "
+        f"class=n>learned</th></tr>{table}</table></details></div></div>"
     )
 
 
