@@ -211,9 +211,9 @@ def _training(m: Mapping[str, Any]) -> str:
     )
     return (
         f'<div class="charts">{curve("loss", "DPO loss", [Level("log 2", LOG_2)])}'
-        f"{curve('margin', 'margin: implicit reward of chosen − rejected', [])}{accuracy}{fine_tuning}</div><p>The "
-        "supervised model becomes the reference and is frozen; DPO starts from it. "
-        f"{accuracy_note}</p>"
+        f"{curve('margin', 'margin: implicit reward of chosen − rejected', [])}"
+        + f"{accuracy}{fine_tuning}</div><p>The supervised model becomes the reference and is "
+        f"frozen; DPO starts from it. {accuracy_note}</p>"
     )
 
 
