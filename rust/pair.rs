@@ -1,14 +1,15 @@
 //! One pair: where the prompt ends, what is cut, and whether the row stays.
 
+mod chat;
+mod implicit;
+
 use std::borrow::Cow;
 
-use minijinja::Value as Jinja;
-
+use crate::bpe::{Found, PairIds};
 use crate::error::{Error, Result};
-use crate::read::json::Value;
 use crate::read::limits::Limits;
 use crate::read::row::{Bad, Content, Keys, Row};
-use crate::template::{Now, RenderError, message_to_jinja, to_jinja};
+use crate::template::Now;
 use crate::tokenize::Tokenizer;
 
 /// What happens to a side that is longer than `max_length`. One decision a pair: both sides keep the same prompt.
@@ -42,6 +43,8 @@ pub enum Boundary {
 pub enum SpecialText {
     /// The token.
     Special,
+    /// Text: in contents control tokens are never tokens, so that data cannot forge a turn.
+    Text,
     /// A bad row.
     Error,
 }
@@ -107,6 +110,10 @@ pub struct Pair {
 }
 
 impl Pair {
+    fn has(&self, warning: Warning) -> bool {
+        self.warned & 1 << warning as u32 != 0
+    }
+
     fn warn(&mut self, warning: Warning) {
         self.warned |= 1 << warning as u32;
     }
@@ -158,8 +165,8 @@ pub fn encode(row: Row<'_>, tokenizer: &Tokenizer, options: &Options) -> Result<
             boundary(&text, tokenizer, options, true, &mut pair)?;
         }
         Content::Chat { prompt, chosen, rejected, tools, kwargs } => {
-            let chat = Chat { prompt, chosen, rejected, tools, kwargs };
-            let text = chat_row(chat, tokenizer, options, &mut pair)?;
+            let chat = chat::Chat { prompt, chosen, rejected, tools, kwargs };
+            let text = chat::texts(chat, tokenizer, options, &mut pair)?;
             boundary(&text, tokenizer, options, false, &mut pair)?;
         }
     }
@@ -173,23 +180,24 @@ struct Texts<'a> {
     rejected: Cow<'a, str>,
     /// The prompt's own render where it is not the start of both sides; only `boundary="trl"` looks at it.
     alone: Option<String>,
+    /// Bytes of prompt + chosen and of prompt + rejected that lie inside control tokens that must stay text.
+    marks: Option<[Vec<usize>; 2]>,
 }
 
-/// Notes control tokens that the contents spell; an error where the options say so.
+/// Notes control tokens that contents spell; an error where the options say so.
 fn check_special(
-    texts: [(&str, &str); 3],
+    text: &str,
+    field: &str,
     tokenizer: &Tokenizer,
     options: &Options,
     pair: &mut Pair,
 ) -> Result<(), Bad> {
-    for (text, field) in texts {
-        if tokenizer.control().occurs_in(text) {
-            if options.special_text == SpecialText::Error {
-                let message = "expected plain text, found the spelling of a control token";
-                return Err(Bad::new("special_token_in_text", field, message));
-            }
-            pair.warn(Warning::SpecialTokenInText);
+    if tokenizer.control().occurs_in(text) {
+        if options.special_text == SpecialText::Error {
+            let message = "expected plain text, found the spelling of a control token";
+            return Err(Bad::new("special_token_in_text", field, message));
         }
+        pair.warn(Warning::SpecialTokenInText);
     }
     Ok(())
 }
@@ -210,14 +218,13 @@ fn text_row<'a>(
     let eos = tokenizer.eos_text();
     let body = |text: &str| eos.and_then(|eos| text.strip_suffix(eos)).unwrap_or(text).len();
     let keys = &options.keys;
-    {
-        let (c, r) = (chosen.get(..body(&chosen)), rejected.get(..body(&rejected)));
-        let texts = [
-            (prompt.as_deref().unwrap_or_default(), keys.prompt.as_str()),
-            (c.unwrap_or_default(), keys.chosen.as_str()),
-            (r.unwrap_or_default(), keys.rejected.as_str()),
-        ];
-        check_special(texts, tokenizer, options, pair)?;
+    let parts = [
+        (prompt.as_deref().unwrap_or_default(), &keys.prompt),
+        (chosen.get(..body(&chosen)).unwrap_or_default(), &keys.chosen),
+        (rejected.get(..body(&rejected)).unwrap_or_default(), &keys.rejected),
+    ];
+    for (text, key) in parts {
+        check_special(text, key, tokenizer, options, pair)?;
     }
     let (prompt, chosen, rejected) = if let Some(prompt) = prompt {
         (prompt, chosen, rejected)
@@ -246,208 +253,69 @@ fn text_row<'a>(
     if prompt.is_empty() {
         pair.warn(Warning::EmptyPrompt);
     }
-    Ok(Texts { prompt, chosen, rejected, alone: None })
+    Ok(Texts { prompt, chosen, rejected, alone: None, marks: None })
 }
 
-/// Where a prompt ends that nobody marked.
-mod implicit {
-    /// Ends of what stands before an assistant's answer. White space after a marker belongs to the answer, unless the
-    /// format fixes it.
-    const TURNS: [&str; 14] = [
-        "\n\nAssistant:",
-        "<|im_start|>assistant\n",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|header_start|>assistant<|header_end|>\n\n",
-        "<start_of_turn>model\n",
-        "<|assistant|>",
-        "<|Assistant|>",
-        "<\u{ff5c}Assistant\u{ff5c}>",
-        "[/INST]",
-        "### Response:",
-        "### Assistant:",
-        "ASSISTANT:",
-        "\nAssistant:",
-        "\nAI:",
-    ];
-
-    /// The byte where the prompt ends, and whether the last turn of both texts begins there.
-    pub fn split(chosen: &str, rejected: &str) -> (usize, bool) {
-        let mut common = chosen.bytes().zip(rejected.bytes()).take_while(|(a, b)| a == b).count();
-        while !chosen.is_char_boundary(common) || !rejected.is_char_boundary(common) {
-            common -= 1;
-        }
-        let start = chosen.get(..common).unwrap_or_default();
-        let last =
-            |text: &str| TURNS.iter().filter_map(|turn| Some(text.rfind(turn)? + turn.len())).max();
-        match last(start) {
-            Some(cut) => (cut, last(chosen) == Some(cut) && last(rejected) == Some(cut)),
-            None => (word(start, chosen, rejected), false),
-        }
-    }
-
-    /// The start of the word in which the common text ends, less the white space before it.
-    fn word(start: &str, chosen: &str, rejected: &str) -> usize {
-        let goes_on = |text: &str| {
-            text.get(start.len()..)
-                .and_then(|rest| rest.chars().next())
-                .is_some_and(char::is_whitespace)
-        };
-        let head = if goes_on(chosen) && goes_on(rejected) {
-            start
-        } else {
-            start.trim_end_matches(|c: char| !c.is_whitespace())
-        };
-        head.trim_end().len()
-    }
-}
-
-/// The messages of one row.
-struct Chat<'a> {
-    prompt: Option<Vec<Value<'a>>>,
-    chosen: Vec<Value<'a>>,
-    rejected: Vec<Value<'a>>,
-    tools: Option<Value<'a>>,
-    kwargs: Vec<(Cow<'a, str>, Value<'a>)>,
-}
-
-/// The text inside a message: its content, or the text parts of it.
-fn message_texts<'v>(message: &'v Value<'_>) -> Vec<&'v str> {
-    match message.get("content") {
-        Some(Value::Str(text)) => vec![text],
-        Some(Value::List(parts)) => parts
-            .iter()
-            .filter_map(|part| match part {
-                Value::Str(text) => Some(text.as_ref()),
-                part => match part.get("text") {
-                    Some(Value::Str(text)) => Some(text.as_ref()),
-                    _ => None,
-                },
-            })
-            .collect(),
-        _ => Vec::new(),
-    }
-}
-
-fn says_something(message: &Value<'_>) -> bool {
-    matches!(message.get("tool_calls"), Some(Value::List(calls)) if !calls.is_empty())
-        || message_texts(message).iter().any(|text| !is_blank(text))
-}
-
-fn chat_row(
-    chat: Chat<'_>,
-    tokenizer: &Tokenizer,
-    options: &Options,
-    pair: &mut Pair,
-) -> Result<Texts<'static>, Refusal> {
-    let Chat { prompt, mut chosen, mut rejected, tools, kwargs } = chat;
-    let keys = &options.keys;
-    let prompt = prompt.unwrap_or_else(|| {
-        let common = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
-        // A side always keeps its last message.
-        let common = common.min(chosen.len() - 1).min(rejected.len() - 1);
-        rejected.drain(..common);
-        chosen.drain(..common).collect()
-    });
-    for (messages, key) in
-        [(&prompt, &keys.prompt), (&chosen, &keys.chosen), (&rejected, &keys.rejected)]
-    {
-        for text in messages.iter().flat_map(message_texts) {
-            check_special([(text, key), ("", ""), ("", "")], tokenizer, options, pair)?;
-        }
-    }
-    let template = tokenizer.template()?;
-    let failed = |key: &str, message: String| Bad::new("template_error", key, message);
-    let mut variables: Vec<(&str, Jinja)> = Vec::with_capacity(16);
-    let tools =
-        tools.as_ref().map_or(Ok(Jinja::from(())), to_jinja).map_err(|e| failed("tools", e))?;
-    variables.push(("messages", Jinja::UNDEFINED));
-    variables.push(("add_generation_prompt", Jinja::from(false)));
-    variables.push(("tools", tools));
-    variables.push(("documents", Jinja::from(())));
-    for (name, text) in tokenizer.named() {
-        variables.push((name, Jinja::from(text.as_str())));
-    }
-    for (name, value) in &kwargs {
-        variables.push((name, to_jinja(value).map_err(|e| failed("chat_template_kwargs", e))?));
-    }
-    let convert = |messages: &[Value<'_>], key: &str| -> Result<Vec<Jinja>, Bad> {
-        messages.iter().map(|m| message_to_jinja(m).map_err(|e| failed(key, e))).collect()
-    };
-    let first = convert(&prompt, &keys.prompt)?;
-    let mut render = |rest: Option<&[Value<'_>]>, key: &str| -> Result<String, Refusal> {
-        let mut messages = first.clone();
-        messages.extend(convert(rest.unwrap_or_default(), key)?);
-        let count = messages.len();
-        let bytes = prompt
-            .iter()
-            .chain(rest.unwrap_or_default())
-            .flat_map(message_texts)
-            .map(str::len)
-            .sum();
-        for (name, value) in &mut variables {
-            match *name {
-                "messages" => *value = Jinja::from(std::mem::take(&mut messages)),
-                "add_generation_prompt" => *value = Jinja::from(rest.is_none()),
-                _ => {}
-            }
-        }
-        let cap = options.limits.max_rendered_bytes;
-        match template.render(&variables, options.now, count, bytes, cap) {
-            Ok(text) => Ok(text),
-            Err(RenderError::Template(message)) => Err(failed(key, message).into()),
-            Err(RenderError::TooLong) => {
-                let message = format!("the rendered conversation has more than {cap} bytes");
-                Err(Bad::new("limit", "max_rendered_bytes", message).into())
-            }
-        }
-    };
-    let alone = render(None, &keys.prompt)?;
-    let whole_chosen = render(Some(&chosen), &keys.chosen)?;
-    let whole_rejected = render(Some(&rejected), &keys.rejected)?;
-    for (messages, key) in [(&chosen, &keys.chosen), (&rejected, &keys.rejected)] {
-        if !messages.iter().any(says_something) {
-            let message = "expected a completion, found none but white space";
-            return Err(Bad::new("empty_completion", key, message).into());
-        }
-    }
-    if chosen == rejected || whole_chosen == whole_rejected {
-        let message = "expected two completions, found the same one twice";
-        return Err(Bad::new("identical_pair", &keys.rejected, message).into());
-    }
-    let mut cut = common_prefix(&alone, &whole_chosen).min(common_prefix(&alone, &whole_rejected));
-    while !alone.is_char_boundary(cut) {
-        cut -= 1;
-    }
-    let alone = if cut < alone.len() {
-        pair.warn(Warning::NoTurnBoundary);
-        Some(alone)
-    } else {
-        None
-    };
-    if cut == 0 {
-        pair.warn(Warning::EmptyPrompt);
-    }
-    let (prompt, chosen) = whole_chosen.split_at(cut);
-    let (_, rejected) = whole_rejected.split_at(cut);
-    Ok(Texts {
-        prompt: Cow::Owned(prompt.to_owned()),
-        chosen: Cow::Owned(chosen.to_owned()),
-        rejected: Cow::Owned(rejected.to_owned()),
-        alone,
-    })
-}
-
-fn common_prefix(a: &str, b: &str) -> usize {
-    a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count()
-}
-
-fn common_ids(a: &[u32], b: &[u32]) -> usize {
+fn common_ids(a: &[i32], b: &[i32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Ids below the vocabulary's size, which is below 2^31.
-fn signed(ids: &[u32]) -> impl Iterator<Item = i32> + '_ {
-    ids.iter().map(|id| *id as i32)
+/// Encodes text in which the control tokens around the bytes `marks` stay text; `marks` are relative to `start`.
+fn encode_marked(
+    text: &str,
+    start: usize,
+    marks: &[usize],
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<i32>, Vec<u32>)> {
+    tokenizer.encode_as_text(text, &|found: &Found| {
+        let inside = start + found.start..start + found.end;
+        let first = marks.partition_point(|mark| *mark <= inside.start);
+        !marks.get(first).is_some_and(|mark| inside.contains(mark))
+    })
+}
+
+/// The completions as they are encoded, with what is put behind their ids.
+struct Sides {
+    texts: [String; 2],
+    tails: [Option<i32>; 2],
+}
+
+/// Text rows get EOS, as its text where that is a token, unless the surroundings bring it.
+fn sides(texts: &Texts<'_>, tokenizer: &Tokenizer, options: &Options, is_text: bool) -> Sides {
+    let (_, behind) = tokenizer.surroundings();
+    let eos = tokenizer.eos().map(|id| id as i32);
+    let brought =
+        options.boundary != Boundary::Trl && behind.last().is_some_and(|id| Some(*id) == eos);
+    let side = |text: &str, tail: &mut Option<i32>| {
+        let mut joint = String::with_capacity(texts.prompt.len() + text.len() + 16);
+        if options.boundary != Boundary::Separate {
+            joint.push_str(&texts.prompt);
+        }
+        if !is_text || eos.is_none() {
+            joint.push_str(text);
+            return joint;
+        }
+        match tokenizer.eos_text() {
+            Some(spelt) if options.special_text == SpecialText::Text => {
+                joint.push_str(text.strip_suffix(spelt).unwrap_or(text));
+                *tail = eos.filter(|_| !brought);
+            }
+            Some(spelt) => {
+                joint.push_str(text);
+                if !brought && !text.ends_with(spelt) {
+                    joint.push_str(spelt);
+                }
+            }
+            None => {
+                joint.push_str(text);
+                *tail = eos.filter(|_| !brought);
+            }
+        }
+        joint
+    };
+    let (mut chosen_tail, mut rejected_tail) = (None, None);
+    let texts = [side(&texts.chosen, &mut chosen_tail), side(&texts.rejected, &mut rejected_tail)];
+    Sides { texts, tails: [chosen_tail, rejected_tail] }
 }
 
 /// Encodes a prompt and two completions by the rule of the options. Text rows get EOS and the surroundings.
@@ -459,86 +327,83 @@ fn boundary(
     pair: &mut Pair,
 ) -> Result<(), Refusal> {
     let (before, behind) = if is_text { tokenizer.surroundings() } else { (&[][..], &[][..]) };
-    let completion = |text: &str| -> (String, Vec<u32>) {
-        let mut joint = String::with_capacity(texts.prompt.len() + text.len() + 16);
-        if options.boundary != Boundary::Separate {
-            joint.push_str(&texts.prompt);
-        }
-        joint.push_str(text);
-        let mut tail = Vec::new();
-        let surrounded = behind.last().is_some_and(|last| Some(*last) == tokenizer.eos());
-        if is_text && let Some(eos) = tokenizer.eos() {
-            match tokenizer.eos_text() {
-                Some(spelt) if text.ends_with(spelt) => {}
-                // The surroundings bring EOS already.
-                _ if surrounded && options.boundary != Boundary::Trl => {}
-                Some(spelt) => joint.push_str(spelt),
-                None => tail.push(eos),
-            }
-        }
-        (joint, tail)
+    let Sides { texts: [first, second], tails } = sides(texts, tokenizer, options, is_text);
+    let as_text = is_text && options.special_text == SpecialText::Text;
+    let cut = texts.prompt.len();
+    let start = if options.boundary == Boundary::Separate { cut } else { 0 };
+    let mut ids = if as_text {
+        let keep = |found: &Found| !tokenizer.control().has(found.id);
+        let (first, first_ends) = tokenizer.encode_as_text(&first, &keep)?;
+        let (second, second_ends) = tokenizer.encode_as_text(&second, &keep)?;
+        PairIds { first, first_ends, second, second_ends, reused: 0 }
+    } else if let Some([marks, rejected_marks]) = &texts.marks {
+        let (first, first_ends) = encode_marked(&first, start, marks, tokenizer)?;
+        let (second, second_ends) = encode_marked(&second, start, rejected_marks, tokenizer)?;
+        PairIds { first, first_ends, second, second_ends, reused: 0 }
+    } else {
+        tokenizer.encode_pair(&first, &second)?
     };
-    let (chosen_text, chosen_tail) = completion(&texts.chosen);
-    let (rejected_text, rejected_tail) = completion(&texts.rejected);
-    let mut chosen = tokenizer.encode_plain(&chosen_text)?;
-    let mut rejected = tokenizer.encode_plain(&rejected_text)?;
-    let bytes = texts.prompt.len();
-    let (prompt, cut) = match options.boundary {
+    let (prompt, skip) = match options.boundary {
         Boundary::Joint => {
-            let common = common_ids(&chosen, &rejected);
-            let inside = |text: &str, ids: &[u32]| -> Result<(usize, usize)> {
-                let ends = tokenizer.ends(text, ids)?;
-                let count = ends.iter().take(common).take_while(|end| **end <= bytes).count();
-                let covered = count.checked_sub(1).and_then(|i| ends.get(i)).copied().unwrap_or(0);
-                Ok((count, covered))
+            let common = common_ids(&ids.first, &ids.second);
+            let inside = |ends: &[u32]| {
+                ends.iter().take(common).take_while(|end| **end as usize <= cut).count()
             };
-            let (a, a_end) = inside(&chosen_text, &chosen)?;
-            let (b, b_end) = inside(&rejected_text, &rejected)?;
-            if (if a <= b { a_end } else { b_end }) < bytes {
+            let count = inside(&ids.first_ends).min(inside(&ids.second_ends));
+            let covered = count.checked_sub(1).and_then(|i| ids.first_ends.get(i)).copied();
+            if (covered.unwrap_or(0) as usize) < cut {
                 pair.warn(Warning::BoundaryMerge);
             }
-            (chosen.iter().take(a.min(b)).copied().collect(), a.min(b))
+            (ids.first.get(..count).unwrap_or_default().to_vec(), count)
         }
-        Boundary::Separate => (tokenizer.encode_plain(&texts.prompt)?, 0),
+        Boundary::Separate if as_text => {
+            let keep = |found: &Found| !tokenizer.control().has(found.id);
+            (tokenizer.encode_as_text(&texts.prompt, &keep)?.0, 0)
+        }
+        Boundary::Separate => match &texts.marks {
+            Some([marks, _]) => (encode_marked(&texts.prompt, 0, marks, tokenizer)?.0, 0),
+            None => (tokenizer.encode_plain(&texts.prompt)?, 0),
+        },
         Boundary::Trl => {
             let alone = texts.alone.as_deref().unwrap_or(&texts.prompt);
-            let around = |ids: &[u32]| [before, ids, behind].concat();
+            let around = |ids: &[i32]| [before, ids, behind].concat();
             let prompt = around(&tokenizer.encode_plain(alone)?);
-            chosen.extend(&chosen_tail);
-            rejected.extend(&rejected_tail);
-            let (whole_c, whole_r) = (around(&chosen), around(&rejected));
-            let cut = common_ids(&prompt, &whole_c).min(common_ids(&prompt, &whole_r));
-            if cut < prompt.len() {
+            ids.first.extend(tails[0]);
+            ids.second.extend(tails[1]);
+            let (first, second) = (around(&ids.first), around(&ids.second));
+            let count = common_ids(&prompt, &first).min(common_ids(&prompt, &second));
+            if count < prompt.len() {
                 pair.warn(Warning::BoundaryMerge);
             }
-            pair.prompt = signed(prompt.get(..cut).unwrap_or_default()).collect();
-            pair.chosen = signed(whole_c.get(cut..).unwrap_or_default()).collect();
-            pair.rejected = signed(whole_r.get(cut..).unwrap_or_default()).collect();
+            pair.prompt = prompt.get(..count).unwrap_or_default().to_vec();
+            pair.chosen = first.get(count..).unwrap_or_default().to_vec();
+            pair.rejected = second.get(count..).unwrap_or_default().to_vec();
             return Ok(());
         }
     };
     // BOS once: text that brings its own gets no second one.
-    let before = match (before.split_last(), tokenizer.bos()) {
-        (Some((last, rest)), Some(bos)) if *last == bos && prompt.first() == Some(&bos) => {
+    let bos = tokenizer.bos().map(|id| id as i32);
+    let begins = prompt.first().or(ids.first.first()).copied();
+    let before = match before.split_last() {
+        Some((last, rest)) if Some(*last) == bos && begins == bos => {
             pair.warn(Warning::BosInText);
             rest
         }
         _ => before,
     };
-    pair.prompt = signed(before).chain(signed(&prompt)).collect();
-    let side = |ids: &[u32], tail: &[u32]| -> Vec<i32> {
-        let rest = ids.get(cut..).unwrap_or_default();
-        // The surroundings' EOS is not put behind one that the text spells.
-        let doubled = !behind.is_empty() && behind.first() == rest.last();
-        let behind = if doubled && behind.first().copied() == tokenizer.eos() {
-            behind.get(1..).unwrap_or_default()
-        } else {
-            behind
+    let eos = tokenizer.eos().map(|id| id as i32);
+    let side = |ids: &[i32], tail: Option<i32>| -> Vec<i32> {
+        let rest = ids.get(skip..).unwrap_or_default();
+        // EOS once: the surroundings' own is not put behind one that the text spells.
+        let behind = match behind.split_first() {
+            Some((first, others)) if Some(*first) == eos && rest.last() == Some(first) => others,
+            _ => behind,
         };
-        signed(rest).chain(signed(tail)).chain(signed(behind)).collect()
+        [rest, tail.as_slice(), behind].concat()
     };
-    pair.chosen = side(&chosen, &chosen_tail);
-    pair.rejected = side(&rejected, &rejected_tail);
+    pair.chosen = side(&ids.first, tails[0]);
+    pair.rejected = side(&ids.second, tails[1]);
+    pair.prompt = [before, &prompt].concat();
     Ok(())
 }
 

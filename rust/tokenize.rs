@@ -1,16 +1,19 @@
-//! Text to ids: the `tokenizers` crate, made safe to call and able to say which bytes a token covers.
+//! Text to ids by one of two engines: our byte-level BPE where it recognises the file and its self-check agrees, else
+//! the `tokenizers` crate, made safe to call and able to say which bytes a token covers.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
 use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Token};
 
+use crate::bpe::{Bpe, Found, PairIds, Scratch};
 use crate::error::{Error, Result};
 use crate::template::Template;
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Runs code of another crate: a panic becomes an error, and nothing is printed.
@@ -62,7 +65,7 @@ pub struct Source {
     pub json: String,
     /// `bos_token`, `eos_token`, ... as templates know them.
     pub named: Vec<(String, String)>,
-    /// Tokens beyond those of `json`.
+    /// Tokens that must be there beside those of `json`.
     pub added: Vec<Added>,
     /// Put BOS before and EOS behind, whatever the post-processor says; `None` leaves it alone.
     pub bos_eos: Option<(bool, bool)>,
@@ -75,8 +78,9 @@ pub struct Source {
 /// Encodes text and renders conversations. Immutable, shared by all threads.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    prefix: Vec<u32>,
-    suffix: Vec<u32>,
+    fast: std::result::Result<Bpe, String>,
+    prefix: Vec<i32>,
+    suffix: Vec<i32>,
     spelling: Spelling,
     named: Vec<(String, String)>,
     vocab_size: usize,
@@ -99,11 +103,16 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
     pub fn new(source: Source) -> Result<Self> {
+        let mut beyond = false;
         let mut inner = guarded("tokenizer.json", || {
             let mut inner = tokenizers::Tokenizer::from_bytes(source.json.as_bytes())?;
             inner.with_truncation(None)?;
             inner.with_padding(None);
             for added in &source.added {
+                if inner.get_added_vocabulary().get_vocab().contains_key(&added.content) {
+                    continue;
+                }
+                beyond = true;
                 let token = AddedToken::from(added.content.clone(), added.special)
                     .lstrip(added.lstrip)
                     .rstrip(added.rstrip)
@@ -117,6 +126,11 @@ impl Tokenizer {
             }
             Ok(inner)
         })?;
+        let fast = if beyond {
+            engine(&guarded("tokenizer.json", || inner.to_string(false))?, &inner)
+        } else {
+            engine(&source.json, &inner)
+        };
         let post = inner.get_post_processor().cloned();
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
@@ -152,8 +166,8 @@ impl Tokenizer {
         let pad = named_id("pad_token", pad)?;
         let (prefix, suffix) = match source.bos_eos {
             Some((add_bos, add_eos)) => (
-                bos.filter(|_| add_bos).into_iter().collect(),
-                eos.filter(|_| add_eos).into_iter().collect(),
+                signed(bos.filter(|_| add_bos).as_slice()),
+                signed(eos.filter(|_| add_eos).as_slice()),
             ),
             None => surroundings(post.as_ref())?,
         };
@@ -161,6 +175,7 @@ impl Tokenizer {
         let mut tokenizer = Self {
             spelling: Spelling::new(&inner, vocab_size),
             control: Control::default(),
+            fast,
             inner,
             prefix,
             suffix,
@@ -212,7 +227,7 @@ impl Tokenizer {
     }
 
     /// Ids that `add_special_tokens` puts before and behind a text.
-    pub fn surroundings(&self) -> (&[u32], &[u32]) {
+    pub fn surroundings(&self) -> (&[i32], &[i32]) {
         (&self.prefix, &self.suffix)
     }
 
@@ -240,11 +255,16 @@ impl Tokenizer {
         &self.control
     }
 
+    /// Why the engine is not `bpe`, if it is not.
+    pub fn refusal(&self) -> Option<&str> {
+        self.fast.as_ref().err().map(String::as_str)
+    }
+
     /// The ids of `text`, with the surroundings if asked for.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the crate fails.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+    /// [`Error::Tokenizer`] if the crate fails, [`Error::Limit`] for more than 2 GiB.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<i32>> {
         let ids = self.encode_plain(text)?;
         if !add_special_tokens || (self.prefix.is_empty() && self.suffix.is_empty()) {
             return Ok(ids);
@@ -255,29 +275,75 @@ impl Tokenizer {
     /// The ids of `text` alone.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the crate fails.
-    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        if text.is_empty() {
-            return Ok(Vec::new());
-        }
-        let ids =
-            guarded("encode", || Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()))?;
-        if ids.iter().any(|id| *id as usize >= self.vocab_size) {
-            return Err(Error::Tokenizer(
-                "encode: the tokenizer gave an id outside its vocabulary".to_owned(),
-            ));
+    /// As [`Self::encode`].
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<i32>> {
+        let mut ids = Vec::new();
+        match &self.fast {
+            Ok(bpe) => {
+                SCRATCH
+                    .with_borrow_mut(|scratch| bpe.encode_into(text, None, scratch, &mut ids))?;
+            }
+            Err(_) => ids = self.encode_slowly(text)?,
         }
         Ok(ids)
     }
 
-    /// The byte of `text` at which each of its `ids` ends.
-    ///
-    /// Ids that spell the text byte by byte (every byte-level vocabulary, unless the normaliser changed something)
-    /// need no second encoding.
+    fn encode_slowly(&self, text: &str) -> Result<Vec<i32>> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        guarded("encode", || {
+            let encoding = self.inner.encode_fast(text, false)?;
+            if encoding.get_ids().iter().any(|id| *id as usize >= self.vocab_size) {
+                return Err("the tokenizer gave an id outside its vocabulary".into());
+            }
+            Ok(signed(encoding.get_ids()))
+        })
+    }
+
+    /// The ids of two texts that begin alike, and the byte at which each id ends.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the crate fails.
-    pub fn ends(&self, text: &str, ids: &[u32]) -> Result<Vec<usize>> {
+    /// As [`Self::encode`].
+    pub fn encode_pair(&self, first: &str, second: &str) -> Result<PairIds> {
+        let mut out = PairIds::default();
+        if let Ok(bpe) = &self.fast {
+            SCRATCH.with_borrow_mut(|scratch| {
+                bpe.encode_pair(first, second, None, scratch, &mut out)
+            })?;
+        } else {
+            out.first = self.encode_slowly(first)?;
+            out.first_ends = self.ends(first, &out.first)?;
+            out.second = self.encode_slowly(second)?;
+            out.second_ends = self.ends(second, &out.second)?;
+        }
+        Ok(out)
+    }
+
+    /// The ids of `text` and where they end, with the control tokens that `keep` refuses left as text.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the engine is not `bpe`, which alone can do it.
+    pub fn encode_as_text(
+        &self,
+        text: &str,
+        keep: &dyn Fn(&Found) -> bool,
+    ) -> Result<(Vec<i32>, Vec<u32>)> {
+        let bpe = self.fast.as_ref().map_err(|why| {
+            Error::Tokenizer(format!(
+                "`special_tokens_in_text=\"text\"` needs the engine bpe: {why}"
+            ))
+        })?;
+        let (mut ids, mut ends) = (Vec::new(), Vec::new());
+        SCRATCH.with_borrow_mut(|scratch| {
+            bpe.encode_with_ends(text, Some(keep), scratch, &mut ids, &mut ends)
+        })?;
+        Ok((ids, ends))
+    }
+
+    /// Ids that spell the text byte by byte (every byte-level vocabulary, unless the normaliser changed something)
+    /// need no second encoding.
+    fn ends(&self, text: &str, ids: &[i32]) -> Result<Vec<u32>> {
         if let Some(ends) = self.spelling.ends(text.as_bytes(), ids) {
             return Ok(ends);
         }
@@ -286,15 +352,30 @@ impl Tokenizer {
             let mut last = 0;
             let ends = encoding.get_offsets().iter().map(|(_, end)| {
                 last = last.max(*end);
-                last
+                last as u32
             });
             Ok(ends.collect())
         })
     }
 }
 
+/// Ids below a vocabulary's size, which is below 2^31.
+fn signed(ids: &[u32]) -> Vec<i32> {
+    ids.iter().map(|id| *id as i32).collect()
+}
+
+/// Our own engine, or why not.
+fn engine(json: &str, oracle: &tokenizers::Tokenizer) -> std::result::Result<Bpe, String> {
+    let bpe = Bpe::recognise(json).map_err(|e| e.to_string())?;
+    match guarded("self-check", || Ok(bpe.self_check(oracle))) {
+        Ok(Ok(())) => Ok(bpe),
+        Ok(Err(mismatch)) => Err(mismatch.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// What the post-processor puts before and behind one sequence.
-fn surroundings(post: Option<&PostProcessorWrapper>) -> Result<(Vec<u32>, Vec<u32>)> {
+fn surroundings(post: Option<&PostProcessorWrapper>) -> Result<(Vec<i32>, Vec<i32>)> {
     const PROBE: u32 = u32::MAX;
     let Some(post) = post else { return Ok((Vec::new(), Vec::new())) };
     let ids = guarded("tokenizer.json, `post_processor`", || {
@@ -304,7 +385,7 @@ fn surroundings(post: Option<&PostProcessorWrapper>) -> Result<(Vec<u32>, Vec<u3
     })?;
     let mut parts = ids.split(|id| *id == PROBE);
     match (parts.next(), parts.next(), parts.next()) {
-        (Some(before), Some(behind), None) => Ok((before.to_vec(), behind.to_vec())),
+        (Some(before), Some(behind), None) => Ok((signed(before), signed(behind))),
         _ => Err(Error::Tokenizer(
             "tokenizer.json, `post_processor`: expected one sequence with tokens around it"
                 .to_owned(),
@@ -351,14 +432,15 @@ impl Spelling {
         spelling
     }
 
-    fn get(&self, id: u32) -> Option<&[u8]> {
-        let start = *self.offsets.get(id as usize)? as usize;
-        let end = *self.offsets.get(id as usize + 1)? as usize;
+    fn get(&self, id: i32) -> Option<&[u8]> {
+        let id = usize::try_from(id).ok()?;
+        let start = *self.offsets.get(id)? as usize;
+        let end = *self.offsets.get(id + 1)? as usize;
         self.bytes.get(start..end)
     }
 
     /// Where each id ends, if the ids spell exactly `text`.
-    fn ends(&self, text: &[u8], ids: &[u32]) -> Option<Vec<usize>> {
+    fn ends(&self, text: &[u8], ids: &[i32]) -> Option<Vec<u32>> {
         let mut at = 0;
         let mut ends = Vec::with_capacity(ids.len());
         for id in ids {
@@ -367,7 +449,7 @@ impl Spelling {
                 return None;
             }
             at += bytes.len();
-            ends.push(at);
+            ends.push(u32::try_from(at).ok()?);
         }
         (at == text.len()).then_some(ends)
     }
@@ -396,7 +478,7 @@ fn alphabet() -> Vec<Option<u8>> {
 #[derive(Default)]
 pub struct Control {
     finder: Option<aho_corasick::AhoCorasick>,
-    ids: Vec<u32>,
+    ids: Vec<i32>,
 }
 
 impl Control {
@@ -411,7 +493,7 @@ impl Control {
             let reasoning = token.content.contains("think") || token.content.contains("reason");
             if !token.content.is_empty() && (token.special || (written && !reasoning)) {
                 texts.push(token.content.clone());
-                ids.push(id);
+                ids.push(id as i32);
             }
         }
         let finder = aho_corasick::AhoCorasick::builder()
@@ -419,6 +501,7 @@ impl Control {
             .build(&texts)
             .ok()
             .filter(|_| !texts.is_empty());
+        ids.sort_unstable();
         Self { finder, ids }
     }
 
@@ -427,8 +510,23 @@ impl Control {
         self.finder.as_ref().is_some_and(|finder| finder.is_match(text))
     }
 
-    /// Ids of the control tokens.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
+    /// Whether `id` is a control token.
+    pub fn has(&self, id: i32) -> bool {
+        self.ids.binary_search(&id).is_ok()
+    }
+
+    /// Puts `mark` inside every control token that `text` spells, behind its first character.
+    pub fn marked(&self, text: &str, mark: char) -> String {
+        let mut out = String::with_capacity(text.len() + 16);
+        let mut done = 0;
+        for found in self.finder.iter().flat_map(|finder| finder.find_iter(text)) {
+            let spelt = text.get(found.range()).unwrap_or_default();
+            let middle = found.start() + spelt.chars().next().map_or(0, char::len_utf8);
+            out.push_str(text.get(done..middle).unwrap_or_default());
+            out.push(mark);
+            done = middle;
+        }
+        out.push_str(text.get(done..).unwrap_or_default());
+        out
     }
 }

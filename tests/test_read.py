@@ -762,7 +762,7 @@ def test_the_gil_is_released(load):
     thread = threading.Thread(target=tick)
     thread.start()
     start = time.monotonic()
-    load(b"\n".join([data] * 200), threads=1, max_length=None)
+    load(b"\n".join([data] * 4000), threads=1, max_length=None)
     end = time.monotonic()
     stop.set()
     thread.join()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "error"]
 Boundary = Literal["joint", "separate", "trl"]
 OnBad = Literal["error", "skip"]
-SpecialTokensInText = Literal["special", "error"]
+SpecialTokensInText = Literal["special", "text", "error"]
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 Progress = bool | Callable[[int, int], Any]
 
@@ -101,6 +101,11 @@ class _Settings:
                 raise ValueError(
                     f"unknown `{name}` {value!r}: there is {', '.join(map(repr, known))}"
                 )
+        if self.special_tokens_in_text == "text" and self.boundary == "trl":
+            raise ValueError(
+                '`special_tokens_in_text="text"` needs `boundary` "joint" or "separate": TRL has no '
+                "such rule"
+            )
         names = [
             key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None
         ]
@@ -193,8 +198,10 @@ class PairDataset(Sequence):
                 alone and the whole text, the shorter one of both sides.
             on_bad: ``error`` raises at the first bad row, ``skip`` drops and counts it. A bad
                 input, such as a damaged gzip file, is always raised.
-            special_tokens_in_text: ``special``: text that spells a control token is the token, as
-                in transformers; ``error``: such a row is bad. It is counted either way.
+            special_tokens_in_text: ``special``: text that spells a control token (a special one, or
+                one that the template writes) is the token, as in transformers; ``text``: inside
+                contents it stays text, so that data cannot forge a turn (engine ``bpe`` only);
+                ``error``: such a row is bad. It is counted whatever the rule.
             prompt_key, chosen_key, rejected_key: other names of the fields. A prompt named here
                 must be in every row.
             limits: :class:`Limits`.

@@ -43,7 +43,8 @@ class Tokenizer:
     for the template, which runs with limits.
 
     Attributes:
-        engine: ``"tokenizers"``, the engine that encodes: the Rust crate of that name.
+        engine: what encodes: ``"bpe"``, our own, for byte-level tokenizers whose structure is known
+            and whose self-check agrees; else ``"tokenizers"``, the Rust crate. Same ids either way.
         vocab_size: one more than the largest id; every id is below it.
         bos_id, eos_id, pad_id: ids, None if the tokenizer names no such token.
         chat_template: the jinja text, or None.
@@ -118,7 +119,7 @@ class Tokenizer:
 
     @property
     def engine(self) -> Literal["bpe", "tokenizers"]:
-        return "tokenizers"
+        return "bpe" if self._core.refusal is None else "tokenizers"
 
     @property
     def vocab_size(self) -> int:
@@ -143,6 +144,8 @@ class Tokenizer:
     @property
     def notes(self) -> tuple[str, ...]:
         notes = []
+        if self._core.refusal is not None:
+            notes.append(f"the engine is `tokenizers`, several times slower: {self._core.refusal}")
         if self._core.gaps:
             notes.append(
                 f"the tokenizer has {self._core.gaps} ids below vocab_size without a token"
@@ -291,7 +294,6 @@ def _from_folder(folder: Path) -> dict[str, Any]:
         if name:
             named.append((name, token[0]))
         added.append(token)
-    known = _added_tokens(tokenizer_json, folder)
     # As transformers: a BOS or EOS switch in the configuration replaces the post-processor.
     bos_eos = None
     if "add_bos_token" in config or "add_eos_token" in config:
@@ -302,16 +304,13 @@ def _from_folder(folder: Path) -> dict[str, Any]:
         template = _read(template_file, MAX_TEMPLATE_BYTES)
     else:
         template = _default_template(config.get("chat_template"))
-    added = [token for token in dict.fromkeys(added) if token[0] not in known]
-    return _state(tokenizer_json, named=named, added=added, bos_eos=bos_eos, template=template)
-
-
-def _added_tokens(tokenizer_json: str, folder: Path) -> set[str]:
-    try:
-        tokens = json.loads(tokenizer_json).get("added_tokens") or []
-        return {token["content"] for token in tokens}
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise TokenizerError(f"{folder / 'tokenizer.json'}: {error}") from error
+    return _state(
+        tokenizer_json,
+        named=named,
+        added=list(dict.fromkeys(added)),
+        bos_eos=bos_eos,
+        template=template,
+    )
 
 
 def _default_template(template: Any) -> str | None:

@@ -125,6 +125,12 @@ impl PyTokenizer {
         self.inner.vocab_size()
     }
 
+    /// Why the engine is not `bpe`, None if it is.
+    #[getter]
+    fn refusal(&self) -> Option<&str> {
+        self.inner.refusal()
+    }
+
     #[getter]
     fn gaps(&self) -> usize {
         self.inner.gaps()
@@ -153,7 +159,7 @@ impl PyTokenizer {
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let text = borrowed(text).map_err(|bad| as_data_error(bad, None))?;
         let ids = detached(py, || self.inner.encode(text, add_special_tokens))?;
-        Ok(ids.into_iter().map(|id| id as i32).collect::<Vec<_>>().into_pyarray(py))
+        Ok(ids.into_pyarray(py))
     }
 
     fn encode_batch<'py>(
@@ -179,7 +185,7 @@ impl PyTokenizer {
         let progress = Arc::new(Progress::default());
         let ragged = waited(py, threads, &progress, None, move |progress| {
             use rayon::prelude::*;
-            let parts: Vec<Result<Vec<u32>>> = owned
+            let parts: Vec<Result<Vec<i32>>> = owned
                 .par_iter()
                 .map(|text| {
                     if progress.cancel.load(Ordering::Relaxed) {
@@ -190,8 +196,7 @@ impl PyTokenizer {
                 .collect();
             let mut out = Ragged::default();
             for part in parts {
-                let ids: Vec<i32> = part?.into_iter().map(|id| id as i32).collect();
-                out.push(&ids);
+                out.push(&part?);
             }
             Ok(out)
         })?;
@@ -299,6 +304,7 @@ fn options(options: &Bound<'_, PyAny>) -> PyResult<(Options, OnBad, Option<usize
     };
     let special_text = match word("special_tokens_in_text")?.as_str() {
         "special" => SpecialText::Special,
+        "text" => SpecialText::Text,
         "error" => SpecialText::Error,
         other => return Err(unknown("special_tokens_in_text", other)),
     };

@@ -42,6 +42,23 @@ impl Value<'_> {
         }
     }
 
+    /// The same value, borrowing nothing.
+    pub fn into_owned<'b>(self) -> Value<'b> {
+        let text = |s: Cow<'_, str>| Cow::Owned(s.into_owned());
+        match self {
+            Self::Null => Value::Null,
+            Self::Bool(b) => Value::Bool(b),
+            Self::Int(n) => Value::Int(n),
+            Self::Float(n) => Value::Float(n),
+            Self::Huge(s) => Value::Huge(text(s)),
+            Self::Str(s) => Value::Str(text(s)),
+            Self::List(items) => Value::List(items.into_iter().map(Value::into_owned).collect()),
+            Self::Object(items) => {
+                Value::Object(items.into_iter().map(|(k, v)| (text(k), v.into_owned())).collect())
+            }
+        }
+    }
+
     /// The value of `key`, if this is an object that has it.
     pub fn get(&self, key: &str) -> Option<&Self> {
         match self {

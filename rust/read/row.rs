@@ -443,7 +443,7 @@ fn check_tools<'a>(tools: Option<Value<'a>>, limits: &Limits) -> Result<Option<V
                     return bad(format!("expected every key once, found `{key}` twice"));
                 }
                 check_limit(&findings)?;
-                owned(value)
+                value.into_owned()
             }
             Err(fault) => return bad(format!("expected JSON: {}", fault.message)),
         },
@@ -457,21 +457,5 @@ fn check_tools<'a>(tools: Option<Value<'a>>, limits: &Limits) -> Result<Option<V
             Some(item) => bad(format!("expected a list of objects, found {} in it", item.kind())),
         },
         other => bad(format!("expected a list of objects, found {}", other.kind())),
-    }
-}
-
-fn owned<'b>(value: Value<'_>) -> Value<'b> {
-    let text = |s: Cow<'_, str>| Cow::Owned(s.into_owned());
-    match value {
-        Value::Null => Value::Null,
-        Value::Bool(b) => Value::Bool(b),
-        Value::Int(n) => Value::Int(n),
-        Value::Float(n) => Value::Float(n),
-        Value::Huge(s) => Value::Huge(text(s)),
-        Value::Str(s) => Value::Str(text(s)),
-        Value::List(items) => Value::List(items.into_iter().map(owned).collect()),
-        Value::Object(items) => {
-            Value::Object(items.into_iter().map(|(k, v)| (text(k), owned(v))).collect())
-        }
     }
 }

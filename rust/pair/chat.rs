@@ -1,0 +1,239 @@
+//! A row of messages: three renders of the template.
+
+use std::borrow::Cow;
+
+use minijinja::Value as Jinja;
+
+use super::{Options, Pair, Refusal, SpecialText, Texts, Warning, check_special, is_blank};
+use crate::error::Result;
+use crate::read::json::Value;
+use crate::read::row::Bad;
+use crate::template::{RenderError, Template, message_to_jinja, to_jinja};
+use crate::tokenize::Tokenizer;
+
+/// The messages of one row.
+pub(super) struct Chat<'a> {
+    pub(super) prompt: Option<Vec<Value<'a>>>,
+    pub(super) chosen: Vec<Value<'a>>,
+    pub(super) rejected: Vec<Value<'a>>,
+    pub(super) tools: Option<Value<'a>>,
+    pub(super) kwargs: Vec<(Cow<'a, str>, Value<'a>)>,
+}
+
+/// Calls `see` with every string of a message but its role.
+fn strings<'v>(value: &'v Value<'_>, see: &mut impl FnMut(&'v str)) {
+    match value {
+        Value::Str(text) => see(text),
+        Value::List(items) => items.iter().for_each(|item| strings(item, see)),
+        Value::Object(items) => {
+            items.iter().filter(|(key, _)| key != "role").for_each(|(_, item)| strings(item, see));
+        }
+        _ => {}
+    }
+}
+
+/// The same value with every string but a role changed.
+fn changed<'v>(value: &Value<'v>, change: &impl Fn(&str) -> String) -> Value<'v> {
+    match value {
+        Value::Str(text) => Value::Str(change(text).into()),
+        Value::List(items) => Value::List(items.iter().map(|item| changed(item, change)).collect()),
+        Value::Object(items) => Value::Object(
+            items
+                .iter()
+                .map(|(key, item)| {
+                    let item = if key == "role" { item.clone() } else { changed(item, change) };
+                    (key.clone(), item)
+                })
+                .collect(),
+        ),
+        other => other.clone(),
+    }
+}
+
+fn says_something(message: &Value<'_>) -> bool {
+    if matches!(message.get("tool_calls"), Some(Value::List(calls)) if !calls.is_empty()) {
+        return true;
+    }
+    match message.get("content") {
+        Some(Value::Str(text)) => !is_blank(text),
+        Some(Value::List(parts)) => {
+            parts.iter().any(|part| match part.get("text").unwrap_or(part) {
+                Value::Str(text) => !is_blank(text),
+                _ => true, // an image, for example
+            })
+        }
+        _ => false,
+    }
+}
+
+/// A template with everything but the messages filled in.
+struct Renderer<'t> {
+    template: &'t Template,
+    variables: Vec<(&'t str, Jinja)>,
+    options: &'t Options,
+}
+
+impl<'t> Renderer<'t> {
+    fn new(
+        tokenizer: &'t Tokenizer,
+        tools: Option<&Value<'_>>,
+        kwargs: &'t [(Cow<'_, str>, Value<'_>)],
+        options: &'t Options,
+    ) -> Result<Self, Refusal> {
+        let template = tokenizer.template()?;
+        let mut variables: Vec<(&str, Jinja)> = Vec::with_capacity(16);
+        let tools = tools.map_or(Ok(Jinja::from(())), to_jinja).map_err(|e| failed("tools", e))?;
+        variables.push(("tools", tools));
+        variables.push(("documents", Jinja::from(())));
+        for (name, text) in tokenizer.named() {
+            variables.push((name, Jinja::from(text.as_str())));
+        }
+        for (name, value) in kwargs {
+            let value = to_jinja(value).map_err(|e| failed("chat_template_kwargs", e))?;
+            variables.push((name, value));
+        }
+        Ok(Self { template, variables, options })
+    }
+
+    /// The text of `prompt` and then `rest`; without `rest`, of the prompt and what begins an answer.
+    fn render(
+        &self,
+        prompt: &[Value<'_>],
+        rest: Option<&[Value<'_>]>,
+        key: &str,
+    ) -> Result<String, Refusal> {
+        let mut messages = Vec::new();
+        let mut bytes = 0;
+        for message in prompt.iter().chain(rest.unwrap_or_default()) {
+            messages.push(message_to_jinja(message).map_err(|e| failed(key, e))?);
+            strings(message, &mut |text| bytes += text.len());
+        }
+        let count = messages.len();
+        let mut variables = self.variables.clone();
+        variables.push(("messages", Jinja::from(messages)));
+        variables.push(("add_generation_prompt", Jinja::from(rest.is_none())));
+        let cap = self.options.limits.max_rendered_bytes;
+        match self.template.render(&variables, self.options.now, count, bytes, cap) {
+            Ok(text) => Ok(text),
+            Err(RenderError::Template(message)) => Err(failed(key, message).into()),
+            Err(RenderError::TooLong) => {
+                let message = format!("the rendered conversation has more than {cap} bytes");
+                Err(Bad::new("limit", "max_rendered_bytes", message).into())
+            }
+        }
+    }
+}
+
+fn failed(key: &str, message: String) -> Bad {
+    Bad::new("template_error", key, message)
+}
+
+pub(super) fn texts(
+    chat: Chat<'_>,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    pair: &mut Pair,
+) -> Result<Texts<'static>, Refusal> {
+    let Chat { prompt, mut chosen, mut rejected, tools, kwargs } = chat;
+    let keys = &options.keys;
+    let prompt = prompt.unwrap_or_else(|| {
+        let common = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
+        // A side always keeps its last message.
+        let common = common.min(chosen.len() - 1).min(rejected.len() - 1);
+        rejected.drain(..common);
+        chosen.drain(..common).collect()
+    });
+    let parts = [(&prompt, &keys.prompt), (&chosen, &keys.chosen), (&rejected, &keys.rejected)];
+    for (messages, key) in parts {
+        let mut result = Ok(());
+        for message in messages {
+            strings(message, &mut |text| {
+                if result.is_ok() {
+                    result = check_special(text, key, tokenizer, options, pair);
+                }
+            });
+        }
+        result?;
+    }
+    let renderer = Renderer::new(tokenizer, tools.as_ref(), &kwargs, options)?;
+    let alone = renderer.render(&prompt, None, &keys.prompt)?;
+    let whole_chosen = renderer.render(&prompt, Some(&chosen), &keys.chosen)?;
+    let whole_rejected = renderer.render(&prompt, Some(&rejected), &keys.rejected)?;
+    for (messages, key) in [(&chosen, &keys.chosen), (&rejected, &keys.rejected)] {
+        if !messages.iter().any(says_something) {
+            let message = "expected a completion, found none but white space";
+            return Err(Bad::new("empty_completion", key, message).into());
+        }
+    }
+    if chosen == rejected || whole_chosen == whole_rejected {
+        let message = "expected two completions, found the same one twice";
+        return Err(Bad::new("identical_pair", &keys.rejected, message).into());
+    }
+    let marks = if options.special_text == SpecialText::Text
+        && pair.has(Warning::SpecialTokenInText)
+    {
+        let mark = |side: &[Value<'_>], key: &str, plain: &str| -> Result<Vec<usize>, Refusal> {
+            marks(&renderer, tokenizer, [&prompt, side], key, plain)
+        };
+        Some([
+            mark(&chosen, &keys.chosen, &whole_chosen)?,
+            mark(&rejected, &keys.rejected, &whole_rejected)?,
+        ])
+    } else {
+        None
+    };
+    let mut cut = common_prefix(&alone, &whole_chosen).min(common_prefix(&alone, &whole_rejected));
+    while !alone.is_char_boundary(cut) {
+        cut -= 1;
+    }
+    let alone = if cut < alone.len() {
+        pair.warn(Warning::NoTurnBoundary);
+        Some(alone)
+    } else {
+        None
+    };
+    let (prompt, chosen) = whole_chosen.split_at(cut);
+    let (_, rejected) = whole_rejected.split_at(cut);
+    Ok(Texts {
+        prompt: Cow::Owned(prompt.to_owned()),
+        chosen: Cow::Owned(chosen.to_owned()),
+        rejected: Cow::Owned(rejected.to_owned()),
+        alone,
+        marks,
+    })
+}
+
+/// Where in the render `plain` control tokens come from contents: found by rendering contents with a private character
+/// inside each.
+fn marks(
+    renderer: &Renderer<'_>,
+    tokenizer: &Tokenizer,
+    [prompt, side]: [&[Value<'_>]; 2],
+    key: &str,
+    plain: &str,
+) -> Result<Vec<usize>, Refusal> {
+    let lost = || {
+        let message = "the template changes contents that spell a control token, so they cannot be kept as text";
+        Refusal::from(failed(key, message.to_owned()))
+    };
+    let mark = ('\u{e000}'..='\u{f8ff}').find(|mark| !plain.contains(*mark)).ok_or_else(lost)?;
+    let marked = |messages: &[Value<'_>]| -> Vec<Value<'static>> {
+        let change = |text: &str| tokenizer.control().marked(text, mark);
+        messages.iter().map(|message| changed(message, &change).into_owned()).collect()
+    };
+    let text = renderer.render(&marked(prompt), Some(&marked(side)), key)?;
+    let mut at = Vec::new();
+    let mut bare = String::with_capacity(plain.len());
+    for c in text.chars() {
+        if c == mark {
+            at.push(bare.len());
+        } else {
+            bare.push(c);
+        }
+    }
+    if bare == plain { Ok(at) } else { Err(lost()) }
+}
+
+fn common_prefix(a: &str, b: &str) -> usize {
+    a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count()
+}
