@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import strategies as st
 
 from dpo_ext.torch import ScoreTable
 
@@ -50,20 +49,6 @@ def random_case(seed: int, *, V=7, S=4, longest=3, spread=2.0, dtype=torch.float
         weights=w if weights else None,
     )
     return logits, table
-
-
-@st.composite
-def cases(draw, dtypes=(torch.float32,), weights=None):
-    """Hypothesis strategy of what `random_case` makes."""
-    return random_case(
-        draw(st.integers(0, 2**32 - 1)),
-        V=draw(st.sampled_from(WIDTHS)),
-        S=2 * draw(st.integers(0, 3)),
-        longest=draw(st.integers(0, 4)),
-        spread=draw(st.sampled_from([0.0, 0.1, 2.0, 20.0])),
-        dtype=draw(st.sampled_from(list(dtypes))),
-        weights=draw(st.booleans()) if weights is None else weights,
-    )
 
 
 def fields(table: ScoreTable) -> dict:

@@ -1,14 +1,13 @@
 """The head inside: every plan, chunk and option gives what float64 gives, and keeps no more than it says."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import reference
 import torch
 from conftest import assert_no_worse
-from hypothesis import given
-from hypothesis import strategies as st
 from logps_cases import DTYPES, HOWS, IMPLS, device_of, fields, name_of, random_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +23,7 @@ from dpo_ext.torch import (
 
 PLANS = ["frozen", "recompute"]
 CHUNKS = [1, 2, 5, None]
+EXAMPLES = int(os.environ.get("DPO_EXT_EXAMPLES", "24"))
 LABELS = torch.tensor([[-100, 3, 1, 2], [-100, -100, 0, 4], [-100, 3, -100, -100], [-100, 2, 2, 1]])
 
 
@@ -116,32 +116,39 @@ def test_gradcheck_in_float64(plan):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(
-    seed=st.integers(0, 999), chunk_rows=st.sampled_from(CHUNKS), spread=st.sampled_from([0.1, 3.0])
-)
-def test_no_worse_than_the_ordinary_head(impl, plan, dtype, seed, chunk_rows, spread):
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_no_worse_than_the_ordinary_head(impl, plan, dtype, spread):
     """Slack: one rounding of what is given back; in float32 also of logits, by products that differ.
 
     A product of another shape rounds its logits differently, and an error of d in a logit moves dz
     by at most 2 d |g|.
     """
-    hidden, weight, _, table = random_head(seed, H=8, V=33, dtype=dtype, spread=spread, longest=4)
-    g = torch.randn(table.n_groups, 2, generator=torch.Generator().manual_seed(seed))
-    ours = run(hidden, weight, None, table, g, plan, impl, chunk_rows=chunk_rows)
-    base = run(hidden, weight, None, table, g, "recompute", score=ordinary)
-    truth = oracle(hidden, weight, None, table, g)
-    assert ours[0].dtype == torch.float32
-    unit = {torch.float32: 2**-21, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    largest_logit = float((hidden.double() @ weight.double().T).abs().max()) if len(hidden) else 0.0
-    moved = 0.0
-    if dtype == torch.float32 and g.numel():
-        moved = 2 * 2**-21 * largest_logit * float(g.abs().max() * weight.abs().max())
-    for name, got, baseline, true in zip(("value", "dX", "dW"), ours, base, truth, strict=False):
-        if got is None:
-            continue
-        assert got.dtype == (torch.float32 if name == "value" else dtype)
-        slack = moved + unit * max(1.0, float(np.abs(true).max(initial=0.0)))
-        assert_no_worse(got, baseline, true, slack)
+    for seed in range(EXAMPLES):
+        hidden, weight, _, table = random_head(
+            seed, H=8, V=33, dtype=dtype, spread=spread, longest=4
+        )
+        g = torch.randn(table.n_groups, 2, generator=torch.Generator().manual_seed(seed))
+        ours = run(
+            hidden, weight, None, table, g, plan, impl, chunk_rows=CHUNKS[seed % len(CHUNKS)]
+        )
+        base = run(hidden, weight, None, table, g, "recompute", score=ordinary)
+        truth = oracle(hidden, weight, None, table, g)
+        assert ours[0].dtype == torch.float32
+        unit = {torch.float32: 2**-21, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+        largest_logit = (
+            float((hidden.double() @ weight.double().T).abs().max()) if len(hidden) else 0.0
+        )
+        moved = 0.0
+        if dtype == torch.float32 and g.numel():
+            moved = 2 * 2**-21 * largest_logit * float(g.abs().max() * weight.abs().max())
+        for name, got, baseline, true in zip(
+            ("value", "dX", "dW"), ours, base, truth, strict=False
+        ):
+            if got is None:
+                continue
+            assert got.dtype == (torch.float32 if name == "value" else dtype)
+            slack = moved + unit * max(1.0, float(np.abs(true).max(initial=0.0)))
+            assert_no_worse(got, baseline, true, slack)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

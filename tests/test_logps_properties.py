@@ -7,15 +7,12 @@ import pytest
 import reference
 import torch
 from conftest import assert_no_worse
-from hypothesis import given
-from hypothesis import strategies as st
 from logps_cases import (
     DTYPES,
     HOWS,
     IMPLS,
     KERNELS,
     WIDTHS,
-    cases,
     device_of,
     fields,
     name_of,
@@ -25,6 +22,24 @@ from logps_cases import (
 )
 
 from dpo_ext.torch import ScoreTable, sequence_logps, token_scores
+
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, pytest.importorskip("hypothesis.strategies")
+
+
+@st.composite
+def cases(draw, dtypes=(torch.float32,), weights=None):
+    """Hypothesis strategy of what `random_case` makes."""
+    return random_case(
+        draw(st.integers(0, 2**32 - 1)),
+        V=draw(st.sampled_from(WIDTHS)),
+        S=2 * draw(st.integers(0, 3)),
+        longest=draw(st.integers(0, 4)),
+        spread=draw(st.sampled_from([0.0, 0.1, 2.0, 20.0])),
+        dtype=draw(st.sampled_from(list(dtypes))),
+        weights=draw(st.booleans()) if weights is None else weights,
+    )
+
 
 ALL_STATS = ("entropy", "mean_logit", "log_sum_sq", "is_top1")
 

@@ -135,7 +135,7 @@ class _VocabParallel(torch.autograd.Function):
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         nothing = m == -torch.inf  # an empty or wholly masked shard adds nothing
         own = torch.where(nothing, 0.0, torch.exp(y - m))
-        factor = torch.where(nothing, 0.0, torch.exp(m - top))
+        factor = torch.exp(m - top)
         part = torch.where(nothing, 0.0, rest + torch.where(mine, 0.0, own)) * factor
         parts = torch.stack([part, torch.where(mine, y - top, 0.0), mine.float()])
         dist.all_reduce(parts, group=group)
