@@ -1,6 +1,5 @@
 /*
-reduce.cuh: what one thread, one warp or one block knows of a row, and how two such parts become
-one.
+reduce.cuh: what a thread, a warp or a block knows of a row, and how two of them become one.
 
 Math      part: max m, rest = sum e, a = sum e*(y - m), q = sum e*e, sum = sum y, with e = exp(y -
           m) over the part's columns but the target; merge of 1 and 2: m = max(m1, m2), d = m1 - m,
@@ -45,8 +44,8 @@ struct Transformed {
     float y, slope;  // y, and dy/dz without its constant factors
 };
 
-// y = scale*z, or cap*tanh(scale*z) with CAP. With E = exp(-2|u|), tanh is (1 - E)/(1 + E), but near
-// 0, where that cancels, Cephes' polynomial; its derivative is 4E/(1 + E)^2, which never cancels.
+// y = scale*z, or cap*tanh(scale*z) with CAP. With E = exp(-2|u|), tanh is (1 - E)/(1 + E), but
+// near 0, where that cancels, Cephes' polynomial; its derivative, 4E/(1 + E)^2, never cancels.
 template <bool CAP>
 __device__ __forceinline__ Transformed transform(float z, float scale, float cap) {
     const float u = __fmul_rn(scale, z);
@@ -74,8 +73,8 @@ __device__ __forceinline__ bool is_aligned(const T* row) {
     return reinterpret_cast<unsigned long long>(row) % 16 == 0;
 }
 
-// Columns 8*group .. 8*group + 7, all of which exist. `aligned` is one for the whole row: an address
-// that is not a multiple of 16 bytes changes how they are loaded, never which thread has them.
+// Columns 8*group .. 8*group + 7, all of which exist. `aligned` is one for the whole row: an
+// address that is not a multiple of 16 bytes changes how they are loaded, never by which thread.
 template <typename T>
 __device__ __forceinline__ Eight<T> load_eight(const T* row, int group, bool aligned) {
     Eight<T> eight;

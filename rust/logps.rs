@@ -250,6 +250,20 @@ impl State {
         self.max = max;
     }
 
+    /// Adds a block without its target. Its maximum is known only once it has been read, and rarely the largest so far:
+    /// the sum is taken in the same read, and again where that turns out wrong.
+    fn add<E: Element>(&mut self, block: &[E::Bits], first: bool) {
+        if first {
+            self.raise(block::max::<E>(block));
+        }
+        let (max, mut sum) = block::max_and_sum::<E>(block, self.shift());
+        if max > self.max {
+            self.raise(max);
+            sum = block::max_and_sum::<E>(block, self.shift()).1;
+        }
+        self.rest += f64::from(sum);
+    }
+
     /// What to subtract before exp: 0 while every column so far is -inf, where `-inf - -inf` would be NaN.
     fn shift(&self) -> f32 {
         if self.max == f32::NEG_INFINITY { 0.0 } else { self.max }
@@ -271,18 +285,21 @@ fn row_stats<E: Element, const KIND: u8, const STATS: bool>(
         max_before: f32::NEG_INFINITY,
     };
     let y_target = map.apply::<KIND>(E::widen(z[target]));
+    if y_target > state.max {
+        state.max = y_target;
+    }
     for (b, block) in z.chunks(BLOCK).enumerate() {
         let start = b * BLOCK;
         let target_here = target.checked_sub(start).filter(|&t| t < block.len());
         if KIND == PLAIN && !STATS && !E::COSTLY && target_here.is_none() {
-            state.raise(block::max::<E>(block));
-            state.rest += f64::from(block::sum_exp::<E>(block, state.shift()));
+            state.add::<E>(block, b == 0);
             continue;
         }
         let y = &mut buffer[..block.len()];
         block::load::<E, KIND>(block, map, y);
-        let max = block::max::<Float32>(y);
         if STATS {
+            let max = block::max::<Float32>(y);
+            state.raise(max);
             state.sum += f64::from(block::sum(y));
             let before = match target_here {
                 Some(t) => block::max::<Float32>(&y[..t]),
@@ -291,7 +308,6 @@ fn row_stats<E: Element, const KIND: u8, const STATS: bool>(
             };
             state.max_before = state.max_before.max(before);
         }
-        state.raise(max);
         if let Some(t) = target_here {
             y[t] = f32::NEG_INFINITY; // left out of the sums, whatever it holds
         }
@@ -301,7 +317,7 @@ fn row_stats<E: Element, const KIND: u8, const STATS: bool>(
             state.a += f64::from(a);
             state.q += f64::from(q);
         } else {
-            state.rest += f64::from(block::sum_exp::<Float32>(y, state.shift()));
+            state.add::<Float32>(y, b == 0);
         }
     }
     finish::<STATS>(&state, y_target, z.len())

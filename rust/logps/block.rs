@@ -1,7 +1,8 @@
 //! The loops over one block of columns, compiled for AVX-512, AVX2 and the baseline and chosen at run time.
 //!
 //! Every loop adds into [`LANES`] partial sums, column `j` of the block into lane `j % LANES`, and merges them in one
-//! fixed tree; multiply and add stay two roundings. So the bits depend neither on the vector width nor on threads.
+//! fixed tree; where multiply and add are one rounding they are so everywhere. So the bits depend neither on the vector
+//! width nor on threads. (A processor without fused multiply-add computes the same bits, slowly, in software.)
 
 // What these loops call must be compiled with the features of the loop, so inlined; names are those of the formulas; and
 // the polynomial's coefficients are not the constants that they resemble.
@@ -13,7 +14,7 @@ use super::element::Element;
 
 /// Columns of one block: float32 values of a block fit into the first-level cache.
 pub(super) const BLOCK: usize = 4096;
-const LANES: usize = 64;
+const LANES: usize = 32;
 
 /// The transform of a logit: plain, times `scale`, or `cap * tanh(scale * z)`. Chosen per call, so that the plain path
 /// costs nothing.
@@ -39,11 +40,11 @@ fn exp2(x: f32) -> f32 {
     let x = if x < -127.0 { -127.0 } else { x };
     let shifted = x + MAGIC;
     let f = x - (shifted - MAGIC);
-    let p = 1.326_472_7e-3 * f + 9.671_513e-3;
-    let p = p * f + 5.550_733_6e-2;
-    let p = p * f + 0.240_222_43;
-    let p = p * f + 0.693_147;
-    let p = p * f + 1.0;
+    let p = 1.326_472_7e-3_f32.mul_add(f, 9.671_513e-3);
+    let p = p.mul_add(f, 5.550_733_6e-2);
+    let p = p.mul_add(f, 0.240_222_43);
+    let p = p.mul_add(f, 0.693_147);
+    let p = p.mul_add(f, 1.0);
     p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
@@ -61,11 +62,11 @@ fn tanh(u: f32) -> (f32, f32) {
     let far = (1.0 - e) / (1.0 + e);
     // Near 0 the quotient cancels. Cephes' tanhf: a + a^3 * polynomial(a^2) below 0.625.
     let z = a * a;
-    let p = -5.704_988_7e-3 * z + 2.063_909e-2;
-    let p = p * z - 5.373_971_6e-2;
-    let p = p * z + 0.133_314_42;
-    let p = p * z - 0.333_332_8;
-    let near = p * z * a + a;
+    let p = (-5.704_988_7e-3_f32).mul_add(z, 2.063_909e-2);
+    let p = p.mul_add(z, -5.373_971_6e-2);
+    let p = p.mul_add(z, 0.133_314_42);
+    let p = p.mul_add(z, -0.333_332_8);
+    let near = (p * z).mul_add(a, a);
     let t = if a < 0.625 { near } else { far };
     (t.copysign(u), 4.0 * e / ((1.0 + e) * (1.0 + e)))
 }
@@ -115,7 +116,7 @@ fn each_lane<T: Copy>(block: &[T], mut add: impl FnMut(usize, T)) {
 }
 
 /// Writes the transformed block to `y`.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub(super) fn load<E: Element, const KIND: u8>(z: &[E::Bits], map: Map, y: &mut [f32]) {
     for (y, &z) in y.iter_mut().zip(z) {
         *y = map.apply::<KIND>(E::widen(z));
@@ -123,7 +124,7 @@ pub(super) fn load<E: Element, const KIND: u8>(z: &[E::Bits], map: Map, y: &mut 
 }
 
 /// The largest value of the block, NaN passed over; -inf if there is none.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub(super) fn max<E: Element>(z: &[E::Bits]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     each_lane(z, |l, v| lanes[l] = larger(lanes[l], E::widen(v)));
@@ -131,23 +132,28 @@ pub(super) fn max<E: Element>(z: &[E::Bits]) -> f32 {
 }
 
 /// Sum of the block.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub(super) fn sum(y: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
     each_lane(y, |l, v| lanes[l] += v);
     tree(lanes, |a, b| a + b)
 }
 
-/// `sum exp(z - shift)` over the block, `shift` at least its maximum.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
-pub(super) fn sum_exp<E: Element>(z: &[E::Bits], shift: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    each_lane(z, |l, v| lanes[l] += exp(E::widen(v) - shift));
-    tree(lanes, |a, b| a + b)
+/// Maximum, NaN passed over, and `sum exp(z - shift)` of the block in one read; the sum is right if `shift` is not below
+/// the maximum, and to be thrown away otherwise.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+pub(super) fn max_and_sum<E: Element>(z: &[E::Bits], shift: f32) -> (f32, f32) {
+    let (mut max, mut sum) = ([f32::NEG_INFINITY; LANES], [0.0; LANES]);
+    each_lane(z, |l, v| {
+        let v = E::widen(v);
+        max[l] = larger(max[l], v);
+        sum[l] += exp(v - shift);
+    });
+    (tree(max, larger), tree(sum, |a, b| a + b))
 }
 
 /// `sum e`, `sum e * (y - shift)`, `sum e * e` with `e = exp(y - shift)`; where e is 0 the second adds 0, even for -inf.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub(super) fn sum_stats(y: &[f32], shift: f32) -> [f32; 3] {
     let (mut s, mut a, mut q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
     each_lane(y, |l, v| {
@@ -155,8 +161,8 @@ pub(super) fn sum_stats(y: &[f32], shift: f32) -> [f32; 3] {
         let d = if d < -100.0 { -100.0 } else { d };
         let e = exp(d);
         s[l] += e;
-        a[l] += e * d;
-        q[l] += e * e;
+        a[l] = e.mul_add(d, a[l]);
+        q[l] = e.mul_add(e, q[l]);
     });
     [s, a, q].map(|lanes| tree(lanes, |a, b| a + b))
 }
@@ -190,7 +196,7 @@ impl Slope {
 }
 
 /// The gradient of a row into a buffer of its own.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub(super) fn gradient<E: Element, const KIND: u8>(
     z: &[E::Bits],
     slope: Slope,
@@ -202,7 +208,7 @@ pub(super) fn gradient<E: Element, const KIND: u8>(
 }
 
 /// The gradient of a row over its logits.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub(super) fn gradient_in_place<E: Element, const KIND: u8>(z: &mut [E::Bits], slope: Slope) {
     for z in z {
         *z = slope.at::<E, KIND>(*z);

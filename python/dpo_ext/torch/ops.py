@@ -12,6 +12,7 @@ here looks at shapes, dtypes and devices alone, so that nothing waits for a devi
 from __future__ import annotations
 
 import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from dpo_ext.errors import TensorError
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_HUGE = 1 << 24  # bytes from which a gradient asks for huge pages
 
 _LIBRARY = torch.library.Library("dpo_ext", "DEF")
 _TRANSFORM = "float logit_scale, float softcap, float temperature"
@@ -152,12 +155,26 @@ def _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transf
     return (_flat(logits), DTYPES[logits.dtype], _shape_of(logits), *table, transform)
 
 
+def _fresh(like: Tensor) -> Tensor:
+    """Contiguous memory for a gradient. The first touch of its pages costs more than computing it,
+    so large ones ask for huge pages."""
+    size = like.numel() * like.element_size()
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+        except OSError:
+            pass  # a kernel without huge pages, or too little memory: torch's allocator answers
+    return torch.empty(like.shape, dtype=like.dtype)
+
+
 def _logits_grad_cpu(
     logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
 ):
     transform = (logit_scale, softcap, temperature)
     arguments = _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform)
-    out = torch.empty(logits.shape, dtype=logits.dtype)
+    out = _fresh(logits)
     _core.logits_grad(*arguments, _flat(out), torch.get_num_threads())
     return out
 
