@@ -113,7 +113,8 @@ def record(rows: list[tuple]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    where = f"{machine}, torch {torch.__version__}"
     path = Path(__file__).parent / "RESULTS.md"
     lines = []
     for pairs, name, median, low, hand, ratio in rows:

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+import dpo_ext.torch.loss_table  # noqa: F401 - its rows come first
 from dpo_ext.torch.loss_forms import Number, Pairs, s, sp
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite, g_row, positive, u_row
 

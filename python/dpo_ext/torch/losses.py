@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dpo_ext.torch.loss_batch
-import dpo_ext.torch.loss_table  # noqa: F401
+import dpo_ext.torch.loss_batch  # noqa: F401 - fills LOSSES
 from dpo_ext.errors import TensorError
 from dpo_ext.torch.loss_checks import (
     bind_parameters,
