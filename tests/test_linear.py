@@ -9,8 +9,6 @@ import reference
 import torch
 from conftest import assert_no_worse
 from logps_cases import DTYPES, HOWS, IMPLS, device_of, fields, name_of, random_case
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from dpo_ext import TensorError
 from dpo_ext.torch import (
@@ -213,68 +211,6 @@ def test_a_row_that_does_not_exist_is_nan_on_a_gpu(plan):
     assert dx.isfinite().all()
 
 
-class Watch(TorchDispatchMode):
-    """Counts products and remembers the largest tensor that was made."""
-
-    def __init__(self):
-        super().__init__()
-        self.products, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, torch.Tensor) and not func.is_view:
-                self.largest = max(self.largest, value.numel())
-        return out
-
-
-@pytest.mark.parametrize(
-    ("plan", "forward", "backward"), [("frozen", 2, 0), ("recompute", 1, 3)], ids=PLANS
-)
-def test_products_and_memory_are_those_of_the_plan(plan, forward, backward):
-    """4MHV and 8MHV; nothing larger than a chunk of logits, the weight's gradient or the hidden states."""
-    R, H, V, C = 64, 4, 1000, 8
-    table = ScoreTable(
-        logit_rows=torch.randperm(R),
-        targets=torch.randint(0, V, (R,), dtype=torch.int32),
-        seq_offsets=torch.tensor([0, 40, R], dtype=torch.int32),
-    )
-    hidden = torch.randn(R, H, requires_grad=True)
-    weight = torch.randn(V, H, requires_grad=plan == "recompute")
-    kept = []
-    with (
-        Watch() as watch,
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
-    ):
-        value = linear_sequence_logps(hidden, weight, table, plan=plan, chunk_rows=C)
-    assert watch.products == forward * R // C
-    assert watch.largest <= C * V
-    known = {hidden.data_ptr(), weight.data_ptr()}
-    assert sum(t.numel() for t in kept if t.data_ptr() not in known) <= R * H + 8 * R
-    with Watch() as watch:
-        value.sum().backward()
-    assert watch.products == backward * R // C
-    assert watch.largest <= C * V
-    for off in (torch.no_grad, torch.inference_mode):  # 2MHV: nothing for a gradient
-        with off(), Watch() as watch:
-            linear_sequence_logps(hidden, weight.detach(), table, plan=plan, chunk_rows=C)
-        assert watch.products == R // C
-
-
-def test_auto_is_frozen_for_a_frozen_weight_and_recompute_otherwise():
-    hidden, weight, bias, table = random_head(0, dtype=torch.float32)
-    hidden.requires_grad_()
-    for w, b, per_chunk in (
-        (weight, bias, 2),
-        (weight.clone().requires_grad_(), bias, 1),
-        (weight, bias.clone().requires_grad_(), 1),
-    ):
-        with Watch() as watch:
-            linear_sequence_logps(hidden, w, table, bias=b, chunk_rows=1)
-        assert watch.products == per_chunk * table.n_tokens
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_weight_gradient_is_added_in_float32_over_chunks(dtype):
     """64 chunks round as one does: once. Adding in bfloat16 is off by 0.5 to 1.6 percent."""
@@ -348,24 +284,6 @@ def test_per_token_upstream_through_the_frozen_plan(impl):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(plan, reentrant):
-    hidden, weight, _, table = random_head(6, dtype=torch.float32)
-    weight.requires_grad_(plan == "recompute")
-    grads = []
-    for wrap in (False, True):
-        x = hidden.clone().requires_grad_()
-
-        def score(x):
-            return linear_sequence_logps(x, weight, table, plan=plan)
-
-        value = checkpoint(score, x, use_reentrant=reentrant) if wrap else score(x)
-        value.sum().backward()
-        grads.append(x.grad)
-    assert torch.equal(*grads)
-
-
-@pytest.mark.parametrize("plan", PLANS)
 def test_autocast_multiplies_in_its_dtype_and_gives_back_the_parameters_dtype(plan):
     hidden, weight, bias, table = random_head(7, dtype=torch.float32, H=16, V=33)
     g = torch.ones(table.n_groups, 2)
@@ -423,25 +341,6 @@ def test_nothing_to_score(plan, R):
         assert weight.grad is None or not weight.grad.any()
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_compile_fullgraph(plan):
-    torch._dynamo.reset()
-    hidden, weight, _, table = random_head(9, dtype=torch.float32)
-    weight.requires_grad_(plan == "recompute")
-
-    def score(x):
-        return linear_sequence_logps(x.tanh(), weight, table, plan=plan, chunk_rows=4)
-
-    results = []
-    for function in (score, torch.compile(score, fullgraph=True, backend="aot_eager")):
-        x = hidden.clone().requires_grad_()
-        value = function(x)
-        value.sum().backward()
-        results.append((value.detach(), x.grad))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_wrong_arguments_are_refused():
     hidden, weight, bias, table = random_head(0, dtype=torch.float32)
     R = len(hidden)
@@ -490,19 +389,3 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(error, match=message):
             score(**call)
-
-
-def test_the_default_chunk_keeps_the_scratch_within_its_budget():
-    from dpo_ext.torch.linear import SCRATCH_BYTES, make_head
-    from dpo_ext.torch.logps import Transform
-
-    how = Transform.of(1.0, None, 1.0)
-    for V, dtype, rows in (
-        (128256, torch.bfloat16, 4096),
-        (256000, torch.bfloat16, 2048),
-        (7, torch.float32, None),
-    ):
-        hidden = torch.empty(1, 8, dtype=dtype)
-        head = make_head(hidden, torch.empty(V, 8, device="meta"), how, None, "torch")
-        assert head.chunk_rows * V * dtype.itemsize <= SCRATCH_BYTES
-        assert rows is None or head.chunk_rows == rows

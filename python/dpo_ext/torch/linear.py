@@ -18,32 +18,25 @@ Scratch is one chunk of logits, C * V; ``frozen`` keeps E (M, H) and ``recompute
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
-from dpo_ext.torch import twin
+from dpo_ext.torch.head import Head, Rows, add_product, check_head, make_head, product, wide
 from dpo_ext.torch.logps import (
     TokenScores,
     Transform,
     check_is_table,
     check_stats,
-    check_table,
     differentiable_once,
     only,
     sum_sequences,
-    uses_kernels,
 )
-from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.torch.table import ScoreTable
 
 PLANS = ("auto", "frozen", "recompute")
-SCRATCH_BYTES = 1_100_000_000
-"""Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""
-_NO_ROW = -1  # target of a token whose row does not exist: the fold answers NaN
 
 
 def linear_sequence_logps(
@@ -154,51 +147,6 @@ def linear_token_scores(
     return only(scores, names)
 
 
-class Head(NamedTuple):
-    """How one call computes: what does not change from chunk to chunk."""
-
-    how: Transform
-    kernels: bool
-    dtype: torch.dtype
-    """Of the products: that of ``hidden``, or autocast's."""
-    chunk_rows: int
-
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        for start in range(0, tokens, self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, tokens))
-
-    def scratch(self, weight: Tensor, tokens: int) -> Tensor:
-        """(C, V) that every chunk's logits are written into."""
-        rows = min(self.chunk_rows, tokens)
-        return torch.empty(rows, weight.shape[0], dtype=self.dtype, device=weight.device)
-
-    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-        z = scratch[: x.shape[0]]
-        if bias is None:
-            return torch.mm(x, weight.t(), out=z)
-        return torch.addmm(bias, x, weight.t(), out=z)
-
-    def fold(self, z: Tensor, targets: Tensor, stats: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probs and statistics of each row, and what `gradient` needs of them."""
-        rows = torch.arange(z.shape[0], device=z.device)
-        if self.kernels:
-            out = torch.ops.dpo_ext.token_stats(z, rows, targets, *self.how, stats)
-            return [out[0], *out[3:]], [out[1], out[2]]
-        return list(twin.token_stats(z, rows, targets, *self.how, stats)), []
-
-    def gradient(self, z: Tensor, targets: Tensor, kept: list[Tensor], g: Tensor) -> Tensor:
-        """dz; the kernels write it over z."""
-        rows = torch.arange(z.shape[0], device=z.device)
-        if self.kernels:
-            torch.ops.dpo_ext.logits_grad_(z, rows, targets, *kept, g, *self.how)
-            return z
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            logps = twin.token_stats(leaf, rows, targets, *self.how, False)[0]
-            (dz,) = torch.autograd.grad(logps, leaf, g.to(logps.dtype))
-        return torch.where(g[:, None] != 0, dz, 0.0)  # as the kernels: 0 of NaN is 0
-
-
 def _score(
     hidden: Tensor,
     weight: Tensor,
@@ -221,46 +169,6 @@ def _score(
     return TokenScores(*out), head.kernels
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: ScoreTable) -> Tensor:
-    """(R, H) view of ``hidden`` after comparing everything's shape, dtype and device."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"`{name}` must be a torch.Tensor, found {type(value).__name__}")
-        if is_dtensor(value):
-            raise TensorError(
-                f"`{name}` must be a plain tensor, found a DTensor\n"
-                "hint: score inside the wrapped model: model = wrap(attach_scoring(model))"
-            )
-    if hidden.dim() not in (2, 3):
-        raise TensorError(
-            f"`hidden` must have shape (R, H) or (B, T, H), found {tuple(hidden.shape)}"
-        )
-    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() == 3 else hidden
-    H = rows.shape[1]
-    if weight.dim() != 2 or weight.shape[1] != H:
-        raise TensorError(f"`weight` must have shape (V, {H}), found {tuple(weight.shape)}")
-    V = weight.shape[0]
-    if bias is not None and tuple(bias.shape) != (V,):
-        raise TensorError(f"`bias` must have shape ({V},), found {tuple(bias.shape)}")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise TensorError(f"`{name}` must be on {hidden.device}, found {value.device}")
-        if value.dtype != hidden.dtype and not autocast:
-            ours, theirs = (str(t.dtype).removeprefix("torch.") for t in (hidden, value))
-            raise TensorError(f"`{name}` must be {ours}, as `hidden` is, found {theirs}")
-    check_table(table, rows, "hidden")
-    return rows
-
-
-def is_dtensor(value: object) -> bool:
-    """Whether ``value`` is a DTensor, without importing torch.distributed for it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
 def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> str:
     """``"frozen"`` or ``"recompute"``; ValueError for a plan that cannot serve."""
     if plan not in PLANS:
@@ -275,80 +183,6 @@ def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> str:
             'hint: use plan="recompute", or plan="auto" to choose'
         )
     return "recompute" if trained or plan == "recompute" else "frozen"
-
-
-def make_head(
-    rows: Tensor, weight: Tensor, how: Transform, chunk_rows: int | None, impl: str
-) -> Head:
-    """The dtype of the products, kernels or twin, and the size of a chunk."""
-    if not rows.is_floating_point():
-        found = str(rows.dtype).removeprefix("torch.")
-        raise TensorError(f"`hidden` must have a floating-point dtype, found {found}")
-    dtype, where = rows.dtype, rows.device.type
-    if torch.is_autocast_enabled(where) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(where)
-    kernels = uses_kernels(torch.empty(0, dtype=dtype, device=rows.device), impl, "hidden")
-    if chunk_rows is None:
-        fit = SCRATCH_BYTES // max(weight.shape[0] * dtype.itemsize, 1)
-        chunk_rows = max(fit // 256 * 256 or fit, 1)
-    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise TypeError(f"`chunk_rows` must be an int or None, found {type(chunk_rows).__name__}")
-    elif chunk_rows < 1:
-        raise ValueError(f"`chunk_rows` must be at least 1, found {chunk_rows}")
-    return Head(how, kernels, dtype, chunk_rows)
-
-
-class Rows(NamedTuple):
-    """The rows of a table within hidden states (R, H); nothing here waits for the device."""
-
-    place: Tensor
-    """(M,) int64, the token's row; R for a token that is not scored or whose row does not exist."""
-    targets: Tensor
-    """(M,) int32; outside [0, V) where the row does not exist, so that its log-prob is NaN."""
-    height: int
-
-    @staticmethod
-    def of(logit_rows: Tensor, targets: Tensor, height: int) -> Rows:
-        scored = targets != IGNORE_INDEX
-        exists = (logit_rows >= 0) & (logit_rows < height)
-        place = torch.where(scored & exists, logit_rows, height)
-        return Rows(place, targets.masked_fill(scored & ~exists, _NO_ROW), height)
-
-    def gather(self, hidden: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
-        """(C, H): zeros where there is no row, whatever lies in the rows that are not scored."""
-        place = self.place[chunk]
-        missing = (place == self.height)[:, None]
-        if not self.height:
-            return hidden.new_zeros(place.shape[0], hidden.shape[1], dtype=dtype)
-        x = hidden.index_select(0, place.clamp(max=self.height - 1))
-        return x.to(dtype).masked_fill_(missing, 0)
-
-    def new_gradient(self, like: Tensor) -> Tensor:
-        """(R+1, H) zeros; the spare last row takes what belongs nowhere."""
-        return like.new_zeros(self.height + 1, like.shape[1])
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` added in float32; on a GPU also given in float32, so that no split is rounded."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total = a @ b`` or ``total += a @ b``, total in float32 (float64 for float64)."""
-    beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    else:  # the CPU has no product of one dtype into another
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _LinearLogps(torch.autograd.Function):

@@ -16,17 +16,8 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
-from dpo_ext.torch.linear import (
-    Head,
-    Rows,
-    add_product,
-    check_head,
-    choose_plan,
-    linear_sequence_logps,
-    make_head,
-    product,
-    wide,
-)
+from dpo_ext.torch.head import Head, Rows, add_product, check_head, make_head, product, wide
+from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
 from dpo_ext.torch.loss_checks import find_loss
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss

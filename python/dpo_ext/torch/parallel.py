@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import ops
-from dpo_ext.torch.linear import Rows, is_dtensor
+from dpo_ext.torch.head import Rows, is_dtensor
 from dpo_ext.torch.logps import (
     Transform,
     check_is_table,

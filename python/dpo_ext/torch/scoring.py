@@ -15,12 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
-from dpo_ext.torch.linear import (
-    PLANS,
-    is_dtensor,
-    linear_sequence_logps,
-    linear_token_scores,
-)
+from dpo_ext.torch.head import is_dtensor
+from dpo_ext.torch.linear import PLANS, linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.logps import STATS, TokenScores, check_is_table, only, sum_sequences
 from dpo_ext.torch.table import ScoreTable
 
