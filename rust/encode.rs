@@ -343,10 +343,11 @@ fn each_block(
 /// Reads and parses files without encoding: how many rows, and bytes of text. A step of `encode_files`, to time alone.
 ///
 /// # Errors
-/// As [`encode_files`] with `on_bad` error, for what parsing can find.
+/// As [`encode_files`], for what parsing can find.
 pub fn scan_files(
     paths: &[PathBuf],
     options: &Options,
+    on_bad: OnBad,
     vocab: usize,
     progress: &Progress,
 ) -> Result<(u64, u64)> {
@@ -359,12 +360,14 @@ pub fn scan_files(
             .map(|lines| {
                 for line in lines {
                     progress.check()?;
-                    line_result(&block.bytes, line, options, vocab).map_err(|bad| {
+                    if let Err(bad) = line_result(&block.bytes, line, options, vocab)
+                        && on_bad == OnBad::Error
+                    {
                         let origin =
                             Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
                         let place = origin.place(bad.field.clone(), bad.byte);
-                        row_error(bad, place)
-                    })?;
+                        return Err(row_error(bad, place));
+                    }
                 }
                 Ok(())
             })

@@ -255,6 +255,21 @@ impl Tokenizer {
         &self.control
     }
 
+    /// The text of `ids`, control tokens spelt out.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for an id outside the vocabulary, or if the crate fails.
+    pub fn decode(&self, ids: &[i32]) -> Result<String> {
+        let known =
+            |id: &i32| u32::try_from(*id).ok().filter(|id| (*id as usize) < self.vocab_size);
+        let ids: Option<Vec<u32>> = ids.iter().map(known).collect();
+        let Some(ids) = ids else {
+            let message = format!("decode: expected ids in 0..{}", self.vocab_size);
+            return Err(Error::Tokenizer(message));
+        };
+        guarded("decode", || self.inner.decode(&ids, false))
+    }
+
     /// Why the engine is not `bpe`, if it is not.
     pub fn refusal(&self) -> Option<&str> {
         self.fast.as_ref().err().map(String::as_str)

@@ -103,8 +103,8 @@ class _Settings:
                 )
         if self.special_tokens_in_text == "text" and self.boundary == "trl":
             raise ValueError(
-                '`special_tokens_in_text="text"` needs `boundary` "joint" or "separate": TRL has no '
-                "such rule"
+                '`special_tokens_in_text="text"` needs `boundary` "joint" or "separate": '
+                "TRL has no such rule"
             )
         names = [
             key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None
@@ -473,7 +473,8 @@ def _files(paths: Paths) -> list[str]:
     for path in paths:
         name = fspath(path)
         if any(c in name for c in "*?[") and not Path(name).exists():
-            found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (pathlib's matches hidden files)
+            # pathlib's own glob matches hidden files.
+            found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
             if not found:
                 raise FileNotFoundError(2, "no file matches", name)
             files.extend(found)

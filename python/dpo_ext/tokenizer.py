@@ -167,6 +167,18 @@ class Tokenizer:
         """
         return self._core.encode(text, add_special_tokens)
 
+    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
+        """The text of ``ids``, control tokens spelt out.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary.
+        """
+        return self._core.decode(np.ascontiguousarray(ids, np.int32))
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json, as it was read."""
+        return self._state["json"]
+
     def encode_batch(
         self,
         texts: Iterable[str],

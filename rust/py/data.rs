@@ -162,6 +162,11 @@ impl PyTokenizer {
         Ok(ids.into_pyarray(py))
     }
 
+    fn decode(&self, py: Python<'_>, ids: Ids<'_>) -> PyResult<String> {
+        let ids = ids.as_slice()?;
+        detached(py, || self.inner.decode(ids))
+    }
+
     fn encode_batch<'py>(
         &self,
         py: Python<'py>,
@@ -370,10 +375,10 @@ fn scan(
     vocab_size: usize,
     settings: Bound<'_, PyAny>,
 ) -> PyResult<(u64, u64)> {
-    let (options, _, threads) = options(&settings)?;
+    let (options, on_bad, threads) = options(&settings)?;
     let progress = Arc::new(Progress::default());
     waited(py, threads, &progress, None, move |progress| {
-        scan_files(&paths, &options, vocab_size, progress)
+        scan_files(&paths, &options, on_bad, vocab_size, progress)
     })
 }
 
