@@ -69,7 +69,7 @@ FILE = _Size(
     answers=48,
     new_tokens=64,
     recipe=Recipe(
-        hidden=128, layers=2, sft_steps=240, sft_pairs=16, sft_lr=2e-3, sft_both=False,
+        hidden=128, layers=2, sft_steps=240, sft_pairs=16, sft_lr=4e-3, sft_both=False,
         dpo_steps=100, dpo_pairs=16, dpo_lr=2e-4, beta=0.1, max_length=256, evaluations=4,
     ),
 )  # fmt: skip

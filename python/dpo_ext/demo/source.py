@@ -159,7 +159,11 @@ def encode(
 
     tokenizer = Tokenizer.from_pretrained(folder)
     pairs = PairDataset.from_files(
-        path, tokenizer, max_length=max_length, on_bad="skip" if truth is None else "error"
+        path,
+        tokenizer,
+        max_length=max_length,
+        truncation="keep_completions",
+        on_bad="skip" if truth is None else "error",
     )
     order = np.arange(len(pairs))
     said = list(limits)
@@ -179,7 +183,8 @@ def encode(
         order = order[:wanted]
         heldout_pairs = min(heldout_pairs, len(order) // 5)
         said.append(
-            f"Sides longer than {max_length} tokens were truncated (the data report counts them)."
+            f"Sides longer than {max_length} tokens were cut to that, the prompt first and from "
+            "its start; the data report counts them."
         )
     border = len(order) - heldout_pairs
     decoder = Decoder.from_file(str(folder / "tokenizer.json"))
