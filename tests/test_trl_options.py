@@ -12,11 +12,12 @@ import transformers
 import trl
 import trl_runs as runs
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PrefixTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import dpo_ext.trl
 from dpo_ext.data import PairDataset
+from dpo_ext.torch import loss_compat
 from dpo_ext.trl import HONOURED, REFUSED, DPOTrainer
 from dpo_ext.trl_collator import REF_COLUMNS
 
@@ -119,6 +120,17 @@ def test_refused_options_are_named(own, data, name):
 def test_other_losses_are_refused(own, data, loss):
     args = runs.config(own, loss_type=["sigmoid", loss], label_smoothing=0.1)
     with pytest.raises(ValueError, match=f"`loss_type`.*'{loss}'"):
+        DPOTrainer(str(own / "model"), args=args, train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"beta": 0.0}, {"loss_type": "robust", "label_smoothing": 0.5}],
+    ids=["beta", "robust"],
+)
+def test_values_outside_the_domain_of_the_loss_are_refused_before_training(own, data, wrong):
+    args = runs.config(own, **wrong)
+    with pytest.raises(ValueError, match=f"`{list(wrong)[-1]}` must be"):
         DPOTrainer(str(own / "model"), args=args, train_dataset=data)
 
 
@@ -230,8 +242,9 @@ def test_pad_token_is_what_batches_are_padded_with(own, data):
 
 
 def test_label_smoothing_that_the_loss_ignores_warns_once_and_changes_nothing(
-    own, data, stock_sigmoid
+    own, data, stock_sigmoid, monkeypatch
 ):
+    monkeypatch.setattr(loss_compat, "_warned", set())
     with pytest.warns(UserWarning, match="label_smoothing") as caught:
         found = runs.ours(own, data, label_smoothing=0.3)
     assert sum("label_smoothing" in str(w.message) for w in caught) == 1
@@ -250,7 +263,7 @@ def test_other_layouts_are_refused(own, data, layout):
 @pytest.mark.parametrize(
     ("keyword", "value"),
     [
-        ("data_collator", lambda rows: rows),
+        ("data_collator", dpo_ext.trl.PairCollator(0)),
         ("quantization_config", object()),
         ("peft_config", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         ("peft_config", LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])),
@@ -262,6 +275,43 @@ def test_other_values_of_an_argument_are_refused(own, data, keyword, value):
     name = "lm_head" if "lm_head" in str(value) else keyword
     with pytest.raises(ValueError, match=name):
         runs.build(DPOTrainer, own, data, {keyword: value})
+
+
+def test_a_model_that_learns_a_prompt_is_refused(own, data):
+    model = AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
+    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    args, tokenizer = runs.config(own), runs.tokenizer(own)
+    with pytest.raises(ValueError, match="`model`: prompt learning"):
+        DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_a_quantized_model_is_refused(own, data, name):
+    models = {
+        key: AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
+        for key in ("model", "ref_model")
+    }
+    models[name].is_quantized = True
+    args, tokenizer = runs.config(own), runs.tokenizer(own)
+    with pytest.raises(ValueError, match=f"`{name}`: quantized"):
+        DPOTrainer(**models, args=args, train_dataset=data, processing_class=tokenizer)
+
+
+def test_a_processor_of_images_is_refused(own, data):
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    with pytest.raises(ValueError, match="`processing_class`"):
+        runs.build(DPOTrainer, own, data, {"processing_class": Processor(runs.tokenizer(own))})
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "PARALLELISM_CONFIG"])
+def test_sharding_that_the_launcher_turns_on_is_refused(own, data, monkeypatch, name):
+    args = runs.config(own)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=name):
+        DPOTrainer(str(own / "model"), args=args, train_dataset=data)
 
 
 def test_streaming_data_is_refused(own):

@@ -36,7 +36,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "trl_fixtures" 
 FORMATS = ("text_explicit", "text_implicit", "chat_explicit")
 LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 BETA = 0.1
-TIMINGS = ("runtime", "per_second")
+TIMINGS = ("runtime", "per_second", "preparation_time")
 
 # Stock TRL against itself moves by this much (two versions, four steps, learning rate 1e-3, log-probs near -150):
 # loss 1.5e-5 and gradient norm 3.5e-5 relative, `logps/*` 3e-5, `logits/*` 3e-8, entropy 5e-7 absolute.
@@ -191,12 +191,13 @@ def build(
     return kind(str(material / "model"), args=args, train_dataset=data, **(keywords or {}))
 
 
+def without_timings(row: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if not any(word in k for word in TIMINGS)}
+
+
 def history(trainer: trl.DPOTrainer) -> list[dict[str, float]]:
     """`log_history` without wall-clock times."""
-    return [
-        {key: value for key, value in row.items() if not any(word in key for word in TIMINGS)}
-        for row in trainer.state.log_history
-    ]
+    return [without_timings(row) for row in trainer.state.log_history]
 
 
 def train(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -29,7 +28,15 @@ from dpo_ext.report import Report
 from dpo_ext.tokenizer import Tokenizer
 from dpo_ext.torch import attach_scoring, preference_loss
 from dpo_ext.trl_collator import REF_COLUMNS, TABLE_KEY, PairCollator
-from dpo_ext.trl_options import HONOURED, LAYOUTS, REFUSED, check_args, check_dataset
+from dpo_ext.trl_options import (
+    HONOURED,
+    LAYOUTS,
+    REFUSED,
+    check_args,
+    check_dataset,
+    check_model,
+    loss_options,
+)
 
 __all__ = ["HONOURED", "REFUSED", "DPOTrainer", "PairCollator"]
 
@@ -65,8 +72,7 @@ class DPOTrainer(trl.DPOTrainer):
             text or messages, with or without ``prompt``, or the three id columns. Where
             ``precompute_ref_log_probs`` is on, the columns ``ref_chosen_logps, ref_rejected_logps``
             are used if both are there, and such data can be evaluated at any step.
-        data_collator: None or a `PairCollator`.
-        quantization_config: None.
+        data_collator, quantization_config: None.
         layout: ``"padded"``.
 
     Attributes:
@@ -95,7 +101,7 @@ class DPOTrainer(trl.DPOTrainer):
         model: str | transformers.PreTrainedModel | Any,
         ref_model: transformers.PreTrainedModel | None = None,
         args: trl.DPOConfig | None = None,
-        data_collator: PairCollator | None = None,
+        data_collator: None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         processing_class: Any = None,
@@ -112,16 +118,16 @@ class DPOTrainer(trl.DPOTrainer):
         if args is not None:
             check_args(args)
         if quantization_config is not None:
-            raise ValueError("`quantization_config` is not supported: load the model yourself")
-        if data_collator is not None and not isinstance(data_collator, PairCollator):
+            raise ValueError("`quantization_config`: quantized models are not supported")
+        if data_collator is not None:
             raise ValueError(
-                "`data_collator` must be None or a dpo_ext.trl.PairCollator, "
-                f"found {type(data_collator).__name__}"
+                "`data_collator` must be None: a batch needs the score table of PairCollator\n"
+                "hint: `max_length`, `truncation_mode`, `pad_to_multiple_of` of the configuration"
             )
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError("`peft_config`: prompt learning shifts rows, it is not supported")
-        if isinstance(processing_class, transformers.ProcessorMixin):
-            raise ValueError("`processing_class` must be a tokenizer: vision data is not supported")
+        check_model("model", model)
+        check_model("ref_model", ref_model)
         check_dataset("train_dataset", train_dataset)
         if isinstance(eval_dataset, Mapping):
             for name, dataset in eval_dataset.items():
@@ -139,7 +145,6 @@ class DPOTrainer(trl.DPOTrainer):
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -155,16 +160,6 @@ class DPOTrainer(trl.DPOTrainer):
             )
         self._attach()
 
-    def _check_model(self) -> None:
-        """Refuse what only the built model and the running environment show."""
-        adapters = getattr(self.model, "peft_config", {})
-        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
-            raise ValueError("`model`: prompt learning shifts rows, it is not supported")
-        if getattr(self.model, "is_quantized", False):
-            raise ValueError("`model`: quantized models are not supported")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.parallelism_config:
-            raise ValueError("`deepspeed`, `fsdp`, `parallelism_config` are not supported: use DDP")
-
     def _attach(self) -> None:
         """Make the models score in their forward and the collator emit the table; once.
 
@@ -172,16 +167,15 @@ class DPOTrainer(trl.DPOTrainer):
         """
         if self._scores_by_itself:
             return
-        self._check_model()
-        if not isinstance(self.data_collator, PairCollator):
-            stock = self.data_collator
-            self.data_collator = PairCollator(
-                stock.pad_token_id,
-                stock.max_length,
-                stock.truncation_mode,
-                stock.pad_to_multiple_of,
-            )
-        self.data_collator = dataclasses.replace(self.data_collator, score_table=True)
+        check_model("model", self.model)
+        stock = self.data_collator
+        self.data_collator = PairCollator(
+            stock.pad_token_id,
+            stock.max_length,
+            stock.truncation_mode,
+            stock.pad_to_multiple_of,
+            score_table=True,
+        )
         attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
@@ -192,6 +186,8 @@ class DPOTrainer(trl.DPOTrainer):
     ) -> Dataset:
         """Encode the rows, which may hold ids already; what it returned once passes unchanged."""
         check_dataset(dataset_name, dataset)
+        if isinstance(processing_class, transformers.ProcessorMixin):
+            raise ValueError("`processing_class` must be a tokenizer: vision is not supported")
         if dataset._fingerprint in self._prepared:
             return dataset
         if self._encoder is None or self._encoder[0] is not processing_class:
@@ -271,16 +267,11 @@ class DPOTrainer(trl.DPOTrainer):
             reference = list(self.compute_ref_log_probs(ref_model, inputs))
         # The chosen half above the rejected half: what TRL divides by in `ipo`, position 0 counted.
         lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
-        parameters = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
         out = preference_loss(
             scores.logps,
             torch.stack(reference, dim=1).to(scores.logps.dtype),
-            loss=self.loss_types,
-            loss_weights=self.loss_weights,
-            beta=self.beta,
             lengths=lengths,
-            compat="trl-1.16",
-            **parameters,
+            **loss_options(self),
         )
         self._record("train" if self.model.training else "eval", inputs, scores, out)
         if not return_outputs:

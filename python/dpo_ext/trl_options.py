@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, IterableDataset
+
+from dpo_ext.torch import preference_loss
 
 LAYOUTS = ("padded",)
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
@@ -54,16 +58,51 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_args(args: trl.DPOConfig) -> None:
-    """Raise `ValueError` for the first option of the configuration that would not be honoured."""
+    """Raise `ValueError` for the first option, here or of `accelerate launch`, not honoured."""
     for name, (allowed, hint) in REFUSED.items():
         value = getattr(args, name)
         if value not in allowed:
             raise ValueError(f"`{name}` must be {allowed[0]!r}, found {value!r}\nhint: {hint}")
+    for name in ("DEEPSPEED", "FSDP", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in (
+            "1",
+            "true",
+            "t",
+            "yes",
+            "y",
+            "on",
+        ):
+            raise ValueError(f"`ACCELERATE_USE_{name}` is set: sharded models are not supported")
     for name in args.loss_type:
         if name not in LOSS_TYPES:
             raise ValueError(f"`loss_type` must be among {LOSS_TYPES}, found {name!r}")
+    logps = torch.zeros(1, 2)  # a dry run: the loss knows the domains of its parameters
+    preference_loss(logps, logps, lengths=logps.long() + 1, **loss_options(args))
     if getattr(args.accelerator_config, "dispatch_batches", None):
         raise ValueError("`accelerator_config`: `dispatch_batches` cuts batches up, leave it off")
+
+
+def loss_options(source: Any) -> dict[str, Any]:
+    """What `preference_loss` takes besides tensors, from a `DPOConfig` or from TRL's trainer."""
+    losses = getattr(source, "loss_types", None) or source.loss_type
+    options = {
+        "loss": losses,
+        "loss_weights": source.loss_weights or [1.0] * len(losses),
+        "beta": source.beta,
+        "compat": "trl-1.16",
+    }
+    if source.label_smoothing:
+        options["label_smoothing"] = source.label_smoothing
+    return options
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raise `ValueError` for a model that cannot be scored row by row; a path passes."""
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        raise ValueError(f"`{name}`: prompt learning shifts rows, it is not supported")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"`{name}`: quantized models are not supported")
 
 
 def check_dataset(name: str, dataset: Any) -> None:
