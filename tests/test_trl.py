@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import trl
 import trl_runs as runs
@@ -19,17 +20,21 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tokenizers import models
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GraniteConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     TrainerCallback,
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import dpo_ext.trl
+from dpo_ext.data import PairDataset
 from dpo_ext.errors import DataError
+from dpo_ext.tokenizer import Tokenizer
 from dpo_ext.torch import linear, logps, scoring
 from dpo_ext.trl import DPOTrainer, PairCollator
 from dpo_ext.trl_collator import REF_COLUMNS, TABLE_KEY
@@ -393,6 +398,23 @@ def test_ids_equal_stocks(material):
         found = runs.build(DPOTrainer, material, data).train_dataset
         for column in dpo_ext.trl.ID_COLUMNS:
             assert found[:][column] == stock[:][column], (name, column)
+
+
+def test_the_prompt_ends_where_trl_ends_it(own):
+    """The prompt alone, "ab", is one token; with "c" behind it, it is "a" and half of "bc": TRL keeps none of it."""
+    tokens = ["<pad>", "<eos>", "a", "b", "c", "bc", "ab"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    bpe = models.BPE(vocab=vocabulary, merges=[("b", "c"), ("a", "b")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(bpe), pad_token="<pad>", eos_token="<eos>"
+    )
+    row = {"prompt": "ab", "chosen": "ca", "rejected": "cb"}
+    joint = PairDataset.from_rows([row], Tokenizer.from_pretrained(tokenizer), boundary="joint")
+    assert joint.prompt_ids[0].tolist() == [2]
+    data = Dataset.from_list([row])
+    for kind in (trl.DPOTrainer, DPOTrainer):
+        (found,) = runs.build(kind, own, data, {"processing_class": tokenizer}).train_dataset
+        assert [found[name] for name in dpo_ext.trl.ID_COLUMNS] == [[], [2, 5, 2, 1], [2, 5, 3, 1]]
 
 
 def test_ids_of_rows_with_tools_equal_stocks(own):
