@@ -558,6 +558,7 @@ class KeepGradients(TrainerCallback):
             self.first = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(own, tmp_path):
     """DDP over gloo: a rank sees half of a step's pairs. The number of rows is odd: the last batch is not even."""
     keep = KeepGradients()
