@@ -58,7 +58,6 @@ def test_every_loss_of_the_table_keeps_the_invariants_and_its_flags(name):
         name,
         parameters=parameters_of(name),
         finite_up_to=FINITE_UP_TO.get(name, 1e4),
-        couples_batch=name == "sft_token_mean",  # through the lengths, which are known in advance
         examples=20,
     )
 

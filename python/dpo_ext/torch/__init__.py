@@ -4,6 +4,7 @@ from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.loss_groups import GroupLoss, kto_z, list_loss, unpaired_loss
+from dpo_ext.torch.loss_tokens import ld_table, wpo_averages
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring
@@ -18,6 +19,7 @@ __all__ = [
     "TokenScores",
     "attach_scoring",
     "kto_z",
+    "ld_table",
     "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_scores",
@@ -27,4 +29,5 @@ __all__ = [
     "sequence_logps",
     "token_scores",
     "unpaired_loss",
+    "wpo_averages",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dpo_ext.torch.loss_table  # noqa: F401 - its rows come first
 from dpo_ext.torch.loss_forms import Number, Pairs, s, sp
-from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite, g_row, positive, u_row
+from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite, positive, u_row
 
 _BETA = Parameter(0.1, "> 0", lambda x: (x > 0) & (x - x == 0), per_pair=False)
 _EPS = Parameter(0.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), per_pair=False)
@@ -90,12 +90,23 @@ def _(x, beta, ld_alpha, tail_w, tail_l, ref_tail_w, ref_tail_l):
     return x.m(beta) + slope * tail, beta, -beta, {"tail_w": slope, "tail_l": -slope}
 
 
-@g_row(
-    "sft_token_mean",
-    "L = -c*N/sum(nw): the mean over pairs is the NLL of a token of the batch",
-    "TRL's `sft`: its normaliser is the batch's, so gradient accumulation changes it", "L", "c r X",
-)  # fmt: skip
-def _(x):
-    mean_length = x.lengths.select(1, 0).to(x.logps.dtype).mean().clamp(min=1 / len(x.lengths))
+def _sft_token_mean(x: Pairs):
+    assert x.lengths is not None  # the row says that it needs them; checked before
+    mean_length = (
+        x.lengths.select(1, 0).to(x.logps.dtype).mean().clamp(min=1 / max(len(x.lengths), 1))
+    )
     slope = torch.zeros_like(x.c) - 1 / mean_length
     return x.c * slope, slope, torch.zeros_like(slope)
+
+
+LOSSES["sft_token_mean"] = LossRow(
+    "sft_token_mean",
+    _sft_token_mean,
+    "L = -c*N/sum(nw): the mean over pairs is the NLL of a token of the batch",
+    "TRL's `sft`: its normaliser is the batch's, so gradient accumulation changes it",
+    reference=False,
+    lengths=True,
+    couples_batch=True,
+    monotone="cr",
+    convex=True,
+)
