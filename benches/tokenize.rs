@@ -1,8 +1,9 @@
 //! Tokens per second of the engine `bpe` beside the `tokenizers` crate, on one thread.
 //!
 //! `cargo bench --bench tokenize [-- DATA TOKENIZER_FOLDER...]`. Verifies every text first, then times, in CPU time of
-//! the thread: warm = the median of passes over all texts with a filled word cache, cold = first pass of a fresh scratch over half of them,
-//! pairs = prompt + chosen and prompt + rejected with the prompt scanned once. No row of the data is printed.
+//! the thread: warm = the mean of passes over all texts with a filled word cache, cold = first pass of a fresh scratch
+//! over half of them, pairs = prompt + chosen and prompt + rejected with the prompt scanned once. No row of the data is
+//! printed.
 
 #![allow(clippy::print_stdout, missing_docs)] // a report on the terminal is what a bench is for
 
@@ -17,7 +18,7 @@ use flate2::read::MultiGzDecoder;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-const PASSES: usize = 40;
+const PASSES: usize = 100;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
@@ -81,21 +82,16 @@ fn bench(folder: &Path, pairs: &[(String, String)], bytes: usize) -> Result<(), 
 
     let half = &texts[..texts.len() / 2];
     let mut half_tokens = 0;
-    let cold = median((0..7).map(|_| {
-        let start = now(clock);
+    let cold = mean(clock, PASSES / 2, || {
         let mut fresh = Scratch::default();
         half_tokens = pass(&bpe, half, &mut fresh, &mut ids);
-        now(clock) - start
-    }));
-    let warm = median((0..PASSES).map(|_| {
-        let start = now(clock);
+    });
+    let warm = mean(clock, PASSES, || {
         pass(&bpe, &texts, &mut scratch, &mut ids);
-        now(clock) - start
-    }));
+    });
     let mut out = PairIds::default();
     let (mut reused, mut second) = (0, 0);
-    let paired = median((0..PASSES).map(|_| {
-        let start = now(clock);
+    let paired = mean(clock, PASSES, || {
         (reused, second) = (0, 0);
         for (chosen, rejected) in pairs {
             if bpe.encode_pair(chosen, rejected, None, &mut scratch, &mut out).is_ok() {
@@ -103,8 +99,7 @@ fn bench(folder: &Path, pairs: &[(String, String)], bytes: usize) -> Result<(), 
                 second += out.second.len();
             }
         }
-        now(clock) - start
-    }));
+    });
     let million = |tokens: usize, seconds: f64| tokens as f64 / seconds / 1e6;
     println!(
         "{:<14} {:>7.0} {:>14.0} {:>7.2} {:>6.1} {:>6.1} {:>6.0} {:>8.0} {:>6.1}%",
@@ -140,8 +135,11 @@ fn now(start: Instant) -> f64 {
     nanoseconds.map_or_else(|| start.elapsed().as_secs_f64(), |n| n / 1e9)
 }
 
-fn median(times: impl Iterator<Item = f64>) -> f64 {
-    let mut times: Vec<f64> = times.collect();
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+/// Seconds a call: the system counts the time of a thread in steps of some milliseconds, so all calls are timed at once.
+fn mean(clock: Instant, calls: usize, mut work: impl FnMut()) -> f64 {
+    let start = now(clock);
+    for _ in 0..calls {
+        work();
+    }
+    (now(clock) - start) / calls as f64
 }

@@ -143,6 +143,12 @@ fn shipped() -> Vec<(String, Bpe, Tokenizer)> {
     found
 }
 
+/// All of them, or in a deep run those whose name holds `DPO_EXT_ONLY`.
+fn models() -> impl Iterator<Item = (String, Bpe, Tokenizer)> {
+    let only = std::env::var("DPO_EXT_ONLY").unwrap_or_default();
+    built().chain(shipped()).filter(move |model| model.0.contains(&only))
+}
+
 /// Seconds that this thread has had a processor: other tests run beside it.
 fn seconds() -> Option<f64> {
     let statistics = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
@@ -163,7 +169,7 @@ fn assert_same(name: &str, ours: &Bpe, oracle: &Tokenizer, scratch: &mut Scratch
 
 #[test]
 fn every_family_passes_its_self_check() {
-    for (name, ours, oracle) in built().chain(shipped()) {
+    for (name, ours, oracle) in models() {
         let start = seconds();
         if let Err(mismatch) = ours.self_check(&oracle) {
             panic!("{name}: {mismatch}");
@@ -177,7 +183,7 @@ fn every_family_passes_its_self_check() {
 fn every_scalar_in_three_contexts() {
     let scalars: Vec<char> = (0..0x11_0000).filter_map(char::from_u32).collect();
     let chunks = scalars.chunks(16).enumerate();
-    for (name, ours, oracle) in built().chain(shipped()) {
+    for (name, ours, oracle) in models() {
         let mut scratch = Scratch::default();
         for (i, chunk) in chunks.clone() {
             if !deep() && i % 97 != 0 && chunk[0] as u32 > 0x3000 {
@@ -198,7 +204,7 @@ fn random_nasty_texts_have_the_same_ids() {
         .map(|a| a.0)
         .chain(["xyzzy", " xyzzy", "z", "user", "<|endoftext|>"])
         .collect();
-    for (name, ours, oracle) in built().chain(shipped()) {
+    for (name, ours, oracle) in models() {
         let count = match (deep(), name.contains("ignore_merges")) {
             (false, _) => 1_000,
             (true, true) => 40_000,
@@ -215,7 +221,7 @@ fn random_nasty_texts_have_the_same_ids() {
 fn special_tokens_as_text_equal_the_crates_option() {
     let added: Vec<&str> =
         ADDED.iter().map(|a| a.0).chain(["<|im_end|>", "<|endoftext|>"]).collect();
-    for (name, ours, mut oracle) in built().chain(shipped()) {
+    for (name, ours, mut oracle) in models() {
         oracle.set_encode_special_tokens(true);
         let mut scratch = Scratch::default();
         for text in nasty(8, 12, &added).take(if deep() { 50_000 } else { 700 }) {
@@ -230,7 +236,7 @@ fn special_tokens_as_text_equal_the_crates_option() {
 
 #[test]
 fn ends_equal_decoding_each_token_and_the_crates_offsets_at_characters() {
-    for (name, ours, oracle) in built().chain(shipped()) {
+    for (name, ours, oracle) in models() {
         let mut scratch = Scratch::default();
         for text in nasty(9, 12, &["<think>", "z\u{e9}", "e\u{301}\u{327}"]).take(700) {
             let (mut ids, mut ends) = (Vec::new(), Vec::new());
@@ -262,7 +268,7 @@ fn pairs_equal_two_encodings() {
         ADDED.iter().map(|a| a.0).chain(["AAAAAAAA", "user", "<|im_start|>", "     "]).collect();
     let count = if deep() { 100_000 } else { 15_000 };
     let mut reused = 0;
-    for (name, ours, _) in built().chain(shipped()) {
+    for (name, ours, _) in models() {
         let mut scratch = Scratch::default();
         let mut pair = PairIds::default();
         let texts = nasty(10, 10, &added).zip(nasty(11, 4, &added)).zip(nasty(12, 4, &added));
@@ -284,7 +290,7 @@ fn pairs_equal_two_encodings() {
             reused += pair.reused;
         }
     }
-    assert!(reused > 100_000, "reuse must happen for this test to mean anything: {reused}");
+    assert!(reused > 10_000, "reuse must happen for this test to mean anything: {reused}");
 }
 
 #[test]
