@@ -199,7 +199,7 @@ def test_a_pair_over_the_budget_is_an_error_of_the_plan():
     [
         (
             {"layout": "packt", "pairs_per_batch": 1},
-            "unknown `layout` 'packt': there is \"padded\"",
+            'unknown `layout` \'packt\': there is "padded", "packed"',
         ),
         ({"layout": "padded"}, "exactly one of `pairs_per_batch` and `tokens_per_batch`"),
         (

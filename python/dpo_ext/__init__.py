@@ -1,7 +1,7 @@
 """From a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone."""
 
 from dpo_ext._core import __version__
-from dpo_ext.batch import Batch, BatchPlan, PlanStats, Ragged
+from dpo_ext.batch import Batch, BatchPlan, PlanStats, Ragged, pack_lengths
 from dpo_ext.data import Limits, PairDataset
 from dpo_ext.errors import (
     DataError,
@@ -34,4 +34,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "__version__",
+    "pack_lengths",
 ]

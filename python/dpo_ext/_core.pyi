@@ -8,6 +8,8 @@ __all__ = [
     "epoch_order",
     "logits_grad",
     "logits_grad_",
+    "pack_batch",
+    "pack_lengths",
     "pad_batch",
     "scan",
     "segment_sum",
@@ -127,6 +129,27 @@ def pad_batch(
     NDArray[int64],
     NDArray[int64],
     NDArray[int64],
+    NDArray[int64],
+    NDArray[int32],
+    NDArray[int32],
+]: ...
+def pack_lengths(
+    lengths: NDArray[int64], capacity: int, seed: int
+) -> tuple[NDArray[int64], NDArray[int64]]: ...
+def pack_batch(
+    prompt: _Ragged,
+    chosen: _Ragged,
+    rejected: _Ragged,
+    index: NDArray[int64],
+    bounds: NDArray[int64],
+    width: int,
+    pad_id: int,
+    multiple: int,
+) -> tuple[
+    NDArray[int64],
+    NDArray[int64],
+    NDArray[int32],
+    int,
     NDArray[int64],
     NDArray[int32],
     NDArray[int32],

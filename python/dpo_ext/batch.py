@@ -135,29 +135,50 @@ class Batch:
 
     A sequence whose prompt has no token cannot score its first token.
 
+    ``layout="packed"`` puts whole pairs into rows, prompt + chosen and prompt + rejected as
+    segments of their own. The same pairs in one row of 14 slots::
+
+        input_ids     [[1, 2, 3, 4, 1, 2, 5, 6, 7, 6, 8, 9, 0, 0]]
+        position_ids  [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]    the tail is a segment too
+        cu_seq_lens_q, cu_seq_lens_k  [0, 4, 7, 9, 12, 14]            max_length_q, max_length_k  4
+        logit_rows    [1, 2, 5, 7, 9, 10]    targets  [3, 4, 5, 7, 8, 9]    seq_offsets as above
+
+    A packed batch has no attention mask: a Hugging Face model finds the segments by its positions,
+    and only without a mask and without a cache.
+
     Attributes:
-        layout: ``"padded"``.
-        input_ids, attention_mask, completion_mask: (2N, T) int64, chosen rows first, padded on the
-            right; the completion mask is not shifted.
+        layout: ``"padded"`` or ``"packed"``.
+        input_ids: padded (2N, T) int64, chosen rows first, padded on the right; packed (R, T)
+            int64.
+        attention_mask, completion_mask: padded only, (2N, T) int64; the completion mask is not
+            shifted.
+        position_ids: packed only, (R, T) int64, from 0 in each segment.
+        cu_seq_lens_q, cu_seq_lens_k: packed only, int32, where each segment of the flattened rows
+            begins, and the end.
+        max_length_q, max_length_k: packed only, int, the longest segment.
         logit_rows: (M,) int64.
         targets: (M,) int32.
         seq_offsets: (2N + 1,) int32.
         pair_index: (N,) int64, positions in the data set.
-        ref_logps: (N, 2) float32, the dtype of `sequence_logps`, or None: sums under the reference,
-            chosen then rejected.
+        ref_logps: (N, 2) float64 or None: sums under the reference, chosen then rejected.
 
     All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
     """
 
     layout: str
     input_ids: Any
-    attention_mask: Any
-    completion_mask: Any
     logit_rows: Any
     targets: Any
     seq_offsets: Any
     pair_index: Any
     ref_logps: Any = None
+    attention_mask: Any = None
+    completion_mask: Any = None
+    position_ids: Any = None
+    cu_seq_lens_q: Any = None
+    cu_seq_lens_k: Any = None
+    max_length_q: int | None = None
+    max_length_k: int | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -177,18 +198,26 @@ class Batch:
     @property
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a Hugging Face model, as torch tensors; never with a cache."""
-        return {
-            "input_ids": _tensor(self.input_ids),
-            "attention_mask": _tensor(self.attention_mask),
-            "use_cache": False,
-        }
+        names = {
+            "padded": ("input_ids", "attention_mask"),
+            "packed": (
+                "input_ids",
+                "position_ids",
+                "cu_seq_lens_q",
+                "cu_seq_lens_k",
+                "max_length_q",
+                "max_length_k",
+            ),
+        }[self.layout]
+        inputs = {name: _tensor(getattr(self, name)) for name in names}
+        return {**inputs, "use_cache": False}
 
     def _map(self, change: Any) -> Batch:
         table = change(self.table)
         changed = {name: getattr(table, name) for name in ("logit_rows", "targets", "seq_offsets")}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in changed and value is not None and not isinstance(value, str):
+            if f.name not in changed and value is not None and not isinstance(value, str | int):
                 changed[f.name] = change(_tensor(value))
         moved = replace(self, **changed)
         # Made anew from tensors on a device, the table would wait to learn its offsets.
@@ -214,6 +243,43 @@ def _tensor(value: Any) -> Any:
     return value
 
 
+LAYOUTS = ("padded", "packed")
+
+
+def _every(n: int, size: int, drop_last: bool) -> NDArray[np.int64]:
+    """Bounds that cut 0..n into parts of ``size``, the last one shorter or left out."""
+    bounds = np.append(np.arange(0, n, size, dtype=np.int64), np.int64(n))
+    return bounds[:-1] if drop_last and n % size else bounds
+
+
+def pack_lengths(lengths: Any, capacity: int, *, seed: int = 0) -> Ragged:
+    """Packs items into bins, best fit decreasing, in O(n + capacity).
+
+    Same bins as taking the items from the longest to the shortest and putting each into the fullest
+    bin that still takes it. Items of one length are taken in an order that ``seed`` chooses.
+
+    Args:
+        lengths: (n,) whole numbers >= 0.
+        capacity: of a bin.
+
+    Returns:
+        Ragged: the items of each bin, int32.
+
+    Raises:
+        DataError: a length is negative or over the capacity; the message names the item.
+
+    >>> [bin.tolist() for bin in pack_lengths([5, 3, 3, 2], 8)]
+    [[0, 1], [2, 3]]
+    """
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"`lengths` must be whole numbers of one dimension, found {array.dtype}")
+    if len(array) >= 2**31:
+        raise ValueError(f"`lengths` must have fewer than 2**31 items, found {len(array)}")
+    items, starts = _core.pack_lengths(np.ascontiguousarray(array, np.int64), capacity, seed)
+    return Ragged(items.astype(np.int32), starts)
+
+
 class BatchPlan(Sequence):
     """Which pairs make which batch, for one rank; a map-style sequence of :class:`Batch`.
 
@@ -225,6 +291,11 @@ class BatchPlan(Sequence):
 
     ``plan[i]`` builds batch i alone, so resuming is an index: ``DataLoader(plan, batch_size=1,
     collate_fn=first)`` with ``first = lambda batches: batches[0]`` resumes in any trainer.
+
+    ``packed`` with ``tokens_per_batch`` packs the whole epoch at once, best fit decreasing, into
+    bins of ``bin_length``; the bins are shuffled, and ``tokens_per_batch // bin_length`` of them
+    make a batch. ``packed`` with ``pairs_per_batch`` has the same pairs in each batch as
+    ``padded``, in one row.
 
     Same as, for ``pairs_per_batch``::
 
@@ -247,9 +318,11 @@ class BatchPlan(Sequence):
         shuffle: bool,
         drop_last: bool,
         pad_to_multiple_of: int,
+        bin_length: int | None = None,
     ) -> None:
-        if layout != "padded":
-            raise ValueError(f'unknown `layout` {layout!r}: there is "padded"')
+        if layout not in LAYOUTS:
+            known = ", ".join(f'"{name}"' for name in LAYOUTS)
+            raise ValueError(f"unknown `layout` {layout!r}: there is {known}")
         if (pairs_per_batch is None) == (tokens_per_batch is None):
             raise ValueError(
                 "exactly one of `pairs_per_batch` and `tokens_per_batch` must be given"
@@ -257,6 +330,7 @@ class BatchPlan(Sequence):
         positive = {
             "pairs_per_batch": pairs_per_batch,
             "tokens_per_batch": tokens_per_batch,
+            "bin_length": bin_length,
             "world_size": world_size,
             "pad_to_multiple_of": pad_to_multiple_of,
         }
@@ -268,8 +342,20 @@ class BatchPlan(Sequence):
                 raise ValueError(f"`{name}` must be in 0..2**64, found {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be in 0..{world_size}, found {rank}")
+        if bin_length is not None and (layout != "packed" or tokens_per_batch is None):
+            raise ValueError('`bin_length` needs `layout="packed"` and `tokens_per_batch`')
+        if layout == "packed" and tokens_per_batch is not None:
+            bin_length = tokens_per_batch if bin_length is None else bin_length
+            self._width = -(-bin_length // pad_to_multiple_of) * pad_to_multiple_of
+            self._rows_per_batch = tokens_per_batch // self._width
+            if self._rows_per_batch == 0:
+                raise ValueError(
+                    f"`tokens_per_batch` must be at least `bin_length` ({self._width} after "
+                    f"`pad_to_multiple_of`), found {tokens_per_batch}"
+                )
         self._pairs = pairs
         self.layout = layout
+        self.bin_length = bin_length
         self.pairs_per_batch = pairs_per_batch
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
@@ -289,11 +375,14 @@ class BatchPlan(Sequence):
         self.epoch = epoch
         self._stats: PlanStats | None = None
         n = len(self._pairs)
+        # With bins: the pairs of all bins, where each bin begins, and which bins make a batch.
+        self._items: NDArray[np.int64] | None = None
         if self.pairs_per_batch is not None:
-            size = self.pairs_per_batch
-            bounds = np.append(np.arange(0, n, size, dtype=np.int64), np.int64(n))
-            if self.drop_last and n % size:
-                bounds = bounds[:-1]
+            bounds = _every(n, self.pairs_per_batch, self.drop_last)
+        elif self.layout == "packed":
+            self._items, self._bins = self._pack(epoch)
+            self._bin_bounds = _every(len(self._bins) - 1, self._rows_per_batch, self.drop_last)
+            bounds = self._bins[self._bin_bounds]
         else:
             bounds = _core.batches_by_slots(
                 self._pairs.longest,
@@ -310,6 +399,21 @@ class BatchPlan(Sequence):
             batches // self.world_size if self.drop_last else -(-batches // self.world_size)
         )
 
+    def _pack(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pairs of all bins, and where each bin begins, in the order of this epoch."""
+        # A number that (seed, epoch) choose, and 0 without shuffling: it breaks ties of length.
+        key = _core.epoch_order(1 << 62, self.seed, epoch, self.shuffle, 0, 1)
+        tokens, length = self._pairs.tokens, self.bin_length or 0
+        items, starts = _core.pack_lengths(tokens, length, int(key[0]))
+        # Best-fit-decreasing makes the bins of the longest pairs first.
+        bins = len(starts) - 1
+        order = _core.epoch_order(bins, self.seed, epoch, self.shuffle, 0, bins)
+        sizes = np.diff(starts)[order]
+        begins = np.zeros(bins + 1, np.int64)
+        np.cumsum(sizes, out=begins[1:])
+        source = np.repeat(starts[:-1][order] - begins[:-1], sizes) + np.arange(len(items))
+        return items[source], begins
+
     def __len__(self) -> int:
         return self._steps
 
@@ -319,6 +423,8 @@ class BatchPlan(Sequence):
         """
         batch %= self._batches
         start, stop = int(self._bounds[batch]), int(self._bounds[batch + 1])
+        if self._items is not None:
+            return self._items[start:stop]
         return _core.epoch_order(len(self._pairs), self.seed, self.epoch, self.shuffle, start, stop)
 
     def __getitem__(self, i: Any) -> Any:
@@ -327,8 +433,16 @@ class BatchPlan(Sequence):
         k = int(i)
         if not -self._steps <= k < self._steps:
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
-        index = self._index(k % self._steps * self.world_size + self.rank)
-        return self._pairs._padded(index, self.pad_to_multiple_of)
+        batch = (k % self._steps * self.world_size + self.rank) % self._batches
+        index = self._index(batch)
+        if self.layout == "padded":
+            return self._pairs._padded(index, self.pad_to_multiple_of)
+        if self._items is None:
+            bounds, width = np.array([0, len(index)]), int(self._pairs.tokens[index].sum())
+        else:
+            first, last = self._bin_bounds[batch], self._bin_bounds[batch + 1]
+            bounds, width = self._bins[first : last + 1] - self._bins[first], self._width
+        return self._pairs._packed(index, bounds, width, self.pad_to_multiple_of)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(self._steps))
@@ -355,13 +469,22 @@ class BatchPlan(Sequence):
         if used == 0:
             return PlanStats(0, 0, 1.0, 0)
         n = len(self._pairs)
-        order = _core.epoch_order(n, self.seed, self.epoch, self.shuffle, 0, n)
+        order = self._items
+        if order is None:
+            order = _core.epoch_order(n, self.seed, self.epoch, self.shuffle, 0, n)
+        order = order[: self._bounds[-1]]
         starts, sizes = self._bounds[:-1], np.diff(self._bounds)
         tokens = np.add.reduceat(self._pairs.tokens[order], starts)
-        width = np.maximum.reduceat(self._pairs.longest[order], starts)
-        width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        if self._items is not None:
+            places = np.diff(self._bin_bounds) * self._width
+        elif self.layout == "packed":
+            places = -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        else:
+            width = np.maximum.reduceat(self._pairs.longest[order], starts)
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+            places = 2 * sizes * width
         times = np.bincount(np.arange(used) % self._batches, minlength=self._batches)
-        real, slots = int((times * tokens).sum()), int((times * 2 * sizes * width).sum())
+        real, slots = int((times * tokens).sum()), int((times * places).sum())
         repeated = int(((times - 1).clip(0) * sizes).sum())
         return PlanStats(real, slots, real / slots if slots else 1.0, repeated)
 

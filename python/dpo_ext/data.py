@@ -396,11 +396,12 @@ class PairDataset(Sequence):
         shuffle: bool = True,
         drop_last: bool = False,
         pad_to_multiple_of: int = 1,
+        bin_length: int | None = None,
     ) -> BatchPlan:
         """The batches of one epoch for one rank; see :class:`BatchPlan`.
 
         Args:
-            layout: ``"padded"``.
+            layout: ``"padded"`` or ``"packed"``; see :class:`Batch`.
             pairs_per_batch: N of every batch but perhaps the last.
             tokens_per_batch: instead, at most this many slots, 2N * T with padding, filled greedily
                 in order.
@@ -409,10 +410,12 @@ class PairDataset(Sequence):
             shuffle: False for the order of the data set.
             drop_last: leave out what does not fill the last round, instead of repeating pairs.
             pad_to_multiple_of: T is rounded up to a multiple.
+            bin_length: slots of a packed row, by default ``tokens_per_batch``; ``2 * max_length``
+                always suffices.
 
         Raises:
             ValueError: an unknown layout, or a scalar out of range.
-            DataError: a pair needs more slots than ``tokens_per_batch``.
+            DataError: a pair needs more slots than ``tokens_per_batch`` or ``bin_length``.
         """
         return BatchPlan(
             self,
@@ -426,6 +429,7 @@ class PairDataset(Sequence):
             shuffle=shuffle,
             drop_last=drop_last,
             pad_to_multiple_of=pad_to_multiple_of,
+            bin_length=bin_length,
         )
 
     def _padded(self, index: NDArray[np.int64], multiple: int) -> Batch:
@@ -439,7 +443,45 @@ class PairDataset(Sequence):
             multiple,
         )
         ref_logps = None if self.ref_logps is None else self.ref_logps[index].astype(np.float32)
-        return Batch("padded", *arrays, pair_index=index, ref_logps=ref_logps)
+        names = (
+            "input_ids",
+            "attention_mask",
+            "completion_mask",
+            "logit_rows",
+            "targets",
+            "seq_offsets",
+        )
+        columns: dict[str, Any] = dict(zip(names, arrays, strict=True))
+        return Batch("padded", **columns, pair_index=index, ref_logps=ref_logps)
+
+    def _packed(
+        self, index: NDArray[np.int64], bounds: NDArray[np.int64], width: int, multiple: int
+    ) -> Batch:
+        prompt, chosen, rejected = self.prompt_ids, self.chosen_ids, self.rejected_ids
+        input_ids, position_ids, offsets, longest, rows, targets, ends = _core.pack_batch(
+            (prompt.values, prompt.offsets),
+            (chosen.values, chosen.offsets),
+            (rejected.values, rejected.offsets),
+            index,
+            bounds,
+            width,
+            self.pad_id,
+            multiple,
+        )
+        return Batch(
+            "packed",
+            input_ids=input_ids,
+            logit_rows=rows,
+            targets=targets,
+            seq_offsets=ends,
+            pair_index=index,
+            ref_logps=None if self.ref_logps is None else self.ref_logps[index],
+            position_ids=position_ids,
+            cu_seq_lens_q=offsets,
+            cu_seq_lens_k=offsets,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
 
 
 def _settings(arguments: Mapping[str, Any]) -> _Settings:

@@ -1,6 +1,7 @@
 //! From pairs of ids to the arrays of a batch, and the order in which a plan visits the pairs.
 
 pub mod order;
+pub mod pack;
 pub mod pad;
 
 use crate::error::{Error, Result};

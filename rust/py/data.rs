@@ -18,7 +18,7 @@ use crate::encode::{
     Encoded, Fields, OnBad, Progress, Ragged, encode_files, encode_rows, scan_files,
 };
 use crate::error::{Error, Place, Result};
-use crate::layout::{Lists, Pairs, order, pad};
+use crate::layout::{Lists, Pairs, order, pack, pad};
 use crate::pair::{Boundary, Options, SpecialText, Truncation, WARNINGS};
 use crate::pool;
 use crate::read::json::{Findings, Value};
@@ -34,6 +34,8 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(scan, m)?)?;
     m.add_function(wrap_pyfunction!(check_ids, m)?)?;
     m.add_function(wrap_pyfunction!(pad_batch, m)?)?;
+    m.add_function(wrap_pyfunction!(pack_lengths, m)?)?;
+    m.add_function(wrap_pyfunction!(pack_batch, m)?)?;
     m.add_function(wrap_pyfunction!(epoch_order, m)?)?;
     m.add_function(wrap_pyfunction!(batches_by_slots, m)?)
 }
@@ -641,6 +643,54 @@ fn pad_batch<'py>(
         shaped(batch.input_ids)?,
         shaped(batch.attention_mask)?,
         shaped(batch.completion_mask)?,
+        table.logit_rows.into_pyarray(py),
+        table.targets.into_pyarray(py),
+        table.offsets.into_pyarray(py),
+    )
+        .into_pyobject(py)
+}
+
+#[pyfunction]
+fn pack_lengths<'py>(
+    py: Python<'py>,
+    lengths: PyReadonlyArray1<'py, i64>,
+    capacity: usize,
+    seed: u64,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let lengths = lengths.as_slice()?;
+    let (items, starts) = detached(py, || pack::pack_lengths(lengths, capacity, seed))?;
+    (items.into_pyarray(py), starts.into_pyarray(py)).into_pyobject(py)
+}
+
+/// Packed rows: ids and positions of shape (R, T), segment offsets, the longest segment, then the table's three arrays.
+#[pyfunction]
+fn pack_batch<'py>(
+    py: Python<'py>,
+    prompt: (Ids<'py>, Offsets<'py>),
+    chosen: (Ids<'py>, Offsets<'py>),
+    rejected: (Ids<'py>, Offsets<'py>),
+    index: PyReadonlyArray1<'py, i64>,
+    bounds: PyReadonlyArray1<'py, i64>,
+    width: usize,
+    pad_id: i64,
+    multiple: usize,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let pairs = Pairs {
+        prompt: lists(&prompt.0, &prompt.1)?,
+        chosen: lists(&chosen.0, &chosen.1)?,
+        rejected: lists(&rejected.0, &rejected.1)?,
+    };
+    let (index, bounds) = (index.as_slice()?, bounds.as_slice()?);
+    let rows = bounds.len().saturating_sub(1);
+    let batch = detached(py, || pack::pack(&pairs, index, bounds, width, pad_id, multiple))?;
+    let width = batch.width;
+    let shaped = |values: Vec<i64>| values.into_pyarray(py).reshape([rows, width]);
+    let table = batch.table;
+    (
+        shaped(batch.input_ids)?,
+        shaped(batch.position_ids)?,
+        batch.cu_seq_lens.into_pyarray(py),
+        batch.longest,
         table.logit_rows.into_pyarray(py),
         table.targets.into_pyarray(py),
         table.offsets.into_pyarray(py),

@@ -1,0 +1,332 @@
+//! Packing: which pairs share a bin, and the arrays of packed rows.
+
+use super::order::Order;
+use super::{Pairs, round_up};
+use crate::error::{Error, Place, Result};
+use crate::table::Table;
+
+/// Packs `lengths` into bins of `capacity`, best fit decreasing. Returns the items of each bin, bins back to back, and
+/// where each bin begins.
+///
+/// Same bins as taking the items from the longest to the shortest and putting each into the fullest bin that still
+/// takes it. That costs O(n * bins), this O(n + capacity): a counting sort, bins queued by their free space, and a
+/// bitmap over free space that answers "the least that fits". Items of one length are taken in an order that `seed`
+/// chooses; items of length 0 fit anywhere and are put into the last bin.
+///
+/// # Errors
+/// [`Error::Data`] names the first item that is negative or longer than `capacity`.
+///
+/// ```
+/// let (items, starts) = dpo_ext::layout::pack::pack_lengths(&[5, 3, 3, 2], 8, 0)?;
+/// assert_eq!((items.len(), starts.len() - 1), (4, 2));
+/// # Ok::<(), dpo_ext::Error>(())
+/// ```
+pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<i64>, Vec<i64>)> {
+    check(lengths, capacity)?;
+    let n = lengths.len();
+    let length = |item: u32| lengths.get(item as usize).map_or(0, |l| *l as usize);
+    let sorted = descending(lengths, capacity, seed);
+    let mut free = FreeSpace::new(capacity);
+    // `bin_of[item]`, and each bin's number of items.
+    let mut bin_of = vec![0_u32; n];
+    let mut sizes: Vec<u32> = Vec::new();
+    for item in &sorted {
+        let need = length(*item);
+        let (bin, space) = free.take(need).unwrap_or_else(|| {
+            sizes.push(0);
+            (sizes.len() as u32 - 1, capacity)
+        });
+        if let Some(slot) = bin_of.get_mut(*item as usize) {
+            *slot = bin;
+        }
+        if let Some(size) = sizes.get_mut(bin as usize) {
+            *size += 1;
+        }
+        free.put(bin, space - need);
+    }
+    let mut starts = vec![0_i64];
+    let mut end = 0_i64;
+    for size in &sizes {
+        end += i64::from(*size);
+        starts.push(end);
+    }
+    let mut next = starts.clone();
+    let mut items = vec![0_i64; n];
+    for item in sorted {
+        let bin = bin_of.get(item as usize).map_or(0, |bin| *bin as usize);
+        if let Some(slot) = next.get_mut(bin) {
+            if let Some(place) = items.get_mut(*slot as usize) {
+                *place = i64::from(item);
+            }
+            *slot += 1;
+        }
+    }
+    Ok((items, starts))
+}
+
+fn check(lengths: &[i64], capacity: usize) -> Result<()> {
+    if capacity == 0 || u32::try_from(lengths.len()).is_err() || u32::try_from(capacity).is_err() {
+        let message = "`capacity` must be in 1..2^32, and so must be the number of lengths";
+        return Err(Error::Value(message.to_owned()));
+    }
+    let fits = |l: &i64| usize::try_from(*l).is_ok_and(|l| l <= capacity);
+    let Some(item) = lengths.iter().position(|l| !fits(l)) else { return Ok(()) };
+    let found = lengths.get(item).copied().unwrap_or_default();
+    let message = if found < 0 {
+        format!("pair {item} has the negative length {found}")
+    } else {
+        let least = lengths.iter().max().copied().unwrap_or_default();
+        format!(
+            "pair {item} needs {found} tokens, more than a bin of {capacity}\nhint: use a bin of {least} or more, or a \
+             smaller max_length"
+        )
+    };
+    Err(Error::Data { place: Place::default(), reason: "too_long", message })
+}
+
+/// The items from the longest to the shortest, by counting; ties in the order of a keyed permutation.
+fn descending(lengths: &[i64], capacity: usize, seed: u64) -> Vec<u32> {
+    let n = lengths.len() as u64;
+    let order = Order::new(n, seed, 0);
+    let key = |item: u64| capacity - lengths.get(item as usize).map_or(0, |l| *l as usize);
+    let mut starts = vec![0_usize; capacity + 2];
+    for item in 0..n {
+        if let Some(count) = starts.get_mut(key(item) + 1) {
+            *count += 1;
+        }
+    }
+    let mut sum = 0;
+    for start in &mut starts {
+        sum += *start;
+        *start = sum;
+    }
+    let mut out = vec![0_u32; lengths.len()];
+    for item in (0..n).map(|i| order.at(i)) {
+        if let Some(start) = starts.get_mut(key(item)) {
+            if let Some(slot) = out.get_mut(*start) {
+                *slot = item as u32;
+            }
+            *start += 1;
+        }
+    }
+    out
+}
+
+const NONE: u32 = u32::MAX;
+
+/// Bins by their free space: a stack of bins for each amount, and a bitmap in two levels of the amounts that have any.
+struct FreeSpace {
+    /// The top of each stack.
+    first: Vec<u32>,
+    /// The bin below each bin.
+    below: Vec<u32>,
+    words: Vec<u64>,
+    summary: Vec<u64>,
+}
+
+impl FreeSpace {
+    fn new(capacity: usize) -> Self {
+        let words = capacity / 64 + 1;
+        Self {
+            first: vec![NONE; capacity + 1],
+            below: Vec::new(),
+            words: vec![0; words],
+            summary: vec![0; words / 64 + 1],
+        }
+    }
+
+    fn put(&mut self, bin: u32, space: usize) {
+        if bin as usize >= self.below.len() {
+            self.below.resize(bin as usize + 1, NONE);
+        }
+        if let (Some(first), Some(below)) =
+            (self.first.get_mut(space), self.below.get_mut(bin as usize))
+        {
+            *below = std::mem::replace(first, bin);
+        }
+        set(&mut self.words, space);
+        set(&mut self.summary, space / 64);
+    }
+
+    /// Takes a bin out whose free space is the least that holds `need`.
+    fn take(&mut self, need: usize) -> Option<(u32, usize)> {
+        let same_word = next(&self.words, need, need / 64 + 1);
+        let space = same_word.or_else(|| {
+            let word = next(&self.summary, need / 64 + 1, self.summary.len())?;
+            next(&self.words, word * 64, word + 1)
+        })?;
+        let first = self.first.get_mut(space)?;
+        let bin = *first;
+        *first = *self.below.get(bin as usize)?;
+        if *first == NONE {
+            let word = self.words.get_mut(space / 64)?;
+            *word &= !(1 << (space % 64));
+            if *word == 0 {
+                let word = self.summary.get_mut(space / 64 / 64)?;
+                *word &= !(1 << (space / 64 % 64));
+            }
+        }
+        Some((bin, space))
+    }
+}
+
+fn set(words: &mut [u64], bit: usize) {
+    if let Some(word) = words.get_mut(bit / 64) {
+        *word |= 1 << (bit % 64);
+    }
+}
+
+/// The first set bit at or after `bit`, in words before `stop`.
+fn next(words: &[u64], bit: usize, stop: usize) -> Option<usize> {
+    let mut mask = u64::MAX << (bit % 64);
+    for (i, word) in words.iter().enumerate().take(stop).skip(bit / 64) {
+        let found = word & mask;
+        if found != 0 {
+            return Some(i * 64 + found.trailing_zeros() as usize);
+        }
+        mask = u64::MAX;
+    }
+    None
+}
+
+/// The arrays of packed rows: (R, T) row-major, varlen offsets over the flattened rows, and the table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Packed {
+    /// T.
+    pub width: usize,
+    /// Ids, and the pad id in the tail.
+    pub input_ids: Vec<i64>,
+    /// Positions inside the own segment; the tail is a segment too.
+    pub position_ids: Vec<i64>,
+    /// Where each segment begins in the flattened rows, and the end.
+    pub cu_seq_lens: Vec<i32>,
+    /// The longest segment.
+    pub longest: usize,
+    /// Interleaved: chosen 0, rejected 0, chosen 1, ...
+    pub table: Table,
+}
+
+/// Builds packed rows of at least `width` slots: row r holds the pairs `index[bounds[r]..bounds[r + 1]]`, each as
+/// prompt + chosen and prompt + rejected, two segments.
+///
+/// # Errors
+/// [`Error::Tensor`] if a pair does not exist or a row does not fit; [`Error::Limit`] past 2^31 - 1 slots.
+pub fn pack(
+    pairs: &Pairs<'_>,
+    index: &[i64],
+    bounds: &[i64],
+    width: usize,
+    pad_id: i64,
+    multiple: usize,
+) -> Result<Packed> {
+    let width = round_up(width, multiple)?;
+    let rows = bounds.len().saturating_sub(1);
+    let slots =
+        width.checked_mul(rows).filter(|slots| i32::try_from(*slots).is_ok()).ok_or_else(|| {
+            let place = Place { field: Some("cu_seq_lens_q".to_owned()), ..Place::default() };
+            Error::Limit { place, message: "a batch has more than 2^31 - 1 slots".to_owned() }
+        })?;
+    let mut out = Packed { width, cu_seq_lens: vec![0], table: Table::new(), ..Packed::default() };
+    out.input_ids.reserve_exact(slots);
+    out.position_ids.reserve_exact(slots);
+    for (r, range) in bounds.windows(2).enumerate() {
+        let members = match range {
+            [start, end] => index.get(*start as usize..*end as usize).unwrap_or_default(),
+            _ => &[],
+        };
+        for i in members {
+            let i = usize::try_from(*i)
+                .map_err(|_| Error::Tensor(format!("pair {i} does not exist")))?;
+            let prompt = pairs.prompt.get(i)?;
+            for completion in [pairs.chosen.get(i)?, pairs.rejected.get(i)?] {
+                out.input_ids.extend(prompt.iter().chain(completion).map(|id| i64::from(*id)));
+                let start = out.position_ids.len() + prompt.len();
+                out.segment();
+                out.table.push(start as i64, prompt.len(), completion)?;
+            }
+        }
+        let end = (r + 1) * width;
+        if out.input_ids.len() > end {
+            return Err(Error::Tensor(format!("row {r} needs more than its {width} slots")));
+        }
+        out.input_ids.resize(end, pad_id);
+        out.segment();
+    }
+    Ok(out)
+}
+
+impl Packed {
+    /// Ends a segment at the last id; an empty one is none.
+    fn segment(&mut self) {
+        let length = self.input_ids.len() - self.position_ids.len();
+        if length > 0 {
+            self.position_ids.extend(0..length as i64);
+            self.cu_seq_lens.push(self.input_ids.len() as i32);
+            self.longest = self.longest.max(length);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The definition: longest first, each into the fullest bin that still takes it.
+    fn slowly(lengths: &[i64], capacity: i64) -> Vec<i64> {
+        let mut sorted = lengths.to_vec();
+        sorted.sort_unstable_by(|a, b| b.cmp(a));
+        let mut bins: Vec<i64> = Vec::new();
+        for length in sorted {
+            match bins
+                .iter_mut()
+                .filter(|used| **used + length <= capacity)
+                .max_by_key(|used| **used)
+            {
+                Some(used) => *used += length,
+                None => bins.push(length),
+            }
+        }
+        bins.sort_unstable();
+        bins
+    }
+
+    fn used(lengths: &[i64], items: &[i64], starts: &[i64]) -> Vec<i64> {
+        let sum = |bin: &[i64]| bin.iter().map(|i| lengths[*i as usize]).sum();
+        let mut used: Vec<i64> =
+            starts.windows(2).map(|w| sum(&items[w[0] as usize..w[1] as usize])).collect();
+        used.sort_unstable();
+        used
+    }
+
+    proptest! {
+        #[test]
+        fn bins_are_best_fit_decreasing_and_lose_nothing(
+            lengths in prop::collection::vec(0_i64..=300, 0..120), more in 0_usize..5000, seed: u64,
+        ) {
+            let capacity = lengths.iter().max().copied().unwrap_or(1).max(1) as usize + more;
+            let (items, starts) = pack_lengths(&lengths, capacity, seed).unwrap();
+            let mut all = items.clone();
+            all.sort_unstable();
+            prop_assert_eq!(all, (0..lengths.len() as i64).collect::<Vec<_>>());
+            prop_assert!(starts.is_sorted());
+            prop_assert_eq!(*starts.last().unwrap(), lengths.len() as i64);
+            prop_assert_eq!(used(&lengths, &items, &starts), slowly(&lengths, capacity as i64));
+            prop_assert_eq!(pack_lengths(&lengths, capacity, seed).unwrap(), (items, starts));
+        }
+    }
+
+    #[test]
+    fn lengths_that_no_bin_holds_are_named() {
+        for (lengths, message) in [
+            (vec![1, 9, 12], "pair 1 needs 9 tokens, more than a bin of 8"),
+            (vec![1, -2], "pair 1 has the negative length -2"),
+        ] {
+            let error = pack_lengths(&lengths, 8, 0).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+        assert!(pack_lengths(&[], 0, 0).is_err());
+        assert_eq!(pack_lengths(&[], 8, 0).unwrap(), (vec![], vec![0]));
+        assert_eq!(pack_lengths(&[0, 0], 8, 0).unwrap().1, vec![0, 2]);
+    }
+}
