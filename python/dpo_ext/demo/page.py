@@ -28,6 +28,7 @@ section { background:var(--card); border:1px solid var(--rule); border-radius:14
 i.bad { color:var(--bad) }
 .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));
   gap:18px 26px; align-items:start }
+#seconds svg { max-width:640px }
 svg { width:100%; height:auto; display:block; font:12px system-ui,-apple-system,
   sans-serif }
 text { fill:var(--ink) }
