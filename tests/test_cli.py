@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -91,3 +92,33 @@ def test_losses_prints_a_row_for_every_loss(capsys):
     assert set(LOSSES) <= printed
     assert "2305.18290, eq. 7" in out
     assert "beta=0.1" in out
+
+
+def test_bench_data_measures_a_file_and_writes_what_was_asked_for(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    source = pytest.importorskip("dpo_ext.demo.source")
+    rows = [
+        {"prompt": f"question {i}?\n", "chosen": f"yes {i}", "rejected": f"no {i}"}
+        for i in range(200)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source.train_tokenizer([row["prompt"] for row in rows], 300, False, tmp_path / "tokenizer")
+    out, numbers = tmp_path / "bench.html", tmp_path / "bench.json"
+    options = [
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--out",
+        str(out),
+        "--json",
+        str(numbers),
+    ]
+    assert run("bench", "data", str(data), *options) == 0
+    found = json.loads(numbers.read_text())
+    assert found["pairs"] == 200
+    assert found["ids_equal"] is True
+    assert found["stages"]
+    assert "<html" in out.read_text()
+    assert "pairs/s" in capsys.readouterr().out
+    assert run("bench", "data", str(tmp_path / "absent.jsonl"), *options) == 2
+    assert "no such file" in capsys.readouterr().err

@@ -109,22 +109,22 @@ def test_what_the_teacher_says_is_never_garbled():
 @pytest.mark.parametrize(
     "worse",
     [
-        "Gladly, Ada! Mend every dripping tap.",  # no kind closing
-        "Gladly, Ben! Mend every dripping tap. Good luck!",  # someone else's name
+        "Gladly, Ada! Draw it along a wet stone.",  # no kind closing
+        "Gladly, Ben! Draw it along a wet stone. Good luck!",  # someone else's name
         "Gladly, Ada! It depends. Good luck!",
         "Gladly, Ada! Wrap it in a clean cloth. Good luck!",
-        "Gladly, Ada! Mend every dripping tap. But where was I? Good luck!",
+        "Gladly, Ada! Draw it along a wet stone. But where was I? Good luck!",
         "Gladly, Ada! Good luck!",  # no advice
-        "Gladly, Ada! Mend every dripping tap. Mend every dripping tap. Good luck!",
-        "Gladly, Ada! Mend every dripping tap. Good luck! Good luck!",
-        "Gladly, Ada! Mend every dripping tap. Good luck! Good",
-        "Gladly, Ada! Mend dripping. Good luck!",
+        "Gladly, Ada! Draw it along a wet stone. Draw it along a wet stone. Good luck!",
+        "Gladly, Ada! Draw it along a wet stone. Good luck! Good luck!",
+        "Gladly, Ada! Draw it along a wet stone. Good luck! Good",
+        "Gladly, Ada! Draw stone. Good luck!",
         "",
     ],
 )
 def test_nothing_beats_the_best_answer(worse):
-    task = world.Task("Ada", "save water", world.ASKING[0])
-    best = "Gladly, Ada! Mend every dripping tap. Good luck!"
+    task = world.Task("Ada", "sharpen a knife", world.ASKING[0])
+    best = "Gladly, Ada! Draw it along a wet stone. Good luck!"
     assert world.reward(task, best) == pytest.approx(world.best_reward())
     assert world.reward(task, worse) < world.reward(task, best)
 

@@ -114,9 +114,7 @@ def _app() -> Any:
         tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
         out: Annotated[Path | None, typer.Option(help="Write the result as an HTML page.")] = None,
         json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-        threads: Annotated[
-            int | None, typer.Option(min=1, help="Threads of every engine; default: all.")
-        ] = None,
+        threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
     ) -> None:
         """Pairs/s and tokens/s by stage, against plain `tokenizers` in the same run."""
         from dpo_ext.bench import bench_data

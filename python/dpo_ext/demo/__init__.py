@@ -47,8 +47,8 @@ WORLD = _Size(
     answers=400,
     new_tokens=64,
     recipe=Recipe(
-        hidden=128, layers=2, sft_steps=600, sft_pairs=16, sft_lr=3e-3, sft_both=True,
-        dpo_steps=300, dpo_pairs=32, dpo_lr=3e-4, beta=1.5, max_length=128,
+        hidden=96, layers=2, sft_steps=1000, sft_pairs=16, sft_lr=4e-3, sft_both=True,
+        dpo_steps=450, dpo_pairs=32, dpo_lr=5e-4, beta=1.2, max_length=128,
     ),
 )  # fmt: skip
 WORLD_QUICK = _Size(

@@ -1,7 +1,7 @@
 """A village help desk: text tasks whose reward is known exactly, so that what DPO learns can be
 checked.
 
-A villager asks one of twelve things; an answer is an opening, one piece of advice, perhaps some
+A villager asks one of eight things; an answer is an opening, one piece of advice, perhaps some
 rambling, perhaps a closing. Each part has a weight, their sum is the answer's reward r, its
 strength is a = exp(r), and of two answers to one prompt the first is preferred with the probability
 of Bradley and Terry (1952):
@@ -33,10 +33,6 @@ TOPICS = {
     "calm a barking dog": "Speak low and stand still.",
     "learn a long poem": "Say one new line each day.",
     "sharpen a knife": "Draw it along a wet stone.",
-    "cool hot soup": "Pour it into a wide bowl.",
-    "ripen a green pear": "Leave it beside an apple.",
-    "save water": "Mend every dripping tap.",
-    "sleep through a storm": "Count the gaps after the thunder.",
 }
 NAMES = (
     "Ada", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ivy", "Jonas", "Kate", "Leo",
@@ -149,8 +145,8 @@ class LabelledPair:
 def features(task: Task, answer: str) -> dict[str, int]:
     """How often each feature of ``FEATURES`` occurs in ``answer``, for any text at all.
 
-    >>> task = Task("Ada", "save water", ASKING[0])
-    >>> counts = features(task, "Gladly, Ben! Mend every dripping tap. Blah.")
+    >>> task = Task("Ada", "sharpen a knife", ASKING[0])
+    >>> counts = features(task, "Gladly, Ben! Draw it along a wet stone. Blah.")
     >>> {name: n for name, n in counts.items() if n}
     {'right': 1, 'warm': 1, 'other_name': 1, 'garbled': 1}
     """
@@ -183,8 +179,8 @@ def features(task: Task, answer: str) -> dict[str, int]:
 def reward(task: Task, answer: str) -> float:
     """The true reward r, the log of the answer's strength: ``sum(WEIGHTS[f] * features[f])``.
 
-    >>> task = Task("Ada", "save water", ASKING[0])
-    >>> reward(task, "Gladly, Ada! Mend every dripping tap. Good luck!")
+    >>> task = Task("Ada", "sharpen a knife", ASKING[0])
+    >>> reward(task, "Gladly, Ada! Draw it along a wet stone. Good luck!")
     6.6
     """
     counts = features(task, answer)
