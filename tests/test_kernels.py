@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import re
 import subprocess
 import sys
@@ -24,8 +25,11 @@ class Recorder:
 
     def __init__(self):
         self.launches = []
+        self.looked_up = []
 
     def __call__(self, kernel, template):
+        self.looked_up.append(kernel)
+
         def run(grid, block, arguments, *, stream):
             self.launches.append((kernel, template, grid, block, arguments, stream.ptr))
 
@@ -39,6 +43,7 @@ def recorder(monkeypatch):
     from types import SimpleNamespace
 
     fake = Recorder()
+    monkeypatch.setattr(kernels, "_on_device", functools.cache(kernels._on_device.__wrapped__))
     monkeypatch.setattr(kernels, "_function", fake)
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -109,6 +114,17 @@ def test_launches_carry_shapes_widths_and_the_current_stream(recorder):
     assert recorder.launches[0][4][11:] == (300, 50_257, 50_257, 4096, 2, 1.0, 1.0)
     assert recorder.launches[2][4][:2] == (logits.data_ptr(), logits.data_ptr())
     assert recorder.launches[3][4][1] == 0  # no weights: a null pointer
+
+
+def test_a_kernel_is_looked_up_once_a_device(recorder):
+    logits, rows, targets, _ = table(300, 40)
+    for _ in range(3):
+        kernels.token_stats(logits, rows, targets, *PLAIN, False)
+    assert recorder.looked_up == ["token_stats"]
+    kernels.token_stats(logits.to("meta"), rows, targets, *PLAIN, False)
+    kernels.launch("segment_sum", (), (1, 1), (0, 0, 0, 0, 0), torch.device("cuda", 1))
+    kernels.launch("segment_sum", (), (1, 1), (0, 0, 0, 0, 0), torch.device("cuda", 0))
+    assert recorder.looked_up == ["token_stats", "segment_sum", "segment_sum"]
 
 
 def test_few_rows_are_split_by_the_vocabulary_alone(recorder):

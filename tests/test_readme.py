@@ -1,4 +1,4 @@
-"""Every fenced python block of README.md and of the pages in docs/ runs: page by page, in order, one namespace a page.
+"""Every fenced python block of README.md runs, in order, in one namespace.
 
 The namespace holds what a reader is told to have: logits with labels, a file of pairs, a folder with a model.
 """
@@ -40,18 +40,13 @@ def namespace():
     }
 
 
-def pages():
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
-def test_every_python_block_runs(page, folder, monkeypatch):
+def test_every_python_block_runs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = namespace()
-    for code in BLOCK.findall(page.read_text(encoding="utf-8")):
-        exec(compile(code, str(page), "exec"), names)
+    for code in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")):
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_before_and_after_of_the_readme_give_the_same_loss_and_gradient():

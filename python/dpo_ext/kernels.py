@@ -132,6 +132,13 @@ def _function(kernel: str, template: tuple[str, ...]) -> Any:
         ) from error
 
 
+@functools.cache
+def _on_device(kernel: str, template: tuple[str, ...], index: int | None) -> Any:
+    """The kernel of device ``index``, the current one: found once, since looking costs more than
+    launching."""
+    return _function(kernel, template)
+
+
 def launch(
     kernel: str,
     template: tuple[str, ...],
@@ -144,7 +151,8 @@ def launch(
     with torch.cuda.device(device):
         # Asked at every launch: autograd runs backward on a thread with a stream of its own.
         stream = Stream(torch.cuda.current_stream(device).cuda_stream)
-        _function(kernel, template)(grid, (THREADS,), converted, stream=stream)
+        run = _on_device(kernel, template, device.index)
+        run(grid, (THREADS,), converted, stream=stream)
 
 
 def convert(kernel: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
