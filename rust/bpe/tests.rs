@@ -264,8 +264,11 @@ fn ours_trims(oracle: &Tokenizer) -> bool {
 
 #[test]
 fn pairs_equal_two_encodings() {
-    let added: Vec<&str> =
-        ADDED.iter().map(|a| a.0).chain(["AAAAAAAA", "user", "<|im_start|>", "     "]).collect();
+    // A line end re-decides all the white space before it, a small letter all the capitals.
+    let tabs = format!("a\n{}", "\t".repeat(40));
+    let capitals = format!("\u{4e2d}\u{6587}{}", "A".repeat(40));
+    let more = ["AAAAAAAA", "user", "<|im_start|>", "     ", tabs.as_str(), capitals.as_str()];
+    let added: Vec<&str> = ADDED.iter().map(|a| a.0).chain(more).collect();
     let count = if deep() { 100_000 } else { 15_000 };
     let mut reused = 0;
     for (name, ours, _) in models() {
