@@ -101,8 +101,7 @@ def main() -> None:
             ratio = median / hand[0]
             print(
                 f"{pairs:>9} pairs  {name:<18} {median:10.1f} us (min {low:.1f})  by hand "
-                f"{hand[0]:10.1f} us "
-                f"(min {hand[1]:.1f})  ratio {ratio:.2f}"
+                f"{hand[0]:10.1f} us (min {hand[1]:.1f})  ratio {ratio:.2f}"
             )
             rows.append((pairs, name, median, low, hand, ratio))
     if arguments.record:
@@ -121,10 +120,9 @@ def record(rows: list[tuple]) -> None:
         what = {"ours": "preference_loss", "ours_with_metrics": "preference_loss + metrics"}[name]
         lines.append(
             f"| {date.today()} | {commit} | {where}, Python {sys.version.split()[0]} | {what}, "
-            f"{pairs} pairs, float32, "
-            f"forward + backward, one thread | {median:.1f} us (min {low:.1f}) | by hand "
-            f"{hand[0]:.1f} us (min "
-            f"{hand[1]:.1f}) | {ratio:.2f}x | `python benches/loss.py --record` |\n"
+            f"{pairs} pairs, float32, forward + backward, one thread | {median:.1f} us (min "
+            f"{low:.1f}) | by hand {hand[0]:.1f} us (min {hand[1]:.1f}) | {ratio:.2f}x | `python "
+            "benches/loss.py --record` |\n"
         )
     with path.open("a", encoding="utf-8") as file:
         file.writelines(lines)

@@ -140,6 +140,11 @@ def test_the_right_loss_is_accepted_under_the_same_claims():
     check_loss_invariants(lambda c, f: preference_loss(c, f).loss, **M)
 
 
+def test_writing_to_an_input_is_told_as_that():
+    with pytest.raises(AssertionError, match="the loss changes `ref_logps` in place"):
+        check_loss_invariants(LOSSES["writes to its input"])
+
+
 # name: (loss, claims); each makes another claim than DPO's
 OTHER_LOSSES = {
     "ipo not squared": (lambda c, f: (margin(c, f) - 5).abs() + 0 * c.sum(), {"swap": lambda d: -20 * d}),

@@ -284,3 +284,17 @@ def test_a_registered_loss_is_checked_under_its_flags():
         ).loss.item() == pytest.approx(math.log(2))
     finally:
         del LOSSES[name]
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if "margin" in LOSSES[name].parameters])
+def test_margin_and_label_smoothing_move_value_and_gradient_alike(name):
+    parameters = {**parameters_of(name), "margin": 0.3, "label_smoothing": 0.2}
+
+    def loss(logps, ref_logps, lengths):
+        return preference_loss(logps, ref_logps, loss=name, lengths=lengths, **parameters).per_pair
+
+    reach = FINITE_UP_TO.get(name, 1e4)
+    free = not LOSSES[name].reference
+    needs = {"needs_lengths": True} if LOSSES[name].lengths else {}
+    function = loss if needs else lambda logps, ref: loss(logps, ref, None)
+    check_loss_invariants(function, reference_free=free, finite_up_to=reach, examples=8, **needs)

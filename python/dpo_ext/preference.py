@@ -192,8 +192,7 @@ def reward_loss(
     if chosen.dim() != 1 or chosen.shape != rejected.shape or chosen.dtype != rejected.dtype:
         raise TensorError(
             "`chosen` and `rejected` must be of one shape (N,) and dtype, found "
-            f"{tuple(chosen.shape)} "
-            f"{chosen.dtype} and {tuple(rejected.shape)} {rejected.dtype}"
+            f"{tuple(chosen.shape)} {chosen.dtype} and {tuple(rejected.shape)} {rejected.dtype}"
         )
     if not center >= 0:
         raise ValueError(f"`center` must be >= 0, found {center!r}")
@@ -235,8 +234,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     if logits.shape != other_logits.shape or logits.dtype != other_logits.dtype:
         raise TensorError(
             f"both logits must have one shape and dtype, found {tuple(logits.shape)} "
-            f"{logits.dtype} and "
-            f"{tuple(other_logits.shape)} {other_logits.dtype}"
+            f"{logits.dtype} and {tuple(other_logits.shape)} {other_logits.dtype}"
         )
     log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(other_logits, -1)
     possible = log_p > -float("inf")

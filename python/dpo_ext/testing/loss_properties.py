@@ -202,9 +202,8 @@ def slope_is_the_gradient(trial: Trial) -> None:
             left, right = (slope[i].item() for slope in first)
             raise trial.broken(
                 f"the gradient by the {SIDES[where[1]]} log-prob of pair "
-                f"{where[0] if coupled else i} "
-                f"is {got[i].item():.9g}, but the values have the slope {left:.9g} to the left and "
-                f"{right:.9g} to the right"
+                f"{where[0] if coupled else i} is {got[i].item():.9g}, but the values have the "
+                f"slope {left:.9g} to the left and {right:.9g} to the right"
             )
 
 
@@ -306,8 +305,7 @@ def prompt_terms_cancel(trial: Trial) -> None:
             i = int(wrong.nonzero()[0])
             raise trial.broken(
                 f"only_margin: {shift} less in both log-probs of the {name} moves the loss of pair "
-                f"{i} "
-                f"from {values[i].item():.9g} to {got[i].item():.9g}"
+                f"{i} from {values[i].item():.9g} to {got[i].item():.9g}"
             )
 
 
@@ -318,8 +316,7 @@ def is_monotone(trial: Trial) -> None:
             i = int(wrong.nonzero()[0])
             raise trial.broken(
                 f"monotone: the loss {('increases', 'decreases')[side]} in the {SIDES[side]} "
-                "log-prob "
-                f"of pair {i}, slope {trial.gradient[i, side].item():.9g}"
+                f"log-prob of pair {i}, slope {trial.gradient[i, side].item():.9g}"
             )
 
 
@@ -349,6 +346,5 @@ def swaps_right(trial: Trial) -> None:
         i = int(wrong.nonzero()[0])
         raise trial.broken(
             f"swap: loss(pair) - loss(swapped pair) must be {want[i].item():.9g} for pair {i}, "
-            "found "
-            f"{got[i].item():.9g}"
+            f"found {got[i].item():.9g}"
         )

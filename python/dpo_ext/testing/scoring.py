@@ -131,8 +131,8 @@ def _check_scores(
         row, column = outside.nonzero()[0].tolist()
         raise broken(
             f"the gradient of row {row}, column {column} must be "
-            f"{gradient[row, column].item():.9g}, found "
-            f"{grad[row, column].item():.9g} (upstream {upstream.tolist()})"
+            f"{gradient[row, column].item():.9g}, found {grad[row, column].item():.9g} (upstream "
+            f"{upstream.tolist()})"
         )
 
 
@@ -305,8 +305,7 @@ def _check_batch(
             if abs(got[2 * i + j].item() - want) > slack * max(1, tokens):
                 raise broken(
                     f"pair {i}, {side.removesuffix('_ids')}: the log-prob alone is {want:.9g}, in "
-                    "this layout "
-                    f"{got[2 * i + j].item():.9g}"
+                    f"this layout {got[2 * i + j].item():.9g}"
                 )
             length = int(table.lengths.reshape(-1)[2 * i + j])
             if length != tokens:

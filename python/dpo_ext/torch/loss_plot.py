@@ -99,9 +99,8 @@ def draw_losses(path: Path) -> None:
             each.locator_params(axis="y", nbins=4)
     figure.suptitle(
         "loss (black, left axis), dL/dc (blue) and dL/dr (red, dashed; right axis) against D = xw "
-        "- xl, "
-        f"each side moved by half; both sides {LENGTH} tokens, reference {base:g} nats, default "
-        "parameters"
+        f"- xl, each side moved by half; both sides {LENGTH} tokens, reference {base:g} nats, "
+        "default parameters"
     )
     _save(figure, path)
 

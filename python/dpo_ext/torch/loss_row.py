@@ -182,11 +182,14 @@ def u_exp_row(name: str, text: str, paper: str, needs: str, shape: str, /, **par
             u, kc, bc, kr, br = u_formula(x, **p)
             if _given(margin):
                 u = u - margin
-            loss, gc, gr = sp(-u), sigmoid_times_exp(u, bc), sigmoid_times_exp(u, br)
-            if _given(label_smoothing):
-                loss = loss + label_smoothing * u
-                gc = gc - label_smoothing * torch.exp(bc)
-                gr = gr - label_smoothing * torch.exp(br)
+            if not _given(label_smoothing):
+                gc, gr = sigmoid_times_exp(u, bc), sigmoid_times_exp(u, br)
+                return sp(-u), gc * -kc, gr * kr
+            u = u.clamp(torch.finfo(u.dtype).min, torch.finfo(u.dtype).max)  # inf - inf is NaN
+            loss, slope = sp(-u) + label_smoothing * u, s(-u) - label_smoothing
+            zero = torch.zeros_like(u)
+            gc = torch.where(slope == 0, zero, slope * torch.exp(bc))
+            gr = torch.where(slope == 0, zero, slope * torch.exp(br))
             return loss, gc * -kc, gr * kr
 
         extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
