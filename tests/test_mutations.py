@@ -310,6 +310,14 @@ def prompt_scored(rows):
     return inputs, ScoreTable.from_labels(labels)
 
 
+def prompt_scored_with_weight_0(rows):
+    """The log-probs are right, the lengths count the prompt."""
+    inputs, right = collate_trl(rows)
+    _, wide = prompt_scored(rows)
+    weights = (right.targets != -100).float()
+    return inputs, table_like(wide, weights=weights)
+
+
 def last_token_lost(rows):
     short = [
         {k: v[:-1] if k != "prompt_ids" and len(v) > 1 else v for k, v in row.items()}
@@ -332,6 +340,7 @@ COLLATORS = {
     "no mask, left padded": edited(lambda i, t, _: ({"input_ids": i["input_ids"]}, t), lambda r: collate_trl(r, "left")),
     "pad id taken for padding": pad_is_a_token,
     "prompt scored": prompt_scored,
+    "prompt scored with weight 0": prompt_scored_with_weight_0,
     "last token lost": last_token_lost,
     "positions run on across segments": edited(lambda i, t, _: ({**i, "position_ids": torch.arange(i["input_ids"].numel())[None]}, t), collate_packed),
     "rows of the neighbour": edited(lambda i, t, r: (i, collate_trl(r[::-1])[1])),
