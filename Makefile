@@ -10,7 +10,7 @@ EXTRAS := torch,arrow,hf,trl,cuda13,cli,report,testing,test,dev
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python check format bench wheel gpu-check clean require
+.PHONY: help setup demo test test-rust test-python deep check format bench wheel gpu-check clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +47,10 @@ test-rust: setup
 test-python: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --doctest-modules tests python/dpo_ext
 
+deep: setup  ## the exhaustive tests: every code point for every tokenizer, 5,000 examples a property
+	DPO_EXT_DEEP=1 cargo test --release --lib bpe
+	DPO_EXT_EXAMPLES=5000 $(BIN)/python -m pytest -q -n 2 tests
+
 check: setup  ## format, clippy, ruff, mypy, stubtest, docs
 	cargo fmt --check
 	cargo clippy --release --quiet --features python --all-targets -- -D warnings
@@ -64,6 +68,7 @@ format:  ## format Rust and Python in place
 bench: setup  ## the CPU benchmarks, each verified before it is timed
 	$(BIN)/python benches/logps.py
 	$(BIN)/python benches/loss.py
+	cargo bench --bench tokenize
 
 wheel: setup  ## the abi3 wheel, in dist/
 	$(BIN)/maturin build --release --out dist
