@@ -67,8 +67,6 @@ pub struct Source {
     pub named: Vec<(String, String)>,
     /// Tokens that must be there beside those of `json`.
     pub added: Vec<Added>,
-    /// Put BOS before and EOS behind, whatever the post-processor says; `None` leaves it alone.
-    pub bos_eos: Option<(bool, bool)>,
     /// Ids that win over the named tokens.
     pub ids: [Option<u32>; 3],
     /// The chat template.
@@ -164,13 +162,7 @@ impl Tokenizer {
         let bos = named_id("bos_token", bos)?;
         let eos = named_id("eos_token", eos)?;
         let pad = named_id("pad_token", pad)?;
-        let (prefix, suffix) = match source.bos_eos {
-            Some((add_bos, add_eos)) => (
-                signed(bos.filter(|_| add_bos).as_slice()),
-                signed(eos.filter(|_| add_eos).as_slice()),
-            ),
-            None => surroundings(post.as_ref())?,
-        };
+        let (prefix, suffix) = surroundings(post.as_ref())?;
         let template = source.template.map(|text| Template::new(&text).map_err(|e| e.to_string()));
         let mut tokenizer = Self {
             spelling: Spelling::new(&inner, vocab_size),

@@ -75,7 +75,6 @@ class Tokenizer:
         json: str,
         named: list[tuple[str, str]],
         added: list[tuple[Any, ...]],
-        bos_eos: tuple[bool, bool] | None,
         ids: tuple[int | None, int | None, int | None],
         template: str | None,
     ) -> Tokenizer: ...

@@ -65,7 +65,6 @@ class Tokenizer:
             self._state["json"],
             [(name, text) for name, text in self._state["named"]],
             [tuple(added) for added in self._state["added"]],
-            None if self._state["bos_eos"] is None else tuple(self._state["bos_eos"]),
             (ids[0], ids[1], ids[2]),
             self._state["template"],
         )
@@ -240,7 +239,6 @@ def _state(
     *,
     named: Sequence[tuple[str, str]] = (),
     added: Sequence[tuple[str, bool, bool, bool, bool, bool]] = (),
-    bos_eos: tuple[bool, bool] | None = None,
     ids: tuple[int | None, int | None, int | None] = (None, None, None),
     template: str | None = None,
 ) -> dict[str, Any]:
@@ -253,7 +251,6 @@ def _state(
         "json": tokenizer_json,
         "named": [list(pair) for pair in named],
         "added": [list(token) for token in added],
-        "bos_eos": None if bos_eos is None else list(bos_eos),
         "ids": list(ids),
         "template": template,
     }
@@ -306,10 +303,7 @@ def _from_folder(folder: Path) -> dict[str, Any]:
         if name:
             named.append((name, token[0]))
         added.append(token)
-    # As transformers: a BOS or EOS switch in the configuration replaces the post-processor.
-    bos_eos = None
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos_eos = (bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
+    # As in transformers, `add_bos_token` changes nothing: tokenizer.json's post-processor wins.
     template: str | None
     template_file = folder / "chat_template.jinja"
     if template_file.exists():
@@ -320,7 +314,6 @@ def _from_folder(folder: Path) -> dict[str, Any]:
         tokenizer_json,
         named=named,
         added=list(dict.fromkeys(added)),
-        bos_eos=bos_eos,
         template=template,
     )
 

@@ -101,7 +101,6 @@ impl PyTokenizer {
         json: String,
         named: Vec<(String, String)>,
         added: Vec<AddedTuple>,
-        bos_eos: Option<(bool, bool)>,
         ids: (Option<u32>, Option<u32>, Option<u32>),
         template: Option<String>,
     ) -> PyResult<Self> {
@@ -117,7 +116,7 @@ impl PyTokenizer {
             })
             .collect();
         let ids = [ids.0, ids.1, ids.2];
-        let source = Source { json, named, added, bos_eos, ids, template };
+        let source = Source { json, named, added, ids, template };
         let inner = detached(py, || Tokenizer::new(source))?;
         Ok(Self { inner: Arc::new(inner) })
     }
