@@ -5,7 +5,7 @@ import json
 import pytest
 from byte_tokenizer import write_folder
 
-from dpo_ext import PairDataset, Tokenizer
+from dpo_ext import DpoExtError, PairDataset, Tokenizer
 from dpo_ext.bench import bench_data
 
 
@@ -51,7 +51,7 @@ def test_ids_are_compared_with_the_peers_before_timing(world, monkeypatch):
         return json.dumps(data)
 
     monkeypatch.setattr(Tokenizer, "to_json", fewer_merges)
-    with pytest.raises(RuntimeError, match=r"text 0: .* ids, the peer"):
+    with pytest.raises(DpoExtError, match=r"text 0: .* ids, the peer"):
         bench_data(path, folder, repeats=1, show=False)
 
 

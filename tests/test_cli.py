@@ -84,12 +84,12 @@ def test_errors_are_messages_without_a_traceback(error, code, monkeypatch, capsy
 
 def test_losses_prints_a_row_for_every_loss(capsys):
     pytest.importorskip("torch")
-    from dpo_ext.torch.losses import LOSSES
+    from dpo_ext.torch.loss_catalogue import losses_table
 
     assert run("losses") == 0
     out = capsys.readouterr().out
     printed = {line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")}
-    assert set(LOSSES) <= printed
+    assert {entry.name for entry in losses_table()} <= printed
     assert "2305.18290, eq. 7" in out
     assert "beta=0.1" in out
 

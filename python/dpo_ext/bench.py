@@ -21,6 +21,7 @@ import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.data import Limits, PairDataset, Paths, _files, _Settings
+from dpo_ext.errors import DpoExtError
 from dpo_ext.tokenizer import Tokenizer, default_threads
 
 PAIRS_PER_BATCH = 64
@@ -81,7 +82,7 @@ def bench_data(
         ``load_seconds``, and what it ran on.
 
     Raises:
-        ValueError: a scalar out of range.  RuntimeError: our ids differ from the peer's.
+        ValueError: a scalar out of range.  DpoExtError: our ids differ from the peer's.
     """
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, found {repeats}")
@@ -217,7 +218,7 @@ def _verify(
     for i, (mine, theirs) in enumerate(zip(ours, peer(texts), strict=True)):
         if mine.tolist() != theirs.ids:
             found = f"{len(mine)} ids, the peer {len(theirs.ids)} others"
-            raise RuntimeError(f"text {i}: {found}")
+            raise DpoExtError(f"text {i}: {found}")
     return True
 
 
@@ -253,7 +254,10 @@ def _show(result: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for stage in result["stages"]:
         table.add_row(*_cells(stage))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a log must not cut numbers to 80 columns
+        console = Console(width=120)
+    console.print(table)
 
 
 PAGE = """<!doctype html>

@@ -162,28 +162,15 @@ def _print_losses() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dpo_ext.torch.losses import LOSSES
+    from dpo_ext.torch.loss_catalogue import losses_table
 
-    table = Table(
-        "loss", "formula", "paper", "parameters", "needs", title=f"{len(LOSSES)} losses of pairs"
-    )
-    for row in LOSSES.values():
-        needs = [
-            word
-            for word, flag in (
-                ("reference", row.reference),
-                ("lengths", row.lengths),
-                ("token statistics", row.statistics),
-                ("constants of the pair", row.constants),
-                ("whole batch", row.couples_batch),
-            )
-            if flag
-        ]
-        parameters = (
-            f"{name}={'required' if p.default is None else format(p.default, 'g')}"
-            for name, p in row.parameters.items()
+    entries = losses_table()
+    columns = ("loss", "called by", "formula", "paper", "parameters", "needs")
+    table = Table(*columns, title=f"{len(entries)} losses")
+    for entry in entries:
+        table.add_row(
+            entry.name, entry.function, entry.formula, entry.paper, entry.parameters, entry.needs
         )
-        table.add_row(row.name, row.text, row.paper, ", ".join(parameters), ", ".join(needs))
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
