@@ -823,7 +823,6 @@ def test_rows_from_memory_equal_rows_from_a_file(load, tok):
         ({**GOOD, "ref_chosen_logps": math.nan, "ref_rejected_logps": 0.0}, "wrong_type"),
         ({**GOOD, "ref_chosen_logps": 0.0, "ref_rejected_logps": math.inf}, "wrong_type"),
     ],
-    ids=str,
 )
 def test_bad_python_values_are_bad_rows(tok, value, reason):
     with pytest.raises(DataError) as caught:
