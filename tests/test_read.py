@@ -776,9 +776,15 @@ def test_ctrl_c_stops_the_call(tmp_path):
     big = json.dumps({**GOOD, "chosen": "the a " * 20_000}).encode()
     path.write_bytes(b"\n".join([big] * 300))
     tokenizer(tmp_path / "m")
+    # The slow engine, which needs about 20 s: with ours the call could be over before the signal.
+    file = tmp_path / "m" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+    file.write_text(json.dumps(content), encoding="utf-8")
     code = (
         "import sys, time, dpo_ext\n"
         "t = dpo_ext.Tokenizer.from_pretrained(sys.argv[1])\n"
+        "assert t.engine == 'tokenizers'\n"
         "print('ready', flush=True)\n"
         "try:\n"
         "    dpo_ext.PairDataset.from_files(sys.argv[2], t, max_length=None, threads=2)\n"

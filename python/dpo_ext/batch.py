@@ -268,8 +268,8 @@ def pack_lengths(lengths: Any, capacity: int, *, seed: int = 0) -> Ragged:
     Raises:
         DataError: a length is negative or over the capacity; the message names the item.
 
-    >>> [bin.tolist() for bin in pack_lengths([5, 3, 3, 2], 8)]
-    [[0, 1], [2, 3]]
+    >>> [bin.tolist() for bin in pack_lengths([5, 4, 3, 2], 8)]
+    [[0, 2], [1, 3]]
     """
     array = np.asarray(lengths)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
