@@ -782,7 +782,9 @@ def test_ctrl_c_stops_the_call(tmp_path):
     content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
     file.write_text(json.dumps(content), encoding="utf-8")
     code = (
-        "import sys, time, dpo_ext\n"
+        "import signal, sys, time, dpo_ext\n"
+        # A job in the background inherits an ignored SIGINT, and Python leaves it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "t = dpo_ext.Tokenizer.from_pretrained(sys.argv[1])\n"
         "assert t.engine == 'tokenizers'\n"
         "print('ready', flush=True)\n"
