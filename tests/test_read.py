@@ -709,7 +709,7 @@ def test_lines_and_rows_count_over_several_files(tok, tmp_path):
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tok, tmp_path):
     path = tmp_path / "growing.jsonl"
-    path.write_bytes((LINE + b"\n") * 20_000)
+    path.write_bytes((LINE + b"\n") * 400_000)  # longer than a few ticks of progress
     grown = threading.Event()
 
     def grow(done, rows):

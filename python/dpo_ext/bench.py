@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.data import Limits, PairDataset, Paths, _files, _Settings
+from dpo_ext.data import PairDataset, _files
 from dpo_ext.errors import DpoExtError
+from dpo_ext.options import Limits, Paths, Settings
 from dpo_ext.tokenizer import Tokenizer, default_threads
 
 PAIRS_PER_BATCH = 64
@@ -102,7 +103,7 @@ def bench_data(
     texts, peer = _texts(pairs, tokenizer), _peer(tokenizer, threads)
     ids_equal = None if peer is None else _verify(peer, tokenizer, texts)
 
-    settings = _Settings(limits=Limits(), threads=threads, on_bad="skip")
+    settings = Settings(limits=Limits(), threads=threads, on_bad="skip")
     plan = pairs.plan(layout="padded", pairs_per_batch=PAIRS_PER_BATCH)
     scanned, size = _core.scan(paths, tokenizer.vocab_size, settings)
     n, m = pairs.report.read, len(pairs)

@@ -4,114 +4,32 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.batch import Batch, BatchPlan, Ragged
+from dpo_ext.batch import Batch, Ragged
 from dpo_ext.errors import DataError
+from dpo_ext.options import (
+    Boundary,
+    Limits,
+    OnBad,
+    Paths,
+    Progress,
+    SpecialTokensInText,
+    Truncation,
+    settings,
+)
+from dpo_ext.plan import BatchPlan
 from dpo_ext.report import Example, Report
-from dpo_ext.tokenizer import Tokenizer, default_threads, local_time
+from dpo_ext.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-
-Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "error"]
-Boundary = Literal["joint", "separate", "trl"]
-OnBad = Literal["error", "skip"]
-SpecialTokensInText = Literal["special", "text", "error"]
-Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
-Progress = bool | Callable[[int, int], Any]
-
-DEEPEST = 1024
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes beyond which input is refused with :class:`LimitExceeded`, whose ``field`` names the
-    limit.
-
-    A row over one of the first six is a bad row with the reason ``limit``; a file over one of the
-    last two is a bad input, raised whatever ``on_bad`` says.
-
-    Attributes:
-        max_line_bytes: of one line of text. A file without line ends costs at most about twice this
-            in memory.
-        max_rendered_bytes: of one rendered conversation; a template is somebody else's code.
-        max_depth: nesting of a row's JSON, also in fields that nobody reads; at most 1024.
-        max_keys: of one JSON object.
-        max_messages: of one conversation.
-        max_row_tokens: of one side with its prompt, before truncation.
-        max_expansion: unpacked bytes for each byte of a compressed file, looked at after 64 MiB.
-            Real data has 3 to 10, a gzip bomb 1,030.
-        max_unpacked_bytes: of one file's text; None for no limit.
-    """
-
-    max_line_bytes: int = 16 << 20
-    max_rendered_bytes: int = 16 << 20
-    max_depth: int = 64
-    max_keys: int = 1024
-    max_messages: int = 4096
-    max_row_tokens: int = 1 << 20
-    max_expansion: int = 200
-    max_unpacked_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{f.name}` must be at least 1, found {value}")
-        if self.max_depth > DEEPEST:
-            raise ValueError(f"`max_depth` must be at most {DEEPEST}, found {self.max_depth}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """The options of `from_files` and `from_rows`; Rust reads them by attribute."""
-
-    max_length: int | None = 1024
-    truncation: Truncation = "keep_start"
-    boundary: Boundary = "joint"
-    on_bad: OnBad = "error"
-    special_tokens_in_text: SpecialTokensInText = "special"
-    prompt_key: str | None = None
-    chosen_key: str | None = None
-    rejected_key: str | None = None
-    limits: Limits = field(default_factory=Limits)
-    threads: int | None = None
-    now: tuple[int, ...] = field(default_factory=local_time)
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1 or None, found {self.max_length}")
-        choices = {
-            "truncation": Truncation,
-            "boundary": Boundary,
-            "on_bad": OnBad,
-            "special_tokens_in_text": SpecialTokensInText,
-        }
-        for name, literal in choices.items():
-            value, known = getattr(self, name), literal.__args__  # type: ignore[attr-defined]
-            if value not in known:
-                raise ValueError(
-                    f"unknown `{name}` {value!r}: there is {', '.join(map(repr, known))}"
-                )
-        if self.special_tokens_in_text == "text" and self.boundary == "trl":
-            raise ValueError(
-                '`special_tokens_in_text="text"` needs `boundary` "joint" or "separate": '
-                "TRL has no such rule"
-            )
-        names = [
-            key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None
-        ]
-        if len(set(names)) < len(names):
-            raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
-        object.__setattr__(self, "threads", default_threads(self.threads))
 
 
 class PairDataset(Sequence):
@@ -218,9 +136,9 @@ class PairDataset(Sequence):
         Numerics: ids and their order do not depend on ``threads``.
         """
         files = _files(paths)
-        settings = _settings(locals())
+        options = settings(locals())
         with _callback(progress, files) as callback:
-            raw = _core.data_from_files(files, _checked(tokenizer)._core, settings, callback)
+            raw = _core.data_from_files(files, _checked(tokenizer)._core, options, callback)
         return cls._from_raw(raw, tokenizer)
 
     @classmethod
@@ -247,9 +165,9 @@ class PairDataset(Sequence):
         """
         if isinstance(rows, str | bytes | Mapping):
             raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
-        settings = _settings(locals())
+        options = settings(locals())
         with _callback(progress, []) as callback:
-            raw = _core.data_from_rows(rows, _checked(tokenizer)._core, settings, callback)
+            raw = _core.data_from_rows(rows, _checked(tokenizer)._core, options, callback)
         return cls._from_raw(raw, tokenizer)
 
     @classmethod
@@ -482,13 +400,6 @@ class PairDataset(Sequence):
             max_length_q=longest,
             max_length_k=longest,
         )
-
-
-def _settings(arguments: Mapping[str, Any]) -> _Settings:
-    """The options among the arguments of a constructor."""
-    chosen = {f.name: arguments[f.name] for f in fields(_Settings) if f.name in arguments}
-    chosen["limits"] = chosen["limits"] or Limits()
-    return _Settings(**chosen)
 
 
 def _checked(tokenizer: Any) -> Tokenizer:

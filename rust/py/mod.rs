@@ -1,7 +1,10 @@
 //! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
 
 mod data;
+mod layout;
 mod logps;
+mod tokenizer;
+mod value;
 
 use pyo3::prelude::*;
 
@@ -62,7 +65,9 @@ pub(crate) fn detached<T: Send>(
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    tokenizer::register(m)?;
     data::register(m)?;
+    layout::register(m)?;
     logps::register(m)?;
     Ok(())
 }
