@@ -1,4 +1,4 @@
-"""The command `dpo-ext`: `demo`, `bench data`, `losses`. Needs the extra `cli` (typer and rich).
+"""The command `dpo-ext`: `demo`, `stats`, `bench data`, `losses`. Needs the extra `cli`.
 
 Exit codes: 0 fine; 1 a check failed, where the message says which; 2 wrong usage or input, with a
 message.
@@ -9,6 +9,7 @@ message.
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,14 @@ EXTRAS = {
     "jinja2": "report",
     "matplotlib": "report",
 }
+
+
+class Boundary(Enum):
+    """The option `boundary` of a data set, for typer."""
+
+    joint = "joint"
+    separate = "separate"
+    trl = "trl"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,18 +117,46 @@ def _app() -> Any:
         if not _print_summary(metrics, out):
             raise typer.Exit(1)
 
+    @app.command()
+    def stats(
+        files: Annotated[list[str], typer.Argument(help="Files of preferences, or globs.")],
+        tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+        max_length: Annotated[
+            int, typer.Option(min=0, help="Longest side in tokens with its prompt; 0 for no bound.")
+        ] = 1024,
+        boundary: Annotated[
+            Boundary, typer.Option(help="Where the prompt's ids end.")
+        ] = Boundary.joint,
+        rows: Annotated[int, typer.Option(min=0, help="Pairs to spell out token by token.")] = 3,
+        json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    ) -> None:
+        """Lengths, waste by layout, what was dropped and why, where prompts end, rows in colour."""
+        from dpo_ext.stats import data_stats
+        from dpo_ext.tokenizer import Tokenizer
+
+        data_stats(
+            files,
+            Tokenizer.from_pretrained(tokenizer),
+            max_length=max_length or None,
+            boundary=boundary.value,
+            rows=rows,
+            progress=True,
+            json=json,
+        )
+
     @bench.command("data")
     def bench_data_command(
-        file: Annotated[Path, typer.Argument(help="JSONL of preferences, plain or gzip.")],
+        files: Annotated[list[str], typer.Argument(help="Files of preferences, or globs.")],
         tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
         out: Annotated[Path | None, typer.Option(help="Write the result as an HTML page.")] = None,
         json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
         threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
+        repeats: Annotated[int, typer.Option(min=1, help="Runs of each stage.")] = 5,
     ) -> None:
-        """Pairs/s and tokens/s by stage, against plain `tokenizers` in the same run."""
+        """Pairs/s and tokens/s by stage, beside `tokenizers` and TRL in the same run."""
         from dpo_ext.bench import bench_data
 
-        bench_data(file, tokenizer, out=out, json=json, threads=threads)
+        bench_data(files, tokenizer, out=out, json=json, threads=threads, repeats=repeats)
 
     @app.command()
     def losses() -> None:

@@ -1,0 +1,165 @@
+"""What others need for the same work, run in our process: `tokenizers`, and TRL's data path."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from dpo_ext.batch import Ragged
+from dpo_ext.data import PairDataset
+from dpo_ext.errors import DpoExtError
+from dpo_ext.tokenizer import Tokenizer
+
+Encode = Callable[[Sequence[str]], list[Any]]
+
+
+def tokenizers_peer(tokenizer: Tokenizer, threads: int | None) -> Encode | None:
+    """The Python package `tokenizers` on the same tokenizer.json, or None without it."""
+    try:
+        import tokenizers
+    except ImportError:
+        return None
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    theirs.no_truncation()
+    theirs.no_padding()
+    if threads == 1:
+        return lambda texts: [
+            theirs.encode_batch_fast([t], add_special_tokens=False)[0] for t in texts
+        ]
+    return lambda texts: theirs.encode_batch_fast(list(texts), add_special_tokens=False)
+
+
+def same_ids(peer: Encode, ours: Ragged, texts: Sequence[str]) -> bool:
+    """Same ids for every text, or an error that says for which."""
+    for i, (mine, theirs) in enumerate(zip(ours, peer(texts), strict=True)):
+        if mine.tolist() != theirs.ids:
+            found = f"{len(mine)} ids, the peer {len(theirs.ids)} others"
+            raise DpoExtError(f"text {i}: {found}")
+    return True
+
+
+@dataclass(frozen=True)
+class TrlTimes:
+    """One pass of TRL over a file.
+
+    Attributes:
+        pairs: rows that went through.
+        tokens: ids of both sides with their prompts.
+        prepare_seconds: its `map` passes: prompt, EOS, tokens.
+        collate_seconds: its collator on batches of the prepared rows.
+        same: pairs whose ids of prompt + chosen and of prompt + rejected are ours.
+    """
+
+    pairs: int
+    tokens: int
+    prepare_seconds: float
+    collate_seconds: float
+    same: int
+
+
+def trl_times(
+    paths: Sequence[str], folder: str, ours: PairDataset, pairs: int, pairs_per_batch: int
+) -> TrlTimes | None:
+    """TRL's own preparation and collator on the rows of our first `pairs` pairs.
+
+    None without TRL, or where a file is not JSONL. The rows are parsed before the clock starts, and
+    nothing comes from a cache.
+    """
+    try:
+        import datasets
+        from transformers import AutoTokenizer
+        from trl import DPOTrainer
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+    except ImportError:
+        return None
+    lines = _lines(paths, ours.rows[:pairs])
+    if lines is None:
+        return None
+    theirs = AutoTokenizer.from_pretrained(folder)
+    if theirs.pad_token is None:
+        theirs.pad_token = theirs.eos_token or theirs.convert_ids_to_tokens(0)
+    args: Any = SimpleNamespace(
+        dataset_num_proc=None, max_length=None, truncation_mode="keep_start"
+    )
+    trainer: Any = SimpleNamespace(_tokenizer=theirs)
+    with tempfile.TemporaryDirectory() as cache, _quiet(datasets):
+        path = Path(cache, "rows.jsonl")
+        path.write_text("".join(lines), encoding="utf-8")
+        table = datasets.load_dataset(
+            "json", data_files=str(path), split="train", cache_dir=str(path.with_name("cache"))
+        )
+        start = time.perf_counter()
+        prepared = DPOTrainer._prepare_dataset(trainer, table, theirs, args, "train")
+        middle = time.perf_counter()
+        collator = DataCollatorForPreference(pad_token_id=theirs.pad_token_id)
+        for first in range(0, len(prepared), pairs_per_batch):
+            last = min(first + pairs_per_batch, len(prepared))
+            collator([prepared[i] for i in range(first, last)])
+        end = time.perf_counter()
+        ids = prepared.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        tokens, same = _compare(ids, ours)
+    return TrlTimes(len(lines), tokens, middle - start, end - middle, same)
+
+
+def _compare(prepared: Any, ours: PairDataset) -> tuple[int, int]:
+    """Tokens of TRL's rows, and in how many of them both sides are ours."""
+    tokens = same = 0
+    for theirs, mine in zip(prepared, ours, strict=False):
+        sides = [theirs["prompt_ids"] + theirs[name] for name in ("chosen_ids", "rejected_ids")]
+        tokens += sum(map(len, sides))
+        same += sides == [
+            np.concatenate([mine["prompt_ids"], mine[name]]).tolist()
+            for name in ("chosen_ids", "rejected_ids")
+        ]
+    return tokens, same
+
+
+def _lines(paths: Sequence[str], rows: Any) -> list[str] | None:
+    """The lines of rows number `rows`, ascending, of JSONL files; None if one is something else."""
+    wanted = {int(row) for row in rows}
+    found: list[str] = []
+    row = -1
+    for path in paths:
+        with Path(path).open("rb") as file:
+            magic = file.read(4)
+        if magic in (b"PAR1", b"ARRO", b"\x28\xb5\x2f\xfd") or Path(path).is_dir():
+            return None
+        opener = gzip.open if magic[:2] == b"\x1f\x8b" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n", errors="replace") as lines:
+            for line in lines:
+                row += bool(line.strip())
+                if row in wanted and line.strip():
+                    found.append(line.rstrip("\r\n") + "\n")
+                if len(found) == len(wanted):
+                    return found
+    return found
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """No bars and no log lines of the hosts; both are as before afterwards."""
+    loggers = [
+        logging.getLogger(name) for name in ("trl", "transformers", "datasets", "accelerate")
+    ]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
