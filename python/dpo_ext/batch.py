@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_ext import _core
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from dpo_ext.data import PairDataset
+
+    _Lists = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,3 +219,61 @@ def _tensor(value: Any) -> Any:
 
         return torch.from_numpy(value)
     return value
+
+
+def _lists(pairs: PairDataset) -> tuple[_Lists, _Lists, _Lists]:
+    prompt, chosen, rejected = pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids
+    return (
+        (prompt.values, prompt.offsets),
+        (chosen.values, chosen.offsets),
+        (rejected.values, rejected.offsets),
+    )
+
+
+def _of_pairs(pairs: PairDataset, index: NDArray[np.int64]) -> dict[str, Any]:
+    """What a batch of the pairs ``index`` holds in every layout."""
+    ref_logps = None if pairs.ref_logps is None else pairs.ref_logps[index]
+    return {"pair_index": index, "ref_logps": ref_logps}
+
+
+def padded(pairs: PairDataset, index: NDArray[np.int64], multiple: int) -> Batch:
+    """The pairs ``index``, one row a side."""
+    arrays = _core.pad_batch(*_lists(pairs), index, pairs.pad_id, multiple)
+    names = (
+        "input_ids",
+        "attention_mask",
+        "completion_mask",
+        "logit_rows",
+        "targets",
+        "seq_offsets",
+    )
+    fields = {**_of_pairs(pairs, index), **dict(zip(names, arrays, strict=True))}
+    if fields["ref_logps"] is not None:
+        fields["ref_logps"] = fields["ref_logps"].astype(np.float32)  # as TRL's collator
+    return Batch("padded", **fields)
+
+
+def packed(
+    pairs: PairDataset,
+    index: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+    width: int,
+    multiple: int,
+) -> Batch:
+    """The pairs ``index`` in rows of ``width`` slots; row r begins at pair ``bounds[r]``."""
+    input_ids, position_ids, offsets, longest, rows, targets, ends = _core.pack_batch(
+        *_lists(pairs), index, bounds, width, pairs.pad_id, multiple
+    )
+    return Batch(
+        "packed",
+        input_ids=input_ids,
+        logit_rows=rows,
+        targets=targets,
+        seq_offsets=ends,
+        position_ids=position_ids,
+        cu_seq_lens_q=offsets,
+        cu_seq_lens_k=offsets,
+        max_length_q=longest,
+        max_length_k=longest,
+        **_of_pairs(pairs, index),
+    )

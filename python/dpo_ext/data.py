@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.batch import Batch, Ragged
+from dpo_ext.batch import Ragged
 from dpo_ext.errors import DataError
 from dpo_ext.options import (
     Boundary,
@@ -348,57 +348,6 @@ class PairDataset(Sequence):
             drop_last=drop_last,
             pad_to_multiple_of=pad_to_multiple_of,
             bin_length=bin_length,
-        )
-
-    def _padded(self, index: NDArray[np.int64], multiple: int) -> Batch:
-        prompt, chosen, rejected = self.prompt_ids, self.chosen_ids, self.rejected_ids
-        arrays = _core.pad_batch(
-            (prompt.values, prompt.offsets),
-            (chosen.values, chosen.offsets),
-            (rejected.values, rejected.offsets),
-            index,
-            self.pad_id,
-            multiple,
-        )
-        ref_logps = None if self.ref_logps is None else self.ref_logps[index].astype(np.float32)
-        names = (
-            "input_ids",
-            "attention_mask",
-            "completion_mask",
-            "logit_rows",
-            "targets",
-            "seq_offsets",
-        )
-        columns: dict[str, Any] = dict(zip(names, arrays, strict=True))
-        return Batch("padded", **columns, pair_index=index, ref_logps=ref_logps)
-
-    def _packed(
-        self, index: NDArray[np.int64], bounds: NDArray[np.int64], width: int, multiple: int
-    ) -> Batch:
-        prompt, chosen, rejected = self.prompt_ids, self.chosen_ids, self.rejected_ids
-        input_ids, position_ids, offsets, longest, rows, targets, ends = _core.pack_batch(
-            (prompt.values, prompt.offsets),
-            (chosen.values, chosen.offsets),
-            (rejected.values, rejected.offsets),
-            index,
-            bounds,
-            width,
-            self.pad_id,
-            multiple,
-        )
-        return Batch(
-            "packed",
-            input_ids=input_ids,
-            logit_rows=rows,
-            targets=targets,
-            seq_offsets=ends,
-            pair_index=index,
-            ref_logps=None if self.ref_logps is None else self.ref_logps[index],
-            position_ids=position_ids,
-            cu_seq_lens_q=offsets,
-            cu_seq_lens_k=offsets,
-            max_length_q=longest,
-            max_length_k=longest,
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.batch import Batch, Ragged
+from dpo_ext.batch import Batch, Ragged, packed, padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -232,13 +232,13 @@ class BatchPlan(Sequence):
         batch = (k % self._steps * self.world_size + self.rank) % self._batches
         index = self._index(batch)
         if self.layout == "padded":
-            return self._pairs._padded(index, self.pad_to_multiple_of)
+            return padded(self._pairs, index, self.pad_to_multiple_of)
         if self._items is None:
             bounds, width = np.array([0, len(index)]), int(self._pairs.tokens[index].sum())
         else:
             first, last = self._bin_bounds[batch], self._bin_bounds[batch + 1]
             bounds, width = self._bins[first : last + 1] - self._bins[first], self._width
-        return self._pairs._packed(index, bounds, width, self.pad_to_multiple_of)
+        return packed(self._pairs, index, bounds, width, self.pad_to_multiple_of)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(self._steps))
