@@ -98,7 +98,7 @@ class PairDataset(Sequence):
         threads: int | None = None,
         progress: Progress = False,
     ) -> PairDataset:
-        """Reads JSONL, plain or gzip (several members too), in Rust and without the GIL.
+        """Reads JSONL, plain, gzip or zstd (all members, all frames), in Rust and without the GIL.
 
         Args:
             paths: a file, a glob (sorted, hidden files left out), or several of them; no file
@@ -115,7 +115,7 @@ class PairDataset(Sequence):
                 they are encoded apart; ``trl``: TRL 1.16's rule, the common id prefix of the prompt
                 alone and the whole text, the shorter one of both sides.
             on_bad: ``error`` raises at the first bad row, ``skip`` drops and counts it. A bad
-                input, such as a damaged gzip file, is always raised.
+                input, such as a damaged gzip or zstd file, is always raised.
             special_tokens_in_text: ``special``: text that spells a control token (a special one, or
                 one that the template writes) is the token, as in transformers; ``text``: inside
                 contents it stays text, so that data cannot forge a turn (engine ``bpe`` only);

@@ -25,7 +25,8 @@ class Limits:
     limit.
 
     A row over one of the first six is a bad row with the reason ``limit``; a file over one of the
-    last two is a bad input, raised whatever ``on_bad`` says.
+    last two is a bad input, raised whatever ``on_bad`` says, as is a zstd frame that asks for a
+    window above 2**27 bytes (``zstd_window``, fixed).
 
     Attributes:
         max_line_bytes: of one line of text. A file without line ends costs at most about twice this
@@ -36,7 +37,7 @@ class Limits:
         max_messages: of one conversation.
         max_row_tokens: of one side with its prompt, before truncation.
         max_expansion: unpacked bytes for each byte of a compressed file, looked at after 64 MiB.
-            Real data has 3 to 10, a gzip bomb 1,030.
+            Real data has 3 to 10, a gzip bomb 1,030, a zstd bomb 32,500.
         max_unpacked_bytes: of one file's text; None for no limit.
     """
 

@@ -1,17 +1,17 @@
-//! Files to lines: plain or gzip, in blocks of whole lines.
+//! Files to lines: plain, gzip or zstd, in blocks of whole lines.
 
 pub mod json;
 pub mod limits;
+mod packed;
 pub mod row;
 
 use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use flate2::bufread::GzDecoder;
-
 use crate::error::{Error, Place, Result};
 use limits::{EXPANSION_GRACE, Limits};
+use packed::{Frames, Members};
 
 /// One line of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,99 +67,14 @@ pub struct Reader {
 enum Source {
     Plain(BufReader<File>),
     Gzip(Members),
-}
-
-/// All members of a gzip file, and nothing behind them but zeros.
-#[derive(Debug)]
-struct Members {
-    state: Member,
-    is_first: bool,
-}
-
-#[derive(Debug)]
-enum Member {
-    Between(BufReader<File>),
-    Inside(Box<GzDecoder<BufReader<File>>>),
-    Gone,
-}
-
-impl Members {
-    fn file(&self) -> Option<&File> {
-        match &self.state {
-            Member::Between(inner) => Some(inner.get_ref()),
-            Member::Inside(decoder) => Some(decoder.get_ref().get_ref()),
-            Member::Gone => None,
-        }
-    }
-}
-
-impl Read for Members {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match std::mem::replace(&mut self.state, Member::Gone) {
-                Member::Between(mut inner) => {
-                    let head = inner.fill_buf()?;
-                    match head.first() {
-                        None => {
-                            self.state = Member::Between(inner);
-                            return Ok(0);
-                        }
-                        Some(0) if !self.is_first => {
-                            padding(&mut inner)?;
-                            self.state = Member::Between(inner);
-                            return Ok(0);
-                        }
-                        Some(0x1f) => {
-                            self.is_first = false;
-                            self.state = Member::Inside(Box::new(GzDecoder::new(inner)));
-                        }
-                        Some(_) => {
-                            return Err(io::Error::new(
-                                io::ErrorKind::InvalidData,
-                                "expected a gzip member or the end of the file, found other bytes",
-                            ));
-                        }
-                    }
-                }
-                Member::Inside(mut decoder) => {
-                    let n = decoder.read(buf)?;
-                    if n > 0 {
-                        self.state = Member::Inside(decoder);
-                        return Ok(n);
-                    }
-                    self.state = Member::Between(decoder.into_inner());
-                }
-                Member::Gone => {
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, "read after a failure"));
-                }
-            }
-        }
-    }
-}
-
-/// Zeros behind the last member, as tapes and some writers leave them, up to the end of the file.
-fn padding(inner: &mut BufReader<File>) -> io::Result<()> {
-    loop {
-        let bytes = inner.fill_buf()?;
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        if bytes.iter().any(|b| *b != 0) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "expected only zeros behind the last gzip member, found other bytes",
-            ));
-        }
-        let n = bytes.len();
-        inner.consume(n);
-    }
+    Zstd(Frames),
 }
 
 impl Reader {
     /// Opens a regular file and looks at its first bytes.
     ///
     /// # Errors
-    /// [`Error::Io`] if the system refuses; [`Error::Data`] for anything but a regular file with lines or gzip.
+    /// [`Error::Io`] if the system refuses; [`Error::Data`] for anything but a regular file with lines, plain, gzip or zstd.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self> {
         let io_error = |source| Error::Io { path: path.to_owned(), source };
         let bad = |message: &str| Error::Data {
@@ -179,17 +94,20 @@ impl Reader {
         let before = file.metadata().map_err(io_error)?;
         let mut inner = BufReader::with_capacity(READ_BYTES, file);
         let head = inner.fill_buf().map_err(io_error)?;
-        let named_gz = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gz"));
+        let named = |what| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(what));
         let source = match head {
-            [0x1f, 0x8b, ..] => {
-                Source::Gzip(Members { state: Member::Between(inner), is_first: true })
+            [0x1f, 0x8b, ..] => Source::Gzip(Members::new(inner)),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
+                Source::Zstd(Frames::new(inner).map_err(io_error)?)
             }
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => return Err(bad("expected JSONL or gzip, found zstd")),
-            [b'P', b'A', b'R', b'1', ..] => {
-                return Err(bad("expected JSONL or gzip, found Parquet"));
-            }
-            [_, ..] if named_gz => {
+            [_, ..] if named("gz") => {
                 return Err(bad("expected gzip, as the name says, found other bytes"));
+            }
+            [_, ..] if named("zst") => {
+                return Err(bad("expected zstd, as the name says, found other bytes"));
+            }
+            [b'P', b'A', b'R', b'1', ..] => {
+                return Err(bad("expected JSONL, gzip or zstd, found Parquet"));
             }
             _ => Source::Plain(inner),
         };
@@ -236,6 +154,7 @@ impl Reader {
             let read = match &mut self.source {
                 Source::Plain(inner) => inner.read(block.bytes.get_mut(old..).unwrap_or_default()),
                 Source::Gzip(inner) => inner.read(block.bytes.get_mut(old..).unwrap_or_default()),
+                Source::Zstd(inner) => inner.read(block.bytes.get_mut(old..).unwrap_or_default()),
             };
             let n = match read {
                 Ok(n) => n,
@@ -335,15 +254,27 @@ impl Reader {
     }
 
     fn read_error(&self, error: io::Error) -> Error {
-        let packed = matches!(self.source, Source::Gzip(_));
-        if error.raw_os_error().is_some() || !packed {
+        let packing = match self.source {
+            Source::Plain(_) => None,
+            Source::Gzip(_) => Some(("gzip", "member")),
+            Source::Zstd(_) => Some(("zstd", "frame")),
+        };
+        let Some((name, unit)) = packing.filter(|_| error.raw_os_error().is_none()) else {
             return Error::Io { path: self.path.clone(), source: error };
+        };
+        if packed::is_window_too_large(&error) {
+            let message = format!(
+                "a zstd frame asks for a window of more than 2^{} bytes",
+                packed::MAX_WINDOW_LOG
+            );
+            let field = Some("zstd_window".to_owned());
+            return Error::Limit { place: Place { field, ..self.place() }, message };
         }
         let message = match error.kind() {
             io::ErrorKind::UnexpectedEof => {
-                "expected a whole gzip member, found the end of the file".to_owned()
+                format!("expected a whole {name} {unit}, found the end of the file")
             }
-            _ => format!("damaged gzip: {error}"),
+            _ => format!("damaged {name}: {error}"),
         };
         Error::Data {
             place: Place { byte: Some(self.unpacked), ..self.place() },
@@ -379,6 +310,7 @@ impl Reader {
         let (file, read) = match &self.source {
             Source::Plain(inner) => (Some(inner.get_ref()), Some(self.unpacked)),
             Source::Gzip(inner) => (inner.file(), None),
+            Source::Zstd(inner) => (Some(inner.file()), None),
         };
         let after = match file?.metadata() {
             Ok(after) => after,
