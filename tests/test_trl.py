@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -124,6 +125,43 @@ def test_collators_table_scores_every_completion_token_that_has_a_context(data, 
     assert table.lengths.flatten().tolist() == want_lengths
 
 
+@given(
+    data=st.lists(rows, min_size=1, max_size=5),
+    max_length=st.none() | st.integers(1, 20),
+    mode=st.sampled_from(["keep_start", "keep_end"]),
+    multiple=st.none() | st.integers(1, 8),
+)
+def test_packed_and_padded_batches_hold_the_same_sequences(data, max_length, mode, multiple):
+    padded = PairCollator(7, max_length, mode, score_table=True)(data)
+    packed = PairCollator(7, max_length, mode, multiple, score_table=True, layout="packed")(data)
+    N, (_, T) = len(data), packed["input_ids"].shape
+    order = [row for pair in range(N) for row in (pair, N + pair)]
+    real = [padded["input_ids"][row][padded["attention_mask"][row] == 1].tolist() for row in order]
+    tail = -sum(map(len, real)) % (multiple or 1)
+    assert packed["input_ids"][0].tolist() == [*itertools.chain(*real), *[7] * tail]
+    assert packed["num_tokens"] == T - tail
+    segments = [n for n in (*map(len, real), tail) if n]
+    assert packed["position_ids"][0].tolist() == [p for n in segments for p in range(n)]
+    assert packed["cu_seq_lens_q"].tolist() == np.cumsum([0, *segments]).tolist()
+    assert packed["max_length_q"] == packed["max_length_k"] == max(segments, default=0)
+    want = padded["completion_mask"].sum(1)[order].reshape(N, 2)
+    assert torch.equal(packed["completion_lengths"], want)
+    one, other = padded[TABLE_KEY], packed[TABLE_KEY]
+    assert torch.equal(one.targets, other.targets)
+    assert torch.equal(one.seq_offsets, other.seq_offsets)
+    begins = dict(zip(order, np.cumsum([0, *map(len, real)]), strict=False))
+    width = padded["input_ids"].shape[1]
+    moved = [int(begins[r // width]) + r % width for r in one.logit_rows.tolist()]
+    assert other.logit_rows.tolist() == moved
+
+
+def test_a_packed_batch_needs_a_table():
+    with pytest.raises(ValueError, match="`score_table=True`"):
+        PairCollator(0, layout="packed")
+    with pytest.raises(ValueError, match="`layout` must be one of"):
+        PairCollator(0, layout="flat")
+
+
 def test_collator_names_the_column_and_row_that_are_missing():
     row = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
     with pytest.raises(DataError, match=r"row 2, `ref_chosen_logps`"):
@@ -222,6 +260,25 @@ def test_variants_equal_stock(own, variant):
     skip = ("rewards/accuracies",) if "precomputed" in variant else ()
     assert runs.differences(expected, found, skip=skip) == []
     assert abs(expected[-2].get("rewards/margins", 1.0)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "variant", ["accumulation", "evaluation", "precomputed", "no checkpointing"]
+)
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_packed_training_equals_stock(own, variant, loss):
+    """Other widths, other estimates of the FLOPs; everything else is that of padded batches."""
+    data = runs.load(own, "chat_explicit" if loss == "sigmoid" else "text_explicit")
+    keywords = {"layout": "packed"}
+    stock = {}
+    if variant == "evaluation":
+        data, held_out = data.select(range(16)), data.select(range(16, 23))
+        stock = {"eval_dataset": held_out}
+    options = VARIANTS[variant] | loss_options(loss)
+    expected = runs.train(trl.DPOTrainer, own, data, keywords=stock, **options)
+    found = runs.train(DPOTrainer, own, data, keywords=keywords | stock, **options)
+    skip = ("rewards/accuracies",) if variant == "precomputed" else ()
+    assert runs.differences(expected, found, skip=(*skip, "total_flos")) == []
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
@@ -541,7 +598,7 @@ def test_snippet_c_of_the_design_runs_as_written(own):
         args=DPOConfig(**options),
         train_dataset=ds,
         processing_class=tok,
-        layout="padded",
+        layout="packed",
     )
     trainer.train()
     assert trainer.state.global_step == 1

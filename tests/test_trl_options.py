@@ -254,10 +254,16 @@ def test_label_smoothing_that_the_loss_ignores_warns_once_and_changes_nothing(
 # --- arguments of the constructor -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["packed", "shared", "flat"])
+@pytest.mark.parametrize("layout", ["shared", "flat"])
 def test_other_layouts_are_refused(own, data, layout):
     with pytest.raises(ValueError, match=f"`layout`.*'{layout}'"):
         runs.build(DPOTrainer, own, data, {"layout": layout})
+
+
+def test_packed_batches_have_no_padded_logits_for_compute_metrics(own, data):
+    keywords = {"layout": "packed", "compute_metrics": lambda _: {}}
+    with pytest.raises(ValueError, match="`compute_metrics` must be None"):
+        runs.build(DPOTrainer, own, data, keywords)
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,9 @@ from dpo_ext.errors import DataError
 from dpo_ext.report import Report
 from dpo_ext.tokenizer import Tokenizer
 from dpo_ext.torch import attach_scoring, preference_loss
-from dpo_ext.trl_collator import REF_COLUMNS, TABLE_KEY, PairCollator
+from dpo_ext.trl_collator import LAYOUTS, NUM_TOKENS, REF_COLUMNS, TABLE_KEY, PairCollator
 from dpo_ext.trl_options import (
     HONOURED,
-    LAYOUTS,
     REFUSED,
     check_args,
     check_dataset,
@@ -43,7 +42,21 @@ __all__ = ["HONOURED", "REFUSED", "DPOTrainer", "PairCollator"]
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-BATCH_KEYS = frozenset({"input_ids", "attention_mask", "completion_mask", *REF_COLUMNS, TABLE_KEY})
+MODEL_KEYS = {
+    "padded": ("input_ids", "attention_mask"),
+    "packed": (
+        "input_ids",
+        "position_ids",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    ),
+}
+BATCH_KEYS = {
+    "padded": {*MODEL_KEYS["padded"], "completion_mask", *REF_COLUMNS, TABLE_KEY},
+    "packed": {*MODEL_KEYS["packed"], "completion_lengths", NUM_TOKENS, *REF_COLUMNS, TABLE_KEY},
+}
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -56,7 +69,7 @@ class DPOTrainer(trl.DPOTrainer):
 
         from dpo_ext.trl import DPOTrainer
         trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=ds, processing_class=tok,
-                             layout="padded")
+                             layout="packed")
         trainer.train()
 
     What is different inside. Rows are encoded once, in threads, into the columns ``prompt_ids,
@@ -73,7 +86,9 @@ class DPOTrainer(trl.DPOTrainer):
             ``precompute_ref_log_probs`` is on, the columns ``ref_chosen_logps, ref_rejected_logps``
             are used if both are there, and such data can be evaluated at any step.
         data_collator, quantization_config: None.
-        layout: ``"padded"``.
+        layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
+            padding, for models that keep packed segments apart. Whether this one does is tried
+            before the first step.
 
     Attributes:
         data_reports: by name of the data set, what became of its rows: read = kept + dropped,
@@ -123,6 +138,10 @@ class DPOTrainer(trl.DPOTrainer):
             raise ValueError(
                 "`data_collator` must be None: a batch needs the score table of PairCollator\n"
                 "hint: `max_length`, `truncation_mode`, `pad_to_multiple_of` of the configuration"
+            )
+        if layout == "packed" and compute_metrics is not None:
+            raise ValueError(
+                "`compute_metrics` must be None with `layout='packed'`: it wants padded logits"
             )
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError("`peft_config`: prompt learning shifts rows, it is not supported")
@@ -175,6 +194,7 @@ class DPOTrainer(trl.DPOTrainer):
             stock.truncation_mode,
             stock.pad_to_multiple_of,
             score_table=True,
+            layout=self.layout,
         )
         attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
@@ -252,21 +272,26 @@ class DPOTrainer(trl.DPOTrainer):
             self.model, self.args.gradient_checkpointing_kwargs
         )
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            logps = model(**_model_inputs(inputs)).logps
+            logps = model(**self._model_inputs(inputs)).logps
         return logps[:, 0], logps[:, 1]
 
     def _compute_loss(
         self, model: torch.nn.Module, inputs: Mapping[str, Any], return_outputs: bool
     ) -> Any:
         """The loss of a batch that is scored in one forward of `model`; `log` finds the metrics."""
-        scores = model(**_model_inputs(inputs), score_stats=("entropy", "mean_logit", "is_top1"))
+        scores = model(
+            **self._model_inputs(inputs), score_stats=("entropy", "mean_logit", "is_top1")
+        )
         if self.precompute_ref_logps:
             reference = [inputs[name] for name in REF_COLUMNS]
         else:
             ref_model = self.model if self.ref_model is None else self.ref_model
             reference = list(self.compute_ref_log_probs(ref_model, inputs))
-        # The chosen half above the rejected half: what TRL divides by in `ipo`, position 0 counted.
-        lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
+        # What TRL divides by in `ipo`: position 0 is counted, although nothing scores it.
+        if self.layout == "packed":
+            lengths = inputs["completion_lengths"]
+        else:  # the chosen half above the rejected half
+            lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
         out = preference_loss(
             scores.logps,
             torch.stack(reference, dim=1).to(scores.logps.dtype),
@@ -277,7 +302,7 @@ class DPOTrainer(trl.DPOTrainer):
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # `compute_metrics` wants logits, which scoring never builds
-            model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            model_inputs = {key: inputs[key] for key in MODEL_KEYS[self.layout]}
             return out.loss, model(**model_inputs, use_cache=False)
 
     def _record(self, mode: str, inputs: Mapping[str, Any], scores: Any, out: Any) -> None:
@@ -287,10 +312,13 @@ class DPOTrainer(trl.DPOTrainer):
         chosen = torch.arange(S, device=logps.device) % 2 == 0
         chosen = torch.repeat_interleave(chosen, table.lengths.flatten(), output_size=M)
         one = torch.ones((), device=logps.device)
+        real = (
+            inputs["attention_mask"].sum() if self.layout == "padded" else one * inputs[NUM_TOKENS]
+        )
         pairs = one * len(logps)
         sums = {
             "entropy": (tokens.entropy.sum(), one * M),
-            "num_tokens": (inputs["attention_mask"].sum(), one),
+            "num_tokens": (real, one),
             "logits/chosen": (tokens.mean_logit[chosen].sum(), chosen.sum()),
             "logits/rejected": (tokens.mean_logit[~chosen].sum(), (~chosen).sum()),
             "mean_token_accuracy": (tokens.is_top1[chosen].sum(), chosen.sum()),
@@ -310,6 +338,20 @@ class DPOTrainer(trl.DPOTrainer):
                 metrics[name] = [self._total_train_tokens]
             else:
                 metrics[name].append(total / count if count else 0.0)
+
+    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a scoring forward takes of a batch; a key that nobody would read is an error."""
+        foreign = sorted(inputs.keys() - BATCH_KEYS[self.layout])
+        if foreign:
+            names = ", ".join(f"`{name}`" for name in foreign)
+            raise ValueError(f"the batch has keys that would be ignored: {names}")
+        if TABLE_KEY not in inputs:
+            raise ValueError(
+                f"the batch has no score table under `{TABLE_KEY}`\n"
+                "hint: batches come from PairCollator(..., score_table=True)"
+            )
+        model_inputs = {name: inputs[name] for name in MODEL_KEYS[self.layout]}
+        return {**model_inputs, "use_cache": False, "score_table": inputs[TABLE_KEY]}
 
     def evaluate(
         self,
@@ -331,25 +373,6 @@ class DPOTrainer(trl.DPOTrainer):
             prepared = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
             return transformers.Trainer.evaluate(self, prepared, ignore_keys, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-
-def _model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scoring forward takes of a batch; a key that nobody would read is an error."""
-    foreign = sorted(inputs.keys() - BATCH_KEYS)
-    if foreign:
-        names = ", ".join(f"`{name}`" for name in foreign)
-        raise ValueError(f"the batch has keys that would be ignored: {names}")
-    if TABLE_KEY not in inputs:
-        raise ValueError(
-            f"the batch has no score table under `{TABLE_KEY}`\n"
-            "hint: batches come from PairCollator(..., score_table=True)"
-        )
-    return {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "use_cache": False,
-        "score_table": inputs[TABLE_KEY],
-    }
 
 
 def _as_dataset(pairs: PairDataset) -> Dataset:

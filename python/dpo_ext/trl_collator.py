@@ -18,6 +18,8 @@ REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # a table under a name of ours would vanish without a word. This keyword stock TRL passes itself: a
 # batch of ours that reaches one of its methods is a `TypeError` there.
 TABLE_KEY = "fused_lm_head"
+LAYOUTS = ("padded", "packed")
+NUM_TOKENS = "num_tokens"
 
 
 @dataclasses.dataclass
@@ -61,6 +63,21 @@ class PairCollator:
       sequence 2 (group 1): row 6 -> 9
       sequence 3 (group 1): row 16 -> 10, row 17 -> 11
 
+    With ``layout="packed"`` the sides of the same pairs are segments of one row, without padding:
+    chosen 0, rejected 0, chosen 1, ... A model tells them apart by their positions, and only
+    without a mask and without a cache.
+
+    >>> batch = PairCollator(pad_token_id=0, score_table=True, layout="packed")(rows)
+    >>> batch["input_ids"]
+    tensor([[ 1,  2,  3,  4,  5,  1,  2,  3,  6,  7,  8,  9,  7,  8, 10, 11]])
+    >>> batch["position_ids"]
+    tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
+    >>> batch["cu_seq_lens_q"], batch["max_length_q"]
+    (tensor([ 0,  5,  9, 12, 16], dtype=torch.int32), 5)
+    >>> batch["completion_lengths"]
+    tensor([[2, 1],
+            [1, 2]])
+
     Args:
         pad_token_id: written where a row has ended.
         max_length: ids that each side of a pair keeps; None keeps all.
@@ -70,10 +87,15 @@ class PairCollator:
         score_table: whether the batch also holds the `ScoreTable` of its completion tokens, under
             ``"fused_lm_head"``. It is for `DPOTrainer` alone: stock TRL passes a keyword of that
             name, so there such a batch is a `TypeError`, and never a table that nobody reads.
+        layout: ``"padded"``, or ``"packed"``, which needs ``score_table=True``.
 
     Returns:
         From a call with N rows: ``input_ids, attention_mask, completion_mask`` (2N, T) int64, and
-        ``ref_chosen_logps, ref_rejected_logps`` (N,) float32 where the rows have them.
+        ``ref_chosen_logps, ref_rejected_logps`` (N,) float32 where the rows have them. Packed:
+        ``input_ids, position_ids`` (1, T) int64, ``cu_seq_lens_q, cu_seq_lens_k`` int32 (2N + 1,)
+        or one more for a tail of padding, ``max_length_q, max_length_k`` int, and
+        ``num_tokens`` int, the tokens without the tail, and ``completion_lengths`` (N, 2) int64,
+        the completion tokens whether scored or not.
 
     Raises:
         DataError: a row lacks a column, or one that the first row has.
@@ -88,8 +110,15 @@ class PairCollator:
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
     score_table: bool = False
+    layout: str = "padded"
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"`layout` must be one of {LAYOUTS}, found {self.layout!r}")
+        if self.layout == "packed" and not self.score_table:
+            raise ValueError(
+                '`layout="packed"` needs `score_table=True`: it has no completion mask'
+            )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(
                 "`truncation_mode` must be 'keep_start' or 'keep_end', "
@@ -113,6 +142,14 @@ class PairCollator:
                 ids = [row[n:] for row, n in zip(ids, over, strict=True)]
                 starts = [max(0, start - n) for start, n in zip(starts, over, strict=True)]
 
+        batch = self._pack(ids, starts) if self.layout == "packed" else self._pad(ids, starts)
+        for name in REF_COLUMNS:
+            if name in rows[0]:
+                batch[name] = torch.tensor(_values(rows, name), dtype=torch.float32)
+        return batch
+
+    def _pad(self, ids: list[np.ndarray], starts: list[int]) -> dict[str, Any]:
+        """Sequences ``ids``, chosen ones first, whose completions begin at ``starts``."""
         multiple = self.pad_to_multiple_of or 1
         T = -(-max(map(len, ids), default=0) // multiple) * multiple
         input_ids = np.full((len(ids), T), self.pad_token_id, dtype=np.int64)
@@ -127,13 +164,49 @@ class PairCollator:
             "attention_mask": torch.from_numpy(attention_mask),
             "completion_mask": torch.from_numpy(completion_mask),
         }
-        for name in REF_COLUMNS:
-            if name in rows[0]:
-                batch[name] = torch.tensor(_values(rows, name), dtype=torch.float32)
         if self.score_table:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             batch[TABLE_KEY] = ScoreTable.from_labels(labels).compact()
         return batch
+
+    def _pack(self, ids: list[np.ndarray], starts: list[int]) -> dict[str, Any]:
+        """The same sequences as segments of one row, pair by pair."""
+        interleaved = np.arange(len(ids)).reshape(2, -1).T.reshape(-1)
+        ids, starts = [ids[k] for k in interleaved], [starts[k] for k in interleaved]
+        lengths = [len(row) for row in ids]
+        used, multiple = sum(lengths), self.pad_to_multiple_of or 1
+        tail = -used % multiple
+        segments = [n for n in (*lengths, tail) if n]
+        input_ids = np.concatenate([*ids, np.full(tail, self.pad_token_id)]).astype(np.int64)
+        position_ids = np.concatenate([np.arange(n) for n in segments] or [np.arange(0)])
+        offsets = torch.from_numpy(np.cumsum([0, *segments], dtype=np.int32))
+
+        begins = np.cumsum([0, *lengths])
+        # Row t - 1 of a sequence predicts its token t; nothing predicts the first.
+        firsts = [min(max(start, 1), n) for start, n in zip(starts, lengths, strict=True)]
+        scored = [
+            begin + np.arange(first, n)
+            for begin, first, n in zip(begins, firsts, lengths, strict=False)
+        ]
+        places = np.concatenate(scored).astype(np.int64)
+        table = ScoreTable(
+            logit_rows=places - 1,
+            targets=input_ids[places].astype(np.int32),
+            seq_offsets=np.cumsum([0, *map(len, scored)], dtype=np.int32),
+        )
+        completion = [max(n - start, 0) for start, n in zip(starts, lengths, strict=True)]
+        longest = max(segments, default=0)
+        return {
+            "input_ids": torch.from_numpy(input_ids)[None],
+            "position_ids": torch.from_numpy(position_ids.astype(np.int64))[None],
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            NUM_TOKENS: used,
+            "completion_lengths": torch.tensor(completion).reshape(-1, 2),
+            TABLE_KEY: table,
+        }
 
 
 def _ids(rows: Sequence[Mapping[str, Any]], name: str) -> list[np.ndarray]:

@@ -12,7 +12,6 @@ from datasets import Dataset, IterableDataset
 
 from dpo_ext.torch import preference_loss
 
-LAYOUTS = ("padded",)
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
 HONOURED: Mapping[str, str] = {
@@ -35,7 +34,7 @@ HONOURED: Mapping[str, str] = {
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "router_aux_loss_coef": ((None, 0.0), "0.0 turns the router loss off"),
-    "padding_free": ((False,), "TRL 1.16 itself warns and pads"),
+    "padding_free": ((False,), "TRL 1.16 itself warns and pads; `layout='packed'` does not pad"),
     "ld_alpha": ((None,), "LD-DPO needs trl.DPOTrainer"),
     "f_divergence_type": (("reverse_kl",), "other divergences need trl.DPOTrainer"),
     "f_alpha_divergence_coef": ((0.5,), "it belongs to `f_divergence_type`"),
