@@ -1,6 +1,8 @@
 //! Whole data sets: rows in, three flat arrays of ids and a tally out. The result does not depend on the threads.
 
-use std::path::{Path, PathBuf};
+mod files;
+
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rayon::prelude::*;
@@ -8,10 +10,10 @@ use rayon::prelude::*;
 use crate::error::{Error, Place, Result};
 use crate::pair::{Options, Pair, Refusal, WARNINGS, encode};
 use crate::read::json::{self, Findings};
-use crate::read::limits::Limits;
 use crate::read::row::{Bad, FIELDS, Row};
-use crate::read::{Block, Line, Reader, text};
 use crate::tokenize::Tokenizer;
+
+pub use files::{FileEncoder, encode_files, scan_files};
 
 /// Rows that one task works on.
 const CHUNK: usize = 256;
@@ -241,143 +243,6 @@ fn settle(
         }
     }
     Ok(())
-}
-
-fn line_result<'b>(
-    bytes: &'b [u8],
-    line: &Line,
-    options: &Options,
-    vocab: usize,
-) -> Result<Row<'b>, Bad> {
-    if line.too_long {
-        let most = options.limits.max_line_bytes;
-        return Err(Bad::new(
-            "limit",
-            "max_line_bytes",
-            format!("the line has more than {most} bytes"),
-        ));
-    }
-    let text = text(bytes.get(line.start..line.end).unwrap_or_default())?;
-    Row::from_line(text, &options.keys, &options.limits, vocab)
-}
-
-/// Encodes the rows of files.
-///
-/// # Errors
-/// The first bad row unless `on_bad` skips, anything wrong with a file as a whole, [`Error::Interrupted`].
-pub fn encode_files(
-    paths: &[PathBuf],
-    tokenizer: &Tokenizer,
-    options: &Options,
-    on_bad: OnBad,
-    progress: &Progress,
-) -> Result<Encoded> {
-    let vocab = tokenizer.vocab_size();
-    let drops_long = options.truncation == crate::pair::Truncation::Drop;
-    let one = |block: &Block, lines: &[Line], path: &Path| -> Result<Encoded> {
-        let mut out = Encoded::default();
-        for line in lines {
-            progress.check()?;
-            let result = match line_result(&block.bytes, line, options, vocab) {
-                Ok(row) => encode(row, tokenizer, options),
-                Err(bad) => Err(bad.into()),
-            };
-            let origin = Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
-            settle(&mut out, result, &origin, drops_long, on_bad)?;
-        }
-        progress.rows.fetch_add(lines.len() as u64, Ordering::Relaxed);
-        Ok(out)
-    };
-    let mut all = Encoded::default();
-    each_block(paths, &options.limits, progress, |block, path| {
-        let parts: Vec<Result<Encoded>> =
-            block.lines.par_chunks(CHUNK).map(|lines| one(block, lines, path)).collect();
-        for part in parts {
-            all.append(part?);
-        }
-        let (count, first) = block.blank;
-        if let Some(blank) = all.tally.warned.last_mut() {
-            blank.add(count, || {
-                let origin = Origin { path: Some(path), line: first, byte: None };
-                (origin.place(None, None), String::new())
-            });
-        }
-        all.bytes += block.bytes.len() as u64;
-        Ok(())
-    })?;
-    Ok(all)
-}
-
-/// Calls `work` with each block in order, while another thread, if there is one, reads the next.
-fn each_block(
-    paths: &[PathBuf],
-    limits: &Limits,
-    progress: &Progress,
-    mut work: impl FnMut(&Block, &Path) -> Result<()> + Send,
-) -> Result<()> {
-    let mut before = 0;
-    for path in paths {
-        let mut reader = Reader::open(path, limits)?;
-        let packed = reader.packed_bytes();
-        let mut current = reader.next_block();
-        while let Some(block) = current {
-            progress.check()?;
-            let (done, next) = rayon::join(
-                || work(&block, path),
-                || block.failure.is_none().then(|| reader.next_block()).flatten(),
-            );
-            done?;
-            if let Some(failure) = block.failure {
-                return Err(failure);
-            }
-            // Of a packed file only the unpacked position is known; it is at least a bound.
-            progress.bytes.store(before + packed.min(reader.unpacked_bytes()), Ordering::Relaxed);
-            current = next;
-        }
-        before += packed;
-        progress.bytes.store(before, Ordering::Relaxed);
-    }
-    Ok(())
-}
-
-/// Reads and parses files without encoding: how many rows, and bytes of text. A step of `encode_files`, to time alone.
-///
-/// # Errors
-/// As [`encode_files`], for what parsing can find.
-pub fn scan_files(
-    paths: &[PathBuf],
-    options: &Options,
-    on_bad: OnBad,
-    vocab: usize,
-    progress: &Progress,
-) -> Result<(u64, u64)> {
-    let mut rows = 0;
-    let mut bytes = 0;
-    each_block(paths, &options.limits, progress, |block, path| {
-        let parts: Vec<Result<()>> = block
-            .lines
-            .par_chunks(CHUNK)
-            .map(|lines| {
-                for line in lines {
-                    progress.check()?;
-                    if let Err(bad) = line_result(&block.bytes, line, options, vocab)
-                        && on_bad == OnBad::Error
-                    {
-                        let origin =
-                            Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
-                        let place = origin.place(bad.field.clone(), bad.byte);
-                        return Err(row_error(bad, place));
-                    }
-                }
-                Ok(())
-            })
-            .collect();
-        parts.into_iter().collect::<Result<()>>()?;
-        rows += block.lines.len() as u64;
-        bytes += block.bytes.len() as u64;
-        Ok(())
-    })?;
-    Ok((rows, bytes))
 }
 
 /// One row from memory: its named values, or what was wrong with them.

@@ -1,4 +1,5 @@
 __all__ = [
+    "FileEncoder",
     "Tokenizer",
     "__version__",
     "batches_by_slots",
@@ -102,6 +103,13 @@ class Tokenizer:
         variables: dict[str, Any],
         time: tuple[int, int, int, int, int, int, int, int],
     ) -> str: ...
+
+@final
+class FileEncoder:
+    def __new__(cls, paths: list[str], tokenizer: Tokenizer, settings: Any) -> FileEncoder: ...
+    def next(
+        self, pairs: int, callback: Callable[[int, int], Any] | None = None
+    ) -> dict[str, Any] | None: ...
 
 def data_from_files(
     paths: list[str],

@@ -4,8 +4,8 @@
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use numpy::IntoPyArray;
 use pyo3::exceptions::PyValueError;
@@ -15,7 +15,7 @@ use pyo3::types::{PyDict, PyTuple};
 use super::layout::ragged_tuple;
 use super::tokenizer::{PyTokenizer, now};
 use super::value::fields;
-use crate::encode::{Encoded, OnBad, Progress, encode_files, encode_rows, scan_files};
+use crate::encode::{Encoded, FileEncoder, OnBad, Progress, encode_files, encode_rows, scan_files};
 use crate::error::{Error, Place, Result};
 use crate::pair::{Boundary, Options, SpecialText, Truncation, WARNINGS};
 use crate::pool;
@@ -23,6 +23,7 @@ use crate::read::limits::Limits;
 use crate::read::row::Keys;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<PyFileEncoder>()?;
     m.add_function(wrap_pyfunction!(data_from_files, m)?)?;
     m.add_function(wrap_pyfunction!(data_from_rows, m)?)?;
     m.add_function(wrap_pyfunction!(scan, m)?)
@@ -148,6 +149,61 @@ fn data_from_files<'py>(
         encode_files(&paths, &tokenizer, &options, on_bad, progress)
     })?;
     encoded_dict(py, encoded)
+}
+
+/// The pairs of files, some at a time.
+#[pyclass(frozen, name = "FileEncoder")]
+pub(super) struct PyFileEncoder {
+    /// `None` while a call works on it, and after one that failed.
+    files: Mutex<Option<FileEncoder>>,
+    tokenizer: Arc<crate::tokenize::Tokenizer>,
+    options: Arc<Options>,
+    on_bad: OnBad,
+    threads: Option<usize>,
+    progress: Arc<Progress>,
+}
+
+#[pymethods]
+impl PyFileEncoder {
+    #[new]
+    fn new(
+        paths: Vec<PathBuf>,
+        tokenizer: Bound<'_, PyTokenizer>,
+        settings: Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let (options, on_bad, threads) = options(&settings)?;
+        Ok(Self {
+            files: Mutex::new(Some(FileEncoder::new(paths, options.limits.clone()))),
+            tokenizer: Arc::clone(&tokenizer.get().inner),
+            options: Arc::new(options),
+            on_bad,
+            threads,
+            progress: Arc::new(Progress::default()),
+        })
+    }
+
+    /// At least `pairs` further pairs as `data_from_files` gives them; None behind the last row.
+    #[pyo3(signature = (pairs, callback=None))]
+    fn next<'py>(
+        &self,
+        py: Python<'py>,
+        pairs: u64,
+        callback: Option<Py<PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let taken = self.files.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(mut files) = taken else {
+            return Err(PyValueError::new_err("an earlier call failed or has not returned"));
+        };
+        let (tokenizer, options, on_bad) =
+            (Arc::clone(&self.tokenizer), Arc::clone(&self.options), self.on_bad);
+        let (files, encoded) =
+            waited(py, self.threads, &self.progress, callback.as_ref(), move |progress| {
+                let encoded = files.next(pairs, &tokenizer, &options, on_bad, progress)?;
+                Ok((files, encoded))
+            })?;
+        *self.files.lock().unwrap_or_else(PoisonError::into_inner) = Some(files);
+        encoded.map(|encoded| encoded_dict(py, encoded)).transpose()
+    }
 }
 
 #[pyfunction]
