@@ -2,18 +2,21 @@ __all__ = [
     "FileEncoder",
     "Tokenizer",
     "__version__",
+    "batch_sizes",
     "batches_by_slots",
+    "blocks_into",
     "check_ids",
     "data_from_files",
     "data_from_rows",
     "epoch_order",
     "logits_grad",
     "logits_grad_",
-    "pack_batch",
+    "pack_into",
     "pack_lengths",
-    "pad_batch",
+    "pad_into",
     "scan",
     "segment_sum",
+    "share_into",
     "token_stats",
 ]
 __version__: str
@@ -125,42 +128,70 @@ def data_from_rows(
 ) -> dict[str, Any]: ...
 def scan(paths: list[str], vocab_size: int, settings: Any) -> tuple[int, int]: ...
 def check_ids(name: str, values: _Ids, offsets: _Offsets, vocab_size: int | None) -> None: ...
-def pad_batch(
+def batch_sizes(
+    prompt: _Ragged, chosen: _Ragged, rejected: _Ragged, index: NDArray[int64]
+) -> tuple[int, int, int]: ...
+def pad_into(
     prompt: _Ragged,
     chosen: _Ragged,
     rejected: _Ragged,
     index: NDArray[int64],
     pad_id: int,
-    multiple: int,
-) -> tuple[
-    NDArray[int64],
-    NDArray[int64],
-    NDArray[int64],
-    NDArray[int64],
-    NDArray[int32],
-    NDArray[int32],
-]: ...
+    input_ids: NDArray[int64],
+    attention_mask: NDArray[int64],
+    completion_mask: NDArray[int64],
+    logit_rows: NDArray[int64],
+    targets: NDArray[int32],
+    seq_offsets: NDArray[int32],
+) -> None: ...
 def pack_lengths(
     lengths: NDArray[int64], capacity: int, seed: int
 ) -> tuple[NDArray[int64], NDArray[int64]]: ...
-def pack_batch(
+def pack_into(
     prompt: _Ragged,
     chosen: _Ragged,
     rejected: _Ragged,
     index: NDArray[int64],
     bounds: NDArray[int64],
-    width: int,
     pad_id: int,
-    multiple: int,
-) -> tuple[
-    NDArray[int64],
-    NDArray[int64],
-    NDArray[int32],
-    int,
-    NDArray[int64],
-    NDArray[int32],
-    NDArray[int32],
-]: ...
+    input_ids: NDArray[int64],
+    position_ids: NDArray[int64],
+    cu_seq_lens: NDArray[int32],
+    logit_rows: NDArray[int64],
+    targets: NDArray[int32],
+    seq_offsets: NDArray[int32],
+) -> tuple[int, int]: ...
+def share_into(
+    prompt: _Ragged,
+    chosen: _Ragged,
+    rejected: _Ragged,
+    index: NDArray[int64],
+    bounds: NDArray[int64],
+    pad_id: int,
+    input_ids: NDArray[int64],
+    position_ids: NDArray[int64],
+    doc: NDArray[int32],
+    seg: NDArray[int32],
+    cu_seq_lens_q: NDArray[int32],
+    cu_seq_lens_k: NDArray[int32],
+    kv_rows: NDArray[int64],
+    logit_rows: NDArray[int64],
+    targets: NDArray[int32],
+    seq_offsets: NDArray[int32],
+) -> tuple[int, int, int, int]: ...
+def blocks_into(
+    doc: NDArray[int32],
+    seg: NDArray[int32],
+    width: int,
+    kv_num_blocks: NDArray[int32],
+    kv_indices: NDArray[int32],
+    full_kv_num_blocks: NDArray[int32],
+    full_kv_indices: NDArray[int32],
+    q_num_blocks: NDArray[int32],
+    q_indices: NDArray[int32],
+    full_q_num_blocks: NDArray[int32],
+    full_q_indices: NDArray[int32],
+) -> None: ...
 def epoch_order(
     n: int, seed: int, epoch: int, shuffle: bool, start: int, stop: int
 ) -> NDArray[int64]: ...

@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_ext import _core
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from dpo_ext.data import PairDataset
-
-    _Lists = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,16 +118,47 @@ class Batch:
     A packed batch has no attention mask: a Hugging Face model finds the segments by its positions,
     and only without a mask and without a cache.
 
+    ``layout="shared"`` feeds each prompt once, without its last token, then both completions, each
+    behind the prompt's last token and without its own last one: P + C + R - 1 slots, and every row
+    behind the prefix predicts exactly one target. The same pairs in one row of 8 slots::
+
+        input_ids     [[1, 2, 3, 2, 6, 6, 8, 0]]
+        position_ids  [[0, 1, 2, 1, 0, 0, 1, 0]]    both completions go on from the prompt
+        doc           [[0, 0, 0, 0, 1, 1, 1, -1]]   the pair in the batch, -1 in the tail
+        seg           [[0, 1, 1, 2, 1, 2, 2, 0]]    0 prefix or tail, 1 chosen, 2 rejected
+        logit_rows    [1, 2, 3, 4, 5, 6]    targets  [3, 4, 5, 7, 8, 9]    seq_offsets as above
+        kv_rows         [0, 1, 2, 0, 3, 4, 5, 6, 7]
+        cu_seq_lens_q   [0, 3, 4, 5, 7, 8]    max_length_q  3
+        cu_seq_lens_k   [0, 3, 5, 6, 8, 9]    max_length_k  3
+        kv_num_blocks, q_num_blocks  [[[1]]]            kv_indices, q_indices  [[[[0]]]]
+        full_kv_num_blocks, full_q_num_blocks  [[[0]]]  full_kv_indices, full_q_indices  [[[[0]]]]
+
+    Slot q sees slot k if ``q >= k and doc[q] == doc[k] and (seg[k] == 0 or seg[k] == seg[q])``. No
+    model finds that by itself: it needs the mask of :meth:`inputs_for` or ``model_inputs``. A pair
+    whose prompt has no token shares nothing: its sides are two segments, without their last tokens.
+
+    ``kv_rows``, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` say the same to a varlen kernel that is
+    causal from the bottom right, as flash-attn's is: the queries as they stand, the keys and values
+    gathered, ``flash_attn_varlen_func(q, k[kv_rows], v[kv_rows], cu_seq_lens_q, cu_seq_lens_k,
+    max_length_q, max_length_k, causal=True)`` over the flattened rows: prefix and chosen with their
+    own keys, rejected with the prefix before its own. A window of W is ``window_size=(W - 1, 0)``.
+
     Attributes:
-        layout: ``"padded"`` or ``"packed"``.
-        input_ids: padded (2N, T) int64, chosen rows first, padded on the right; packed (R, T)
-            int64.
+        layout: ``"padded"``, ``"packed"`` or ``"shared"``.
+        input_ids: padded (2N, T) int64, chosen rows first, padded on the right; packed and shared
+            (R, T) int64.
         attention_mask, completion_mask: padded only, (2N, T) int64; the completion mask is not
             shifted.
-        position_ids: packed only, (R, T) int64, from 0 in each segment.
-        cu_seq_lens_q, cu_seq_lens_k: packed only, int32, where each segment of the flattened rows
-            begins, and the end.
-        max_length_q, max_length_k: packed only, int, the longest segment.
+        position_ids: packed and shared, (R, T) int64, from 0 in each sequence.
+        cu_seq_lens_q, cu_seq_lens_k: packed and shared, int32, where each segment of the flattened
+            rows (shared, keys: of ``kv_rows``) begins, and the end.
+        max_length_q, max_length_k: packed and shared, int, the longest segment.
+        doc, seg: shared only, (R, T) int32.
+        kv_rows: shared only, int64, rows of the flattened keys.
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, q_num_blocks, q_indices,
+            full_q_num_blocks, full_q_indices: shared only, int32, (R, 1, B) and (R, 1, B, B) for
+            B = ceil(T / 128): the arguments of FlexAttention's ``BlockMask``, entry by entry those
+            of ``create_block_mask``.
         logit_rows: (M,) int64.
         targets: (M,) int32.
         seq_offsets: (2N + 1,) int32.
@@ -157,6 +182,17 @@ class Batch:
     cu_seq_lens_k: Any = None
     max_length_q: int | None = None
     max_length_k: int | None = None
+    doc: Any = None
+    seg: Any = None
+    kv_rows: Any = None
+    kv_num_blocks: Any = None
+    kv_indices: Any = None
+    full_kv_num_blocks: Any = None
+    full_kv_indices: Any = None
+    q_num_blocks: Any = None
+    q_indices: Any = None
+    full_q_num_blocks: Any = None
+    full_q_indices: Any = None
 
     @property
     def n_pairs(self) -> int:
@@ -175,7 +211,16 @@ class Batch:
 
     @property
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a Hugging Face model, as torch tensors; never with a cache."""
+        """Keyword arguments of a Hugging Face model, as torch tensors; never with a cache.
+
+        Shared batches bring a 4-D additive float32 mask, (R, 1, T, T), made on the batch's device.
+        It suits eager and SDPA attention in float32, and any model without sliding windows: a model
+        applies no window to a mask that it is given. :meth:`inputs_for` knows the model.
+        """
+        if self.layout == "shared":
+            from dpo_ext.torch.masks import shared_inputs
+
+            return shared_inputs(self)
         names = {
             "padded": ("input_ids", "attention_mask"),
             "packed": (
@@ -190,12 +235,39 @@ class Batch:
         inputs = {name: _tensor(getattr(self, name)) for name in names}
         return {**inputs, "use_cache": False}
 
+    def inputs_for(self, model: Any) -> dict[str, Any]:
+        """Keyword arguments of this Hugging Face model: ``model(**batch.inputs_for(model))``.
+
+        Same as ``model_inputs`` for padded and packed batches. A shared batch gets the mask of the
+        model's attention: additive in the model's dtype for ``eager``, bool for ``sdpa``, a
+        FlexAttention ``BlockMask`` for ``flex_attention``; with the model's sliding windows,
+        counted in positions, and one mask for each kind of layer where kinds differ.
+
+        Raises:
+            TensorError: shared, and the model's attention takes no such mask, or its layers are of
+                a kind that no mask describes.
+        """
+        if self.layout != "shared":
+            return self.model_inputs
+        from dpo_ext.torch.masks import shared_inputs_for
+
+        return shared_inputs_for(self, model)
+
+    def block_mask(self, *, window: int | None = None) -> Any:
+        """A shared batch as FlexAttention's ``BlockMask``; see
+        :func:`dpo_ext.torch.masks.block_mask`.
+        """
+        from dpo_ext.torch.masks import block_mask
+
+        return block_mask(self, window=window)
+
     def _map(self, change: Any) -> Batch:
         table = change(self.table)
         changed = {name: getattr(table, name) for name in ("logit_rows", "targets", "seq_offsets")}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in changed and value is not None and not isinstance(value, str | int):
+            movable = isinstance(value, np.ndarray) or hasattr(value, "to")
+            if movable and f.name not in changed:
                 changed[f.name] = change(_tensor(value))
         moved = replace(self, **changed)
         # Made anew from tensors on a device, the table would wait to learn its offsets.
@@ -219,61 +291,3 @@ def _tensor(value: Any) -> Any:
 
         return torch.from_numpy(value)
     return value
-
-
-def _lists(pairs: PairDataset) -> tuple[_Lists, _Lists, _Lists]:
-    prompt, chosen, rejected = pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids
-    return (
-        (prompt.values, prompt.offsets),
-        (chosen.values, chosen.offsets),
-        (rejected.values, rejected.offsets),
-    )
-
-
-def _of_pairs(pairs: PairDataset, index: NDArray[np.int64]) -> dict[str, Any]:
-    """What a batch of the pairs ``index`` holds in every layout."""
-    ref_logps = None if pairs.ref_logps is None else pairs.ref_logps[index]
-    return {"pair_index": index, "ref_logps": ref_logps}
-
-
-def padded(pairs: PairDataset, index: NDArray[np.int64], multiple: int) -> Batch:
-    """The pairs ``index``, one row a side."""
-    arrays = _core.pad_batch(*_lists(pairs), index, pairs.pad_id, multiple)
-    names = (
-        "input_ids",
-        "attention_mask",
-        "completion_mask",
-        "logit_rows",
-        "targets",
-        "seq_offsets",
-    )
-    fields = {**_of_pairs(pairs, index), **dict(zip(names, arrays, strict=True))}
-    if fields["ref_logps"] is not None:
-        fields["ref_logps"] = fields["ref_logps"].astype(np.float32)  # as TRL's collator
-    return Batch("padded", **fields)
-
-
-def packed(
-    pairs: PairDataset,
-    index: NDArray[np.int64],
-    bounds: NDArray[np.int64],
-    width: int,
-    multiple: int,
-) -> Batch:
-    """The pairs ``index`` in rows of ``width`` slots; row r begins at pair ``bounds[r]``."""
-    input_ids, position_ids, offsets, longest, rows, targets, ends = _core.pack_batch(
-        *_lists(pairs), index, bounds, width, pairs.pad_id, multiple
-    )
-    return Batch(
-        "packed",
-        input_ids=input_ids,
-        logit_rows=rows,
-        targets=targets,
-        seq_offsets=ends,
-        position_ids=position_ids,
-        cu_seq_lens_q=offsets,
-        cu_seq_lens_k=offsets,
-        max_length_q=longest,
-        max_length_k=longest,
-        **_of_pairs(pairs, index),
-    )

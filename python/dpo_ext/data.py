@@ -319,7 +319,7 @@ class PairDataset(Sequence):
         """The batches of one epoch for one rank; see :class:`BatchPlan`.
 
         Args:
-            layout: ``"padded"`` or ``"packed"``; see :class:`Batch`.
+            layout: ``"padded"``, ``"packed"`` or ``"shared"``; see :class:`Batch`.
             pairs_per_batch: N of every batch but perhaps the last.
             tokens_per_batch: instead, at most this many slots, 2N * T with padding, filled greedily
                 in order.
@@ -328,8 +328,8 @@ class PairDataset(Sequence):
             shuffle: False for the order of the data set.
             drop_last: leave out what does not fill the last round, instead of repeating pairs.
             pad_to_multiple_of: T is rounded up to a multiple.
-            bin_length: slots of a packed row, by default ``tokens_per_batch``; ``2 * max_length``
-                always suffices.
+            bin_length: slots of a packed or shared row, by default ``tokens_per_batch``;
+                ``2 * max_length`` always suffices.
 
         Raises:
             ValueError: an unknown layout, or a scalar out of range.

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.batch import Batch, Ragged, packed, padded
+from dpo_ext.batch import Batch, Ragged
+from dpo_ext.fill import packed, padded, shared, shared_lengths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dpo_ext.data import PairDataset
 
-LAYOUTS = ("padded", "packed")
+LAYOUTS = ("padded", "packed", "shared")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PlanStats:
     """Size of one epoch over all ranks.
 
     Attributes:
-        real_tokens: ids in all batches, prompts counted once a side.
+        real_tokens: ids in all batches, prompts counted once a side, and in ``shared`` once a pair.
         slots: places for ids in all batches, padding included.
         fill: ``real_tokens / slots``; 1.0 for an empty plan.
         repeated: pairs that occur a second time, so that every rank gets the same number of
@@ -88,10 +89,10 @@ class BatchPlan(Sequence):
     ``plan[i]`` builds batch i alone, so resuming is an index: ``DataLoader(plan, batch_size=1,
     collate_fn=first)`` with ``first = lambda batches: batches[0]`` resumes in any trainer.
 
-    ``packed`` with ``tokens_per_batch`` packs the whole epoch at once, best fit decreasing, into
-    bins of ``bin_length``; the bins are shuffled, and ``tokens_per_batch // bin_length`` of them
-    make a batch. ``packed`` with ``pairs_per_batch`` has the same pairs in each batch as
-    ``padded``, in one row.
+    ``packed`` and ``shared`` with ``tokens_per_batch`` pack the whole epoch at once, best fit
+    decreasing over the slots of each pair, into bins of ``bin_length``; the bins are shuffled, and
+    ``tokens_per_batch // bin_length`` of them make a batch. With ``pairs_per_batch`` they have the
+    same pairs in each batch as ``padded``, in one row.
 
     Same as, for ``pairs_per_batch``::
 
@@ -138,9 +139,11 @@ class BatchPlan(Sequence):
                 raise ValueError(f"`{name}` must be in 0..2**64, found {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be in 0..{world_size}, found {rank}")
-        if bin_length is not None and (layout != "packed" or tokens_per_batch is None):
-            raise ValueError('`bin_length` needs `layout="packed"` and `tokens_per_batch`')
-        if layout == "packed" and tokens_per_batch is not None:
+        if bin_length is not None and (layout == "padded" or tokens_per_batch is None):
+            raise ValueError(
+                '`bin_length` needs `layout="packed"` or "shared", and `tokens_per_batch`'
+            )
+        if layout != "padded" and tokens_per_batch is not None:
             bin_length = tokens_per_batch if bin_length is None else bin_length
             self._width = -(-bin_length // pad_to_multiple_of) * pad_to_multiple_of
             self._rows_per_batch = tokens_per_batch // self._width
@@ -150,6 +153,8 @@ class BatchPlan(Sequence):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
+        # (n,) slots of each pair, without padding.
+        self._lengths = shared_lengths(pairs) if layout == "shared" else pairs.tokens
         self.layout = layout
         self.bin_length = bin_length
         self.pairs_per_batch = pairs_per_batch
@@ -175,7 +180,7 @@ class BatchPlan(Sequence):
         self._items: NDArray[np.int64] | None = None
         if self.pairs_per_batch is not None:
             bounds = _every(n, self.pairs_per_batch, self.drop_last)
-        elif self.layout == "packed":
+        elif self.layout != "padded":
             self._items, self._bins = self._pack(epoch)
             self._bin_bounds = _every(len(self._bins) - 1, self._rows_per_batch, self.drop_last)
             bounds = self._bins[self._bin_bounds]
@@ -199,8 +204,7 @@ class BatchPlan(Sequence):
         """The pairs of all bins, and where each bin begins, in the order of this epoch."""
         # A number that (seed, epoch) choose, and 0 without shuffling: it breaks ties of length.
         key = _core.epoch_order(1 << 62, self.seed, epoch, self.shuffle, 0, 1)
-        tokens, length = self._pairs.tokens, self.bin_length or 0
-        items, starts = _core.pack_lengths(tokens, length, int(key[0]))
+        items, starts = _core.pack_lengths(self._lengths, self.bin_length or 0, int(key[0]))
         # Best-fit-decreasing makes the bins of the longest pairs first.
         bins = len(starts) - 1
         order = _core.epoch_order(bins, self.seed, epoch, self.shuffle, 0, bins)
@@ -234,11 +238,13 @@ class BatchPlan(Sequence):
         if self.layout == "padded":
             return padded(self._pairs, index, self.pad_to_multiple_of)
         if self._items is None:
-            bounds, width = np.array([0, len(index)]), int(self._pairs.tokens[index].sum())
+            multiple, slots = self.pad_to_multiple_of, int(self._lengths[index].sum())
+            bounds, width = np.array([0, len(index)]), -(-slots // multiple) * multiple
         else:
             first, last = self._bin_bounds[batch], self._bin_bounds[batch + 1]
             bounds, width = self._bins[first : last + 1] - self._bins[first], self._width
-        return packed(self._pairs, index, bounds, width, self.pad_to_multiple_of)
+        build = packed if self.layout == "packed" else shared
+        return build(self._pairs, index, bounds, width)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(self._steps))
@@ -270,10 +276,10 @@ class BatchPlan(Sequence):
             order = _core.epoch_order(n, self.seed, self.epoch, self.shuffle, 0, n)
         order = order[: self._bounds[-1]]
         starts, sizes = self._bounds[:-1], np.diff(self._bounds)
-        tokens = np.add.reduceat(self._pairs.tokens[order], starts)
+        tokens = np.add.reduceat(self._lengths[order], starts)
         if self._items is not None:
             places = np.diff(self._bin_bounds) * self._width
-        elif self.layout == "packed":
+        elif self.layout != "padded":
             places = -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
         else:
             width = np.maximum.reduceat(self._pairs.longest[order], starts)

@@ -3,8 +3,10 @@
 pub mod order;
 pub mod pack;
 pub mod pad;
+pub mod share;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
+use crate::table;
 
 /// Borrowed variable-length lists.
 #[derive(Debug, Clone, Copy)]
@@ -51,13 +53,27 @@ impl<'a> Lists<'a> {
     /// # Errors
     /// [`Error::Tensor`] if there is no such list.
     pub fn get(&self, i: usize) -> Result<&'a [i32]> {
-        let range = || {
-            let start = usize::try_from(*self.offsets.get(i)?).ok()?;
-            let end = usize::try_from(*self.offsets.get(i + 1)?).ok()?;
-            self.values.get(start..end)
-        };
-        range()
-            .ok_or_else(|| Error::Tensor(format!("pair {i} is not among the {} pairs", self.len())))
+        self.range(i).and_then(|range| self.values.get(range)).ok_or_else(|| self.missing(i as i64))
+    }
+
+    /// The length of list `i`, from the offsets alone.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is no such list.
+    pub fn length(&self, i: usize) -> Result<usize> {
+        self.range(i)
+            .and_then(|range| range.end.checked_sub(range.start))
+            .ok_or_else(|| self.missing(i as i64))
+    }
+
+    fn range(&self, i: usize) -> Option<std::ops::Range<usize>> {
+        let start = usize::try_from(*self.offsets.get(i)?).ok()?;
+        let end = usize::try_from(*self.offsets.get(i.checked_add(1)?)?).ok()?;
+        Some(start..end)
+    }
+
+    fn missing(&self, i: i64) -> Error {
+        Error::Tensor(format!("pair {i} is not among the {} pairs", self.len()))
     }
 }
 
@@ -72,11 +88,112 @@ pub struct Pairs<'a> {
     pub rejected: Lists<'a>,
 }
 
-/// The least multiple of `multiple` that is not below `n`.
+/// One pair.
+#[derive(Debug, Clone, Copy)]
+pub struct Pair<'a> {
+    /// Prompt.
+    pub prompt: &'a [i32],
+    /// Preferred completion.
+    pub chosen: &'a [i32],
+    /// Other completion.
+    pub rejected: &'a [i32],
+}
+
+impl<'a> Pairs<'a> {
+    /// Pair `i`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is no such pair.
+    pub fn get(&self, i: i64) -> Result<Pair<'a>> {
+        let i = self.checked(i)?;
+        Ok(Pair {
+            prompt: self.prompt.get(i)?,
+            chosen: self.chosen.get(i)?,
+            rejected: self.rejected.get(i)?,
+        })
+    }
+
+    fn checked(&self, i: i64) -> Result<usize> {
+        usize::try_from(i).map_err(|_| self.prompt.missing(i))
+    }
+
+    /// What the pairs `index` need, from their lengths alone.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if a pair does not exist; [`Error::Limit`] if the scored tokens pass 2^31 - 1.
+    pub fn sizes(&self, index: &[i64]) -> Result<Sizes> {
+        let mut sizes = Sizes::default();
+        for i in index {
+            let i = self.checked(*i)?;
+            let (p, c, r) =
+                (self.prompt.length(i)?, self.chosen.length(i)?, self.rejected.length(i)?);
+            let unscored = usize::from(p == 0);
+            sizes.longest = sizes.longest.max(p + c.max(r));
+            sizes.scored += c.saturating_sub(unscored) + r.saturating_sub(unscored);
+            sizes.prefixes += p.saturating_sub(1);
+        }
+        table::checked(sizes.scored)?;
+        Ok(sizes)
+    }
+}
+
+/// What some pairs need.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Tokens of the longest side, prompt included.
+    pub longest: usize,
+    /// Scored tokens of all sides.
+    pub scored: usize,
+    /// Tokens of all prompts but the last one of each.
+    pub prefixes: usize,
+}
+
+/// A number of slots, as varlen offsets hold it.
 ///
 /// # Errors
-/// [`Error::Value`] if it passes `usize`.
-pub fn round_up(n: usize, multiple: usize) -> Result<usize> {
-    n.checked_next_multiple_of(multiple.max(1))
-        .ok_or_else(|| Error::Value(format!("`pad_to_multiple_of` is too large: {multiple}")))
+/// [`Error::Limit`] past 2^31 - 1.
+pub fn slots(slots: usize, field: &str) -> Result<i32> {
+    i32::try_from(slots).map_err(|_| Error::Limit {
+        place: Place { field: Some(field.to_owned()), ..Place::default() },
+        message: "a batch has more than 2^31 - 1 slots".to_owned(),
+    })
+}
+
+/// The part `start..start + length` of an array of the batch.
+///
+/// # Errors
+/// [`Error::Tensor`] if the array is too short; `name` is the array's.
+fn part<'a, T>(array: &'a mut [T], start: usize, length: usize, name: &str) -> Result<&'a mut [T]> {
+    let whole = array.len();
+    start
+        .checked_add(length)
+        .and_then(|end| array.get_mut(start..end))
+        .ok_or_else(|| Error::Tensor(format!("`{name}` is too short, it has {whole} places")))
+}
+
+/// Writes ids as the 64 bits that torch indexes by; both have one length.
+fn widen(out: &mut [i64], ids: &[i32]) {
+    for (slot, id) in out.iter_mut().zip(ids) {
+        *slot = i64::from(*id);
+    }
+}
+
+/// Writes `first`, `first + 1`, ...
+fn count(out: &mut [i64], first: usize) {
+    for (slot, position) in out.iter_mut().zip(first as i64..) {
+        *slot = position;
+    }
+}
+
+/// The pairs of row `r`: `index[bounds[r]..bounds[r + 1]]`.
+///
+/// # Errors
+/// [`Error::Tensor`] if `bounds` does not cut `index`.
+fn members<'a>(index: &'a [i64], bounds: &[i64], r: usize) -> Result<&'a [i64]> {
+    let range = || {
+        let start = usize::try_from(*bounds.get(r)?).ok()?;
+        let end = usize::try_from(*bounds.get(r + 1)?).ok()?;
+        index.get(start..end)
+    };
+    range().ok_or_else(|| Error::Tensor(format!("`bounds` names no pairs for row {r}")))
 }

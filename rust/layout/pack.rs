@@ -1,7 +1,7 @@
 //! Packing: which pairs share a bin, and the arrays of packed rows.
 
 use super::order::Order;
-use super::{Pairs, round_up};
+use super::{Pairs, count, members, part, slots, widen};
 use crate::error::{Error, Place, Result};
 use crate::table::Table;
 
@@ -189,82 +189,70 @@ fn next(words: &[u64], bit: usize, stop: usize) -> Option<usize> {
     None
 }
 
-/// The arrays of packed rows: (R, T) row-major, varlen offsets over the flattened rows, and the table.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Packed {
-    /// T.
-    pub width: usize,
+/// Where packed rows are written: (R, T) row-major, and varlen offsets over the flattened rows.
+#[derive(Debug)]
+pub struct Packed<'a> {
     /// Ids, and the pad id in the tail.
-    pub input_ids: Vec<i64>,
+    pub input_ids: &'a mut [i64],
     /// Positions inside the own segment; the tail is a segment too.
-    pub position_ids: Vec<i64>,
-    /// Where each segment begins in the flattened rows, and the end.
-    pub cu_seq_lens: Vec<i32>,
-    /// The longest segment.
-    pub longest: usize,
+    pub position_ids: &'a mut [i64],
+    /// Where each segment begins in the flattened rows, and the end: at most 2N + R + 1.
+    pub cu_seq_lens: &'a mut [i32],
     /// Interleaved: chosen 0, rejected 0, chosen 1, ...
-    pub table: Table,
+    pub table: Table<'a>,
 }
 
-/// Builds packed rows of at least `width` slots: row r holds the pairs `index[bounds[r]..bounds[r + 1]]`, each as
-/// prompt + chosen and prompt + rejected, two segments.
+/// Fills packed rows: row r holds the pairs `index[bounds[r]..bounds[r + 1]]`, each as prompt + chosen and prompt +
+/// rejected, two segments. Returns the number of segments and the longest one.
 ///
 /// # Errors
 /// [`Error::Tensor`] if a pair does not exist or a row does not fit; [`Error::Limit`] past 2^31 - 1 slots.
-pub fn pack(
+pub fn pack_into(
     pairs: &Pairs<'_>,
     index: &[i64],
     bounds: &[i64],
-    width: usize,
     pad_id: i64,
-    multiple: usize,
-) -> Result<Packed> {
-    let width = round_up(width, multiple)?;
+    out: Packed<'_>,
+) -> Result<(usize, usize)> {
     let rows = bounds.len().saturating_sub(1);
-    let slots =
-        width.checked_mul(rows).filter(|slots| i32::try_from(*slots).is_ok()).ok_or_else(|| {
-            let place = Place { field: Some("cu_seq_lens_q".to_owned()), ..Place::default() };
-            Error::Limit { place, message: "a batch has more than 2^31 - 1 slots".to_owned() }
-        })?;
-    let mut out = Packed { width, cu_seq_lens: vec![0], table: Table::new(), ..Packed::default() };
-    out.input_ids.reserve_exact(slots);
-    out.position_ids.reserve_exact(slots);
-    for (r, range) in bounds.windows(2).enumerate() {
-        let members = match range {
-            [start, end] => index.get(*start as usize..*end as usize).unwrap_or_default(),
-            _ => &[],
-        };
-        for i in members {
-            let i = usize::try_from(*i)
-                .map_err(|_| Error::Tensor(format!("pair {i} does not exist")))?;
-            let prompt = pairs.prompt.get(i)?;
-            for completion in [pairs.chosen.get(i)?, pairs.rejected.get(i)?] {
-                out.input_ids.extend(prompt.iter().chain(completion).map(|id| i64::from(*id)));
-                let start = out.position_ids.len() + prompt.len();
-                out.segment();
-                out.table.push(start as i64, prompt.len(), completion)?;
+    let Packed { input_ids, position_ids, cu_seq_lens, mut table } = out;
+    slots(input_ids.len(), "cu_seq_lens_q")?;
+    let width = input_ids.len().checked_div(rows).unwrap_or(0);
+    let (mut segments, mut longest) = (0, 0);
+    part(cu_seq_lens, 0, 1, "cu_seq_lens_q")?.fill(0);
+    // Positions and the end of the segment `start..end`; an empty one is none.
+    let mut segment = |start: usize, end: usize| -> Result<()> {
+        if end > start {
+            count(part(position_ids, start, end - start, "position_ids")?, 0);
+            segments += 1;
+            part(cu_seq_lens, segments, 1, "cu_seq_lens_q")?.fill(end as i32);
+            longest = longest.max(end - start);
+        }
+        Ok(())
+    };
+    for r in 0..rows {
+        let (mut at, end) = (r * width, (r + 1) * width);
+        for i in members(index, bounds, r)? {
+            let pair = pairs.get(*i)?;
+            for completion in [pair.chosen, pair.rejected] {
+                let middle = at + pair.prompt.len();
+                let stop = middle + completion.len();
+                if stop > end {
+                    let message = format!("row {r} needs more than its {width} slots");
+                    return Err(Error::Tensor(message));
+                }
+                widen(part(input_ids, at, pair.prompt.len(), "input_ids")?, pair.prompt);
+                widen(part(input_ids, middle, completion.len(), "input_ids")?, completion);
+                segment(at, stop)?;
+                table.push(middle, pair.prompt.len(), completion)?;
+                at = stop;
             }
         }
-        let end = (r + 1) * width;
-        if out.input_ids.len() > end {
-            return Err(Error::Tensor(format!("row {r} needs more than its {width} slots")));
-        }
-        out.input_ids.resize(end, pad_id);
-        out.segment();
+        part(input_ids, at, end - at, "input_ids")?.fill(pad_id);
+        segment(at, end)?;
     }
-    Ok(out)
-}
-
-impl Packed {
-    /// Ends a segment at the last id; an empty one is none.
-    fn segment(&mut self) {
-        let length = self.input_ids.len() - self.position_ids.len();
-        if length > 0 {
-            self.position_ids.extend(0..length as i64);
-            self.cu_seq_lens.push(self.input_ids.len() as i32);
-            self.longest = self.longest.max(length);
-        }
-    }
+    table.finish()?;
+    Ok((segments, longest))
 }
 
 #[cfg(test)]

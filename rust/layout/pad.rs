@@ -1,69 +1,50 @@
 //! `padded`: one row a sequence, chosen rows first, padded on the right. TRL's collator, tensor for tensor.
 
-use super::{Pairs, round_up};
+use super::{Pairs, part, widen};
 use crate::error::{Error, Result};
 use crate::table::Table;
 
-/// The arrays of a padded batch: (2N, T) row-major, and the table.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Padded {
-    /// T.
-    pub width: usize,
+/// Where a padded batch is written: (2N, T) row-major.
+#[derive(Debug)]
+pub struct Padded<'a> {
     /// Ids, and the pad id behind them.
-    pub input_ids: Vec<i64>,
+    pub input_ids: &'a mut [i64],
     /// 1 on ids.
-    pub attention_mask: Vec<i64>,
+    pub attention_mask: &'a mut [i64],
     /// 1 on ids of the completion, not shifted.
-    pub completion_mask: Vec<i64>,
+    pub completion_mask: &'a mut [i64],
     /// Interleaved: chosen 0, rejected 0, chosen 1, ...
-    pub table: Table,
+    pub table: Table<'a>,
 }
 
-/// Builds the batch of the pairs `index`.
+/// Fills the batch of the pairs `index`; the arrays' length gives T.
 ///
 /// # Errors
-/// [`Error::Tensor`] if a pair does not exist; [`Error::Limit`] if the table passes 32 bits.
-pub fn pad(pairs: &Pairs<'_>, index: &[i64], pad_id: i64, multiple: usize) -> Result<Padded> {
+/// [`Error::Tensor`] if a pair does not exist or an array is too short; [`Error::Limit`] if the table passes 32 bits.
+pub fn pad_into(pairs: &Pairs<'_>, index: &[i64], pad_id: i64, out: Padded<'_>) -> Result<()> {
     let n = index.len();
-    let mut rows = Vec::with_capacity(n);
-    let mut longest = 0;
-    for i in index {
-        let i =
-            usize::try_from(*i).map_err(|_| Error::Tensor(format!("pair {i} does not exist")))?;
-        let row = (pairs.prompt.get(i)?, pairs.chosen.get(i)?, pairs.rejected.get(i)?);
-        longest = longest.max(row.0.len() + row.1.len().max(row.2.len()));
-        rows.push(row);
-    }
-    let width = round_up(longest, multiple)?;
-    let slots = width
-        .checked_mul(2 * n)
-        .ok_or_else(|| Error::Value("the batch is too large".to_owned()))?;
-    let mut input_ids = vec![pad_id; slots];
-    let mut attention_mask = vec![0; slots];
-    let mut completion_mask = vec![0; slots];
-    let mut table = Table::new();
-    for (k, (prompt, chosen, rejected)) in rows.iter().enumerate() {
-        for (row, completion) in [(k, chosen), (n + k, rejected)] {
-            let (start, middle) = (row * width, row * width + prompt.len());
-            let end = middle + completion.len();
-            fill(&mut input_ids, start, prompt);
-            fill(&mut input_ids, middle, completion);
-            ones(&mut attention_mask, start, end);
-            ones(&mut completion_mask, middle, end);
-            table.push(middle as i64, prompt.len(), completion)?;
+    let Padded { input_ids, attention_mask, completion_mask, mut table } = out;
+    let width = input_ids.len().checked_div(2 * n).unwrap_or(0);
+    for (k, i) in index.iter().enumerate() {
+        let pair = pairs.get(*i)?;
+        for (row, completion) in [(k, pair.chosen), (n + k, pair.rejected)] {
+            let (before, start) = (pair.prompt.len(), row * width);
+            let length = before + completion.len();
+            if length > width {
+                return Err(Error::Tensor(format!("row {row} needs more than its {width} slots")));
+            }
+            let ids = part(input_ids, start, width, "input_ids")?;
+            widen(part(ids, 0, before, "input_ids")?, pair.prompt);
+            widen(part(ids, before, completion.len(), "input_ids")?, completion);
+            part(ids, length, width - length, "input_ids")?.fill(pad_id);
+            let attended = part(attention_mask, start, width, "attention_mask")?;
+            part(attended, 0, length, "attention_mask")?.fill(1);
+            part(attended, length, width - length, "attention_mask")?.fill(0);
+            let completed = part(completion_mask, start, width, "completion_mask")?;
+            completed.fill(0);
+            part(completed, before, completion.len(), "completion_mask")?.fill(1);
+            table.push(start + before, before, completion)?;
         }
     }
-    Ok(Padded { width, input_ids, attention_mask, completion_mask, table })
-}
-
-fn fill(out: &mut [i64], start: usize, ids: &[i32]) {
-    for (slot, id) in out.iter_mut().skip(start).zip(ids) {
-        *slot = i64::from(*id);
-    }
-}
-
-fn ones(out: &mut [i64], start: usize, end: usize) {
-    if let Some(slots) = out.get_mut(start..end) {
-        slots.fill(1);
-    }
+    table.finish()
 }

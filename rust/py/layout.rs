@@ -3,20 +3,24 @@
 // PyO3 extracts arguments as owned values.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
-use numpy::{IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::detached;
 use crate::encode::Ragged;
 use crate::error::{Error, Place};
-use crate::layout::{Lists, Pairs, order, pack, pad};
+use crate::layout::{Lists, Pairs, order, pack, pad, share};
+use crate::table::Table;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(check_ids, m)?)?;
-    m.add_function(wrap_pyfunction!(pad_batch, m)?)?;
+    m.add_function(wrap_pyfunction!(batch_sizes, m)?)?;
+    m.add_function(wrap_pyfunction!(pad_into, m)?)?;
     m.add_function(wrap_pyfunction!(pack_lengths, m)?)?;
-    m.add_function(wrap_pyfunction!(pack_batch, m)?)?;
+    m.add_function(wrap_pyfunction!(pack_into, m)?)?;
+    m.add_function(wrap_pyfunction!(share_into, m)?)?;
+    m.add_function(wrap_pyfunction!(blocks_into, m)?)?;
     m.add_function(wrap_pyfunction!(epoch_order, m)?)?;
     m.add_function(wrap_pyfunction!(batches_by_slots, m)?)
 }
@@ -60,37 +64,170 @@ fn check_ids(
     })
 }
 
-/// The padded batch of `index`: ids and two masks of shape (2N, T), then the table's three arrays.
-#[pyfunction]
-fn pad_batch<'py>(
-    py: Python<'py>,
-    prompt: (Ids<'py>, Offsets<'py>),
-    chosen: (Ids<'py>, Offsets<'py>),
-    rejected: (Ids<'py>, Offsets<'py>),
-    index: PyReadonlyArray1<'py, i64>,
-    pad_id: i64,
-    multiple: usize,
-) -> PyResult<Bound<'py, PyTuple>> {
+type Column<'py> = (Ids<'py>, Offsets<'py>);
+type Out<'py, T> = PyReadwriteArray1<'py, T>;
+
+/// Runs `work` on the three lists of a data set, without the GIL.
+fn with_pairs<T: Send>(
+    py: Python<'_>,
+    columns: [&Column<'_>; 3],
+    work: impl FnOnce(&Pairs<'_>) -> crate::Result<T> + Send,
+) -> PyResult<T> {
+    let [prompt, chosen, rejected] = columns;
     let pairs = Pairs {
         prompt: lists(&prompt.0, &prompt.1)?,
         chosen: lists(&chosen.0, &chosen.1)?,
         rejected: lists(&rejected.0, &rejected.1)?,
     };
-    let rows = index.len() * 2;
+    detached(py, || work(&pairs))
+}
+
+/// What the pairs `index` need: tokens of the longest side, scored tokens, tokens of all prefixes.
+#[pyfunction]
+fn batch_sizes<'py>(
+    py: Python<'py>,
+    prompt: Column<'py>,
+    chosen: Column<'py>,
+    rejected: Column<'py>,
+    index: PyReadonlyArray1<'py, i64>,
+) -> PyResult<(usize, usize, usize)> {
     let index = index.as_slice()?;
-    let batch = detached(py, || pad::pad(&pairs, index, pad_id, multiple))?;
-    let width = batch.width;
-    let shaped = |values: Vec<i64>| values.into_pyarray(py).reshape([rows, width]);
-    let table = batch.table;
-    (
-        shaped(batch.input_ids)?,
-        shaped(batch.attention_mask)?,
-        shaped(batch.completion_mask)?,
-        table.logit_rows.into_pyarray(py),
-        table.targets.into_pyarray(py),
-        table.offsets.into_pyarray(py),
-    )
-        .into_pyobject(py)
+    let sizes = with_pairs(py, [&prompt, &chosen, &rejected], |pairs| pairs.sizes(index))?;
+    Ok((sizes.longest, sizes.scored, sizes.prefixes))
+}
+
+/// Fills the padded batch of `index`; all arrays are flat.
+#[pyfunction]
+fn pad_into<'py>(
+    py: Python<'py>,
+    prompt: Column<'py>,
+    chosen: Column<'py>,
+    rejected: Column<'py>,
+    index: PyReadonlyArray1<'py, i64>,
+    pad_id: i64,
+    mut input_ids: Out<'py, i64>,
+    mut attention_mask: Out<'py, i64>,
+    mut completion_mask: Out<'py, i64>,
+    mut logit_rows: Out<'py, i64>,
+    mut targets: Out<'py, i32>,
+    mut seq_offsets: Out<'py, i32>,
+) -> PyResult<()> {
+    let index = index.as_slice()?;
+    let out = pad::Padded {
+        input_ids: input_ids.as_slice_mut()?,
+        attention_mask: attention_mask.as_slice_mut()?,
+        completion_mask: completion_mask.as_slice_mut()?,
+        table: Table::new(
+            logit_rows.as_slice_mut()?,
+            targets.as_slice_mut()?,
+            seq_offsets.as_slice_mut()?,
+        )?,
+    };
+    with_pairs(py, [&prompt, &chosen, &rejected], |pairs| pad::pad_into(pairs, index, pad_id, out))
+}
+
+/// Fills packed rows; all arrays are flat. Returns the number of segments and the longest one.
+#[pyfunction]
+fn pack_into<'py>(
+    py: Python<'py>,
+    prompt: Column<'py>,
+    chosen: Column<'py>,
+    rejected: Column<'py>,
+    index: PyReadonlyArray1<'py, i64>,
+    bounds: PyReadonlyArray1<'py, i64>,
+    pad_id: i64,
+    mut input_ids: Out<'py, i64>,
+    mut position_ids: Out<'py, i64>,
+    mut cu_seq_lens: Out<'py, i32>,
+    mut logit_rows: Out<'py, i64>,
+    mut targets: Out<'py, i32>,
+    mut seq_offsets: Out<'py, i32>,
+) -> PyResult<(usize, usize)> {
+    let (index, bounds) = (index.as_slice()?, bounds.as_slice()?);
+    let out = pack::Packed {
+        input_ids: input_ids.as_slice_mut()?,
+        position_ids: position_ids.as_slice_mut()?,
+        cu_seq_lens: cu_seq_lens.as_slice_mut()?,
+        table: Table::new(
+            logit_rows.as_slice_mut()?,
+            targets.as_slice_mut()?,
+            seq_offsets.as_slice_mut()?,
+        )?,
+    };
+    with_pairs(py, [&prompt, &chosen, &rejected], |pairs| {
+        pack::pack_into(pairs, index, bounds, pad_id, out)
+    })
+}
+
+/// Fills shared rows; all arrays are flat. Returns the number of varlen segments and of keys, and the most queries and
+/// keys of a segment.
+#[pyfunction]
+fn share_into<'py>(
+    py: Python<'py>,
+    prompt: Column<'py>,
+    chosen: Column<'py>,
+    rejected: Column<'py>,
+    index: PyReadonlyArray1<'py, i64>,
+    bounds: PyReadonlyArray1<'py, i64>,
+    pad_id: i64,
+    mut input_ids: Out<'py, i64>,
+    mut position_ids: Out<'py, i64>,
+    mut doc: Out<'py, i32>,
+    mut seg: Out<'py, i32>,
+    mut cu_seq_lens_q: Out<'py, i32>,
+    mut cu_seq_lens_k: Out<'py, i32>,
+    mut kv_rows: Out<'py, i64>,
+    mut logit_rows: Out<'py, i64>,
+    mut targets: Out<'py, i32>,
+    mut seq_offsets: Out<'py, i32>,
+) -> PyResult<(usize, usize, usize, usize)> {
+    let (index, bounds) = (index.as_slice()?, bounds.as_slice()?);
+    let out = share::Shared {
+        input_ids: input_ids.as_slice_mut()?,
+        position_ids: position_ids.as_slice_mut()?,
+        doc: doc.as_slice_mut()?,
+        seg: seg.as_slice_mut()?,
+        cu_q: cu_seq_lens_q.as_slice_mut()?,
+        cu_k: cu_seq_lens_k.as_slice_mut()?,
+        kv_rows: kv_rows.as_slice_mut()?,
+        table: Table::new(
+            logit_rows.as_slice_mut()?,
+            targets.as_slice_mut()?,
+            seq_offsets.as_slice_mut()?,
+        )?,
+    };
+    let written = with_pairs(py, [&prompt, &chosen, &rejected], |pairs| {
+        share::share_into(pairs, index, bounds, pad_id, out)
+    })?;
+    Ok((written.segments, written.keys, written.longest_q, written.longest_k))
+}
+
+/// Fills the arrays of a `BlockMask` over rows of `width` slots, flat, in the order of its constructor.
+#[pyfunction]
+fn blocks_into<'py>(
+    py: Python<'py>,
+    doc: Ids<'py>,
+    seg: Ids<'py>,
+    width: usize,
+    mut kv_num_blocks: Out<'py, i32>,
+    mut kv_indices: Out<'py, i32>,
+    mut full_kv_num_blocks: Out<'py, i32>,
+    mut full_kv_indices: Out<'py, i32>,
+    mut q_num_blocks: Out<'py, i32>,
+    mut q_indices: Out<'py, i32>,
+    mut full_q_num_blocks: Out<'py, i32>,
+    mut full_q_indices: Out<'py, i32>,
+) -> PyResult<()> {
+    let (doc, seg) = (doc.as_slice()?, seg.as_slice()?);
+    let keys = share::Blocks {
+        partial: (kv_num_blocks.as_slice_mut()?, kv_indices.as_slice_mut()?),
+        full: (full_kv_num_blocks.as_slice_mut()?, full_kv_indices.as_slice_mut()?),
+    };
+    let queries = share::Blocks {
+        partial: (q_num_blocks.as_slice_mut()?, q_indices.as_slice_mut()?),
+        full: (full_q_num_blocks.as_slice_mut()?, full_q_indices.as_slice_mut()?),
+    };
+    detached(py, || share::blocks_into(doc, seg, width, keys, queries))
 }
 
 #[pyfunction]
@@ -103,42 +240,6 @@ fn pack_lengths<'py>(
     let lengths = lengths.as_slice()?;
     let (items, starts) = detached(py, || pack::pack_lengths(lengths, capacity, seed))?;
     (items.into_pyarray(py), starts.into_pyarray(py)).into_pyobject(py)
-}
-
-/// Packed rows: ids and positions of shape (R, T), segment offsets, the longest segment, then the table's three arrays.
-#[pyfunction]
-fn pack_batch<'py>(
-    py: Python<'py>,
-    prompt: (Ids<'py>, Offsets<'py>),
-    chosen: (Ids<'py>, Offsets<'py>),
-    rejected: (Ids<'py>, Offsets<'py>),
-    index: PyReadonlyArray1<'py, i64>,
-    bounds: PyReadonlyArray1<'py, i64>,
-    width: usize,
-    pad_id: i64,
-    multiple: usize,
-) -> PyResult<Bound<'py, PyTuple>> {
-    let pairs = Pairs {
-        prompt: lists(&prompt.0, &prompt.1)?,
-        chosen: lists(&chosen.0, &chosen.1)?,
-        rejected: lists(&rejected.0, &rejected.1)?,
-    };
-    let (index, bounds) = (index.as_slice()?, bounds.as_slice()?);
-    let rows = bounds.len().saturating_sub(1);
-    let batch = detached(py, || pack::pack(&pairs, index, bounds, width, pad_id, multiple))?;
-    let width = batch.width;
-    let shaped = |values: Vec<i64>| values.into_pyarray(py).reshape([rows, width]);
-    let table = batch.table;
-    (
-        shaped(batch.input_ids)?,
-        shaped(batch.position_ids)?,
-        batch.cu_seq_lens.into_pyarray(py),
-        batch.longest,
-        table.logit_rows.into_pyarray(py),
-        table.targets.into_pyarray(py),
-        table.offsets.into_pyarray(py),
-    )
-        .into_pyobject(py)
 }
 
 #[pyfunction]
