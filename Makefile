@@ -47,8 +47,9 @@ test-rust: setup
 test-python: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --doctest-modules tests python/dpo_ext
 
-deep: setup  ## the exhaustive tests: every code point for every tokenizer, 5,000 examples a property
+deep: setup  ## the exhaustive tests: every code point for every tokenizer, long fuzzing, 5,000 examples a property
 	DPO_EXT_DEEP=1 cargo test --release --lib bpe
+	DPO_EXT_DEEP=1 cargo test --release --test fuzz
 	DPO_EXT_EXAMPLES=5000 $(BIN)/python -m pytest -q -n 2 tests
 
 check: setup  ## format, clippy, ruff, mypy, stubtest, docs
