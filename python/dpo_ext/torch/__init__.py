@@ -1,5 +1,6 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.torch.attention import assert_packing_safe
 from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
@@ -17,6 +18,7 @@ __all__ = [
     "PreferenceLoss",
     "ScoreTable",
     "TokenScores",
+    "assert_packing_safe",
     "attach_scoring",
     "kto_z",
     "ld_table",
