@@ -283,7 +283,7 @@ def test_a_shared_batch_without_its_mask_is_refused():
         return inputs
 
     assert_packing_safe(network, layout="shared")
-    with pytest.raises(TensorError, match="shared segments see each other in eval mode"):
+    with pytest.raises(TensorError, match="shared logits are not those of each sequence alone"):
         assert_packing_safe(network, layout="shared", inputs=bare)
     with pytest.raises(ValueError, match="unknown `layout` 'padded'"):
         assert_packing_safe(network, layout="padded")
