@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,6 +53,48 @@ class Report:
         """The report as plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: they are not the values of a report.
+        """
+        counts = {name: dict(values.get(name, {})) for name in ("dropped", "warned")}
+        numbers = [values.get(name) for name in ("read", "kept", "bytes")]
+        found = [*numbers, *counts["dropped"].values(), *counts["warned"].values()]
+        if not all(type(number) is int and number >= 0 for number in found):
+            raise ValueError("expected whole numbers in a report")
+        report = cls(
+            values["read"],
+            values["kept"],
+            **counts,
+            first={str(name): Example(**first) for name, first in values["first"].items()},
+            notes=tuple(map(str, values["notes"])),
+            bytes=values["bytes"],
+        )
+        if report.read != report.kept + sum(report.dropped.values()):
+            raise ValueError("expected `read` to be the sum of `kept` and `dropped`")
+        return report
+
+    @classmethod
+    def merged(cls, reports: Iterable[Report]) -> Report:
+        """One report of several parts of the same rows, in their order: counts add up, the first
+        example of each reason stays, notes are not repeated.
+        """
+        total = cls(0, 0)
+        for report in reports:
+            total = cls(
+                total.read + report.read,
+                total.kept + report.kept,
+                _sum(total.dropped, report.dropped),
+                _sum(total.warned, report.warned),
+                {**report.first, **total.first},
+                tuple(dict.fromkeys((*total.notes, *report.notes))),
+                total.bytes + report.bytes,
+            )
+        return total
+
     def __str__(self) -> str:
         lines = [f"{self.read:,} rows read, {self.kept:,} kept, {self.read - self.kept:,} dropped"]
         for title, counts in (("dropped", self.dropped), ("warned", self.warned)):
@@ -70,3 +113,7 @@ class Report:
             else f"{example.path}, line {example.line}"
         )
         return f" (first: {place}{f', `{example.field}`' if example.field else ''})"
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}

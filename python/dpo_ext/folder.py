@@ -1,0 +1,264 @@
+"""A folder that holds one state at a time: writers wait for each other, readers see old or new.
+
+A writer holds the lock, writes a file under a temporary name, syncs and renames it, and only then
+replaces the manifest, the same way; killed at any point it leaves the old state or the new one, and
+what else it left is swept by the next writer. The lock is the kernel's, so the death of its holder
+frees it. A file that was replaced lives on for those who have it mapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_ext.errors import DataError
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+# No other name is ever opened: no separator, no `..`, nothing that a manifest could make up.
+DATA = re.compile(r"[0-9a-f]{32}\.arrow")
+TEMPORARY = re.compile(r"\.[0-9]{1,10}-[0-9a-f]{8}\.tmp")
+# What a digest is made of; also how much of a mapped file is resident while it is copied.
+CHUNK_BYTES = 4 << 20
+
+
+class Digest:
+    """SHA-256 of the SHA-256 of each 4 MiB, so that several threads can check a file."""
+
+    def __init__(self) -> None:
+        self._root, self._part, self._room = hashlib.sha256(), hashlib.sha256(), CHUNK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        while len(data):
+            head = data[: self._room]
+            self._part.update(head)
+            self._room -= len(head)
+            data = data[len(head) :]
+            if self._room == 0:
+                self._root.update(self._part.digest())
+                self._part, self._room = hashlib.sha256(), CHUNK_BYTES
+
+    def hexdigest(self) -> str:
+        root = self._root.copy()
+        if self._room < CHUNK_BYTES:
+            root.update(self._part.digest())
+        return root.hexdigest()
+
+
+def digest_of(fd: int, size: int) -> str:
+    """The :class:`Digest` of the first ``size`` bytes of a file; reads, never maps."""
+
+    def part(start: int) -> bytes:
+        digest, stop = hashlib.sha256(), min(start + CHUNK_BYTES, size)
+        while start < stop and (piece := os.pread(fd, stop - start, start)):
+            digest.update(piece)
+            start += len(piece)
+        return digest.digest()
+
+    root = hashlib.sha256()
+    threads = min(8, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        for digest in pool.map(part, range(0, size, CHUNK_BYTES)):
+            root.update(digest)
+    return root.hexdigest()
+
+
+class Sink:
+    """A new file as something to write to, digested on the way.
+
+    ``release`` is called after every 4 MiB: there a writer whose source is mapped lets go of it.
+    """
+
+    def __init__(self, fd: int, release: Callable[[], Any] = lambda: None) -> None:
+        self._fd, self._release = fd, release
+        self.digest, self.size, self.closed = Digest(), 0, False
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK_BYTES):
+            rest = view[start : start + CHUNK_BYTES]
+            self.digest.update(rest)
+            while len(rest):
+                # A short write is no error to the system: what is missing is written next.
+                rest = rest[os.write(self._fd, rest) :]
+            self._release()
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def close(self) -> None:
+        """The file is its opener's to close."""
+
+
+@contextmanager
+def typed_errors(path: Path) -> Iterator[None]:
+    """A full or broken disk as a :class:`DataError`; that something is missing, forbidden or no
+    folder as Python says it.
+    """
+    try:
+        yield
+    except OSError as error:
+        plain = (FileNotFoundError, PermissionError, FileExistsError)
+        if isinstance(error, (*plain, IsADirectoryError, NotADirectoryError, InterruptedError)):
+            raise
+        name = errno.errorcode.get(error.errno or 0, "unknown")
+        said = f"{error.strerror or error} ({name})"
+        place = error.filename or path
+        raise DataError(f"{place}: {said}", path=place, reason="bad_input") from error
+
+
+def open_inside(folder: Path, name: str) -> int:
+    """Opens a regular file of the folder for reading, never through a symbolic link.
+
+    Raises:
+        FileNotFoundError, PermissionError: as the system says.
+        DataError: it is a link, or no regular file.
+    """
+    path = folder / name
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise damaged(path, "expected a file, found a symbolic link") from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise damaged(path, "expected a regular file")
+    return fd
+
+
+def not_a_folder(path: Path | str) -> NotADirectoryError:
+    return NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def damaged(path: Path, what: str) -> DataError:
+    return DataError(f"{path}: {what}", path=path, reason="bad_input")
+
+
+class Folder:
+    """The folder while its lock is held; see :func:`writing`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def temporary(self) -> Path:
+        """A name that nobody else uses, swept if its writer dies."""
+        return self.path / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+    def put(self, write: Callable[[Sink], Any], release: Callable[[], Any]) -> tuple[str, int, str]:
+        """Writes a data file; its final name, bytes and digest. It counts once the manifest names
+        it.
+        """
+        temporary = self.temporary()
+        with self._new(temporary) as fd:
+            sink = Sink(fd, release)
+            write(sink)
+            os.fsync(fd)
+            digest = sink.digest.hexdigest()
+            name = f"{digest[:32]}.arrow"
+            temporary.rename(self.path / name)
+        sync(self.path)
+        return name, sink.size, digest
+
+    def publish(self, manifest: bytes, keep: str) -> None:
+        """Replaces the manifest, then removes every data file but ``keep``."""
+        temporary = self.temporary()
+        with self._new(temporary) as fd:
+            Sink(fd).write(manifest)
+            os.fsync(fd)
+            temporary.replace(self.path / MANIFEST)
+        sync(self.path)
+        for path in self.path.iterdir():
+            if DATA.fullmatch(path.name) and path.name != keep:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _new(self, path: Path) -> Iterator[int]:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            yield fd
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+    def sweep(self, current: str | None) -> None:
+        """Removes what writers left that died: the lock is held, so none of them is alive."""
+        for path in self.path.iterdir():
+            name = path.name
+            if TEMPORARY.fullmatch(name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif TEMPORARY.fullmatch(name) or (DATA.fullmatch(name) and name != current):
+                path.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Makes the renames inside a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def is_ours(name: str) -> bool:
+    return name in (MANIFEST, LOCK) or bool(DATA.fullmatch(name) or TEMPORARY.fullmatch(name))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Folder]:
+    """The folder, made if it is missing, for this process alone; waits for another writer.
+
+    New folders have the mode 0700 and new files 0600, whatever the umask.
+
+    Raises:
+        DataError: the folder holds files of others, or its file system has no locks or no space.
+        NotADirectoryError, PermissionError: as the system says.
+    """
+    with typed_errors(path):
+        if not path.is_dir():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir(mode=0o700)
+            except FileExistsError as error:
+                if not path.is_dir():
+                    raise not_a_folder(error.filename) from None
+            sync(path.parent)
+        _refuse_others(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path / LOCK, flags, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as error:
+                raise damaged(path, f"this file system has no locks: {error.strerror}") from error
+            # Another writer may have filled the folder meanwhile.
+            _refuse_others(path)
+            yield Folder(path)
+        finally:
+            os.close(fd)
+
+
+def _refuse_others(path: Path) -> None:
+    foreign = sorted(inner.name for inner in path.iterdir() if not is_ours(inner.name))
+    if foreign:
+        raise DataError(
+            f"{path}: expected a saved data set or an empty folder, found {foreign[0]!a}\n"
+            "hint: choose a new folder",
+            path=path,
+            reason="bad_input",
+        )
