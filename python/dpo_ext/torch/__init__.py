@@ -1,11 +1,12 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
 from dpo_ext.torch.attention import assert_packing_safe
+from dpo_ext.torch.kl import linear_token_kl, token_kl
 from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
 from dpo_ext.torch.loss_groups import GroupLoss, kto_z, list_loss, unpaired_loss
-from dpo_ext.torch.loss_tokens import ld_table, wpo_averages
+from dpo_ext.torch.loss_tokens import ld_table, tdpo_kls, wpo_averages
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring
@@ -24,11 +25,14 @@ __all__ = [
     "ld_table",
     "linear_preference_loss",
     "linear_sequence_logps",
+    "linear_token_kl",
     "linear_token_scores",
     "list_loss",
     "preference_loss",
     "register_loss",
     "sequence_logps",
+    "tdpo_kls",
+    "token_kl",
     "token_scores",
     "unpaired_loss",
     "wpo_averages",

@@ -1,5 +1,5 @@
 """What losses of token statistics take from the scores of a table: LD-DPO's weights, WPO's
-averages.
+averages, TDPO's divergences.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.torch import twin
 from dpo_ext.torch.logps import TokenScores
 from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
 
@@ -83,6 +84,37 @@ def wpo_averages(scores: TokenScores, table: ScoreTable) -> tuple[Tensor, Tensor
     mean = total / table.lengths.reshape(-1).clamp(min=1)
     aw, al = mean.reshape(-1, 2).to(scores.logps.dtype).unbind(1)
     return aw, al
+
+
+def tdpo_kls(kl: Tensor, table: ScoreTable) -> tuple[Tensor, Tensor]:
+    """TDPO's ``kw`` and ``kl``: the divergences of a completion's tokens, added up, of both sides.
+
+    Zeng et al. 2024, arXiv:2404.11999, eq. 11: ``sum_t KL(ref_t, policy_t)``. The loss is
+    differentiable through them.
+
+    Args:
+        kl: (M,), of ``token_kl(logits, ref_logits, table)``.
+        table: of pairs; its weights are applied.
+
+    Returns:
+        Two tensors (N,), for ``preference_loss(..., loss="tdpo1", kw=kw, kl=kl)``, or
+        ``loss="tdpo2"``, whose formula stops the gradient of the first: ``kw=kw.detach()``.
+
+    >>> from dpo_ext.torch import token_kl
+    >>> table = ScoreTable(logit_rows=[0, 1], targets=[0, 1], seq_offsets=[0, 1, 2])
+    >>> logits = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    >>> tdpo_kls(token_kl(logits, torch.zeros(2, 2), table), table)
+    (tensor([0.]), tensor([0.1201]))
+    """
+    if table.group_size != 2:
+        raise TensorError(f"`table` must be of pairs, found groups of {table.group_size}")
+    if kl.shape != table.targets.shape:
+        raise TensorError(
+            f"`kl` must have shape ({len(table.targets)},), one value a token, found "
+            f"{tuple(kl.shape)}"
+        )
+    kw, other = twin.segment_sum(kl, table.weights, table.seq_offsets).reshape(-1, 2).unbind(1)
+    return kw, other
 
 
 def _sequence_of_tokens(table: ScoreTable) -> tuple[Tensor, Tensor]:
