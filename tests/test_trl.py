@@ -34,7 +34,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import dpo_ext.trl
 from dpo_ext.data import PairDataset
-from dpo_ext.errors import DataError
+from dpo_ext.errors import DataError, TensorError
 from dpo_ext.tokenizer import Tokenizer
 from dpo_ext.torch import linear, logps, scoring
 from dpo_ext.trl import DPOTrainer, PairCollator
@@ -279,6 +279,23 @@ def test_packed_training_equals_stock(own, variant, loss):
     found = runs.train(DPOTrainer, own, data, keywords=keywords | stock, **options)
     skip = ("rewards/accuracies",) if variant == "precomputed" else ()
     assert runs.differences(expected, found, skip=(*skip, "total_flos")) == []
+
+
+def test_a_model_that_leaks_is_refused_before_it_trains_packed(own):
+    """One that is not told its positions sees a row as one text."""
+    model = AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
+    forward = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **inputs: forward(*args, **inputs)
+    args = runs.config(own)
+    data = runs.load(own, "text_explicit")
+    with pytest.raises(TensorError, match="packed segments"):
+        DPOTrainer(
+            model,
+            args=args,
+            train_dataset=data,
+            processing_class=runs.tokenizer(own),
+            layout="packed",
+        )
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])

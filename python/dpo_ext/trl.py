@@ -26,7 +26,7 @@ from dpo_ext.data import PairDataset
 from dpo_ext.errors import DataError
 from dpo_ext.report import Report
 from dpo_ext.tokenizer import Tokenizer
-from dpo_ext.torch import attach_scoring, preference_loss
+from dpo_ext.torch import assert_packing_safe, attach_scoring, preference_loss
 from dpo_ext.trl_collator import LAYOUTS, NUM_TOKENS, REF_COLUMNS, TABLE_KEY, PairCollator
 from dpo_ext.trl_options import (
     HONOURED,
@@ -99,6 +99,7 @@ class DPOTrainer(trl.DPOTrainer):
         ValueError: an option that is not honoured, by name; `REFUSED` lists them.
         DataError: no row of a data set can be used.
         TokenizerError: the tokenizer has no ``tokenizer.json``.
+        TensorError: ``layout="packed"`` with a model that lets segments see each other.
 
     Numerics: in float32, over four steps, loss and gradient norm within 1e-5 of stock (relative).
     """
@@ -196,6 +197,8 @@ class DPOTrainer(trl.DPOTrainer):
             score_table=True,
             layout=self.layout,
         )
+        if self.layout == "packed":
+            assert_packing_safe(self.accelerator.unwrap_model(self.model))
         attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
