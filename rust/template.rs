@@ -2,18 +2,31 @@
 //!
 //! A template is code of somebody else: each render has fuel and a cap on its output.
 
+mod clock;
+mod flow;
+mod json;
+mod program;
+mod python;
+
 use std::fmt::Write as _;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as Jinja};
+use minijinja::value::ValueKind;
+use minijinja::{AutoEscape, Environment, ErrorKind, Value as Jinja, machinery};
+
+use clock::strftime_now;
+use json::tojson;
+pub(crate) use program::concatenate;
+use program::Checks;
+use python::{method, trim};
 
 use crate::error::{Error, Result};
 use crate::read::json::Value;
 
 /// Local time, taken once for a whole data set so that every row sees the same date.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Now {
     /// Year, month 1..=12, day, hour, minute, second.
     pub time: [i32; 6],
@@ -36,6 +49,10 @@ pub struct Template {
     source: String,
     /// One environment for each level of fuel: minijinja keeps the budget there.
     levels: Vec<Environment<'static>>,
+    /// Names this template in the caches of threads.
+    owner: u64,
+    /// What contents must keep to for a render to be a concatenation, or why none is.
+    checks: std::result::Result<Checks, String>,
 }
 
 const NAME: &str = "chat_template";
@@ -56,7 +73,15 @@ impl Template {
             })?;
             levels.push(env);
         }
-        Ok(Self { source: source.to_owned(), levels })
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let owner = NEXT.fetch_add(1, Ordering::Relaxed);
+        let checks = checks(&rewritten);
+        Ok(Self { source: source.to_owned(), levels, owner, checks })
+    }
+
+    /// Why renders of ordinary conversations are not concatenations, if they are not.
+    pub fn refusal(&self) -> Option<&str> {
+        self.checks.as_ref().err().map(String::as_str)
     }
 
     /// The text as it was given.
@@ -95,6 +120,12 @@ impl Template {
             Err(e) => Err(RenderError::Template(one_line(&e))),
         }
     }
+}
+
+fn checks(source: &str) -> std::result::Result<Checks, String> {
+    let tree = machinery::parse(source, NAME, syntax()).map_err(|e| one_line(&e))?;
+    let guards = flow::analyse(&tree)?;
+    Checks::new(&guards).ok_or_else(|| "the template searches for private characters".to_owned())
 }
 
 /// Why a conversation was not rendered.
@@ -166,16 +197,19 @@ fn rewrite_generation(source: &str) -> String {
     out
 }
 
+fn syntax() -> SyntaxConfig {
+    // Only delimiters can make `build` fail, and those are minijinja's own.
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default()
+}
+
 fn environment() -> Environment<'static> {
     let mut env = Environment::new();
-    // Only delimiters can make `build` fail, and those are minijinja's own.
-    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
-        env.set_syntax(syntax);
-    }
+    env.set_syntax(syntax());
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_recursion_limit(100);
     env.set_unknown_method_callback(method);
     env.add_filter("tojson", tojson);
+    env.add_filter("trim", trim);
     env.add_function("raise_exception", |message: String| -> Result<Jinja, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -190,288 +224,6 @@ fn environment() -> Environment<'static> {
         matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
     });
     env
-}
-
-fn bad(message: impl Into<std::borrow::Cow<'static, str>>) -> minijinja::Error {
-    minijinja::Error::new(ErrorKind::InvalidOperation, message)
-}
-
-/// Methods of Python strings that `pycompat` lacks; the rest goes there.
-fn method(
-    state: &mut State,
-    value: &Jinja,
-    name: &str,
-    args: &[Jinja],
-) -> Result<Jinja, minijinja::Error> {
-    let (Some(text), Some(first)) = (value.as_str(), args.first().and_then(Jinja::as_str)) else {
-        return minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args);
-    };
-    let tuple = |parts: [&str; 3]| Jinja::from(parts.map(Jinja::from).to_vec());
-    Ok(match name {
-        "removeprefix" => Jinja::from(text.strip_prefix(first).unwrap_or(text)),
-        "removesuffix" => Jinja::from(text.strip_suffix(first).unwrap_or(text)),
-        "partition" | "rpartition" | "rsplit" if first.is_empty() => {
-            return Err(bad("empty separator"));
-        }
-        "partition" => match text.split_once(first) {
-            Some((a, b)) => tuple([a, first, b]),
-            None => tuple([text, "", ""]),
-        },
-        "rpartition" => match text.rsplit_once(first) {
-            Some((a, b)) => tuple([a, first, b]),
-            None => tuple(["", "", text]),
-        },
-        "rsplit" => {
-            let most = match args.get(1) {
-                None => usize::MAX,
-                Some(n) => usize::try_from(n.clone()).unwrap_or(usize::MAX),
-            };
-            let mut parts: Vec<Jinja> =
-                text.rsplitn(most.saturating_add(1), first).map(Jinja::from).collect();
-            parts.reverse();
-            Jinja::from(parts)
-        }
-        _ => return minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
-    })
-}
-
-#[allow(clippy::needless_pass_by_value)] // minijinja's arguments are owned
-/// Python's `json.dumps(x, ensure_ascii=, indent=, separators=, sort_keys=)`.
-fn tojson(value: &Jinja, args: Rest<Jinja>, kwargs: Kwargs) -> Result<Jinja, minijinja::Error> {
-    if args.len() > 4 {
-        return Err(ErrorKind::TooManyArguments.into());
-    }
-    let named = |i: usize, name: &str| -> Result<Option<Jinja>, minijinja::Error> {
-        let value = match args.get(i) {
-            Some(value) => Some(value.clone()),
-            None => kwargs.get(name)?,
-        };
-        Ok(value.filter(|v| !v.is_none() && !v.is_undefined()))
-    };
-    let ascii = named(0, "ensure_ascii")?.is_some_and(|v| v.is_true());
-    let indent = match named(1, "indent")? {
-        None => None,
-        Some(v) if v.as_str().is_some() => v.as_str().map(str::to_owned),
-        Some(v) => Some(" ".repeat(usize::try_from(v)?.min(64))),
-    };
-    let (mut item, mut pair) =
-        (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
-    if let Some(separators) = named(2, "separators")? {
-        let parts: Vec<Jinja> = separators.try_iter()?.collect();
-        match (parts.first().and_then(Jinja::as_str), parts.get(1).and_then(Jinja::as_str)) {
-            (Some(a), Some(b)) if parts.len() == 2 => (item, pair) = (a.to_owned(), b.to_owned()),
-            _ => return Err(bad("`separators` must be two strings")),
-        }
-    }
-    let sort = named(3, "sort_keys")?.is_some_and(|v| v.is_true());
-    kwargs.assert_all_used()?;
-    let style = Style { ascii, indent, item, pair, sort };
-    let mut out = String::new();
-    dump(value, &style, 0, &mut out)?;
-    Ok(Jinja::from(out))
-}
-
-struct Style {
-    ascii: bool,
-    indent: Option<String>,
-    item: String,
-    pair: String,
-    sort: bool,
-}
-
-impl Style {
-    fn line(&self, depth: usize, out: &mut String) {
-        if let Some(indent) = &self.indent {
-            out.push('\n');
-            for _ in 0..depth {
-                out.push_str(indent);
-            }
-        }
-    }
-}
-
-const DEEPEST: usize = 128;
-
-fn dump(
-    value: &Jinja,
-    style: &Style,
-    depth: usize,
-    out: &mut String,
-) -> Result<(), minijinja::Error> {
-    if depth > DEEPEST {
-        return Err(bad("nested too deep for `tojson`"));
-    }
-    match value.kind() {
-        ValueKind::None => out.push_str("null"),
-        ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-        ValueKind::Number if value.is_integer() => {
-            let _ = write!(out, "{value}");
-        }
-        ValueKind::Number => out.push_str(&python_float(f64::try_from(value.clone())?)),
-        ValueKind::String => quote(value.as_str().unwrap_or_default(), style.ascii, out),
-        ValueKind::Seq | ValueKind::Iterable => {
-            let mut empty = true;
-            out.push('[');
-            for item in value.try_iter()? {
-                if !empty {
-                    out.push_str(&style.item);
-                }
-                empty = false;
-                style.line(depth + 1, out);
-                dump(&item, style, depth + 1, out)?;
-            }
-            if !empty {
-                style.line(depth, out);
-            }
-            out.push(']');
-        }
-        ValueKind::Map => {
-            let mut keys: Vec<Jinja> = value.try_iter()?.collect();
-            if style.sort {
-                keys.sort_by_key(ToString::to_string);
-            }
-            out.push('{');
-            for (i, key) in keys.iter().enumerate() {
-                if i > 0 {
-                    out.push_str(&style.item);
-                }
-                style.line(depth + 1, out);
-                if let Some(text) = key.as_str() {
-                    quote(text, style.ascii, out);
-                } else {
-                    let mut text = String::new();
-                    dump(key, style, DEEPEST, &mut text)?;
-                    quote(&text, style.ascii, out);
-                }
-                out.push_str(&style.pair);
-                dump(&value.get_item(key)?, style, depth + 1, out)?;
-            }
-            if !keys.is_empty() {
-                style.line(depth, out);
-            }
-            out.push('}');
-        }
-        kind => return Err(bad(format!("{kind} is not JSON serializable"))),
-    }
-    Ok(())
-}
-
-fn quote(text: &str, ascii: bool, out: &mut String) {
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\u{8}' => out.push_str("\\b"),
-            '\u{c}' => out.push_str("\\f"),
-            c if c < ' ' || (ascii && c > '~') => {
-                for unit in c.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(out, "\\u{unit:04x}");
-                }
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-}
-
-/// Python's `repr` of a float, as `json.dumps` writes it.
-fn python_float(x: f64) -> String {
-    if x.is_nan() {
-        return "NaN".to_owned();
-    }
-    if x.is_infinite() {
-        return if x > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
-    }
-    // Rust's shortest digits are Python's; only the choice of the notation differs.
-    let scientific = format!("{x:e}");
-    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    match exponent.parse::<i32>() {
-        Ok(e) if x != 0.0 && !(-4..16).contains(&e) => {
-            let sign = if e < 0 { '-' } else { '+' };
-            format!("{digits}e{sign}{:02}", e.abs())
-        }
-        _ => {
-            let plain = format!("{x}");
-            if plain.contains('.') { plain } else { plain + ".0" }
-        }
-    }
-}
-
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const DAYS: [&str; 7] =
-    ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
-
-fn strftime_now(state: &State, format: &str) -> Result<String, minijinja::Error> {
-    let parts: Vec<i32> = state
-        .lookup(NOW)
-        .and_then(|now| now.try_iter().ok()?.map(|n| i32::try_from(n).ok()).collect())
-        .unwrap_or_default();
-    let [year, month, day, hour, minute, second, weekday, yearday] = *parts.as_slice() else {
-        return Err(bad("no time is known"));
-    };
-    let name = |names: &[&'static str], i: i32| {
-        usize::try_from(i).ok().and_then(|i| names.get(i).copied()).unwrap_or_default()
-    };
-    let half = match hour % 12 {
-        0 => 12,
-        h => h,
-    };
-    let mut out = String::new();
-    let mut rest = format.chars();
-    while let Some(c) = rest.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        let directive = rest.next();
-        let plain = directive == Some('-');
-        let directive = if plain { rest.next() } else { directive };
-        let number = |n: i32, width: usize| {
-            if plain { n.to_string() } else { format!("{n:0width$}") }
-        };
-        let text = match directive {
-            Some('Y') => year.to_string(),
-            Some('y') => number(year.rem_euclid(100), 2),
-            Some('m') => number(month, 2),
-            Some('d') => number(day, 2),
-            Some('H') => number(hour, 2),
-            Some('I') => number(half, 2),
-            Some('M') => number(minute, 2),
-            Some('S') => number(second, 2),
-            Some('j') => number(yearday, 3),
-            Some('B') => name(&MONTHS, month - 1).to_owned(),
-            Some('b') => name(&MONTHS, month - 1).chars().take(3).collect(),
-            Some('A') => name(&DAYS, weekday).to_owned(),
-            Some('a') => name(&DAYS, weekday).chars().take(3).collect(),
-            Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
-            Some('F') => format!("{year}-{month:02}-{day:02}"),
-            Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
-            Some('%') => "%".to_owned(),
-            other => {
-                let other = other.map(String::from).unwrap_or_default();
-                return Err(bad(format!("`strftime_now` does not know `%{other}`")));
-            }
-        };
-        out.push_str(&text);
-    }
-    Ok(out)
 }
 
 /// A template's view of a value.

@@ -8,7 +8,7 @@ use super::{Options, Pair, Refusal, SpecialText, Texts, Warning, check_special, 
 use crate::error::Result;
 use crate::read::json::Value;
 use crate::read::row::Bad;
-use crate::template::{RenderError, Template, message_to_jinja, to_jinja};
+use crate::template::{RenderError, Template, concatenate, message_to_jinja, to_jinja};
 use crate::tokenize::Tokenizer;
 
 /// The messages of one row.
@@ -69,32 +69,13 @@ fn says_something(message: &Value<'_>) -> bool {
 /// A template with everything but the messages filled in.
 struct Renderer<'t> {
     template: &'t Template,
-    variables: Vec<(&'t str, Jinja)>,
+    tokenizer: &'t Tokenizer,
+    tools: Option<&'t Value<'t>>,
+    kwargs: &'t [(Cow<'t, str>, Value<'t>)],
     options: &'t Options,
 }
 
-impl<'t> Renderer<'t> {
-    fn new(
-        tokenizer: &'t Tokenizer,
-        tools: Option<&Value<'_>>,
-        kwargs: &'t [(Cow<'_, str>, Value<'_>)],
-        options: &'t Options,
-    ) -> Result<Self, Refusal> {
-        let template = tokenizer.template()?;
-        let mut variables: Vec<(&str, Jinja)> = Vec::with_capacity(16);
-        let tools = tools.map_or(Ok(Jinja::from(())), to_jinja).map_err(|e| failed("tools", e))?;
-        variables.push(("tools", tools));
-        variables.push(("documents", Jinja::from(())));
-        for (name, text) in tokenizer.named() {
-            variables.push((name, Jinja::from(text.as_str())));
-        }
-        for (name, value) in kwargs {
-            let value = to_jinja(value).map_err(|e| failed("chat_template_kwargs", e))?;
-            variables.push((name, value));
-        }
-        Ok(Self { template, variables, options })
-    }
-
+impl Renderer<'_> {
     /// The text of `prompt` and then `rest`; without `rest`, of the prompt and what begins an answer.
     fn render(
         &self,
@@ -102,26 +83,70 @@ impl<'t> Renderer<'t> {
         rest: Option<&[Value<'_>]>,
         key: &str,
     ) -> Result<String, Refusal> {
-        let mut messages = Vec::new();
+        let messages: Vec<&Value<'_>> = prompt.iter().chain(rest.unwrap_or_default()).collect();
+        let (generation, now) = (rest.is_none(), self.options.now);
+        let cap = self.options.limits.max_rendered_bytes;
+        let slowly = |messages: &[&Value<'_>]| self.slowly(messages, generation, cap, key);
+        let joined = if self.tools.is_none() && self.kwargs.is_empty() {
+            let render = |messages: &[&Value<'_>]| match slowly(messages) {
+                Err(Slow::Render(error)) => Err(error),
+                Err(Slow::Value(bad)) => Err(RenderError::Template(bad.message)),
+                Ok(text) => Ok(text),
+            };
+            concatenate(self.template, &messages, generation, now, cap, render)
+        } else {
+            None
+        };
+        let text = joined.map_or_else(|| slowly(&messages), |text| text.map_err(Slow::Render));
+        text.map_err(|error| match error {
+            Slow::Value(bad) => bad.into(),
+            Slow::Render(RenderError::Template(message)) => failed(key, message).into(),
+            Slow::Render(RenderError::TooLong) => {
+                let message = format!("the rendered conversation has more than {cap} bytes");
+                Bad::new("limit", "max_rendered_bytes", message).into()
+            }
+        })
+    }
+
+    fn slowly(
+        &self,
+        messages: &[&Value<'_>],
+        generation: bool,
+        cap: usize,
+        key: &str,
+    ) -> Result<String, Slow> {
+        let value = |value: &Value<'_>, name: &str| {
+            to_jinja(value).map_err(|e| Slow::Value(failed(name, e)))
+        };
+        let mut variables: Vec<(&str, Jinja)> = Vec::with_capacity(16);
+        let tools = self.tools.map_or(Ok(Jinja::from(())), |tools| value(tools, "tools"))?;
+        variables.push(("tools", tools));
+        variables.push(("documents", Jinja::from(())));
+        for (name, text) in self.tokenizer.named() {
+            variables.push((name, Jinja::from(text.as_str())));
+        }
+        for (name, given) in self.kwargs {
+            variables.push((name, value(given, "chat_template_kwargs")?));
+        }
+        let mut all = Vec::with_capacity(messages.len());
         let mut bytes = 0;
-        for message in prompt.iter().chain(rest.unwrap_or_default()) {
-            messages.push(message_to_jinja(message).map_err(|e| failed(key, e))?);
+        for message in messages {
+            all.push(message_to_jinja(message).map_err(|e| Slow::Value(failed(key, e)))?);
             strings(message, &mut |text| bytes += text.len());
         }
-        let count = messages.len();
-        let mut variables = self.variables.clone();
-        variables.push(("messages", Jinja::from(messages)));
-        variables.push(("add_generation_prompt", Jinja::from(rest.is_none())));
-        let cap = self.options.limits.max_rendered_bytes;
-        match self.template.render(&variables, self.options.now, count, bytes, cap) {
-            Ok(text) => Ok(text),
-            Err(RenderError::Template(message)) => Err(failed(key, message).into()),
-            Err(RenderError::TooLong) => {
-                let message = format!("the rendered conversation has more than {cap} bytes");
-                Err(Bad::new("limit", "max_rendered_bytes", message).into())
-            }
-        }
+        variables.push(("messages", Jinja::from(all)));
+        variables.push(("add_generation_prompt", Jinja::from(generation)));
+        self.template
+            .render(&variables, self.options.now, messages.len(), bytes, cap)
+            .map_err(Slow::Render)
     }
+}
+
+/// Why the template was not rendered.
+enum Slow {
+    /// A value that no template can be given.
+    Value(Bad),
+    Render(RenderError),
 }
 
 fn failed(key: &str, message: String) -> Bad {
@@ -155,7 +180,13 @@ pub(super) fn texts(
         }
         result?;
     }
-    let renderer = Renderer::new(tokenizer, tools.as_ref(), &kwargs, options)?;
+    let renderer = Renderer {
+        template: tokenizer.template()?,
+        tokenizer,
+        tools: tools.as_ref(),
+        kwargs: &kwargs,
+        options,
+    };
     let alone = renderer.render(&prompt, None, &keys.prompt)?;
     let whole_chosen = renderer.render(&prompt, Some(&chosen), &keys.chosen)?;
     let whole_rejected = renderer.render(&prompt, Some(&rejected), &keys.rejected)?;

@@ -80,6 +80,12 @@ impl PyTokenizer {
         self.inner.refusal()
     }
 
+    /// Why chat rows are rendered one by one and not joined, None if they are joined or there is no template.
+    #[getter]
+    fn template_refusal(&self) -> Option<&str> {
+        self.inner.template().ok().and_then(|template| template.refusal())
+    }
+
     #[getter]
     fn gaps(&self) -> usize {
         self.inner.gaps()

@@ -1,0 +1,306 @@
+//! Renders by concatenation, for templates that [`super::flow`] proved to be nothing else.
+//!
+//! The roles and the number of messages decide which literals stand around which contents. That is found once for each
+//! such shape, by rendering it with contents of private characters, and kept by the thread. The first render of a shape
+//! and a sample of the later ones are compared with the template's own.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use memchr::memmem;
+
+use super::flow::Guards;
+use super::python::{is_space, trim_end, trim_start};
+use super::{Now, RenderError, Template};
+use crate::read::json::Value;
+
+/// A probe's content is one of these characters between two kinds of white space.
+const FIRST: u32 = 0xe100;
+const MOST: usize = 0x100;
+const LEFT: char = '\u{2001}';
+const RIGHT: char = '\u{2002}';
+/// Shapes that a thread keeps for one template, and templates.
+const SHAPES: usize = 4096;
+const TEMPLATES: usize = 4;
+
+fn probe_char(i: usize) -> Option<char> {
+    char::from_u32(FIRST + u32::try_from(i).ok()?)
+}
+
+fn probe_index(c: char) -> Option<usize> {
+    let i = u32::from(c).checked_sub(FIRST)? as usize;
+    (i < MOST).then_some(i)
+}
+
+fn is_probe(c: char) -> bool {
+    c == LEFT || c == RIGHT || probe_index(c).is_some()
+}
+
+/// The guards in the form that is checked on every content.
+pub(super) struct Checks {
+    needles: Vec<memmem::Finder<'static>>,
+    ends: Vec<char>,
+}
+
+impl std::fmt::Debug for Checks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} needles, {} ends", self.needles.len(), self.ends.len())
+    }
+}
+
+impl Checks {
+    /// `None` if the probes themselves would break a guard.
+    pub(super) fn new(guards: &Guards) -> Option<Self> {
+        if guards.ends.iter().copied().any(is_probe)
+            || guards.needles.iter().any(|needle| needle.chars().any(is_probe))
+        {
+            return None;
+        }
+        let needles = guards.needles.iter().map(|n| memmem::Finder::new(n.as_bytes()).into_owned());
+        Some(Self { needles: needles.collect(), ends: guards.ends.iter().copied().collect() })
+    }
+
+    fn hold(&self, content: &str) -> bool {
+        let ends = |text: &str| {
+            let at = [text.chars().next(), text.chars().next_back()];
+            at.into_iter().flatten().any(|c| self.ends.contains(&c))
+        };
+        if content.chars().all(is_space) {
+            return false;
+        }
+        if !self.ends.is_empty() && (ends(content) || ends(trim_end(trim_start(content)))) {
+            return false;
+        }
+        self.needles.iter().all(|needle| needle.find(content.as_bytes()).is_none())
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Piece {
+    /// This many bytes of the literals.
+    Literal(usize),
+    Content {
+        index: usize,
+        trim_start: bool,
+        trim_end: bool,
+    },
+}
+
+#[derive(Debug, Default)]
+struct Program {
+    literals: String,
+    pieces: Vec<Piece>,
+}
+
+impl Program {
+    /// Reads a render of probes. `None` if they are not in it as they were given.
+    fn read(text: &str) -> Option<Self> {
+        let mut program = Self::default();
+        let mut literal = 0;
+        let mut rest = text;
+        while let Some(c) = rest.chars().next() {
+            let after_left = rest.strip_prefix(LEFT);
+            let from = after_left.unwrap_or(rest);
+            let probe = from.chars().next();
+            if let (Some(index), Some(probe)) = (probe.and_then(probe_index), probe) {
+                if literal > 0 {
+                    program.pieces.push(Piece::Literal(literal));
+                    literal = 0;
+                }
+                rest = from.get(probe.len_utf8()..)?;
+                let after_right = rest.strip_prefix(RIGHT);
+                program.pieces.push(Piece::Content {
+                    index,
+                    trim_start: after_left.is_none(),
+                    trim_end: after_right.is_none(),
+                });
+                rest = after_right.unwrap_or(rest);
+                continue;
+            }
+            if is_probe(c) {
+                return None;
+            }
+            program.literals.push(c);
+            literal += c.len_utf8();
+            rest = rest.get(c.len_utf8()..)?;
+        }
+        if literal > 0 {
+            program.pieces.push(Piece::Literal(literal));
+        }
+        Some(program)
+    }
+
+    fn run(&self, contents: &[&str]) -> Option<String> {
+        let most = self.literals.len() + contents.iter().map(|text| text.len()).sum::<usize>();
+        let mut out = String::with_capacity(most);
+        let mut literals = self.literals.as_str();
+        for piece in &self.pieces {
+            match *piece {
+                Piece::Literal(length) => {
+                    let (literal, rest) = literals.split_at(length);
+                    out.push_str(literal);
+                    literals = rest;
+                }
+                Piece::Content { index, trim_start: start, trim_end: end } => {
+                    let mut text = *contents.get(index)?;
+                    if start {
+                        text = trim_start(text);
+                    }
+                    if end {
+                        text = trim_end(text);
+                    }
+                    out.push_str(text);
+                }
+            }
+        }
+        Some(out)
+    }
+}
+
+/// A shape, and how often it came.
+struct Shape {
+    program: Option<Program>,
+    uses: u64,
+}
+
+#[derive(Default)]
+struct Fnv(u64);
+
+impl std::hash::Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word.iter_mut().zip(chunk).for_each(|(to, from)| *to = *from);
+            let mixed = (self.0 ^ u64::from_le_bytes(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            self.0 = mixed ^ (mixed >> 29);
+        }
+    }
+}
+
+struct Shapes {
+    owner: u64,
+    now: Now,
+    broken: bool,
+    map: HashMap<Vec<u8>, Shape, BuildHasherDefault<Fnv>>,
+}
+
+#[derive(Default)]
+struct Cache {
+    all: Vec<Shapes>,
+    key: Vec<u8>,
+}
+
+thread_local! {
+    // No lock: a thread of a forked child finds its own copy, whatever the parent's threads were doing.
+    static CACHE: RefCell<Cache> = RefCell::default();
+}
+
+/// Appends what a template may ask of a message beside its content, and gives the content.
+fn describe<'v>(message: &'v Value<'_>, key: &mut Vec<u8>) -> Option<&'v str> {
+    let Value::Object(items) = message else { return None };
+    let mut content = None;
+    let mut role = false;
+    for (name, value) in items {
+        match (name.as_ref(), value) {
+            ("role", Value::Str(text)) => {
+                key.push(1);
+                key.extend_from_slice(text.as_bytes());
+                role = true;
+            }
+            ("content", Value::Str(text)) => {
+                key.push(2);
+                content = Some(text.as_ref());
+            }
+            (_, Value::Null) => {
+                key.push(3);
+                key.extend_from_slice(name.as_bytes());
+            }
+            _ => return None,
+        }
+        key.push(0xff); // in no UTF-8 text
+    }
+    key.push(0xfe);
+    content.filter(|_| role)
+}
+
+fn probe(messages: &[&Value<'_>]) -> Vec<Value<'static>> {
+    let one = |(i, message): (usize, &&Value<'_>)| {
+        let mut message = Value::clone(message).into_owned();
+        if let Value::Object(items) = &mut message
+            && let Some((_, content)) = items.iter_mut().find(|(name, _)| name == "content")
+        {
+            let c = probe_char(i).map(String::from).unwrap_or_default();
+            *content = Value::Str(format!("{LEFT}{c}{RIGHT}").into());
+        }
+        message
+    };
+    messages.iter().enumerate().map(one).collect()
+}
+
+/// The render of `messages` by concatenation, or `None` if this conversation has to be rendered.
+///
+/// `render` renders the messages it is given, with the same variables; it is asked for probes and for the sample.
+pub(crate) fn concatenate(
+    template: &Template,
+    messages: &[&Value<'_>],
+    generation: bool,
+    now: Now,
+    cap: usize,
+    render: impl Fn(&[&Value<'_>]) -> Result<String, RenderError>,
+) -> Option<Result<String, RenderError>> {
+    let checks = template.checks.as_ref().ok()?;
+    if messages.len() > MOST {
+        return None;
+    }
+    CACHE.with_borrow_mut(|cache| {
+        let Cache { all, key } = cache;
+        key.clear();
+        key.push(u8::from(generation));
+        let mut contents = Vec::with_capacity(messages.len());
+        for message in messages {
+            let content = describe(message, key)?;
+            if !checks.hold(content) {
+                return None;
+            }
+            contents.push(content);
+        }
+        let found = all.iter().position(|s| s.owner == template.owner && s.now == now);
+        let at = found.unwrap_or_else(|| {
+            all.truncate(TEMPLATES - 1);
+            all.insert(
+                0,
+                Shapes { owner: template.owner, now, broken: false, map: HashMap::default() },
+            );
+            0
+        });
+        let shapes = all.get_mut(at).filter(|shapes| !shapes.broken)?;
+        if !shapes.map.contains_key(key.as_slice()) {
+            if shapes.map.len() >= SHAPES {
+                shapes.map.clear();
+            }
+            let probes = probe(messages);
+            let text = render(&probes.iter().collect::<Vec<_>>()).ok();
+            let program = text.and_then(|text| Program::read(&text));
+            shapes.map.insert(key.clone(), Shape { program, uses: 0 });
+        }
+        let shape = shapes.map.get_mut(key.as_slice())?;
+        let text = shape.program.as_ref()?.run(&contents)?;
+        if text.len() > cap {
+            return Some(Err(RenderError::TooLong));
+        }
+        shape.uses += 1;
+        if shape.uses.is_power_of_two() {
+            let rendered = render(messages);
+            if rendered.as_ref() != Ok(&text) {
+                shapes.broken = true;
+                return Some(rendered);
+            }
+        }
+        Some(Ok(text))
+    })
+}
