@@ -18,8 +18,8 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value as Jinja, machinery};
 
 use clock::strftime_now;
 use json::tojson;
-pub(crate) use program::concatenate;
 use program::Checks;
+pub(crate) use program::concatenate;
 use python::{method, trim};
 
 use crate::error::{Error, Result};
@@ -57,6 +57,8 @@ pub struct Template {
 
 const NAME: &str = "chat_template";
 
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
 impl Template {
     /// Compiles `source`.
     ///
@@ -73,7 +75,6 @@ impl Template {
             })?;
             levels.push(env);
         }
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let owner = NEXT.fetch_add(1, Ordering::Relaxed);
         let checks = checks(&rewritten);
         Ok(Self { source: source.to_owned(), levels, owner, checks })

@@ -213,7 +213,11 @@ pub(super) fn texts(
     } else {
         None
     };
-    let mut cut = common_prefix(&alone, &whole_chosen).min(common_prefix(&alone, &whole_rejected));
+    let mut cut = if whole_chosen.starts_with(&alone) && whole_rejected.starts_with(&alone) {
+        alone.len()
+    } else {
+        common_prefix(&alone, &whole_chosen).min(common_prefix(&alone, &whole_rejected))
+    };
     while !alone.is_char_boundary(cut) {
         cut -= 1;
     }

@@ -114,10 +114,7 @@ fn excluded(test: &Expr<'_>, outcome: bool, out: &mut Vec<String>) {
     match test {
         Expr::UnaryOp(x) if matches!(x.op, UnaryOpKind::Not) => excluded(&x.expr, !outcome, out),
         Expr::BinOp(x)
-            if matches!(
-                (x.op, outcome),
-                (BinOpKind::ScAnd, true) | (BinOpKind::ScOr, false)
-            ) =>
+            if matches!((x.op, outcome), (BinOpKind::ScAnd, true) | (BinOpKind::ScOr, false)) =>
         {
             excluded(&x.left, outcome, out);
             excluded(&x.right, outcome, out);
@@ -360,9 +357,7 @@ impl Flow {
             Expr::Const(_) => Ok(CLEAN),
             Expr::Var(var) => match var.id {
                 "messages" => Ok(MESSAGES | self.variables.get("messages").copied().unwrap_or(0)),
-                "loop" | "self" | "super" | "caller" => {
-                    refuse(&format!("`{}` as a value", var.id))
-                }
+                "loop" | "self" | "super" | "caller" => refuse(&format!("`{}` as a value", var.id)),
                 name if self.parameters.contains_key(name) => refuse("a macro as a value"),
                 name => Ok(CLEAN | self.variables.get(name).copied().unwrap_or(0)),
             },
@@ -427,8 +422,19 @@ impl Flow {
                 let kind = self.expression(&x.expr)?;
                 let by_type = matches!(
                     x.name,
-                    "defined" | "undefined" | "none" | "string" | "mapping" | "iterable"
-                        | "sequence" | "number" | "boolean" | "true" | "false" | "integer" | "float"
+                    "defined"
+                        | "undefined"
+                        | "none"
+                        | "string"
+                        | "mapping"
+                        | "iterable"
+                        | "sequence"
+                        | "number"
+                        | "boolean"
+                        | "true"
+                        | "false"
+                        | "integer"
+                        | "float"
                 );
                 if by_type && x.args.is_empty() && kind & SPACE == 0 {
                     return Ok(CLEAN);
@@ -455,7 +461,11 @@ impl Flow {
 
     /// An attribute. `None` stands for a name that is not known here.
     fn lookup(&mut self, owner: Kind, name: Option<&str>) -> Out {
-        only(owner, CLEAN | MESSAGE | SPACE | CONTENT | TEXT, "an attribute of a list of contents")?;
+        only(
+            owner,
+            CLEAN | MESSAGE | SPACE | CONTENT | TEXT,
+            "an attribute of a list of contents",
+        )?;
         let mut kind = 0;
         if owner & (CLEAN | CONTENT | TEXT) != 0 {
             kind |= CLEAN; // an attribute of a string is undefined, whatever the string
@@ -577,7 +587,9 @@ impl Flow {
                 self.item(kind, None)
             }
             "list" | "reverse" => only(kind, CLEAN | MESSAGES, &what),
-            "selectattr" | "rejectattr" if given.first().and_then(|e| text_of(e)) == Some("role") => {
+            "selectattr" | "rejectattr"
+                if given.first().and_then(|e| text_of(e)) == Some("role") =>
+            {
                 only(kind, CLEAN | MESSAGES, &what)
             }
             "map" => {

@@ -9,7 +9,11 @@ use super::python::bad;
 
 #[allow(clippy::needless_pass_by_value)] // minijinja's arguments are owned
 /// Python's `json.dumps(x, ensure_ascii=, indent=, separators=, sort_keys=)`.
-pub(super) fn tojson(value: &Jinja, args: Rest<Jinja>, kwargs: Kwargs) -> Result<Jinja, minijinja::Error> {
+pub(super) fn tojson(
+    value: &Jinja,
+    args: Rest<Jinja>,
+    kwargs: Kwargs,
+) -> Result<Jinja, minijinja::Error> {
     if args.len() > 4 {
         return Err(ErrorKind::TooManyArguments.into());
     }
