@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.batch import Batch, Ragged
+from dpo_ext.errors import DataError
 from dpo_ext.fill import packed, padded, shared, shared_lengths
 
 if TYPE_CHECKING:
@@ -87,7 +90,9 @@ class BatchPlan(Sequence):
     out together with a last batch of fewer than ``pairs_per_batch`` pairs.
 
     ``plan[i]`` builds batch i alone, so resuming is an index: ``DataLoader(plan, batch_size=1,
-    collate_fn=first)`` with ``first = lambda batches: batches[0]`` resumes in any trainer.
+    collate_fn=first)`` with ``first = lambda batches: batches[0]`` resumes in any trainer that
+    skips batches, and by hand with ``sampler=range(k, len(plan))``. ``state_dict`` and ``digest``
+    tell a resumed run that the batches are still the same.
 
     ``packed`` and ``shared`` with ``tokens_per_batch`` pack the whole epoch at once, best fit
     decreasing over the slots of each pair, into bins of ``bin_length``; the bins are shuffled, and
@@ -248,6 +253,69 @@ class BatchPlan(Sequence):
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(self._steps))
+
+    @cached_property
+    def digest(self) -> str:
+        """128 bits in hex of what, besides seed and epoch, makes the batches of a step: every
+        option and the length of every prompt and completion. The same on all ranks.
+        """
+        options = {
+            name: getattr(self, name)
+            for name in (
+                "layout",
+                "pairs_per_batch",
+                "tokens_per_batch",
+                "bin_length",
+                "world_size",
+                "shuffle",
+                "drop_last",
+                "pad_to_multiple_of",
+            )
+        }
+        made = hashlib.blake2b(repr(options).encode(), digest_size=16)
+        for ids in (self._pairs.prompt_ids, self._pairs.chosen_ids, self._pairs.rejected_ids):
+            made.update(np.ascontiguousarray(ids.offsets, "<i8").data)
+        return made.hexdigest()
+
+    def state_dict(self, position: int = 0) -> dict[str, Any]:
+        """``{seed, epoch, position, digest}``: resuming is ``plan[position]``, ... after
+        :meth:`load_state_dict`.
+        """
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": position,
+            "digest": self.digest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """Takes seed and epoch of a saved state, and returns its position.
+
+        Raises:
+            DataError: the state is of other data, another layout, other sizes or another world
+                size, so that its position is somewhere else; the plan is left as it was.
+        """
+        missing = sorted({"seed", "epoch", "position", "digest"} - set(state))
+        if missing:
+            raise DataError(f"the state of a plan has no `{missing[0]}`", reason="bad_state")
+        if state["digest"] != self.digest:
+            raise DataError(
+                "the state was saved for other batches: its `digest` is expected to be "
+                f"{self.digest}, found {state['digest']}\n"
+                "hint: resume with the same data, layout, batch size and world size",
+                reason="bad_state",
+            )
+        position = int(state["position"])
+        before = self.seed, self.epoch
+        self.seed = int(state["seed"])
+        self.set_epoch(int(state["epoch"]))
+        if not 0 <= position <= self._steps:
+            self.seed = before[0]
+            self.set_epoch(before[1])
+            raise DataError(
+                f"`position` must be in 0..{self._steps}, found {position}", reason="bad_state"
+            )
+        return position
 
     def pairs_in_step(self, i: int) -> int:
         """Pairs of step ``i`` over all ranks, repeats included: ``num_pairs`` of

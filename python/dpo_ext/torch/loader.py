@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any, Protocol
 from weakref import WeakSet, finalize
@@ -35,6 +35,10 @@ class PairLoader:
     or by an exception, ends the thread; so does dropping the iterator. An error in the thread is
     raised in the loop, in place of the batch that failed. One plan has one order: shard it by its
     own ``rank`` and ``world_size``.
+
+    ``state_dict()`` counts the batches that the loop has taken, not those built ahead; a loader
+    with the same plan goes on from there after ``load_state_dict``. Lightning and stateful data
+    loaders call both by themselves.
 
     Args:
         plan: ``pairs.plan(...)``: a length, batches by index, each with ``.to(device)`` and, for a
@@ -70,19 +74,60 @@ class PairLoader:
         self.device = torch.device("cpu" if device is None else device)
         self.prefetch = prefetch
         self._fillers: WeakSet[_Filler] = WeakSet()
+        # Where the latest iteration is, and where the next one starts.
+        self._latest: _Filler | None = None
+        self._start = 0
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the plan's epoch. An iteration that is still open ends with an error."""
-        for filler in list(self._fillers):
-            filler.close()
+        """Sets the plan's epoch. An iteration that is still open ends with an error.
+
+        The epoch of a loaded state keeps its position; another one starts at its first batch.
+        """
+        if epoch != getattr(self.plan, "epoch", None):
+            self._start = 0
+        self._close()
         self.plan.set_epoch(epoch)  # type: ignore[attr-defined]
 
+    def state_dict(self) -> dict[str, Any]:
+        """``{seed, epoch, position, digest}`` after the latest batch of the latest iteration.
+
+        Raises:
+            TypeError: the plan has no ``state_dict``.
+        """
+        self._check_stateful()
+        position = self._start if self._latest is None else self._latest.taken
+        return self.plan.state_dict(position)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration goes on behind the position of ``state``, those after it are whole.
+
+        Raises:
+            DataError: the state was saved for other data or options.
+            TypeError: the plan has no ``load_state_dict``.
+        """
+        self._check_stateful()
+        self._close()
+        self._start = self.plan.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def _check_stateful(self) -> None:
+        if not hasattr(self.plan, "load_state_dict"):
+            raise TypeError(
+                f"a plan of {type(self.plan).__name__} has no state\nhint: use pairs.plan"
+            )
+
+    def _close(self) -> None:
+        self._latest = None
+        for filler in list(self._fillers):
+            filler.close()
+
     def __iter__(self) -> Iterator[Any]:
-        filler = _Filler(self.plan, self.device, self.prefetch)
+        start, self._start = self._start, 0
+        filler = _Filler(self.plan, self.device, self.prefetch, start)
         self._fillers.add(filler)
+        self._latest = filler
         return _Batches(filler, self.device)
 
 
@@ -108,15 +153,15 @@ class _Batches(Iterator[Any]):
 class _Filler:
     """Builds the batches of one iteration in order, ``ahead`` of them ahead, in a thread if > 0."""
 
-    def __init__(self, plan: Plan, device: torch.device, ahead: int) -> None:
+    def __init__(self, plan: Plan, device: torch.device, ahead: int, start: int) -> None:
         self.length = len(plan)
         self._plan, self._device = plan, device
         self._done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._free = threading.Semaphore(ahead)
         self._closed = False
-        self.taken = 0
+        self.taken = self._first = start
         self._thread: threading.Thread | None = None
-        if ahead and self.length:
+        if ahead and start < self.length:
             self._thread = threading.Thread(target=self._run, name="dpo_ext-loader", daemon=True)
             self._thread.start()
 
@@ -148,7 +193,7 @@ class _Filler:
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-            for i in range(self.length):
+            for i in range(self._first, self.length):
                 self._free.acquire()
                 if self._closed:
                     raise RuntimeError(_EPOCH_SET)
