@@ -94,7 +94,7 @@ fn bench(folder: &Path, pairs: &[(String, String)], bytes: usize) -> Result<(), 
     let paired = mean(clock, PASSES, || {
         (reused, second) = (0, 0);
         for (chosen, rejected) in pairs {
-            if bpe.encode_pair(chosen, rejected, None, &mut scratch, &mut out).is_ok() {
+            if bpe.encode_pair([chosen, rejected], 0, None, &mut scratch, &mut out).is_ok() {
                 reused += out.reused;
                 second += out.second.len();
             }

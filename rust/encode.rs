@@ -214,14 +214,15 @@ fn row_error(bad: Bad, place: Place) -> Error {
 /// Adds what became of one row.
 fn settle(
     out: &mut Encoded,
-    result: Result<Pair, Refusal>,
+    result: Result<(), Refusal>,
+    pair: &Pair,
     origin: &Origin<'_>,
     drops_long: bool,
     on_bad: OnBad,
 ) -> Result<()> {
     out.tally.read += 1;
     match result {
-        Ok(pair) => {
+        Ok(()) => {
             out.tally.kept += 1;
             out.rows.push(out.tally.read as i64 - 1);
             for (i, count) in out.tally.warned.iter_mut().enumerate() {
@@ -229,7 +230,7 @@ fn settle(
                     (origin.place(None, None), String::new())
                 });
             }
-            out.push(&pair);
+            out.push(pair);
         }
         Err(Refusal::Call(error)) => return Err(error),
         Err(Refusal::Row(bad)) => {
@@ -268,7 +269,7 @@ pub fn encode_rows(
     let parts: Vec<Result<Encoded>> = rows
         .par_chunks_mut(CHUNK)
         .map(|rows| {
-            let mut out = Encoded::default();
+            let (mut out, mut pair) = (Encoded::default(), Pair::default());
             for (number, row) in rows {
                 progress.check()?;
                 let Some(row) = row.take() else { continue };
@@ -278,9 +279,9 @@ pub fn encode_rows(
                         Row::from_fields(fields, &findings, &options.keys, &options.limits, vocab)
                     })
                     .map_err(Refusal::from)
-                    .and_then(|row| encode(row, tokenizer, options));
+                    .and_then(|row| encode(row, tokenizer, options, &mut pair));
                 let origin = Origin { path: None, line: *number, byte: None };
-                settle(&mut out, result, &origin, drops_long, on_bad)?;
+                settle(&mut out, result, &pair, &origin, drops_long, on_bad)?;
             }
             Ok(out)
         })

@@ -4,8 +4,9 @@ mod chat;
 mod implicit;
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 
-use crate::bpe::{Found, PairIds};
+use crate::bpe::{Found, Inside, PairIds};
 use crate::error::{Error, Result};
 use crate::read::limits::Limits;
 use crate::read::row::{Bad, Content, Keys, Row};
@@ -94,7 +95,7 @@ pub const WARNINGS: [&str; 8] = [
     "blank_line",
 ];
 
-/// The ids of a pair, and what was noticed on the way.
+/// The ids of a pair, and what was noticed on the way. Its memory is reused from row to row.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Pair {
     /// Shared by both sides.
@@ -140,12 +141,25 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Turns one row into ids.
+thread_local! {
+    static PAIR_IDS: RefCell<PairIds> = RefCell::default();
+}
+
+/// Turns one row into the ids of `pair`, whose former content is lost.
 ///
 /// # Errors
-/// [`Refusal`].
-pub fn encode(row: Row<'_>, tokenizer: &Tokenizer, options: &Options) -> Result<Pair, Refusal> {
-    let mut pair = Pair { ref_logps: row.ref_logps, ..Pair::default() };
+/// [`Refusal`]; `pair` then holds nothing of use.
+pub fn encode(
+    row: Row<'_>,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    pair: &mut Pair,
+) -> Result<(), Refusal> {
+    pair.prompt.clear();
+    pair.chosen.clear();
+    pair.rejected.clear();
+    pair.warned = 0;
+    pair.ref_logps = row.ref_logps;
     match row.content {
         Content::Ids { prompt, chosen, rejected } => {
             for (ids, name) in [(&chosen, "chosen_ids"), (&rejected, "rejected_ids")] {
@@ -161,27 +175,34 @@ pub fn encode(row: Row<'_>, tokenizer: &Tokenizer, options: &Options) -> Result<
             (pair.prompt, pair.chosen, pair.rejected) = (prompt, chosen, rejected);
         }
         Content::Text { prompt, chosen, rejected } => {
-            let text = text_row(prompt, chosen, rejected, tokenizer, options, &mut pair)?;
-            boundary(&text, tokenizer, options, true, &mut pair)?;
+            let text = text_row(prompt, chosen, rejected, tokenizer, options, pair)?;
+            boundary(text, tokenizer, options, true, pair)?;
         }
         Content::Chat { prompt, chosen, rejected, tools, kwargs } => {
             let chat = chat::Chat { prompt, chosen, rejected, tools, kwargs };
-            let text = chat::texts(chat, tokenizer, options, &mut pair)?;
-            boundary(&text, tokenizer, options, false, &mut pair)?;
+            let text = chat::texts(chat, tokenizer, options, pair)?;
+            boundary(text, tokenizer, options, false, pair)?;
         }
     }
     finish(pair, tokenizer, options)
 }
 
-/// A prompt and two completions, as text.
+/// Two texts with a common beginning, the prompt.
 struct Texts<'a> {
-    prompt: Cow<'a, str>,
-    chosen: Cow<'a, str>,
-    rejected: Cow<'a, str>,
+    /// Prompt + chosen and prompt + rejected.
+    whole: [Cow<'a, str>; 2],
+    /// Bytes of the prompt.
+    cut: usize,
     /// The prompt's own render where it is not the start of both sides; only `boundary="trl"` looks at it.
     alone: Option<String>,
-    /// Bytes of prompt + chosen and of prompt + rejected that lie inside control tokens that must stay text.
+    /// Bytes of both texts that lie inside control tokens that must stay text.
     marks: Option<[Vec<usize>; 2]>,
+}
+
+impl Texts<'_> {
+    fn prompt(&self) -> &str {
+        self.whole[0].get(..self.cut).unwrap_or_default()
+    }
 }
 
 /// Notes control tokens that contents spell; an error where the options say so.
@@ -226,18 +247,25 @@ fn text_row<'a>(
     for (text, key) in parts {
         check_special(text, key, tokenizer, options, pair)?;
     }
-    let (prompt, chosen, rejected) = if let Some(prompt) = prompt {
-        (prompt, chosen, rejected)
+    let (whole, cut) = if let Some(prompt) = prompt {
+        let cut = prompt.len();
+        let room = tokenizer.eos_text().map_or(0, str::len);
+        let joined = |side: &str| {
+            let mut whole = String::with_capacity(cut + side.len() + room);
+            whole.push_str(&prompt);
+            whole.push_str(side);
+            Cow::Owned(whole)
+        };
+        ([joined(&chosen), joined(&rejected)], cut)
     } else {
         let (cut, at_turn) = implicit::split(&chosen, &rejected);
         if !at_turn {
             pair.warn(Warning::NoTurnBoundary);
         }
-        let (prompt, c) = chosen.split_at(cut);
-        let (_, r) = rejected.split_at(cut);
-        (prompt.to_owned().into(), c.to_owned().into(), r.to_owned().into())
+        ([chosen, rejected], cut)
     };
-    for (text, key) in [(&chosen, &keys.chosen), (&rejected, &keys.rejected)] {
+    let [chosen, rejected] = whole.each_ref().map(|whole| whole.get(cut..).unwrap_or_default());
+    for (text, key) in [(chosen, &keys.chosen), (rejected, &keys.rejected)] {
         if is_blank(text.get(..body(text)).unwrap_or_default()) {
             let message = "expected a completion, found none but white space";
             return Err(Bad::new("empty_completion", key, message));
@@ -250,10 +278,10 @@ fn text_row<'a>(
             "expected two completions, found the same one twice",
         ));
     }
-    if prompt.is_empty() {
+    if cut == 0 {
         pair.warn(Warning::EmptyPrompt);
     }
-    Ok(Texts { prompt, chosen, rejected, alone: None, marks: None })
+    Ok(Texts { whole, cut, alone: None, marks: None })
 }
 
 fn common_ids(a: &[i32], b: &[i32]) -> usize {
@@ -274,113 +302,147 @@ fn encode_marked(
     })
 }
 
-/// The completions as they are encoded, with what is put behind their ids.
-struct Sides {
-    texts: [String; 2],
-    tails: [Option<i32>; 2],
-}
-
-/// Text rows get EOS, as its text where that is a token, unless the surroundings bring it.
-fn sides(texts: &Texts<'_>, tokenizer: &Tokenizer, options: &Options, is_text: bool) -> Sides {
+/// Gives text rows EOS, as its text where that is a token, unless the surroundings bring it. Returns what is to be put
+/// behind the ids of each side.
+fn append_eos(
+    whole: &mut [Cow<'_, str>; 2],
+    cut: usize,
+    tokenizer: &Tokenizer,
+    options: &Options,
+) -> [Option<i32>; 2] {
     let (_, behind) = tokenizer.surroundings();
-    let eos = tokenizer.eos().map(|id| id as i32);
-    let brought =
-        options.boundary != Boundary::Trl && behind.last().is_some_and(|id| Some(*id) == eos);
-    let side = |text: &str, tail: &mut Option<i32>| {
-        let mut joint = String::with_capacity(texts.prompt.len() + text.len() + 16);
-        if options.boundary != Boundary::Separate {
-            joint.push_str(&texts.prompt);
-        }
-        if !is_text || eos.is_none() {
-            joint.push_str(text);
-            return joint;
-        }
-        match tokenizer.eos_text() {
-            Some(spelt) if options.special_text == SpecialText::Text => {
-                joint.push_str(text.strip_suffix(spelt).unwrap_or(text));
-                *tail = eos.filter(|_| !brought);
-            }
-            Some(spelt) => {
-                joint.push_str(text);
-                if !brought && !text.ends_with(spelt) {
-                    joint.push_str(spelt);
+    let Some(eos) = tokenizer.eos().map(|id| id as i32) else { return [None; 2] };
+    let brought = options.boundary != Boundary::Trl && behind.last() == Some(&eos);
+    let tail = (!brought).then_some(eos);
+    whole.each_mut().map(|whole| {
+        let Some(spelt) = tokenizer.eos_text() else { return tail };
+        let ends_with_eos = whole.get(cut..).is_some_and(|side| side.ends_with(spelt));
+        if options.special_text == SpecialText::Text {
+            if ends_with_eos {
+                let end = whole.len() - spelt.len();
+                match whole {
+                    Cow::Borrowed(text) => *text = text.get(..end).unwrap_or_default(),
+                    Cow::Owned(text) => text.truncate(end),
                 }
             }
-            None => {
-                joint.push_str(text);
-                *tail = eos.filter(|_| !brought);
-            }
+            return tail;
         }
-        joint
+        if !brought && !ends_with_eos {
+            whole.to_mut().push_str(spelt);
+        }
+        None
+    })
+}
+
+/// Encodes both texts, of which `boundary="separate"` leaves the prompt away.
+fn encode_both(
+    texts: &Texts<'_>,
+    as_text: bool,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    ids: &mut PairIds,
+) -> Result<()> {
+    let cut = texts.cut;
+    let start = if options.boundary == Boundary::Separate { cut } else { 0 };
+    let both = texts.whole.each_ref().map(|whole| whole.get(start..).unwrap_or_default());
+    let [first, second] = both;
+    let ((first, first_ends), (second, second_ends)) = if as_text {
+        let keep = |found: &Found| !tokenizer.control().has(found.id);
+        (tokenizer.encode_as_text(first, &keep)?, tokenizer.encode_as_text(second, &keep)?)
+    } else if let Some([marks, rejected_marks]) = &texts.marks {
+        (
+            encode_marked(first, start, marks, tokenizer)?,
+            encode_marked(second, start, rejected_marks, tokenizer)?,
+        )
+    } else {
+        return tokenizer.encode_pair(both, cut, ids);
     };
-    let (mut chosen_tail, mut rejected_tail) = (None, None);
-    let texts = [side(&texts.chosen, &mut chosen_tail), side(&texts.rejected, &mut rejected_tail)];
-    Sides { texts, tails: [chosen_tail, rejected_tail] }
+    let inside = [Inside::of(&first_ends, cut), Inside::of(&second_ends, cut)];
+    *ids = PairIds { first, second, inside, reused: 0 };
+    Ok(())
 }
 
 /// Encodes a prompt and two completions by the rule of the options. Text rows get EOS and the surroundings.
 fn boundary(
-    texts: &Texts<'_>,
+    mut texts: Texts<'_>,
     tokenizer: &Tokenizer,
     options: &Options,
     is_text: bool,
     pair: &mut Pair,
 ) -> Result<(), Refusal> {
-    let (before, behind) = if is_text { tokenizer.surroundings() } else { (&[][..], &[][..]) };
-    let Sides { texts: [first, second], tails } = sides(texts, tokenizer, options, is_text);
     let as_text = is_text && options.special_text == SpecialText::Text;
-    let cut = texts.prompt.len();
-    let start = if options.boundary == Boundary::Separate { cut } else { 0 };
-    let mut ids = if as_text {
-        let keep = |found: &Found| !tokenizer.control().has(found.id);
-        let (first, first_ends) = tokenizer.encode_as_text(&first, &keep)?;
-        let (second, second_ends) = tokenizer.encode_as_text(&second, &keep)?;
-        PairIds { first, first_ends, second, second_ends, reused: 0 }
-    } else if let Some([marks, rejected_marks]) = &texts.marks {
-        let (first, first_ends) = encode_marked(&first, start, marks, tokenizer)?;
-        let (second, second_ends) = encode_marked(&second, start, rejected_marks, tokenizer)?;
-        PairIds { first, first_ends, second, second_ends, reused: 0 }
+    let tails = if is_text {
+        append_eos(&mut texts.whole, texts.cut, tokenizer, options)
     } else {
-        tokenizer.encode_pair(&first, &second)?
+        [None; 2]
     };
-    let (prompt, skip) = match options.boundary {
-        Boundary::Joint => {
-            let common = common_ids(&ids.first, &ids.second);
-            let inside = |ends: &[u32]| {
-                ends.iter().take(common).take_while(|end| **end as usize <= cut).count()
-            };
-            let count = inside(&ids.first_ends).min(inside(&ids.second_ends));
-            let covered = count.checked_sub(1).and_then(|i| ids.first_ends.get(i)).copied();
-            if (covered.unwrap_or(0) as usize) < cut {
-                pair.warn(Warning::BoundaryMerge);
-            }
-            (ids.first.get(..count).unwrap_or_default().to_vec(), count)
+    PAIR_IDS.with_borrow_mut(|ids| {
+        encode_both(&texts, as_text, tokenizer, options, ids)?;
+        match options.boundary {
+            Boundary::Trl => trl_sides(&texts, ids, tails, tokenizer, is_text, pair)?,
+            _ => own_sides(&texts, ids, tails, tokenizer, options, is_text, pair)?,
         }
-        Boundary::Separate if as_text => {
-            let keep = |found: &Found| !tokenizer.control().has(found.id);
-            (tokenizer.encode_as_text(&texts.prompt, &keep)?.0, 0)
+        Ok(())
+    })
+}
+
+/// The sides of `boundary="trl"`: what the encodings of prompt and whole texts have in common.
+fn trl_sides(
+    texts: &Texts<'_>,
+    ids: &mut PairIds,
+    tails: [Option<i32>; 2],
+    tokenizer: &Tokenizer,
+    is_text: bool,
+    pair: &mut Pair,
+) -> Result<()> {
+    let (before, behind) = surroundings(tokenizer, is_text);
+    let around = |ids: &[i32]| [before, ids, behind].concat();
+    let alone = texts.alone.as_deref().unwrap_or(texts.prompt());
+    let prompt = around(&tokenizer.encode_plain(alone)?);
+    ids.first.extend(tails[0]);
+    ids.second.extend(tails[1]);
+    let (first, second) = (around(&ids.first), around(&ids.second));
+    let count = common_ids(&prompt, &first).min(common_ids(&prompt, &second));
+    if count < prompt.len() {
+        pair.warn(Warning::BoundaryMerge);
+    }
+    pair.prompt.extend_from_slice(prompt.get(..count).unwrap_or_default());
+    pair.chosen.extend_from_slice(first.get(count..).unwrap_or_default());
+    pair.rejected.extend_from_slice(second.get(count..).unwrap_or_default());
+    Ok(())
+}
+
+fn surroundings(tokenizer: &Tokenizer, is_text: bool) -> (&[i32], &[i32]) {
+    if is_text { tokenizer.surroundings() } else { (&[], &[]) }
+}
+
+/// The sides of the boundaries `joint` and `separate`.
+fn own_sides(
+    texts: &Texts<'_>,
+    ids: &PairIds,
+    tails: [Option<i32>; 2],
+    tokenizer: &Tokenizer,
+    options: &Options,
+    is_text: bool,
+    pair: &mut Pair,
+) -> Result<()> {
+    let separate;
+    let (prompt, skip) = if options.boundary == Boundary::Separate {
+        separate = separate_prompt(texts, tokenizer, options, is_text)?;
+        (&separate[..], 0)
+    } else {
+        let count = ids.joint_prompt();
+        let covered = if count == ids.inside[0].ids {
+            ids.inside[0].end
+        } else {
+            end_of(texts, count, tokenizer, options, is_text)?
+        };
+        if covered < texts.cut {
+            pair.warn(Warning::BoundaryMerge);
         }
-        Boundary::Separate => match &texts.marks {
-            Some([marks, _]) => (encode_marked(&texts.prompt, 0, marks, tokenizer)?.0, 0),
-            None => (tokenizer.encode_plain(&texts.prompt)?, 0),
-        },
-        Boundary::Trl => {
-            let alone = texts.alone.as_deref().unwrap_or(&texts.prompt);
-            let around = |ids: &[i32]| [before, ids, behind].concat();
-            let prompt = around(&tokenizer.encode_plain(alone)?);
-            ids.first.extend(tails[0]);
-            ids.second.extend(tails[1]);
-            let (first, second) = (around(&ids.first), around(&ids.second));
-            let count = common_ids(&prompt, &first).min(common_ids(&prompt, &second));
-            if count < prompt.len() {
-                pair.warn(Warning::BoundaryMerge);
-            }
-            pair.prompt = prompt.get(..count).unwrap_or_default().to_vec();
-            pair.chosen = first.get(count..).unwrap_or_default().to_vec();
-            pair.rejected = second.get(count..).unwrap_or_default().to_vec();
-            return Ok(());
-        }
+        (ids.first.get(..count).unwrap_or_default(), count)
     };
+    let (before, behind) = surroundings(tokenizer, is_text);
     // BOS once: text that brings its own gets no second one.
     let bos = tokenizer.bos().map(|id| id as i32);
     let begins = prompt.first().or(ids.first.first()).copied();
@@ -391,24 +453,62 @@ fn boundary(
         }
         _ => before,
     };
+    pair.prompt.extend_from_slice(before);
+    pair.prompt.extend_from_slice(prompt);
     let eos = tokenizer.eos().map(|id| id as i32);
-    let side = |ids: &[i32], tail: Option<i32>| -> Vec<i32> {
+    let sides = [(&mut pair.chosen, &ids.first), (&mut pair.rejected, &ids.second)];
+    for ((side, ids), tail) in sides.into_iter().zip(tails) {
         let rest = ids.get(skip..).unwrap_or_default();
         // EOS once: the surroundings' own is not put behind one that the text spells.
         let behind = match behind.split_first() {
             Some((first, others)) if Some(*first) == eos && rest.last() == Some(first) => others,
             _ => behind,
         };
-        [rest, tail.as_slice(), behind].concat()
-    };
-    pair.chosen = side(&ids.first, tails[0]);
-    pair.rejected = side(&ids.second, tails[1]);
-    pair.prompt = [before, &prompt].concat();
+        side.extend_from_slice(rest);
+        side.extend(tail);
+        side.extend_from_slice(behind);
+    }
     Ok(())
 }
 
+/// The ids of the prompt alone.
+fn separate_prompt(
+    texts: &Texts<'_>,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    is_text: bool,
+) -> Result<Vec<i32>> {
+    if is_text && options.special_text == SpecialText::Text {
+        let keep = |found: &Found| !tokenizer.control().has(found.id);
+        return Ok(tokenizer.encode_as_text(texts.prompt(), &keep)?.0);
+    }
+    match &texts.marks {
+        Some([marks, _]) => Ok(encode_marked(texts.prompt(), 0, marks, tokenizer)?.0),
+        None => tokenizer.encode_plain(texts.prompt()),
+    }
+}
+
+/// Where the first `count` ids of the first text end.
+fn end_of(
+    texts: &Texts<'_>,
+    count: usize,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    is_text: bool,
+) -> Result<usize> {
+    let text = &texts.whole[0];
+    let ends = if is_text && options.special_text == SpecialText::Text {
+        tokenizer.encode_as_text(text, &|found: &Found| !tokenizer.control().has(found.id))?.1
+    } else if let Some([marks, _]) = &texts.marks {
+        encode_marked(text, 0, marks, tokenizer)?.1
+    } else {
+        return tokenizer.end_of(text, count);
+    };
+    Ok(count.checked_sub(1).and_then(|i| ends.get(i)).map_or(0, |end| *end as usize))
+}
+
 /// Cuts to `max_length` and applies the rules on ids.
-fn finish(mut pair: Pair, tokenizer: &Tokenizer, options: &Options) -> Result<Pair, Refusal> {
+fn finish(pair: &mut Pair, tokenizer: &Tokenizer, options: &Options) -> Result<(), Refusal> {
     let keys = &options.keys;
     let longest = pair.prompt.len() + pair.chosen.len().max(pair.rejected.len());
     if longest > options.limits.max_row_tokens {
@@ -439,25 +539,25 @@ fn finish(mut pair: Pair, tokenizer: &Tokenizer, options: &Options) -> Result<Pa
             return Err(Bad::new("too_long", key, message).into());
         }
         let before = pair.prompt.len();
-        truncate(&mut pair, most, options.truncation, tokenizer.eos());
+        truncate(pair, most, options.truncation, tokenizer.eos());
         pair.warn(Warning::Truncated);
         let no_tokens = |key: &str| {
             let message =
                 format!("empty after truncation to {most} tokens (the prompt has {before})");
             Bad::new("no_completion_tokens", key, message)
         };
-        check_scored(&pair, keys, no_tokens)?;
+        check_scored(pair, keys, no_tokens)?;
         if pair.chosen == pair.rejected {
             let message = format!("both sides have the same ids after truncation to {most} tokens");
             return Err(Bad::new("identical_after_truncation", &keys.rejected, message).into());
         }
     } else {
-        check_scored(&pair, keys, |key| {
+        check_scored(pair, keys, |key| {
             let message = "one token without a prompt before it: nothing predicts it";
             Bad::new("no_completion_tokens", key, message)
         })?;
     }
-    Ok(pair)
+    Ok(())
 }
 
 /// A side needs a token that another one precedes.

@@ -7,7 +7,7 @@ use std::sync::Once;
 
 use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Token};
 
-use crate::bpe::{Bpe, Found, PairIds, Scratch};
+use crate::bpe::{Bpe, Found, Inside, PairIds, Scratch};
 use crate::error::{Error, Result};
 use crate::template::Template;
 
@@ -308,23 +308,43 @@ impl Tokenizer {
         })
     }
 
-    /// The ids of two texts that begin alike, and the byte at which each id ends.
+    /// The ids of two texts that begin alike, and how much of either ends at or before byte `border`. `out` is emptied
+    /// first.
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn encode_pair(&self, first: &str, second: &str) -> Result<PairIds> {
-        let mut out = PairIds::default();
+    pub fn encode_pair(&self, texts: [&str; 2], border: usize, out: &mut PairIds) -> Result<()> {
         if let Ok(bpe) = &self.fast {
-            SCRATCH.with_borrow_mut(|scratch| {
-                bpe.encode_pair(first, second, None, scratch, &mut out)
-            })?;
-        } else {
-            out.first = self.encode_slowly(first)?;
-            out.first_ends = self.ends(first, &out.first)?;
-            out.second = self.encode_slowly(second)?;
-            out.second_ends = self.ends(second, &out.second)?;
+            return SCRATCH
+                .with_borrow_mut(|scratch| bpe.encode_pair(texts, border, None, scratch, out));
         }
-        Ok(out)
+        let [first, second] = texts;
+        out.reused = 0;
+        out.first = self.encode_slowly(first)?;
+        out.second = self.encode_slowly(second)?;
+        out.inside = [
+            Inside::of(&self.ends(first, &out.first)?, border),
+            Inside::of(&self.ends(second, &out.second)?, border),
+        ];
+        Ok(())
+    }
+
+    /// Where the first `count` ids of `text` end.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn end_of(&self, text: &str, count: usize) -> Result<usize> {
+        let ends = if let Ok(bpe) = &self.fast {
+            let (mut ids, mut ends) = (Vec::new(), Vec::new());
+            SCRATCH.with_borrow_mut(|scratch| {
+                bpe.encode_with_ends(text, None, scratch, &mut ids, &mut ends)
+            })?;
+            ends
+        } else {
+            self.ends(text, &self.encode_slowly(text)?)?
+        };
+        let last = count.checked_sub(1).and_then(|i| ends.get(i));
+        Ok(last.map_or(0, |end| *end as usize))
     }
 
     /// The ids of `text` and where they end, with the control tokens that `keep` refuses left as text.

@@ -17,13 +17,21 @@ const SHORT: usize = 48;
 pub(crate) struct Merges {
     /// Token of every single byte.
     byte_ids: [u32; 256],
-    keys: Vec<u64>,
-    ranks: Vec<u32>,
+    /// Rank of the merge of every two bytes: every word begins with these, and the table stays in the cache.
+    byte_ranks: Vec<u32>,
+    slots: Vec<Slot>,
     shift: u32,
     /// New id of each rank.
     result: Vec<u32>,
     /// Whether every merge that uses the new token has a higher rank, so that no urgent work can follow.
     calm: Vec<bool>,
+}
+
+/// One place of the table: a key and its value on one line of the processor's cache.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    key: u64,
+    rank: u32,
 }
 
 /// One token of a long word in work, at the position of its first byte.
@@ -51,8 +59,8 @@ impl Merges {
         let size = (merges.len() * 2).next_power_of_two().max(16);
         let mut table = Self {
             byte_ids: *byte_ids,
-            keys: vec![u64::MAX; size],
-            ranks: vec![NONE; size],
+            byte_ranks: Vec::new(),
+            slots: vec![Slot { key: u64::MAX, rank: NONE }; size],
             shift: u64::BITS - size.trailing_zeros(),
             result: merges.iter().map(|m| m.2).collect(),
             calm: Vec::new(),
@@ -67,9 +75,10 @@ impl Merges {
         table.calm = merges.iter().zip(0u32..).map(is_calm).collect();
         for (rank, &(left, right, _)) in merges.iter().enumerate() {
             let slot = table.slot(left, right);
-            table.keys[slot] = key(left, right);
-            table.ranks[slot] = rank as u32;
+            table.slots[slot] = Slot { key: key(left, right), rank: rank as u32 };
         }
+        let pairs = byte_ids.iter().flat_map(|&left| byte_ids.map(|right| (left, right)));
+        table.byte_ranks = pairs.map(|(left, right)| table.rank(left, right)).collect();
         table
     }
 
@@ -77,9 +86,9 @@ impl Merges {
     #[inline]
     fn slot(&self, left: u32, right: u32) -> usize {
         let key = key(left, right);
-        let mask = self.keys.len() - 1;
+        let mask = self.slots.len() - 1;
         let mut slot = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize & mask;
-        while self.keys[slot] != key && self.keys[slot] != u64::MAX {
+        while self.slots[slot].key != key && self.slots[slot].key != u64::MAX {
             slot = (slot + 1) & mask;
         }
         slot
@@ -88,7 +97,7 @@ impl Merges {
     /// Rank of the merge of two tokens, `NONE` if there is none.
     #[inline]
     fn rank(&self, left: u32, right: u32) -> u32 {
-        self.ranks[self.slot(left, right)]
+        self.slots[self.slot(left, right)].rank
     }
 
     /// Appends the tokens of `word` to `out`.
@@ -107,8 +116,8 @@ impl Merges {
         for (id, &byte) in ids.iter_mut().zip(word) {
             *id = self.byte_ids[byte as usize];
         }
-        for i in 1..n {
-            ranks[i - 1] = self.rank(ids[i - 1], ids[i]);
+        for (rank, two) in ranks.iter_mut().zip(word.windows(2)) {
+            *rank = self.byte_ranks[usize::from(two[0]) << 8 | usize::from(two[1])];
         }
         while n > 1 {
             let (mut best, mut at) = (NONE, 0);

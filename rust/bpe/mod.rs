@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use check::Mismatch;
 pub use encode::{Found, Keep, Scratch, not_special};
-pub use pair::PairIds;
+pub use pair::{Inside, PairIds};
 pub use recognise::Refusal;
 pub use scan::Family;
 
@@ -36,7 +36,7 @@ use added::AddedTokens;
 use classes::Classes;
 use encode::Walk;
 use merge::Merges;
-use pair::Cut;
+use pair::{Border, Cut};
 
 /// Longest text in bytes: offsets inside are 32 bits wide.
 pub const MAX_TEXT_BYTES: usize = i32::MAX as usize;
@@ -114,7 +114,8 @@ impl Bpe {
         scratch: &mut Scratch,
         ids: &mut Vec<i32>,
     ) -> Result<()> {
-        Walk { bpe: self, keep, scratch, ids, ends: None, cut: Cut::none() }.text(text, 0, false)
+        let (cut, border) = (Cut::none(), Border::none());
+        Walk { bpe: self, keep, scratch, ids, ends: None, cut, border }.text(text, 0, false)
     }
 
     /// [`Self::encode_into`], and for each id the end of its bytes in `text`.
@@ -131,7 +132,7 @@ impl Bpe {
         ids: &mut Vec<i32>,
         ends: &mut Vec<u32>,
     ) -> Result<()> {
-        let ends = Some(ends);
-        Walk { bpe: self, keep, scratch, ids, ends, cut: Cut::none() }.text(text, 0, false)
+        let (ends, cut, border) = (Some(ends), Cut::none(), Border::none());
+        Walk { bpe: self, keep, scratch, ids, ends, cut, border }.text(text, 0, false)
     }
 }

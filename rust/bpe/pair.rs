@@ -13,71 +13,114 @@ use crate::error::Result;
 /// byte further than the word it does not become.
 const SLACK: usize = 4;
 
+/// The leading ids of a text whose bytes end at or before a border.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Inside {
+    /// How many there are.
+    pub ids: usize,
+    /// Where the last of them ends.
+    pub end: usize,
+}
+
+impl Inside {
+    /// The same from the end of every id.
+    pub fn of(ends: &[u32], border: usize) -> Self {
+        let ids = ends.iter().take_while(|end| **end as usize <= border).count();
+        Self { ids, end: ids.checked_sub(1).map_or(0, |last| ends[last] as usize) }
+    }
+}
+
 /// The ids of two texts with a common beginning.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct PairIds {
     /// Ids of the first text.
     pub first: Vec<i32>,
-    /// For each id of the first text, the end of its bytes.
-    pub first_ends: Vec<u32>,
     /// Ids of the second text.
     pub second: Vec<i32>,
-    /// For each id of the second text, the end of its bytes.
-    pub second_ends: Vec<u32>,
+    /// What of either text lies before the border.
+    pub inside: [Inside; 2],
     /// How many leading ids of the second text were taken from the first.
     pub reused: usize,
 }
 
 impl PairIds {
-    /// How many leading ids both texts share whose bytes end at or before byte `border`: the prompt of the boundary
-    /// `joint`. The second number says whether a token of either text begins before `border` and ends after it.
-    pub fn joint_prompt(&self, border: usize) -> (usize, bool) {
-        let common = std::iter::zip(&self.first, &self.second).take_while(|(a, b)| a == b).count();
-        let inside = self.first_ends.partition_point(|&end| end as usize <= border);
-        let prompt = common.min(inside);
-        let straddles = |ends: &[u32]| {
-            let inside = ends.partition_point(|&end| end as usize <= border);
-            let last = inside.checked_sub(1).map_or(0, |i| ends[i] as usize);
-            inside < ends.len() && last < border
-        };
-        (prompt, straddles(&self.first_ends) || straddles(&self.second_ends))
+    /// How many leading ids both texts share whose bytes end at or before the border: the prompt of the boundary
+    /// `joint`.
+    pub fn joint_prompt(&self) -> usize {
+        let [first, second] = self.inside.map(|inside| inside.ids);
+        let most = first.min(second);
+        // The reused ids are the same in both.
+        let known = self.reused.min(most);
+        let rest = std::iter::zip(&self.first[known..most], &self.second[known..most]);
+        known + rest.take_while(|(a, b)| a == b).count()
     }
 }
 
 impl Bpe {
-    /// Encodes two texts that begin alike, such as prompt + chosen and prompt + rejected. `out` is emptied first.
+    /// Encodes two texts that begin alike, such as prompt + chosen and prompt + rejected, and notes how much of either
+    /// ends at or before byte `border`. `out` is emptied first.
     ///
-    /// Same as two calls of [`Bpe::encode_with_ends`]. Words of the common beginning are reused only where that is
-    /// provably the same, and only if both texts are in normal form already (where the model normalises at all).
+    /// Same as two calls of [`Bpe::encode_with_ends`], and [`Inside::of`]. Words of the common beginning are reused only
+    /// where that is provably the same, and only if both texts are in normal form already (where the model normalises at
+    /// all).
     ///
     /// # Errors
     /// [`crate::Error::Limit`] for a text of more than [`super::MAX_TEXT_BYTES`].
     pub fn encode_pair(
         &self,
-        first_text: &str,
-        second_text: &str,
+        texts: [&str; 2],
+        border: usize,
         keep: Keep<'_>,
         scratch: &mut Scratch,
         out: &mut PairIds,
     ) -> Result<()> {
-        let PairIds { first, first_ends, second, second_ends, reused } = out;
+        let [first_text, second_text] = texts;
+        let PairIds { first, second, inside, reused } = out;
         first.clear();
-        first_ends.clear();
         second.clear();
-        second_ends.clear();
         let common = common_prefix(first_text, second_text);
         let quick = !self.nfc || self.classes.is_quick_nfc(first_text);
         let quick2 = !self.nfc || (quick && self.classes.is_quick_nfc(&second_text[common..]));
         let cut = if quick && quick2 { Cut::within(common) } else { Cut::none() };
-        let ends = Some(&mut *first_ends);
-        let mut walk = Walk { bpe: self, keep, scratch: &mut *scratch, ids: first, ends, cut };
+        let border = Border { byte: border, inside: Inside::default() };
+        let (ids, reused_scratch) = (&mut *first, &mut *scratch);
+        let mut walk =
+            Walk { bpe: self, keep, scratch: reused_scratch, ids, ends: None, cut, border };
         walk.text(first_text, 0, quick)?;
         let (at, kept) = walk.cut.last();
+        inside[0] = walk.border.inside;
         second.extend_from_slice(&first[..kept]);
-        second_ends.extend_from_slice(&first_ends[..kept]);
         *reused = kept;
-        let (ends, cut) = (Some(second_ends), Cut::none());
-        Walk { bpe: self, keep, scratch, ids: second, ends, cut }.text(second_text, at, quick2)
+        // What is kept beyond the border was looked at in the first text.
+        let known = if at <= border.byte { Inside { ids: kept, end: at } } else { inside[0] };
+        let (cut, border) = (Cut::none(), Border { inside: known, ..border });
+        let mut walk = Walk { bpe: self, keep, scratch, ids: second, ends: None, cut, border };
+        walk.text(second_text, at, quick2)?;
+        inside[1] = walk.border.inside;
+        Ok(())
+    }
+}
+
+/// A byte of the text, and what ends at or before it so far.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Border {
+    pub(super) byte: usize,
+    inside: Inside,
+}
+
+impl Border {
+    pub(super) fn none() -> Self {
+        Self { byte: 0, inside: Inside::default() }
+    }
+
+    /// Notes that `ids` ids end at `end`; false if that is beyond the border.
+    #[inline]
+    pub(super) fn pass(&mut self, end: usize, ids: usize) -> bool {
+        let is_inside = end <= self.byte;
+        if is_inside {
+            self.inside = Inside { ids, end };
+        }
+        is_inside
     }
 }
 

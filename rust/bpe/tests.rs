@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::check::nasty;
-use super::{Bpe, Family, Keep, PairIds, Refusal, Scratch, not_special};
+use super::{Bpe, Family, Inside, Keep, PairIds, Refusal, Scratch, not_special};
 
 const TEXT: &str = "The quick brown fox's den isn't where they've said it'd be; we'll see, I'm sure. \
     HTTPServer camelCase snake_case 12345 3.14159 2024-01-02 $1,000.00 \n\nHuman: hello there\n\nAssistant: \
@@ -285,16 +285,21 @@ fn pairs_equal_two_encodings() {
             let b = if i % 5 == 0 { "" } else { b.as_str() };
             let second = format!("{}{b}", &first[..leaves]);
             let keep: Keep = if i % 3 == 0 { Some(&not_special) } else { None };
-            ours.encode_pair(&first, &second, keep, &mut scratch, &mut pair).unwrap();
-            for (text, ids, ends) in [
-                (&first, &pair.first, &pair.first_ends),
-                (&second, &pair.second, &pair.second_ends),
-            ] {
-                let (mut whole, mut whole_ends) = (Vec::new(), Vec::new());
-                ours.encode_with_ends(text, keep, &mut scratch, &mut whole, &mut whole_ends)
-                    .unwrap();
-                assert_eq!((ids, ends), (&whole, &whole_ends), "{name}: {first:?} {second:?}");
+            let border = i * 104_729 % (leaves.max(1) + 2);
+            ours.encode_pair([&first, &second], border, keep, &mut scratch, &mut pair).unwrap();
+            let mut wholes = Vec::new();
+            for (text, ids, inside) in
+                [(&first, &pair.first, pair.inside[0]), (&second, &pair.second, pair.inside[1])]
+            {
+                let (mut whole, mut ends) = (Vec::new(), Vec::new());
+                ours.encode_with_ends(text, keep, &mut scratch, &mut whole, &mut ends).unwrap();
+                let expected = (&whole, Inside::of(&ends, border));
+                assert_eq!((ids, inside), expected, "{name}: {first:?} {second:?} {border}");
+                wholes.push(whole);
             }
+            let common = std::iter::zip(&wholes[0], &wholes[1]).take_while(|(a, b)| a == b).count();
+            let inside = pair.inside.map(|inside| inside.ids);
+            assert_eq!(pair.joint_prompt(), common.min(inside[0]).min(inside[1]));
             reused += pair.reused;
         }
     }
@@ -304,26 +309,22 @@ fn pairs_equal_two_encodings() {
 #[test]
 fn the_joint_prompt_is_the_common_prefix_inside_the_border() {
     let (ours, _) = both(&small(Family::Qwen2, false, true).to_string());
-    let mut pair = PairIds::default();
     let mut scratch = Scratch::default();
     let prompt = "\n\nHuman: hello\n\nAssistant:";
-    ours.encode_pair(
-        &format!("{prompt} Hello"),
-        &format!("{prompt} there"),
-        None,
-        &mut scratch,
-        &mut pair,
-    )
-    .unwrap();
-    let (n, straddles) = pair.joint_prompt(prompt.len());
-    assert_eq!((pair.first_ends[n - 1] as usize, straddles), (prompt.len(), false));
-    let common: Vec<usize> = pair.first_ends[..n].iter().map(|&end| end as usize).collect();
+    let (first, second) = (format!("{prompt} Hello"), format!("{prompt} there"));
+    let (mut ids, mut ends) = (Vec::new(), Vec::new());
+    ours.encode_with_ends(&first, None, &mut scratch, &mut ids, &mut ends).unwrap();
+    let mut pair = PairIds::default();
     let mut inside_a_token = 0;
-    for border in 1..prompt.len() {
-        let expected = common.iter().filter(|&&end| end <= border).count();
-        assert_eq!(pair.joint_prompt(border), (expected, !common.contains(&border)));
-        inside_a_token += usize::from(!common.contains(&border));
+    for border in 1..=prompt.len() {
+        ours.encode_pair([&first, &second], border, None, &mut scratch, &mut pair).unwrap();
+        let n = pair.joint_prompt();
+        assert_eq!(n, ends.iter().filter(|&&end| end as usize <= border).count());
+        let end = n.checked_sub(1).map_or(0, |i| ends[i] as usize);
+        assert_eq!(pair.inside[0], Inside { ids: n, end });
+        inside_a_token += usize::from(end < border);
     }
+    assert_eq!(pair.inside[0].end, prompt.len());
     assert!(inside_a_token > 0);
 }
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{CHUNK, Encoded, OnBad, Origin, Progress, row_error, settle};
 use crate::error::Result;
-use crate::pair::{Options, encode};
+use crate::pair::{Options, Pair, encode};
 use crate::read::limits::Limits;
 use crate::read::row::{Bad, Row};
 use crate::read::{Block, Line, Reader, text};
@@ -77,15 +77,15 @@ impl FileEncoder {
         let vocab = tokenizer.vocab_size();
         let drops_long = options.truncation == crate::pair::Truncation::Drop;
         let one = |block: &Block, lines: &[Line], path: &Path| -> Result<Encoded> {
-            let mut out = Encoded::default();
+            let (mut out, mut pair) = (Encoded::default(), Pair::default());
             for line in lines {
                 progress.check()?;
                 let result = match line_result(&block.bytes, line, options, vocab) {
-                    Ok(row) => encode(row, tokenizer, options),
+                    Ok(row) => encode(row, tokenizer, options, &mut pair),
                     Err(bad) => Err(bad.into()),
                 };
                 let origin = Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
-                settle(&mut out, result, &origin, drops_long, on_bad)?;
+                settle(&mut out, result, &pair, &origin, drops_long, on_bad)?;
             }
             progress.rows.fetch_add(lines.len() as u64, Ordering::Relaxed);
             Ok(out)

@@ -227,15 +227,8 @@ pub(super) fn texts(
     } else {
         None
     };
-    let (prompt, chosen) = whole_chosen.split_at(cut);
-    let (_, rejected) = whole_rejected.split_at(cut);
-    Ok(Texts {
-        prompt: Cow::Owned(prompt.to_owned()),
-        chosen: Cow::Owned(chosen.to_owned()),
-        rejected: Cow::Owned(rejected.to_owned()),
-        alone,
-        marks,
-    })
+    let whole = [Cow::Owned(whole_chosen), Cow::Owned(whole_rejected)];
+    Ok(Texts { whole, cut, alone, marks })
 }
 
 /// Where in the render `plain` control tokens come from contents: found by rendering contents with a private character
