@@ -53,10 +53,17 @@ def _lists(pairs: PairDataset) -> dict[str, Any]:
     return {name: (ids.values, ids.offsets) for name, ids in columns.items()}
 
 
-def _of_pairs(pairs: PairDataset, index: NDArray[np.int64]) -> dict[str, Any]:
+def _of_pairs(
+    pairs: PairDataset, index: NDArray[np.int64], take: Take, ref_dtype: Any = np.float64
+) -> dict[str, Any]:
     """What a batch of the pairs ``index`` holds in every layout."""
-    ref_logps = None if pairs.ref_logps is None else pairs.ref_logps[index]
-    return {"pair_index": index, "ref_logps": ref_logps}
+    own = take(len(index), np.int64)
+    own[:] = index
+    if pairs.ref_logps is None:
+        return {"pair_index": own, "ref_logps": None}
+    ref_logps = take(2 * len(index), ref_dtype).reshape(-1, 2)
+    ref_logps[:] = pairs.ref_logps[index]
+    return {"pair_index": own, "ref_logps": ref_logps}
 
 
 def _table(scored: int, n: int, take: Take) -> dict[str, Any]:
@@ -78,9 +85,7 @@ def padded(
     rows: dict[str, Any] = {name: take(2 * n * width, np.int64) for name in names}
     table = _table(scored, n, take)
     _core.pad_into(**lists, index=index, pad_id=pairs.pad_id, **rows, **table)
-    fields = _of_pairs(pairs, index)
-    if fields["ref_logps"] is not None:
-        fields["ref_logps"] = fields["ref_logps"].astype(np.float32)  # as TRL's collator
+    fields = _of_pairs(pairs, index, take, np.float32)  # as TRL's collator
     shaped = {name: array.reshape(2 * n, width) for name, array in rows.items()}
     return Batch("padded", **shaped, **table, **fields)
 
@@ -109,7 +114,7 @@ def packed(
         "packed",
         **{name: array.reshape(height, width) for name, array in rows.items()},
         **table,
-        **_of_pairs(pairs, index),
+        **_of_pairs(pairs, index, take),
         cu_seq_lens_q=ends,
         cu_seq_lens_k=ends,
         max_length_q=longest,
@@ -158,7 +163,7 @@ def shared(
         "shared",
         **{name: array.reshape(height, width) for name, array in rows.items()},
         **table,
-        **_of_pairs(pairs, index),
+        **_of_pairs(pairs, index, take),
         cu_seq_lens_q=ends[0][: segments + 1],
         cu_seq_lens_k=ends[1][: segments + 1],
         max_length_q=longest_q,

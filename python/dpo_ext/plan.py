@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dpo_ext.data import PairDataset
+    from dpo_ext.fill import Take
 
 LAYOUTS = ("padded", "packed", "shared")
 
@@ -238,10 +239,14 @@ class BatchPlan(Sequence):
         k = int(i)
         if not -self._steps <= k < self._steps:
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
-        batch = (k % self._steps * self.world_size + self.rank) % self._batches
+        return self._build(k % self._steps, np.empty)
+
+    def _build(self, i: int, take: Take) -> Batch:
+        """Batch ``i`` in memory that ``take`` gives."""
+        batch = (i * self.world_size + self.rank) % self._batches
         index = self._index(batch)
         if self.layout == "padded":
-            return padded(self._pairs, index, self.pad_to_multiple_of)
+            return padded(self._pairs, index, self.pad_to_multiple_of, take)
         if self._items is None:
             multiple, slots = self.pad_to_multiple_of, int(self._lengths[index].sum())
             bounds, width = np.array([0, len(index)]), -(-slots // multiple) * multiple
@@ -249,7 +254,7 @@ class BatchPlan(Sequence):
             first, last = self._bin_bounds[batch], self._bin_bounds[batch + 1]
             bounds, width = self._bins[first : last + 1] - self._bins[first], self._width
         build = packed if self.layout == "packed" else shared
-        return build(self._pairs, index, bounds, width)
+        return build(self._pairs, index, bounds, width, take)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(self._steps))

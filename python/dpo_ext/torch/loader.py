@@ -10,6 +10,8 @@ from weakref import WeakSet, finalize
 
 import torch
 
+from dpo_ext.torch.ring import Loan, Ring
+
 _EPOCH_SET = "the epoch of the plan was set while its batches were being read"
 
 
@@ -29,9 +31,11 @@ class PairLoader:
         for i in range(len(plan)):
             yield plan[i].to(device)
 
-    Rust builds a batch without the GIL, so that the thread and the training loop do not wait for
-    each other. For a CUDA device the thread also copies into page-locked memory, and the copy to
-    the device runs on the current stream without stopping the host. Leaving the loop, by ``break``
+    Rust fills a batch without the GIL, so that the thread and the training loop do not wait for
+    each other. It is filled into a buffer that was used before, once nothing that was made from it
+    is left: no array, no tensor, no view of one, and no copy to the device that still reads it. For
+    a CUDA device the buffers are page-locked, and the copy to the device runs on the current stream
+    without stopping the host. Leaving the loop, by ``break``
     or by an exception, ends the thread; so does dropping the iterator. An error in the thread is
     raised in the loop, in place of the batch that failed. One plan has one order: shard it by its
     own ``rank`` and ``world_size``.
@@ -74,6 +78,8 @@ class PairLoader:
         self.device = torch.device("cpu" if device is None else device)
         self.prefetch = prefetch
         self._fillers: WeakSet[_Filler] = WeakSet()
+        # One buffer is being filled, one is with the model.
+        self._ring = Ring(prefetch + 2, pinned=self.device.type == "cuda")
         # Where the latest iteration is, and where the next one starts.
         self._latest: _Filler | None = None
         self._start = 0
@@ -125,7 +131,7 @@ class PairLoader:
 
     def __iter__(self) -> Iterator[Any]:
         start, self._start = self._start, 0
-        filler = _Filler(self.plan, self.device, self.prefetch, start)
+        filler = _Filler(self.plan, self._ring, self.device, self.prefetch, start)
         self._fillers.add(filler)
         self._latest = filler
         return _Batches(filler, self.device)
@@ -143,8 +149,13 @@ class _Batches(Iterator[Any]):
             self._close()
             raise StopIteration
         try:
-            batch = self._filler.take()
-            return batch.to(self._device, non_blocking=self._device.type == "cuda")
+            batch, loan = self._filler.take()
+            moved = batch.to(self._device, non_blocking=self._device.type == "cuda")
+            if loan is not None and self._device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self._device))
+                loan.copied(event)
+            return moved
         except BaseException:
             self._close()
             raise
@@ -153,10 +164,12 @@ class _Batches(Iterator[Any]):
 class _Filler:
     """Builds the batches of one iteration in order, ``ahead`` of them ahead, in a thread if > 0."""
 
-    def __init__(self, plan: Plan, device: torch.device, ahead: int, start: int) -> None:
+    def __init__(
+        self, plan: Plan, ring: Ring, device: torch.device, ahead: int, start: int
+    ) -> None:
         self.length = len(plan)
-        self._plan, self._device = plan, device
-        self._done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._plan, self._ring, self._device = plan, ring, device
+        self._done: SimpleQueue[tuple[Any, Loan | None, BaseException | None]] = SimpleQueue()
         self._free = threading.Semaphore(ahead)
         self._closed = False
         self.taken = self._first = start
@@ -165,18 +178,18 @@ class _Filler:
             self._thread = threading.Thread(target=self._run, name="dpo_ext-loader", daemon=True)
             self._thread.start()
 
-    def take(self) -> Any:
-        """The next batch; raises what the thread raised."""
+    def take(self) -> tuple[Any, Loan | None]:
+        """The next batch and the buffer that it is in; raises what the thread raised."""
         if self._closed:
             raise RuntimeError(_EPOCH_SET)
         self.taken += 1
         if self._thread is None:
             return self._build(self.taken - 1)
-        batch, error = self._done.get()
+        batch, loan, error = self._done.get()
         self._free.release()
         if error is not None:
             raise error
-        return batch
+        return batch, loan
 
     def close(self) -> None:
         """Ends the thread and waits for the batch that it is building."""
@@ -185,9 +198,15 @@ class _Filler:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _build(self, i: int) -> Any:
-        batch = self._plan[i]
-        return batch.pin_memory() if self._device.type == "cuda" else batch
+    def _build(self, i: int) -> tuple[Any, Loan | None]:
+        fill = getattr(self._plan, "_build", None)
+        if fill is None:
+            batch = self._plan[i]
+            return (batch.pin_memory() if self._device.type == "cuda" else batch), None
+        loan = self._ring.lend()
+        batch = fill(i, loan.take)
+        loan.end()
+        return batch, loan
 
     def _run(self) -> None:
         try:
@@ -197,6 +216,6 @@ class _Filler:
                 self._free.acquire()
                 if self._closed:
                     raise RuntimeError(_EPOCH_SET)
-                self._done.put((self._build(i), None))
+                self._done.put((*self._build(i), None))
         except BaseException as error:  # whatever it is: the loop would wait for ever otherwise
-            self._done.put((None, error))
+            self._done.put((None, None, error))
