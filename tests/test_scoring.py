@@ -345,6 +345,68 @@ def test_an_adapter_on_the_head_or_a_learned_prompt_is_refused():
         attach_scoring(peft.get_peft_model(tiny_llama(), config))
 
 
+# ---- the loss inside ----
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute", "pairwise"])
+@pytest.mark.parametrize(
+    "loss", ["dpo", {"loss": "simpo", "beta": 2.0, "gamma": 0.5}, ["dpo", "sft"]]
+)
+def test_a_loss_inside_is_the_loss_outside(plan, loss):
+    inputs, labels = tiny_batch(3)
+    table, ref_logps = ScoreTable.from_labels(labels), torch.randn(3, 2) - 20
+    options = loss if isinstance(loss, dict) else {"loss": loss}
+    if loss == ["dpo", "sft"] and plan == "pairwise":
+        options = {"loss": ["dpo", "ipo_sum"]}
+    model = attach_scoring(tiny_llama())
+    logps = model(**inputs, score_table=table).logps
+    needs = options["loss"] != "simpo"
+    ref = ref_logps if needs else None
+    want = preference_loss(logps, ref, lengths=table.lengths, num_pairs=5, **options)
+    want.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    attach_scoring(model, plan=plan, loss=options)
+    scores = model(**inputs, score_table=table, ref_logps=ref, num_pairs=5)
+    scores.loss.backward()
+    torch.testing.assert_close(scores.loss, want.loss)
+    torch.testing.assert_close(scores.logps, logps.detach())
+    assert not scores.logps.requires_grad
+    assert scores.preference.metrics.keys() == want.metrics.keys()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_reference_itself_is_scored_without_a_loss():
+    inputs, labels = tiny_batch()
+    model = attach_scoring(tiny_llama(), loss="dpo")
+    with torch.no_grad():
+        scores = model(**inputs, score_table=ScoreTable.from_labels(labels))
+    assert scores.loss is None
+    out = model(**inputs, score_table=ScoreTable.from_labels(labels), ref_logps=scores.logps)
+    assert out.loss.item() == pytest.approx(0.6931472, abs=1e-6)
+    assert attach_scoring(model)(**inputs, score_table=ScoreTable.from_labels(labels)).loss is None
+
+
+def test_what_a_loss_inside_cannot_do_is_refused():
+    inputs, labels = tiny_batch()
+    table, ref = ScoreTable.from_labels(labels), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="needs a `loss`"):
+        attach_scoring(tiny_llama(), plan="pairwise")
+    with pytest.raises(ValueError, match="unknown"):
+        attach_scoring(tiny_llama(), loss="dppo")
+    with pytest.raises(TypeError, match="`loss` must be a name"):
+        attach_scoring(tiny_llama(), loss=[preference_loss])
+    model = attach_scoring(tiny_llama())
+    with pytest.raises(ValueError, match="`ref_logps` needs `attach_scoring"):
+        model(**inputs, score_table=table, ref_logps=ref)
+    with pytest.raises(ValueError, match="`ref_logps` needs a `score_table`"):
+        model(**inputs, ref_logps=ref)
+    attach_scoring(model, loss="dpo")
+    with pytest.raises(ValueError, match="cannot be combined"):
+        model(**inputs, score_table=table, ref_logps=ref, score_stats="entropy")
+
+
 # ---- two processes --------------------------------------------------------------------------------
 
 
@@ -356,12 +418,14 @@ def two_ranks(rank, store, wrapper, result):
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     try:
-        model = attach_scoring(tiny_llama())
-        inputs, labels = tiny_batch()
-        rows = [rank, 2 + rank]  # chosen and rejected of this rank's pair
+        inside = wrapper.endswith("loss inside")
+        model = attach_scoring(tiny_llama(), loss={"loss": "dpo", "beta": 0.1} if inside else None)
+        inputs, labels = tiny_batch(3 if inside else 2)
+        # chosen and rejected of this rank's pairs; with the loss inside rank 1 has one more
+        rows = [[0, 3], [1, 2, 4, 5]][rank] if inside else [rank, 2 + rank]
         mine = {name: value[rows] for name, value in inputs.items()}
         table = ScoreTable.from_labels(labels[rows])
-        if wrapper == "ddp":
+        if wrapper.startswith("ddp"):
             wrapped = nn.parallel.DistributedDataParallel(model)
         else:
             from torch.distributed.fsdp import fully_shard
@@ -373,12 +437,18 @@ def two_ranks(rank, store, wrapper, result):
                 fully_shard(model.lm_head)
             wrapped = fully_shard(model)
         try:
-            logps = wrapped(**mine, score_table=table).logps
+            if inside:
+                ref_logps = torch.zeros(len(rows) // 2, 2)
+                step = {"ref_logps": ref_logps, "num_pairs": 3}
+                # DDP and FSDP2 average over ranks
+                loss = 2 * wrapped(**mine, score_table=table, **step).loss
+            else:
+                loss = loss_of(wrapped(**mine, score_table=table).logps)
         except TensorError as error:
             if rank == 0:
                 torch.save({"error": str(error)}, result)
             return
-        loss_of(logps).backward()
+        loss.backward()
         grads = {}
         for name, p in model.named_parameters():
             grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
@@ -406,6 +476,17 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, wrapper):
     assert one.keys() == two.keys()
     for name, grad in one.items():
         torch.testing.assert_close(two[name], grad, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp, loss inside", "fsdp2, loss inside"])
+def test_unequal_micro_batches_of_two_processes_give_the_mean_over_all_pairs(tmp_path, wrapper):
+    model = attach_scoring(tiny_llama())
+    inputs, labels = tiny_batch(3)
+    one = gradients(model, model(**inputs, score_table=ScoreTable.from_labels(labels)))
+    two = spawn(tmp_path, wrapper)
+    for name, grad in one.items():
+        torch.testing.assert_close(two[name], grad, atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.slow

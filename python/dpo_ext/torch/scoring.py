@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -15,26 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
+from dpo_ext.torch import pairwise
 from dpo_ext.torch.head import is_dtensor
 from dpo_ext.torch.linear import PLANS, linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.logps import STATS, TokenScores, check_is_table, only, sum_sequences
+from dpo_ext.torch.loss_checks import find_loss
+from dpo_ext.torch.losses import PreferenceLoss
 from dpo_ext.torch.table import ScoreTable
 
-_ORIGINAL, _PLAN = "_dpo_ext_forward", "_dpo_ext_plan"
+_ORIGINAL, _PLAN, _LOSS = "_dpo_ext_forward", "_dpo_ext_plan", "_dpo_ext_loss"
 
 
 class ModelScores(NamedTuple):
     """What a model with `attach_scoring` returns for a score table.
 
     - ``logps``: (n_groups, group_size) float32, log-prob of each sequence; differentiable.
+      Detached where there is a ``loss``, which has the gradient then.
     - ``tokens``: `TokenScores` of the table's M tokens if ``score_stats`` names any, else None.
+    - ``loss``: the scalar of ``preference``, where `attach_scoring` was given a loss.
+    - ``preference``: `PreferenceLoss` with rewards and metrics, or None.
     """
 
     logps: Tensor
     tokens: TokenScores | None = None
+    loss: Tensor | None = None
+    preference: PreferenceLoss | None = None
 
 
-def attach_scoring(model: Any, *, plan: str = "auto") -> Any:
+def attach_scoring(
+    model: Any, *, plan: str = "auto", loss: str | Sequence[str] | Mapping[str, Any] | None = None
+) -> Any:
     """The model, whose forward pass also takes ``score_table=`` and then returns log-probs.
 
     Same as, for ``scores = model(**inputs, score_table=table)``::
@@ -47,18 +58,31 @@ def attach_scoring(model: Any, *, plan: str = "auto") -> Any:
     the hooks of DDP, FSDP2 and PEFT run: attach, then wrap (``ddp = DDP(attach_scoring(model))``).
     Backbone and head are looked up at each call, since PEFT and FSDP2 replace them. Without
     ``score_table`` the original forward runs, so generation and other losses are unchanged; its
-    signature is kept. Attaching again only sets the plan.
+    signature is kept. Attaching again only sets the plan and the loss.
+
+    With ``loss`` the loss is computed inside as well, so that the head needs no recompute (plan
+    ``pairwise`` of `linear_preference_loss`)::
+
+        model = wrap(attach_scoring(model, loss={"loss": "dpo", "beta": 0.1}))
+        scores = model(**inputs, score_table=table, ref_logps=ref_logps)
+        scores.loss.backward()
 
     The forward pass takes:
         score_table: `ScoreTable` of the rows of the flattened hidden states, on their device.
         score_stats: any of ``"logps"``, ``"entropy"``, ``"mean_logit"``, ``"log_sum_sq"``,
             ``"is_top1"``; if there is one, ``.tokens`` holds these of each token.
+        ref_logps: (N, 2), with ``loss`` only. Without it a loss that needs a reference is not
+            computed, and the forward pass returns log-probs: so the reference itself is scored.
+        num_pairs: with ``loss`` only: pairs of the step over all ranks, as in `preference_loss`.
+            DDP and FSDP2 average gradients over W ranks: multiply the loss by W then.
         anything else: as before, except ``labels`` and ``logits_to_keep``. ``use_cache`` is False:
             with a cache, packed segments would see each other.
 
     Args:
         model: a Hugging Face causal language model, or a PEFT or DDP wrapper around one.
-        plan: as in `linear_sequence_logps`.
+        plan: as in `linear_sequence_logps`, with ``loss`` as in `linear_preference_loss`.
+        loss: None, a name or several, or a dict of `linear_preference_loss`'s options: ``loss,
+            beta, compat, loss_weights`` and parameters of the loss.
 
     Returns:
         The same object. Its forward returns `ModelScores` for a score table.
@@ -67,8 +91,8 @@ def attach_scoring(model: Any, *, plan: str = "auto") -> Any:
         TypeError: ``model`` has no backbone and head as Hugging Face models do, is an
             encoder-decoder, or learns a prompt (its virtual tokens would shift every row).
         TensorError: an adapter on the head, or (at the call) a head that is quantised or a DTensor.
-        ValueError: an unknown ``plan``; at the call, ``labels``, ``logits_to_keep`` or an unknown
-            name in ``score_stats``.
+        ValueError: an unknown ``plan`` or loss; at the call, ``labels``, ``logits_to_keep`` or an
+            unknown name in ``score_stats``; ``ref_logps`` without a loss.
 
     Numerics: as `linear_sequence_logps`.
 
@@ -83,11 +107,15 @@ def attach_scoring(model: Any, *, plan: str = "auto") -> Any:
     >>> model(input_ids=ids).logits.shape
     torch.Size([2, 3, 11])
     """
-    if plan not in PLANS:
-        raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}")
+    plans = PLANS if loss is None else pairwise.PLANS
+    if plan not in plans:
+        hint = "\nhint: it needs a `loss`" if plan in pairwise.PLANS else ""
+        raise ValueError(f"`plan` must be one of {', '.join(plans)}, found {plan!r}{hint}")
+    options = _loss_options(loss)
     inner = _inner_model(model)
     _head(inner)
     setattr(inner, _PLAN, plan)
+    setattr(inner, _LOSS, options)
     if _ORIGINAL in vars(inner):
         return model
 
@@ -97,18 +125,44 @@ def attach_scoring(model: Any, *, plan: str = "auto") -> Any:
         *args: Any,
         score_table: ScoreTable | None = None,
         score_stats: Any = (),
+        ref_logps: Tensor | None = None,
+        num_pairs: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if score_table is not None:
-            return _score(self, score_table, score_stats, args, kwargs)
-        if score_stats:
-            raise ValueError("`score_stats` needs a `score_table`")
+            step = {"ref_logps": ref_logps, "num_pairs": num_pairs}
+            return _score(self, score_table, score_stats, step, args, kwargs)
+        given = {"score_stats": score_stats or None, "ref_logps": ref_logps, "num_pairs": num_pairs}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{name}` needs a `score_table`")
         return getattr(self, _ORIGINAL)(*args, **kwargs)
 
     # Bound methods: a deep copy of the model then scores with the copy's weights, not with these.
     setattr(inner, _ORIGINAL, inner.forward)
     inner.forward = MethodType(forward, inner)
     return model
+
+
+def _loss_options(loss: Any) -> dict[str, Any] | None:
+    """Options of `linear_preference_loss`, with the names of the losses checked."""
+    if loss is None:
+        return None
+    options = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
+    names = options.setdefault("loss", "dpo")
+    for name in [names] if isinstance(names, str) else names:
+        if not isinstance(name, str):
+            raise TypeError(f"`loss` must be a name or names, found {type(name).__name__}")
+        if options.get("compat") is None:  # else a code base's own name, looked up with the options
+            find_loss(name)
+    return options
+
+
+def _needs_reference(options: dict[str, Any]) -> bool:
+    if options.get("compat") is not None:
+        return True
+    names = options["loss"]
+    return any(find_loss(n).reference for n in ([names] if isinstance(names, str) else names))
 
 
 def _inner_model(model: Any) -> Any:
@@ -182,7 +236,12 @@ def logit_transform(config: Any) -> dict[str, float | None]:
 
 
 def _score(
-    model: Any, table: ScoreTable, stats: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any,
+    table: ScoreTable,
+    stats: Any,
+    step: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> ModelScores:
     """The forward pass of a model with a score table."""
     check_is_table(table)
@@ -191,6 +250,16 @@ def _score(
         if name != "logps" and name not in STATS:
             accepted = ", ".join(("logps", *STATS))
             raise ValueError(f"`score_stats` must be among {accepted}, found {name!r}")
+    options = getattr(model, _LOSS)
+    if options is None:
+        for name, value in step.items():
+            if value is not None:
+                raise ValueError(f"`{name}` needs `attach_scoring(model, loss=...)`")
+    wanted = options is not None and (
+        step["ref_logps"] is not None or not _needs_reference(options)
+    )
+    if wanted and names:
+        raise ValueError("`score_stats` cannot be combined with a loss inside the forward pass")
     if args:  # the backbone's positions differ from the model's
         bound = inspect.signature(type(model).forward).bind_partial(model, *args).arguments
         kwargs = {**dict(list(bound.items())[1:]), **kwargs}
@@ -212,6 +281,13 @@ def _score(
     if hidden.device != weight.device:  # a model spread over devices
         hidden = hidden.to(weight.device)
     how: dict[str, Any] = {**logit_transform(model.config), "plan": getattr(model, _PLAN)}
+    if wanted:
+        out = pairwise.linear_preference_loss(
+            hidden, weight, table, bias=bias, **how, **step, **options
+        )
+        return ModelScores(out._logps.detach(), None, out.loss, out)
+    if how["plan"] == "pairwise":
+        how["plan"] = "auto"
     if not names:
         return ModelScores(linear_sequence_logps(hidden, weight, table, bias=bias, **how))
     asked = tuple(name for name in names if name != "logps")
