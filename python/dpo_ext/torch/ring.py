@@ -47,7 +47,9 @@ class Ring:
         size_bytes = max(size_bytes, _ALIGNMENT)
         if self._pinned:
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return np.empty(size_bytes, np.uint8)
+        store = np.empty(size_bytes + _ALIGNMENT, np.uint8)
+        start = -store.ctypes.data % _ALIGNMENT
+        return store[start : start + size_bytes]
 
     def close(self) -> None:
         """Waits for copies that still read from a free buffer, before its memory goes."""
