@@ -97,6 +97,7 @@ class PairDataset(Sequence):
         limits: Limits | None = None,
         threads: int | None = None,
         progress: Progress = False,
+        cache_dir: str | PathLike[str] | None = None,
     ) -> PairDataset:
         """Reads JSONL, plain, gzip or zstd (all members, all frames), in Rust and without the GIL.
 
@@ -127,6 +128,11 @@ class PairDataset(Sequence):
                 cgroup allow.
             progress: True for a bar, or a function of (bytes done, rows done) called a few times a
                 second.
+            cache_dir: a folder of yours, where the pairs are kept as saved data sets. They are
+                encoded in bounded memory, whatever the size of the files, and mapped, as by
+                :meth:`load`; the next call with the same contents, tokenizer and options maps them
+                at once. A damaged one is encoded anew, and the report says so. Processes that want
+                the same wait for the one that encodes. Needs pyarrow.
 
         Raises:
             DataError: a bad row or a bad input, with path, line and field.  LimitExceeded: a limit.
@@ -137,6 +143,10 @@ class PairDataset(Sequence):
         """
         files = _files(paths)
         options = settings(locals())
+        if cache_dir is not None:
+            from dpo_ext import shards
+
+            return shards.cached(files, _checked(tokenizer), options, cache_dir, progress)
         with _callback(progress, files) as callback:
             raw = _core.data_from_files(files, _checked(tokenizer)._core, options, callback)
         return cls._from_raw(raw, tokenizer)

@@ -111,6 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def load(folder: str | PathLike[str], *, verify: bool = True) -> PairDataset:
     """Maps a saved data set; see :meth:`PairDataset.load`."""
+    return opened(folder, verify)[0]
+
+
+def opened(folder: str | PathLike[str], verify: bool) -> tuple[PairDataset, dict[str, Any]]:
+    """Maps a saved data set; it and its manifest."""
     path = Path(folder)
     with typed_errors(path):
         if not stat.S_ISDIR(path.stat().st_mode):
@@ -128,7 +133,7 @@ def load(folder: str | PathLike[str], *, verify: bool = True) -> PairDataset:
                     raise damaged(path / name, "the data file is missing") from error
                 seen = name
         try:
-            return Mapped(path, manifest, fd, verify).pairs()
+            return Mapped(path, manifest, fd, verify).pairs(), manifest
         finally:
             os.close(fd)
 

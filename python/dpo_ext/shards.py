@@ -1,0 +1,409 @@
+"""Files that need not fit in memory: encoded in parts into a folder, and kept in a cache.
+
+While the parts come, each column grows in files of its own; at the end they are mapped and written
+as one data set, of which nothing is visible before it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_ext import _core, mapped
+from dpo_ext.batch import Ragged
+from dpo_ext.data import PairDataset, _callback, _checked, _files
+from dpo_ext.errors import DataError
+from dpo_ext.folder import Folder, damaged, digest_of, typed_errors, writing
+from dpo_ext.options import Limits, Settings, settings
+from dpo_ext.report import Report
+from dpo_ext.store import Columns, pyarrow, write
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dpo_ext.options import Paths, Progress
+    from dpo_ext.tokenizer import Tokenizer
+
+# Pairs that are held in memory at a time, about 40 MB of ids.
+PAIRS = 1 << 16
+# Of these options the ids do not depend, or only where `_now` and `_limits_allow` say so.
+APART = ("threads", "now", "limits")
+# A file that changed so recently could change again without its time of change telling.
+RACY_NS = 2_000_000_000
+
+LISTS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+
+
+class Spool:
+    """Columns that grow in a folder, a file for each flat array."""
+
+    def __init__(self, folder: Path, names: Sequence[str], stack: ExitStack) -> None:
+        folder.mkdir(mode=0o700)
+        self._folder, self._names, self._stack = folder, tuple(names), stack
+        self._files: dict[str, Any] = {}
+        self._ends: dict[str, int] = {}
+        self._kinds: dict[str, str] = {}
+        self._reports: list[Report] = []
+        self._gaps = False
+        self.n = self._with_ref = self._read = 0
+
+    def append(self, raw: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Appends what an encoder gave."""
+        self._gaps = self._gaps or raw["read"] != raw["kept"]
+        for short, name in LISTS.items():
+            self._append_lists(name, *raw[short])
+        reference = raw["ref_logps"].reshape(-1, 2)
+        for i, name in enumerate(mapped.REFERENCE):
+            self._put(name, np.ascontiguousarray(reference[:, i]))
+        self._put(mapped.ROW, raw["rows"])
+        for name, values in zip(self._names, raw.get("columns", ()), strict=True):
+            self._append_extra(name, values)
+        self.n += raw["kept"]
+        self._read += raw["read"]
+        self._with_ref += raw["with_ref"]
+        part = PairDataset._from_raw({**raw, "with_ref": 0, "columns": []}, tokenizer)
+        self._reports = [Report.merged([*self._reports, part.report])]
+
+    def _put(self, name: str, array: NDArray[Any]) -> None:
+        if name not in self._files:
+            file = (self._folder / f"{len(self._files)}").open("w+b")
+            self._files[name] = self._stack.enter_context(file)
+        if len(array):
+            self._files[name].write(array.view(np.uint8).data)
+
+    def _append_lists(self, name: str, values: NDArray[Any], offsets: NDArray[Any]) -> None:
+        end = self._ends.setdefault(name, 0)
+        self._put(f"{name} offsets", offsets[1:] + end if name in self._files else offsets)
+        self._put(name, values)
+        self._ends[name] = end + len(values)
+
+    def _append_extra(self, name: str, values: Any) -> None:
+        if not len(values):  # its kind says nothing
+            return
+        columns = Columns(len(values))
+        columns.add(name, values)
+        if name in columns.texts:
+            kind = "text"
+            self._append_lists(name, columns.texts[name].values, columns.texts[name].offsets)
+        elif name in columns.flags:
+            kind = "bool"
+            self._put(name, columns.flags[name])
+        else:
+            numbers = columns.numbers[name]
+            kind = numbers.dtype.name
+            known = self._kinds.get(name, kind)
+            if {kind, known} == {"int64", "float64"}:
+                # As at once: one number that is not whole makes the column float64.
+                if known == "int64":
+                    self._files[name].flush()
+                    whole = np.memmap(self._files[name], np.int64, "r+")
+                    whole.view(np.float64)[:] = whole.astype(np.float64)
+                    whole.flush()
+                kind, numbers = "float64", numbers.astype(np.float64)
+                self._kinds[name] = kind
+            self._put(name, numbers)
+        if self._kinds.setdefault(name, kind) != kind:
+            raise DataError(
+                f"`{name}`: expected one kind of value, found {self._kinds[name]} and {kind}",
+                field=name,
+                reason="wrong_type",
+            )
+
+    def report(self) -> Report:
+        """What became of all rows so far."""
+        report = Report.merged(self._reports)
+        if 0 < self._with_ref < self.n:
+            note = (
+                f"reference log-probs stand in {self._with_ref} of {self.n} pairs and were not "
+                "carried"
+            )
+            report = replace(report, notes=(*report.notes, note))
+        return report
+
+    def columns(self) -> Columns:
+        """All columns, mapped."""
+        maps: list[mmap.mmap] = []
+
+        def array(name: str, dtype: Any) -> NDArray[Any]:
+            if name not in self._files:
+                return np.empty(0, dtype)
+            file = self._files[name]
+            file.flush()
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                return np.empty(0, dtype)
+            maps.append(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            return np.frombuffer(maps[-1], dtype)
+
+        def lists(name: str, dtype: Any) -> Ragged:
+            offsets = array(f"{name} offsets", np.int64)
+            return Ragged(array(name, dtype), offsets if len(offsets) else np.zeros(1, np.int64))
+
+        def release() -> None:
+            for part in maps:
+                part.madvise(mmap.MADV_DONTNEED)
+
+        columns = Columns(self.n, release)
+        columns.lists = {name: lists(name, np.int32) for name in LISTS.values()}
+        if self.n and self._with_ref == self.n:
+            columns.numbers = {name: array(name, np.float64) for name in mapped.REFERENCE}
+        if self._gaps:
+            columns.numbers[mapped.ROW] = array(mapped.ROW, np.int64)
+        for name in self._names:
+            kind = self._kinds.get(name, "int64")
+            if kind == "text":
+                columns.texts[name] = lists(name, np.uint8)
+            elif kind == "bool":
+                columns.flags[name] = array(name, np.bool_)
+            else:
+                columns.numbers[name] = array(name, kind)
+        return columns
+
+
+def parts_of(
+    files: Sequence[str], tokenizer: Tokenizer, options: Settings, progress: Progress
+) -> Iterator[Mapping[str, Any]]:
+    """What ``PairDataset.from_files`` would encode at once, in parts of at least ``PAIRS``."""
+    with _callback(progress, files) as callback:
+        encoder = _core.FileEncoder(list(files), tokenizer._core, options)
+        while (raw := encoder.next(PAIRS, callback)) is not None:
+            yield raw
+
+
+def encode_into(
+    folder: Folder,
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    options: Settings,
+    progress: Progress,
+    made: Mapping[str, Any],
+    check: Callable[[], Any] = lambda: None,
+) -> Report:
+    """Replaces what a folder holds by the pairs of files; ``check`` has the last word."""
+    spooled = folder.temporary()
+    try:
+        with ExitStack() as stack:
+            spool = Spool(spooled, getattr(options, "columns", ()), stack)
+            for raw in parts_of(files, tokenizer, options, progress):
+                spool.append(raw, tokenizer)
+            report = spool.report()
+            check()
+            write(
+                folder,
+                spool.columns(),
+                pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
+                vocab_size=tokenizer.vocab_size,
+                report=report,
+                made=made,
+            )
+    finally:
+        shutil.rmtree(spooled, ignore_errors=True)
+    return report
+
+
+def encode_files(
+    paths: Paths, tokenizer: Tokenizer, out: Path, arguments: Mapping[str, Any]
+) -> Report:
+    """See :func:`dpo_ext.store.prepare`."""
+    known = {f.name for f in fields(Settings)} - {"now"} | {"progress"}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise TypeError(f"unknown option `{unknown[0]}`: there is {', '.join(sorted(known))}")
+    files = _files(paths)
+    options = settings({"limits": None, **arguments})
+    _checked(tokenizer)
+    with writing(out) as folder:
+        folder.sweep(mapped.current_file(folder.path))
+        return encode_into(
+            folder, files, tokenizer, options, arguments.get("progress", False), made={}
+        )
+
+
+# The cache
+
+
+def cached(
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    options: Settings,
+    cache_dir: str | os.PathLike[str],
+    progress: Progress,
+) -> PairDataset:
+    """The pairs of files, mapped from a cache that is filled first if need be.
+
+    What was encoded counts for the same bytes in files of the same endings, the same tokenizer,
+    template and options; for ``strftime_now`` in the template, the same time as far as it shows.
+    It counts whatever the folder of the files, ``threads``, and those limits that dropped no row.
+    """
+    pyarrow("`cache_dir`")
+    root = Path(cache_dir)
+    with typed_errors(root):
+        if not root.is_dir():
+            root.parent.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, exist_ok=True)
+        before = [_status(name) for name in files]
+        prints = [_fingerprint(root, name) for name in files]
+    facts = _facts(files, prints, tokenizer, options)
+    folders = [root / _key(facts), root / _key({**facts, "limits": asdict(options.limits)})]
+    damage = None
+    for folder in folders:
+        found, damage = _look(folder, files, options, damage)
+        if found is not None:
+            return found
+    # The first name is for the first limits that come; others get a name of their own.
+    folder = folders[1] if _is_sound(folders[0]) else folders[0]
+    made = {"limits": asdict(options.limits), "sources": list(files)}
+
+    def unchanged() -> None:
+        for name, status in zip(files, before, strict=True):
+            if _status(name) != status:
+                raise DataError(
+                    f"{name}: the file changed while it was read", path=name, reason="bad_input"
+                )
+
+    with writing(folder) as opened:
+        found, _ = _look(folder, files, options, None)
+        if found is not None:  # by another process, while this one waited
+            return found
+        opened.sweep(None)
+        encode_into(opened, files, tokenizer, options, progress, made, unchanged)
+    pairs = mapped.load(folder, verify=False)
+    if damage is not None:
+        note = f"what the cache held was damaged and was encoded anew: {damage}"
+        pairs.report = replace(pairs.report, notes=(*pairs.report.notes, note))
+    return pairs
+
+
+def _look(
+    folder: Path, files: Sequence[str], options: Settings, damage: str | None
+) -> tuple[PairDataset | None, str | None]:
+    """What a folder of the cache holds for these limits, and what was wrong with it."""
+    try:
+        pairs, manifest = mapped.opened(folder, verify=True)
+    except FileNotFoundError:
+        return None, damage
+    except DataError as error:
+        return None, str(error).splitlines()[0]
+    made = manifest["made"]
+    if not _limits_allow(made["limits"], options.limits, pairs.report):
+        return None, damage
+    # The same files may have other names by now.
+    names = dict(zip(made["sources"], files, strict=True))
+    first = {
+        reason: replace(example, path=names.get(example.path, example.path))
+        for reason, example in pairs.report.first.items()
+    }
+    pairs.report = replace(pairs.report, first=first)
+    return pairs, damage
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        mapped.read_manifest(folder)
+    except (FileNotFoundError, DataError):
+        return False
+    return True
+
+
+def _limits_allow(made: Mapping[str, Any], limits: Limits, report: Report) -> bool:
+    """Whether rows encoded under ``made`` come out the same under ``limits``."""
+    wanted = asdict(limits)
+    if made == wanted:
+        return True
+    infinite = float("inf")
+    wider = all(
+        (infinite if wanted[name] is None else wanted[name])
+        >= (infinite if made.get(name, 0) is None else made.get(name, 0))
+        for name in wanted
+    )
+    return wider and "limit" not in report.dropped
+
+
+def _facts(
+    files: Sequence[str], prints: Sequence[str], tokenizer: Tokenizer, options: Settings
+) -> dict[str, Any]:
+    """All that ids depend on."""
+    state = tokenizer.__reduce__()[1][0]
+    return {
+        "format": mapped.VERSION,
+        "package": _core.__version__,
+        "tokenizer": hashlib.sha256(state).hexdigest(),
+        "now": _now(tokenizer.chat_template or "", options.now),
+        "files": [
+            ["".join(Path(name).suffixes[-2:]).lower(), print_]
+            for name, print_ in zip(files, prints, strict=True)
+        ],
+        "options": {
+            f.name: getattr(options, f.name) for f in fields(options) if f.name not in APART
+        },
+    }
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _now(template: str, now: Sequence[int]) -> list[Any]:
+    """The time as far as a template shows it: all of it, unless its formats can be read."""
+    calls = len(re.findall(r"strftime_now\s*\(", template))
+    formats = re.findall(r"""strftime_now\s*\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""", template)
+    if "strftime_now" not in template:
+        return []
+    if calls == 0 or calls != len(formats):
+        return list(now)
+    moment = time.struct_time((*now, -1))
+    return [time.strftime(double or single, moment) for double, single in formats]
+
+
+def _status(name: str) -> tuple[Any, ...]:
+    found = Path(name).stat()
+    one = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if stat.S_ISDIR(found.st_mode):
+        return (*one, *(_status(str(inner)) for inner in sorted(Path(name).iterdir())))
+    if not stat.S_ISREG(found.st_mode):
+        raise damaged(Path(name), "expected a regular file")
+    return one
+
+
+def _fingerprint(root: Path, name: str) -> str:
+    """The digest of what a file holds, or a folder; read once as long as the file stays as it is.
+
+    The time of change of a file moves with every write and cannot be set, so that a digest noted
+    for it stays right.
+    """
+    path = Path(name)
+    if path.is_dir():
+        inner = sorted(path.iterdir())
+        parts = [[part.name, _fingerprint(root, str(part))] for part in inner]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    status = _status(name)
+    notes = root / ".files"
+    note = notes / hashlib.sha256(json.dumps(status).encode()).hexdigest()
+    try:
+        noted = note.read_text()
+        if re.fullmatch(r"[0-9a-f]{64}", noted):
+            return noted
+    except (OSError, UnicodeDecodeError):
+        pass
+    with path.open("rb") as file:
+        digest = digest_of(file.fileno(), status[2])
+    if time.time_ns() - max(status[3:5]) > RACY_NS and _status(name) == status:
+        notes.mkdir(mode=0o700, exist_ok=True)
+        temporary = Folder(notes).temporary()
+        temporary.write_text(digest)
+        temporary.replace(note)
+    return digest
