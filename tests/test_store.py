@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -646,6 +647,35 @@ def test_a_loaded_data_set_is_saved_over_itself(tmp_path):
     loaded.save(tmp_path)
     assert same(loaded, made())
     assert same(PairDataset.load(tmp_path), made())
+
+
+# Workers
+
+
+def test_a_pickle_names_the_file_instead_of_carrying_the_ids(tmp_path):
+    pairs = made(5000)
+    pairs.save(tmp_path)
+    loaded = PairDataset.load(tmp_path)
+    loaded.pad_id = 17
+    text = pickle.dumps(loaded)
+    assert len(text) < pairs.rows.nbytes + 2000, "no ids in it"
+    again = pickle.loads(text)
+    assert same(again, loaded)
+    assert again.pad_id == 17
+    assert not again.chosen_ids.values.flags.writeable
+    assert len(pickle.loads(pickle.dumps(again))) == 5000
+    made(4000, 1).save(tmp_path)
+    with pytest.raises(DataError, match="replaced"):
+        pickle.loads(text)
+
+
+def test_ids_that_were_exchanged_are_pickled_themselves(tmp_path):
+    made().save(tmp_path)
+    loaded = PairDataset.load(tmp_path)
+    loaded.chosen_ids = loaded.rejected_ids
+    with_ref = PairDataset.load(tmp_path).with_ref_logps(np.zeros((20, 2)))
+    for pairs in (loaded, with_ref):
+        assert same(pickle.loads(pickle.dumps(pairs)), pairs)
 
 
 # Folders

@@ -254,7 +254,7 @@ class Mapped:
             raise self._wrong(f"`report`: expected {self.n} kept, found {str(report.kept)[:20]}")
         extra: dict[str, Any] = {"columns": others} if others else {}
         try:
-            return PairDataset(
+            pairs = MappedPairs(
                 lists["prompt_ids"],
                 lists["chosen_ids"],
                 lists["rejected_ids"],
@@ -267,6 +267,37 @@ class Mapped:
             )
         except ValueError as error:
             raise self._wrong(str(error)) from error
+        pairs._place = (str(self.folder.absolute()), self.path.name)
+        pairs._lists = tuple(lists.values())
+        return pairs
+
+
+class MappedPairs(PairDataset):
+    """Pairs over a mapped file. A pickle of them names the file, which a worker maps again."""
+
+    _place: tuple[str, str]
+    _lists: tuple[Ragged, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = dict(vars(self))
+        for name in ("longest", "tokens"):  # cheap to count again
+            state.pop(name, None)
+        place, lists = state.pop("_place"), state.pop("_lists")
+        if any(state[name] is not ragged for name, ragged in zip(IDS, lists, strict=True)):
+            return _unmapped, (), state
+        return _again, place, {k: v for k, v in state.items() if k not in IDS}
+
+
+def _unmapped() -> PairDataset:
+    return PairDataset.__new__(PairDataset)
+
+
+def _again(folder: str, name: str) -> PairDataset:
+    """Maps the file that another process has mapped."""
+    pairs, manifest = opened(folder, verify=False)
+    if manifest["file"]["name"] != name:
+        raise damaged(Path(folder), "the data set was replaced since it was loaded")
+    return pairs
 
 
 def _is_wide(column: Mapping[str, Any]) -> bool:
