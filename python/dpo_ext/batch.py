@@ -194,6 +194,15 @@ class Batch:
     full_q_num_blocks: Any = None
     full_q_indices: Any = None
 
+    @classmethod
+    def _filled(cls, layout: str, **arrays: Any) -> Batch:
+        """Same as ``Batch(layout, **arrays)`` without setting every other field to its default,
+        which costs as much as filling a small batch.
+        """
+        batch = cls.__new__(cls)
+        vars(batch).update(arrays, layout=layout)
+        return batch
+
     @property
     def n_pairs(self) -> int:
         return len(self.pair_index)

@@ -87,7 +87,7 @@ def padded(
     _core.pad_into(**lists, index=index, pad_id=pairs.pad_id, **rows, **table)
     fields = _of_pairs(pairs, index, take, np.float32)  # as TRL's collator
     shaped = {name: array.reshape(2 * n, width) for name, array in rows.items()}
-    return Batch("padded", **shaped, **table, **fields)
+    return Batch._filled("padded", **shaped, **table, **fields)
 
 
 def packed(
@@ -110,7 +110,7 @@ def packed(
         **lists, index=index, bounds=bounds, pad_id=pairs.pad_id, **rows, cu_seq_lens=ends, **table
     )
     ends = ends[: segments + 1]
-    return Batch(
+    return Batch._filled(
         "packed",
         **{name: array.reshape(height, width) for name, array in rows.items()},
         **table,
@@ -159,7 +159,7 @@ def shared(
         name: take(int(np.prod(shape)), np.int32) for name, shape in shapes.items()
     }
     _core.blocks_into(rows["doc"], rows["seg"], width, **blocks)
-    return Batch(
+    return Batch._filled(
         "shared",
         **{name: array.reshape(height, width) for name, array in rows.items()},
         **table,

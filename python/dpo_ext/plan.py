@@ -78,7 +78,7 @@ def pack_lengths(lengths: Any, capacity: int, *, seed: int = 0) -> Ragged:
     if len(array) >= 2**31:
         raise ValueError(f"`lengths` must have fewer than 2**31 items, found {len(array)}")
     items, starts = _core.pack_lengths(np.ascontiguousarray(array, np.int64), capacity, seed)
-    return Ragged(items.astype(np.int32), starts)
+    return Ragged(items, starts)
 
 
 class BatchPlan(Sequence):
@@ -218,7 +218,7 @@ class BatchPlan(Sequence):
         begins = np.zeros(bins + 1, np.int64)
         np.cumsum(sizes, out=begins[1:])
         source = np.repeat(starts[:-1][order] - begins[:-1], sizes) + np.arange(len(items))
-        return items[source], begins
+        return items[source].astype(np.int64), begins
 
     def __len__(self) -> int:
         return self._steps

@@ -1,6 +1,6 @@
 //! Packing: which pairs share a bin, and the arrays of packed rows.
 
-use super::order::Order;
+use super::order::mix;
 use super::{Pairs, count, members, part, slots, widen};
 use crate::error::{Error, Place, Result};
 use crate::table::Table;
@@ -21,28 +21,28 @@ use crate::table::Table;
 /// assert_eq!((items.len(), starts.len() - 1), (4, 2));
 /// # Ok::<(), dpo_ext::Error>(())
 /// ```
-pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<i64>, Vec<i64>)> {
+pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<i32>, Vec<i64>)> {
     check(lengths, capacity)?;
-    let n = lengths.len();
-    let length = |item: u32| lengths.get(item as usize).map_or(0, |l| *l as usize);
-    let sorted = descending(lengths, capacity, seed);
+    let (sorted, ends) = descending(lengths, capacity, seed);
     let mut free = FreeSpace::new(capacity);
-    // `bin_of[item]`, and each bin's number of items.
-    let mut bin_of = vec![0_u32; n];
+    // The bin of each item in the order of `sorted`, so that memory is walked from front to back, and each bin's number
+    // of items.
+    let mut bin_of = Vec::with_capacity(sorted.len());
     let mut sizes: Vec<u32> = Vec::new();
-    for item in &sorted {
-        let need = length(*item);
-        let (bin, space) = free.take(need).unwrap_or_else(|| {
-            sizes.push(0);
-            (sizes.len() as u32 - 1, capacity)
-        });
-        if let Some(slot) = bin_of.get_mut(*item as usize) {
-            *slot = bin;
+    let mut at = 0;
+    for (need, end) in (0..=capacity).rev().zip(&ends) {
+        for _ in at..*end {
+            let (bin, space) = free.take(need).unwrap_or_else(|| {
+                sizes.push(0);
+                (sizes.len() as u32 - 1, capacity)
+            });
+            bin_of.push(bin);
+            if let Some(size) = sizes.get_mut(bin as usize) {
+                *size += 1;
+            }
+            free.put(bin, space - need);
         }
-        if let Some(size) = sizes.get_mut(bin as usize) {
-            *size += 1;
-        }
-        free.put(bin, space - need);
+        at = *end;
     }
     let mut starts = vec![0_i64];
     let mut end = 0_i64;
@@ -51,12 +51,11 @@ pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<
         starts.push(end);
     }
     let mut next = starts.clone();
-    let mut items = vec![0_i64; n];
-    for item in sorted {
-        let bin = bin_of.get(item as usize).map_or(0, |bin| *bin as usize);
-        if let Some(slot) = next.get_mut(bin) {
+    let mut items = vec![0_i32; sorted.len()];
+    for (item, bin) in sorted.iter().zip(bin_of) {
+        if let Some(slot) = next.get_mut(bin as usize) {
             if let Some(place) = items.get_mut(*slot as usize) {
-                *place = i64::from(item);
+                *place = *item;
             }
             *slot += 1;
         }
@@ -65,8 +64,8 @@ pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<
 }
 
 fn check(lengths: &[i64], capacity: usize) -> Result<()> {
-    if capacity == 0 || u32::try_from(lengths.len()).is_err() || u32::try_from(capacity).is_err() {
-        let message = "`capacity` must be in 1..2^32, and so must be the number of lengths";
+    if capacity == 0 || i32::try_from(lengths.len()).is_err() || u32::try_from(capacity).is_err() {
+        let message = "`capacity` must be in 1..2^32, and there must be fewer than 2^31 lengths";
         return Err(Error::Value(message.to_owned()));
     }
     let fits = |l: &i64| usize::try_from(*l).is_ok_and(|l| l <= capacity);
@@ -84,32 +83,46 @@ fn check(lengths: &[i64], capacity: usize) -> Result<()> {
     Err(Error::Data { place: Place::default(), reason: "too_long", message })
 }
 
-/// The items from the longest to the shortest, by counting; ties in the order of a keyed permutation.
-fn descending(lengths: &[i64], capacity: usize, seed: u64) -> Vec<u32> {
-    let n = lengths.len() as u64;
-    let order = Order::new(n, seed, 0);
-    let key = |item: u64| capacity - lengths.get(item as usize).map_or(0, |l| *l as usize);
-    let mut starts = vec![0_usize; capacity + 2];
-    for item in 0..n {
-        if let Some(count) = starts.get_mut(key(item) + 1) {
+/// The items from the longest to the shortest, by counting, and where each length from `capacity` down to 0 ends; items of
+/// one length in an order that `seed` chooses.
+fn descending(lengths: &[i64], capacity: usize, seed: u64) -> (Vec<i32>, Vec<usize>) {
+    let key = |length: &i64| capacity - *length as usize;
+    let mut ends = vec![0_usize; capacity + 1];
+    for length in lengths {
+        if let Some(count) = ends.get_mut(key(length)) {
             *count += 1;
         }
     }
     let mut sum = 0;
-    for start in &mut starts {
-        sum += *start;
-        *start = sum;
+    for end in &mut ends {
+        sum += std::mem::replace(end, sum);
     }
-    let mut out = vec![0_u32; lengths.len()];
-    for item in (0..n).map(|i| order.at(i)) {
-        if let Some(start) = starts.get_mut(key(item)) {
-            if let Some(slot) = out.get_mut(*start) {
-                *slot = item as u32;
+    // `ends` are the starts now; each one moves to its end as the places are taken.
+    let mut out = vec![0_i32; lengths.len()];
+    for (length, item) in lengths.iter().zip(0..) {
+        if let Some(end) = ends.get_mut(key(length)) {
+            if let Some(slot) = out.get_mut(*end) {
+                *slot = item;
             }
-            *start += 1;
+            *end += 1;
         }
     }
-    out
+    let (mut rest, mut start) = (out.as_mut_slice(), 0);
+    for (end, need) in ends.iter().zip(0_u64..) {
+        let (same, others) = rest.split_at_mut(end - start);
+        shuffle(same, mix(seed ^ mix(need)));
+        (rest, start) = (others, *end);
+    }
+    (out, ends)
+}
+
+/// Puts `items` into an order that `key` chooses (Fisher and Yates; Lemire 2019 for a number below a bound).
+fn shuffle(items: &mut [i32], mut key: u64) {
+    for i in (1..items.len()).rev() {
+        key = key.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let below = u128::from(mix(key)) * (i as u128 + 1);
+        items.swap(i, (below >> 64) as usize);
+    }
 }
 
 const NONE: u32 = u32::MAX;
@@ -279,8 +292,8 @@ mod tests {
         bins
     }
 
-    fn used(lengths: &[i64], items: &[i64], starts: &[i64]) -> Vec<i64> {
-        let sum = |bin: &[i64]| bin.iter().map(|i| lengths[*i as usize]).sum();
+    fn used(lengths: &[i64], items: &[i32], starts: &[i64]) -> Vec<i64> {
+        let sum = |bin: &[i32]| bin.iter().map(|i| lengths[*i as usize]).sum();
         let mut used: Vec<i64> =
             starts.windows(2).map(|w| sum(&items[w[0] as usize..w[1] as usize])).collect();
         used.sort_unstable();
@@ -296,7 +309,7 @@ mod tests {
             let (items, starts) = pack_lengths(&lengths, capacity, seed).unwrap();
             let mut all = items.clone();
             all.sort_unstable();
-            prop_assert_eq!(all, (0..lengths.len() as i64).collect::<Vec<_>>());
+            prop_assert_eq!(all, (0..lengths.len() as i32).collect::<Vec<_>>());
             prop_assert!(starts.is_sorted());
             prop_assert_eq!(*starts.last().unwrap(), lengths.len() as i64);
             prop_assert_eq!(used(&lengths, &items, &starts), slowly(&lengths, capacity as i64));

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ALIGNMENT = 64
+_ITEM_BYTES = {t: np.dtype(t).itemsize for t in (np.int32, np.int64, np.float32, np.float64)}
 
 
 class Ring:
@@ -79,7 +80,7 @@ class Loan:
         """A flat array of the buffer; its content is whatever was there. One that does not fit is
         allocated alone, and the ring's next buffers are larger.
         """
-        size = count * np.dtype(dtype).itemsize
+        size = count * _ITEM_BYTES[dtype]
         start, self._used = self._used, self._used + -(-size // _ALIGNMENT) * _ALIGNMENT
         if self._used <= len(self._root):
             return self._root[start : start + size].view(dtype)
