@@ -69,6 +69,7 @@ format:  ## format Rust and Python in place
 bench: setup  ## the CPU benchmarks, each verified before it is timed
 	$(BIN)/python benches/logps.py
 	$(BIN)/python benches/loss.py
+	$(BIN)/python benches/linear.py
 	cargo bench --bench tokenize
 
 wheel: setup  ## the abi3 wheel, in dist/
