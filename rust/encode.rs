@@ -1,163 +1,28 @@
 //! Whole data sets: rows in, three flat arrays of ids and a tally out. The result does not depend on the threads.
 
 mod files;
+mod outcome;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Place, Result};
-use crate::pair::{Options, Pair, Refusal, WARNINGS, encode};
+use crate::pair::{Options, Pair, Refusal, Truncation, encode};
+use crate::read::BAD_INPUT;
+use crate::read::column::{Column, Fault, fields_at};
+use crate::read::extra::Kind;
 use crate::read::json::{self, Findings};
-use crate::read::row::{Bad, FIELDS, Row};
+use crate::read::row::{Bad, Row};
 use crate::tokenize::Tokenizer;
 
 pub use files::{FileEncoder, encode_files, scan_files};
+pub use outcome::{Count, Encoded, Ragged, Tally};
 
 /// Rows that one task works on.
 const CHUNK: usize = 256;
-
-/// Variable-length lists in one array.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ragged {
-    /// All items.
-    pub values: Vec<i32>,
-    /// List `i` is `values[offsets[i]..offsets[i + 1]]`.
-    pub offsets: Vec<i64>,
-}
-
-impl Default for Ragged {
-    fn default() -> Self {
-        Self { values: Vec::new(), offsets: vec![0] }
-    }
-}
-
-impl Ragged {
-    /// Appends a list.
-    pub fn push(&mut self, items: &[i32]) {
-        self.values.extend_from_slice(items);
-        self.offsets.push(self.values.len() as i64);
-    }
-
-    /// Appends all lists of `other`.
-    pub fn append(&mut self, other: &Self) {
-        let base = self.values.len() as i64;
-        self.values.extend_from_slice(&other.values);
-        self.offsets.extend(other.offsets.iter().skip(1).map(|end| base + end));
-    }
-
-    /// Number of lists.
-    pub fn len(&self) -> usize {
-        self.offsets.len().saturating_sub(1)
-    }
-
-    /// Whether there is no list.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// How often something happened, and where first.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Count {
-    /// How often.
-    pub count: u64,
-    /// Where first.
-    pub first: Place,
-    /// What was said there.
-    pub message: String,
-}
-
-impl Count {
-    fn add(&mut self, count: u64, first: impl FnOnce() -> (Place, String)) {
-        if self.count == 0 && count > 0 {
-            (self.first, self.message) = first();
-        }
-        self.count += count;
-    }
-}
-
-/// What became of the rows.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Rows seen; blank lines are none.
-    pub read: u64,
-    /// Rows that gave a pair.
-    pub kept: u64,
-    /// Dropped rows by reason, in the order of their first row.
-    pub dropped: Vec<(&'static str, Count)>,
-    /// Kept rows with something to know, in the order of [`WARNINGS`].
-    pub warned: [Count; WARNINGS.len()],
-}
-
-impl Tally {
-    fn drop_row(&mut self, bad: Bad, place: Place) {
-        if !self.dropped.iter().any(|(reason, _)| *reason == bad.reason) {
-            self.dropped.push((bad.reason, Count::default()));
-        }
-        if let Some((_, count)) = self.dropped.iter_mut().find(|(reason, _)| *reason == bad.reason)
-        {
-            count.add(1, || (place, bad.message));
-        }
-    }
-
-    fn append(&mut self, other: Self) {
-        self.read += other.read;
-        self.kept += other.kept;
-        for (reason, count) in other.dropped {
-            match self.dropped.iter_mut().find(|(r, _)| *r == reason) {
-                Some((_, mine)) => mine.count += count.count,
-                None => self.dropped.push((reason, count)),
-            }
-        }
-        for (mine, count) in self.warned.iter_mut().zip(other.warned) {
-            mine.add(count.count, || (count.first, count.message));
-        }
-    }
-}
-
-/// The pairs of a data set.
-#[derive(Debug, Default)]
-pub struct Encoded {
-    /// Prompts.
-    pub prompt: Ragged,
-    /// Preferred completions.
-    pub chosen: Ragged,
-    /// Other completions.
-    pub rejected: Ragged,
-    /// Log-probs under the reference, NaN where a row has none.
-    pub ref_logps: Vec<f64>,
-    /// Rows that have them.
-    pub with_ref: u64,
-    /// 0-based number of each pair's row among the rows read.
-    pub rows: Vec<i64>,
-    /// What became of the rows.
-    pub tally: Tally,
-    /// Bytes of text read.
-    pub bytes: u64,
-}
-
-impl Encoded {
-    fn push(&mut self, pair: &Pair) {
-        self.prompt.push(&pair.prompt);
-        self.chosen.push(&pair.chosen);
-        self.rejected.push(&pair.rejected);
-        self.ref_logps.extend(pair.ref_logps.unwrap_or([f64::NAN; 2]));
-        self.with_ref += u64::from(pair.ref_logps.is_some());
-    }
-
-    fn append(&mut self, other: Self) {
-        let before = self.tally.read as i64;
-        self.prompt.append(&other.prompt);
-        self.chosen.append(&other.chosen);
-        self.rejected.append(&other.rejected);
-        self.ref_logps.extend(other.ref_logps);
-        self.with_ref += other.with_ref;
-        self.rows.extend(other.rows.iter().map(|row| before + row));
-        self.tally.append(other.tally);
-    }
-}
 
 /// Shared by the working threads and the one that waits for them.
 #[derive(Debug, Default)]
@@ -213,16 +78,28 @@ fn row_error(bad: Bad, place: Place) -> Error {
 
 /// Adds what became of one row.
 fn settle(
+    job: &Job<'_>,
     out: &mut Encoded,
-    result: Result<(), Refusal>,
-    pair: &Pair,
+    pair: &mut Pair,
+    row: Result<Row<'_>, Refusal>,
     origin: &Origin<'_>,
-    drops_long: bool,
-    on_bad: OnBad,
 ) -> Result<()> {
     out.tally.read += 1;
+    let result = row.and_then(|mut row| {
+        let extra = std::mem::take(&mut row.extra);
+        for (i, cell) in extra.iter().enumerate() {
+            if let Some(known) = out.kind(i).filter(|known| *known != cell.kind()) {
+                let name = job.options.keys.extra.get(i).map_or("", String::as_str);
+                let message =
+                    format!("expected {known}, as in the rows before, found {}", cell.kind());
+                return Err(Bad::new("wrong_type", name, message).into());
+            }
+        }
+        encode(row, job.tokenizer, job.options, pair)?;
+        Ok(extra)
+    });
     match result {
-        Ok(()) => {
+        Ok(extra) => {
             out.tally.kept += 1;
             out.rows.push(out.tally.read as i64 - 1);
             for (i, count) in out.tally.warned.iter_mut().enumerate() {
@@ -230,14 +107,14 @@ fn settle(
                     (origin.place(None, None), String::new())
                 });
             }
-            out.push(pair);
+            out.push(pair, extra);
         }
         Err(Refusal::Call(error)) => return Err(error),
         Err(Refusal::Row(bad)) => {
             let place = origin.place(bad.field.clone(), bad.byte);
             // `truncation="drop"` is a wish, not a fault of the row.
-            let wished = drops_long && bad.reason == "too_long";
-            if on_bad == OnBad::Error && !wished {
+            let wished = job.options.truncation == Truncation::Drop && bad.reason == "too_long";
+            if job.on_bad == OnBad::Error && !wished {
                 return Err(row_error(bad, place));
             }
             out.tally.drop_row(bad, place);
@@ -246,48 +123,119 @@ fn settle(
     Ok(())
 }
 
+/// What every row is encoded with.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    /// Gives the ids.
+    pub tokenizer: &'a Tokenizer,
+    /// How a pair is made.
+    pub options: &'a Options,
+    /// What to do with a bad row.
+    pub on_bad: OnBad,
+    /// Where the work reports, and is told to stop.
+    pub progress: &'a Progress,
+}
+
+/// Encodes `n` rows in threads and appends them to `all` in order.
+fn encode_chunks<'a>(
+    job: &Job<'_>,
+    n: usize,
+    row: impl Fn(usize) -> (Origin<'a>, Result<Row<'a>, Refusal>) + Sync,
+    all: &mut Encoded,
+) -> Result<()> {
+    let chunk = |c: usize, kinds: &[Option<Kind>]| -> Result<Encoded> {
+        let (mut out, mut pair) = (Encoded::new(kinds.to_vec()), Pair::default());
+        for i in c * CHUNK..n.min((c + 1) * CHUNK) {
+            job.progress.check()?;
+            let (origin, row) = row(i);
+            settle(job, &mut out, &mut pair, row, &origin)?;
+        }
+        Ok(out)
+    };
+    let kinds = all.kinds();
+    let parts: Vec<Result<Encoded>> = (0..n.div_ceil(CHUNK))
+        .into_par_iter()
+        .map(|c| {
+            let out = chunk(c, &kinds);
+            job.progress.rows.fetch_add(CHUNK.min(n - c * CHUNK) as u64, Ordering::Relaxed);
+            out
+        })
+        .collect();
+    for (c, part) in parts.into_iter().enumerate() {
+        // The first pair says what an extra column holds. A chunk that did not know it yet may have chosen otherwise.
+        let known = all.kinds();
+        let agrees = known == kinds
+            || part.as_ref().is_ok_and(|part| {
+                part.kinds().iter().zip(&known).all(|(a, b)| a.is_none() || b.is_none() || a == b)
+            });
+        all.append(if agrees { part? } else { chunk(c, &known)? });
+    }
+    Ok(())
+}
+
 /// One row from memory: its named values, or what was wrong with them.
 pub type Fields = Result<(json::Fields<'static>, Findings), Bad>;
 
-/// Encodes rows from memory, the first of which has the 0-based number `first`, and appends them to `all`.
+/// Encodes rows from memory and appends them to `all`.
 ///
 /// # Errors
 /// As [`encode_files`].
-pub fn encode_rows(
-    rows: Vec<Fields>,
-    tokenizer: &Tokenizer,
-    options: &Options,
-    on_bad: OnBad,
-    progress: &Progress,
+pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Result<()> {
+    let options = job.options;
+    let vocab = job.tokenizer.vocab_size();
+    let before = all.tally.read + 1;
+    let rows: Vec<Mutex<Option<Fields>>> =
+        rows.into_iter().map(|row| Mutex::new(Some(row))).collect();
+    let row = |i: usize| {
+        let mut slot = rows.get(i).map(|row| row.lock().unwrap_or_else(PoisonError::into_inner));
+        let slot = slot.as_deref_mut();
+        // A row with extra columns may be wanted twice.
+        let once = options.keys.extra.is_empty();
+        let fields = slot.and_then(|slot| if once { slot.take() } else { slot.clone() });
+        let row = fields.unwrap_or_else(|| Err(Bad::new("not_an_object", "", "no row")));
+        let row = row.and_then(|(fields, findings)| {
+            Row::from_fields(fields, &findings, &options.keys, &options.limits, vocab)
+        });
+        let line = before + i as u64;
+        let origin = Origin { path: None, line, byte: None };
+        (origin, row.map_err(Refusal::from))
+    };
+    encode_chunks(job, rows.len(), row, all)
+}
+
+/// Encodes the rows `0..n` of Arrow columns, in the order of [`crate::read::row::Keys::names`], and appends them.
+///
+/// `path` is the file they come from, and `first` the number of row 0 less 1; without a file rows are counted on.
+///
+/// # Errors
+/// As [`encode_files`]; columns that contradict themselves are a bad input.
+pub fn encode_columns<'a>(
+    columns: &'a [Option<Column<'a>>],
+    n: usize,
+    path: Option<&'a Path>,
+    first: u64,
+    job: &Job<'_>,
     all: &mut Encoded,
 ) -> Result<()> {
-    let vocab = tokenizer.vocab_size();
-    let first = all.tally.read;
-    let drops_long = options.truncation == crate::pair::Truncation::Drop;
-    let mut rows: Vec<(u64, Option<Fields>)> =
-        rows.into_iter().enumerate().map(|(i, row)| (first + i as u64 + 1, Some(row))).collect();
-    let parts: Vec<Result<Encoded>> = rows
-        .par_chunks_mut(CHUNK)
-        .map(|rows| {
-            let (mut out, mut pair) = (Encoded::default(), Pair::default());
-            for (number, row) in rows {
-                progress.check()?;
-                let Some(row) = row.take() else { continue };
-                let result = row
-                    .and_then(|(fields, findings)| {
-                        debug_assert_eq!(fields.len(), FIELDS);
-                        Row::from_fields(fields, &findings, &options.keys, &options.limits, vocab)
-                    })
-                    .map_err(Refusal::from)
-                    .and_then(|row| encode(row, tokenizer, options, &mut pair));
-                let origin = Origin { path: None, line: *number, byte: None };
-                settle(&mut out, result, &pair, &origin, drops_long, on_bad)?;
-            }
-            Ok(out)
-        })
-        .collect();
-    for part in parts {
-        all.append(part?);
-    }
-    Ok(())
+    let options = job.options;
+    let vocab = job.tokenizer.vocab_size();
+    let names = options.keys.names();
+    let before = 1 + if path.is_some() { first } else { all.tally.read };
+    let row = |i: usize| {
+        let origin = Origin { path, line: before + i as u64, byte: None };
+        let row = fields_at(columns, &names, i, &options.limits).and_then(|(fields, findings)| {
+            Row::from_fields(fields, &findings, &options.keys, &options.limits, vocab)
+                .map_err(Fault::Row)
+        });
+        let row = row.map_err(|fault| match fault {
+            Fault::Row(bad) => Refusal::Row(bad),
+            Fault::Input(field, message) => Refusal::Call(Error::Data {
+                place: origin.place(Some(field), None),
+                reason: BAD_INPUT,
+                message,
+            }),
+        });
+        (origin, row)
+    };
+    encode_chunks(job, n, row, all)
 }

@@ -1,7 +1,7 @@
 //! Every failure of this crate: a kind, a place, the numbers; the sentence comes last.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -19,6 +19,12 @@ pub struct Place {
     pub field: Option<String>,
 }
 
+/// Whether a file has lines, by its name; others have rows.
+fn has_lines(path: &Path) -> bool {
+    let others = ["parquet", "arrow", "feather"];
+    !path.extension().is_some_and(|e| others.iter().any(|other| e.eq_ignore_ascii_case(other)))
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut separator = "";
@@ -27,7 +33,7 @@ impl fmt::Display for Place {
             separator = ", ";
         }
         if let Some(line) = self.line {
-            let unit = if self.path.is_some() { "line" } else { "row" };
+            let unit = if self.path.as_deref().is_some_and(has_lines) { "line" } else { "row" };
             write!(f, "{separator}{unit} {line}")?;
             separator = ", ";
         }

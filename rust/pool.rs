@@ -80,6 +80,35 @@ pub fn run<T: Send + 'static>(
     }
 }
 
+/// As [`run`], for work that borrows: it is waited for, after a failed `tick` too.
+///
+/// # Errors
+/// Those of `work` and `tick`, and [`Error::Internal`].
+pub fn run_scoped<T: Send>(
+    n: usize,
+    work: impl FnOnce() -> Result<T> + Send,
+    mut tick: impl FnMut() -> Result<()>,
+) -> Result<T> {
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    pool(n)?.in_place_scope(|scope| {
+        scope.spawn(move |_| {
+            let result = catch_unwind(AssertUnwindSafe(work))
+                .unwrap_or_else(|payload| Err(Error::Internal(panic_text(payload.as_ref()))));
+            // Nobody listens after an interrupt.
+            let _ = sender.send(result);
+        });
+        loop {
+            match receiver.recv_timeout(TICK) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) => tick()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::Internal("a thread of the pool ended".to_owned()));
+                }
+            }
+        }
+    })
+}
+
 /// What a panic said.
 pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
     payload

@@ -632,7 +632,7 @@ def test_garbage_behind_a_gzip_file_is_raised_even_with_skip(load, tail):
     ("data", "name", "message"),
     [
         (LINE, "x.gz", "expected gzip, as the name says, found other bytes"),
-        (b"PAR1....", "x.jsonl", "expected JSONL, gzip or zstd, found Parquet"),
+        (LINE, "x.zst", "expected zstd, as the name says, found other bytes"),
     ],
 )
 def test_other_formats_are_named(load, data, name, message):

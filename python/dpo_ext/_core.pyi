@@ -1,13 +1,12 @@
 __all__ = [
     "FileEncoder",
+    "PairEncoder",
     "Tokenizer",
     "__version__",
     "batch_sizes",
     "batches_by_slots",
     "blocks_into",
     "check_ids",
-    "data_from_files",
-    "data_from_rows",
     "epoch_order",
     "logits_grad",
     "logits_grad_",
@@ -24,7 +23,7 @@ __version__: str
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
-from numpy import bool_, float32, int32, int64
+from numpy import bool_, float32, int32, int64, uint8
 from numpy.typing import NDArray
 
 _Float = NDArray[float32]
@@ -116,18 +115,31 @@ class FileEncoder:
         self, pairs: int, callback: Callable[[int, int], Any] | None = None
     ) -> dict[str, Any] | None: ...
 
-def data_from_files(
-    paths: list[str],
-    tokenizer: Tokenizer,
-    settings: Any,
-    callback: Callable[[int, int], Any] | None = None,
-) -> dict[str, Any]: ...
-def data_from_rows(
-    rows: Iterable[Any],
-    tokenizer: Tokenizer,
-    settings: Any,
-    callback: Callable[[int, int], Any] | None = None,
-) -> dict[str, Any]: ...
+@final
+class PairEncoder:
+    def __new__(
+        cls,
+        tokenizer: Tokenizer,
+        settings: Any,
+        callback: Callable[[int, int], Any] | None = None,
+    ) -> PairEncoder: ...
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def kept(self) -> int: ...
+    def add_files(self, paths: list[str]) -> None: ...
+    def add_rows(self, rows: Iterable[Any]) -> None: ...
+    def add_columns(
+        self,
+        rows: int,
+        columns: list[tuple[Any, ...] | None],
+        buffers: list[NDArray[uint8]],
+        path: str | None,
+        first: int,
+        done: int,
+    ) -> None: ...
+    def finish(self) -> dict[str, Any]: ...
+
 def scan(paths: list[str], vocab_size: int, settings: Any) -> tuple[int, int]: ...
 def check_ids(name: str, values: _Ids, offsets: _Offsets, vocab_size: int | None) -> None: ...
 def batch_sizes(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.batch import Ragged
+from dpo_ext.columns import is_arrow, rows_instead
 from dpo_ext.errors import DataError
 from dpo_ext.options import (
     Boundary,
@@ -26,6 +25,7 @@ from dpo_ext.options import (
 )
 from dpo_ext.plan import BatchPlan
 from dpo_ext.report import Example, Report
+from dpo_ext.sources import Bar, feed_files, feed_table, opened_up
 from dpo_ext.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class PairDataset(Sequence):
     Rows hold ``prompt``, ``chosen``, ``rejected`` as strings or as lists of messages (``prompt``
     may be missing: it is then the common start of both sides), or ``prompt_ids``, ``chosen_ids``,
     ``rejected_ids``. Optional are ``tools``, ``chat_template_kwargs``, and ``ref_chosen_logps``
-    with ``ref_rejected_logps``. Other fields are ignored.
+    with ``ref_rejected_logps``. Other fields are ignored unless ``columns`` names them.
 
-    ``pairs[i]`` is a dict of three int32 arrays. Construct with :meth:`from_files`,
-    :meth:`from_rows` or :meth:`from_ids`.
+    ``pairs[i]`` is a dict of three int32 arrays and the values of the extra columns. Construct with
+    :meth:`from_files`, :meth:`from_rows`, :meth:`from_arrow` or :meth:`from_ids`.
 
     Attributes:
         prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
@@ -49,6 +49,8 @@ class PairDataset(Sequence):
         report: :class:`Report`.
         ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
         rows: (n,) int64, the 0-based number of each pair's row among the rows read.
+        columns: the extra columns that were asked for, by name: (n,) int64 if all are whole
+            numbers, else float64; (n,) bool; or (n,) object, strings.
         pad_id: what batches are padded with.
         vocab_size: every id is below it; None if unknown.
 
@@ -70,6 +72,7 @@ class PairDataset(Sequence):
         vocab_size: int | None,
         ref_logps: NDArray[np.float64] | None = None,
         rows: NDArray[np.int64] | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.chosen_ids = chosen_ids
@@ -79,6 +82,9 @@ class PairDataset(Sequence):
         self.vocab_size = vocab_size
         self.ref_logps = ref_logps
         self.rows = np.arange(len(prompt_ids)) if rows is None else rows
+        self.columns = {
+            name: _column(name, values, len(prompt_ids)) for name, values in (columns or {}).items()
+        }
 
     @classmethod
     def from_files(
@@ -94,16 +100,18 @@ class PairDataset(Sequence):
         prompt_key: str | None = None,
         chosen_key: str | None = None,
         rejected_key: str | None = None,
+        columns: Sequence[str] = (),
         limits: Limits | None = None,
         threads: int | None = None,
         progress: Progress = False,
         cache_dir: str | PathLike[str] | None = None,
     ) -> PairDataset:
-        """Reads JSONL, plain, gzip or zstd (all members, all frames), in Rust and without the GIL.
+        """Reads JSONL, plain, gzip or zstd (all members, all frames), in Rust and without the GIL;
+        and Parquet, Arrow files and streams, and folders of ``save_to_disk``, through pyarrow.
 
         Args:
-            paths: a file, a glob (sorted, hidden files left out), or several of them; no file
-                twice.
+            paths: a file, a folder of ``save_to_disk``, a glob (sorted, hidden files left out), or
+                several of them, of any kinds; no file twice.
             tokenizer: encodes text and renders messages.
             max_length: longest side in tokens, prompt included; None for no bound.
             truncation: what happens beyond it, one decision a pair, so that both sides keep the
@@ -123,6 +131,7 @@ class PairDataset(Sequence):
                 ``error``: such a row is bad. It is counted whatever the rule.
             prompt_key, chosen_key, rejected_key: other names of the fields. A prompt named here
                 must be in every row.
+            columns: further fields to carry: numbers, booleans or strings, of one kind in all rows.
             limits: :class:`Limits`.
             threads: number of threads; by default ``RAYON_NUM_THREADS``, else what affinity and
                 cgroup allow.
@@ -141,15 +150,16 @@ class PairDataset(Sequence):
 
         Numerics: ids and their order do not depend on ``threads``.
         """
-        files = _files(paths)
+        files = opened_up(paths)
         options = settings(locals())
         if cache_dir is not None:
             from dpo_ext import shards
 
             return shards.cached(files, _checked(tokenizer), options, cache_dir, progress)
-        with _callback(progress, files) as callback:
-            raw = _core.data_from_files(files, _checked(tokenizer)._core, options, callback)
-        return cls._from_raw(raw, tokenizer)
+        with Bar(progress, files) as callback:
+            encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
+            feed_files(encoder, files, options.limits)
+        return cls._from_raw(encoder.finish(), tokenizer, options.columns)
 
     @classmethod
     def from_rows(
@@ -165,20 +175,72 @@ class PairDataset(Sequence):
         prompt_key: str | None = None,
         chosen_key: str | None = None,
         rejected_key: str | None = None,
+        columns: Sequence[str] = (),
         limits: Limits | None = None,
         threads: int | None = None,
         progress: Progress = False,
     ) -> PairDataset:
         """Same as :meth:`from_files` for any iterable of dicts, read once and in batches.
 
-        In a :class:`DataError` ``path`` is None and ``line`` the 1-based row.
+        In a :class:`DataError` ``path`` is None and ``line`` the 1-based row. A table or a data set
+        of Hugging Face goes the way of :meth:`from_arrow`.
         """
         if isinstance(rows, str | bytes | Mapping):
             raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
         options = settings(locals())
-        with _callback(progress, []) as callback:
-            raw = _core.data_from_rows(rows, _checked(tokenizer)._core, options, callback)
-        return cls._from_raw(raw, tokenizer)
+        with Bar(progress, []) as callback:
+            encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
+            if is_arrow(rows) and not rows_instead(rows):
+                feed_table(encoder, rows, options.limits)
+            else:
+                encoder.add_rows(rows)
+        return cls._from_raw(encoder.finish(), tokenizer, options.columns)
+
+    @classmethod
+    def from_arrow(
+        cls,
+        table: Any,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = 1024,
+        truncation: Truncation = "keep_start",
+        boundary: Boundary = "joint",
+        on_bad: OnBad = "error",
+        special_tokens_in_text: SpecialTokensInText = "special",
+        prompt_key: str | None = None,
+        chosen_key: str | None = None,
+        rejected_key: str | None = None,
+        columns: Sequence[str] = (),
+        limits: Limits | None = None,
+        threads: int | None = None,
+        progress: Progress = False,
+    ) -> PairDataset:
+        """Encodes a table in place: no Python object a row, and text is not copied.
+
+        Same as ``from_rows(table.to_pylist(), ...)``, in threads and without the GIL.
+
+        Args:
+            table: anything with ``__arrow_c_stream__`` or ``__arrow_c_array__``: a pyarrow Table,
+                RecordBatch or RecordBatchReader, a DataFrame of polars or pandas, a DuckDB
+                relation; or a ``datasets.Dataset`` or ``IterableDataset``. Strings, lists of
+                messages as structs, ids as lists of whole numbers; ``tools`` may be a list or a
+                JSON string. Dictionaries and views are decoded, some rows at a time. A null field
+                of a struct stays a key with None, as TRL sees it; a map is a dict.
+
+        Raises:
+            DataError: as :meth:`from_files`, ``path`` None and ``line`` the 1-based row; a type
+                that no row can use is ``wrong_type``; buffers that contradict themselves are a bad
+                input.
+            ModuleNotFoundError: pyarrow is not installed.  TypeError: ``table`` is not one.
+        """
+        options = settings(locals())
+        with Bar(progress, []) as callback:
+            encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
+            if rows_instead(table):
+                encoder.add_rows(table)
+            else:
+                feed_table(encoder, table, options.limits)
+        return cls._from_raw(encoder.finish(), tokenizer, options.columns)
 
     @classmethod
     def from_ids(
@@ -221,7 +283,9 @@ class PairDataset(Sequence):
         return cls(*columns, report=Report(n, n), pad_id=pad_id, vocab_size=vocab_size)
 
     @classmethod
-    def _from_raw(cls, raw: dict[str, Any], tokenizer: Tokenizer) -> PairDataset:
+    def _from_raw(
+        cls, raw: dict[str, Any], tokenizer: Tokenizer, columns: Sequence[str] = ()
+    ) -> PairDataset:
         kept, with_ref = raw["kept"], raw["with_ref"]
         notes = list(tokenizer.notes)
         ref_logps = None
@@ -252,6 +316,7 @@ class PairDataset(Sequence):
             vocab_size=tokenizer.vocab_size,
             ref_logps=ref_logps,
             rows=raw["rows"],
+            columns=dict(zip(columns, raw["columns"], strict=True)),
         )
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -311,6 +376,7 @@ class PairDataset(Sequence):
             "prompt_ids": self.prompt_ids[i],
             "chosen_ids": self.chosen_ids[i],
             "rejected_ids": self.rejected_ids[i],
+            **{name: values[i] for name, values in self.columns.items()},
         }
 
     def __iter__(self) -> Iterator[dict[str, NDArray[np.int32]]]:
@@ -356,6 +422,7 @@ class PairDataset(Sequence):
             vocab_size=self.vocab_size,
             ref_logps=ref_logps,
             rows=self.rows,
+            columns=self.columns,
         )
 
     def plan(
@@ -417,67 +484,19 @@ def _checked(tokenizer: Any) -> Tokenizer:
     return tokenizer
 
 
+def _column(name: str, values: Any, n: int) -> NDArray[Any]:
+    """An extra column: numbers and booleans as they are, strings as objects."""
+    column: NDArray[Any] = np.asarray(values)
+    if column.dtype.kind not in "iufb":
+        column = np.empty(len(values), object)
+        column[:] = values
+    if column.shape != (n,):
+        raise ValueError(f"column `{name}` must have the shape {(n,)}, found {column.shape}")
+    return column
+
+
 def _contiguous(ragged: Ragged) -> Ragged:
     values = np.ascontiguousarray(ragged.values)
     if values.dtype != np.int32:
         raise TypeError(f"expected int32, found {values.dtype}")
     return Ragged(values, np.ascontiguousarray(ragged.offsets, np.int64))
-
-
-def _files(paths: Paths) -> list[str]:
-    """Globs opened up and sorted; no file twice."""
-    if isinstance(paths, str | PathLike):
-        paths = [paths]
-    files: list[str] = []
-    for path in paths:
-        name = fspath(path)
-        if any(c in name for c in "*?[") and not Path(name).exists():
-            # pathlib's own glob matches hidden files.
-            found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
-            if not found:
-                raise FileNotFoundError(2, "no file matches", name)
-            files.extend(found)
-        else:
-            files.append(name)
-    if not files:
-        raise ValueError("`paths` must name at least one file")
-    seen: dict[tuple[int, int], str] = {}
-    for name in files:
-        status = Path(name).stat()
-        key = (status.st_dev, status.st_ino)
-        if key in seen:
-            raise DataError(f"{name}: the same file as {seen[key]}", path=name, reason="bad_input")
-        seen[key] = name
-    return files
-
-
-class _callback:  # noqa: N801 (a context manager used like a function)
-    """What Rust calls with (bytes, rows) done so far: nothing, the caller's function, or a bar."""
-
-    def __init__(self, progress: Progress, files: Sequence[str]) -> None:
-        self._progress, self._files = progress, files
-        self._bar: Any = None
-
-    def __enter__(self) -> Callable[[int, int], Any] | None:
-        if callable(self._progress):
-            return self._progress
-        if not self._progress:
-            return None
-        import rich.progress as rich
-
-        total = sum(Path(name).stat().st_size for name in self._files) or None
-        columns = (
-            rich.TextColumn("{task.description}"),
-            rich.BarColumn(),
-            rich.TextColumn("{task.fields[rows]:,} rows"),
-        )
-        bar = rich.Progress(*columns, rich.TimeElapsedColumn())
-        bar.disable = not bar.console.is_terminal
-        task = bar.add_task("encoding pairs", total=total, rows=0)
-        self._bar = bar
-        bar.start()
-        return lambda done, rows: bar.update(task, completed=done, rows=rows)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

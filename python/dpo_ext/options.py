@@ -17,6 +17,18 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 Progress = bool | Callable[[int, int], Any]
 
 DEEPEST = 1024
+FIELDS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "tools",
+    "chat_template_kwargs",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of `from_files` and `from_rows`; Rust reads them by attribute."""
+    """The options of `from_files`, `from_rows` and `from_arrow`; Rust reads them by attribute."""
 
     max_length: int | None = 1024
     truncation: Truncation = "keep_start"
@@ -71,6 +83,7 @@ class Settings:
     prompt_key: str | None = None
     chosen_key: str | None = None
     rejected_key: str | None = None
+    columns: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
     now: tuple[int, ...] = field(default_factory=local_time)
@@ -100,7 +113,21 @@ class Settings:
         ]
         if len(set(names)) < len(names):
             raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
+        self._check_columns()
         object.__setattr__(self, "threads", default_threads(self.threads))
+
+    def _check_columns(self) -> None:
+        if isinstance(self.columns, str):
+            raise TypeError(f"`columns` must be a sequence of names, found {self.columns!r}")
+        columns = tuple(self.columns)
+        for name in columns:
+            if not isinstance(name, str):
+                raise TypeError(f"`columns` must hold names, found {type(name).__name__}")
+            if name in FIELDS or name in (self.prompt_key, self.chosen_key, self.rejected_key):
+                raise ValueError(f"`columns` names {name!r}, which is a field of its own")
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"`columns` must name every column once, found {list(columns)}")
+        object.__setattr__(self, "columns", columns)
 
 
 def settings(arguments: Mapping[str, Any]) -> Settings:

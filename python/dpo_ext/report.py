@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+NO_LINES = (".parquet", ".arrow", ".feather")
+
 
 @dataclass(frozen=True)
 class Example:
-    """Where something was seen first: ``line`` is 1-based; ``path`` is None for rows from
-    memory.
+    """Where something was seen first: ``line`` is 1-based, the row where a file has no lines;
+    ``path`` is None for rows from memory.
     """
 
     path: str | None
@@ -107,11 +109,9 @@ class Report:
         example = self.first.get(name)
         if example is None or example.line is None:
             return ""
-        place = (
-            f"row {example.line}"
-            if example.path is None
-            else f"{example.path}, line {example.line}"
-        )
+        path = example.path
+        unit = "row" if path is None or path.lower().endswith(NO_LINES) else "line"
+        place = f"{unit} {example.line}" if path is None else f"{path}, {unit} {example.line}"
         return f" (first: {place}{f', `{example.field}`' if example.field else ''})"
 
 

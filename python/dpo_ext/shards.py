@@ -24,11 +24,12 @@ import numpy as np
 
 from dpo_ext import _core, mapped
 from dpo_ext.batch import Ragged
-from dpo_ext.data import PairDataset, _callback, _checked, _files
+from dpo_ext.data import PairDataset, _checked
 from dpo_ext.errors import DataError
 from dpo_ext.folder import Folder, damaged, digest_of, typed_errors, writing
 from dpo_ext.options import Limits, Settings, settings
 from dpo_ext.report import Report
+from dpo_ext.sources import Bar, opened_up, parts
 from dpo_ext.store import Columns, pyarrow, write
 
 if TYPE_CHECKING:
@@ -177,10 +178,8 @@ def parts_of(
     files: Sequence[str], tokenizer: Tokenizer, options: Settings, progress: Progress
 ) -> Iterator[Mapping[str, Any]]:
     """What ``PairDataset.from_files`` would encode at once, in parts of at least ``PAIRS``."""
-    with _callback(progress, files) as callback:
-        encoder = _core.FileEncoder(list(files), tokenizer._core, options)
-        while (raw := encoder.next(PAIRS, callback)) is not None:
-            yield raw
+    with Bar(progress, files) as callback:
+        yield from parts(files, tokenizer, options, callback, PAIRS)
 
 
 def encode_into(
@@ -222,7 +221,7 @@ def encode_files(
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise TypeError(f"unknown option `{unknown[0]}`: there is {', '.join(sorted(known))}")
-    files = _files(paths)
+    files = opened_up(paths)
     options = settings({"limits": None, **arguments})
     _checked(tokenizer)
     with writing(out) as folder:

@@ -5,18 +5,19 @@ use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
-use super::{CHUNK, Encoded, OnBad, Origin, Progress, row_error, settle};
+use super::{CHUNK, Encoded, Job, OnBad, Origin, Progress, encode_chunks, row_error};
 use crate::error::Result;
-use crate::pair::{Options, Pair, encode};
+use crate::pair::{Options, Refusal};
+use crate::read::extra::Kind;
 use crate::read::limits::Limits;
 use crate::read::row::{Bad, Row};
 use crate::read::{Block, Line, Reader, text};
-use crate::tokenize::Tokenizer;
 
 fn line_result<'b>(
     bytes: &'b [u8],
     line: &Line,
     options: &Options,
+    names: &[&str],
     vocab: usize,
 ) -> Result<Row<'b>, Bad> {
     if line.too_long {
@@ -28,22 +29,19 @@ fn line_result<'b>(
         ));
     }
     let text = text(bytes.get(line.start..line.end).unwrap_or_default())?;
-    Row::from_line(text, &options.keys, &options.limits, vocab)
+    Row::from_line(text, names, &options.keys, &options.limits, vocab)
 }
 
-/// Encodes the rows of files.
+/// Encodes the rows of files and appends them to `all`.
 ///
 /// # Errors
 /// The first bad row unless `on_bad` skips, anything wrong with a file as a whole, [`Error::Interrupted`].
-pub fn encode_files(
-    paths: &[PathBuf],
-    tokenizer: &Tokenizer,
-    options: &Options,
-    on_bad: OnBad,
-    progress: &Progress,
-) -> Result<Encoded> {
-    let mut files = FileEncoder::new(paths.to_vec(), options.limits.clone());
-    Ok(files.next(u64::MAX, tokenizer, options, on_bad, progress)?.unwrap_or_default())
+///
+/// [`Error::Interrupted`]: crate::Error::Interrupted
+pub fn encode_files(paths: &[PathBuf], job: &Job<'_>, all: &mut Encoded) -> Result<()> {
+    let mut files = FileEncoder::new(paths.to_vec(), job.options);
+    files.blocks.before = job.progress.bytes.load(Ordering::Relaxed);
+    files.fill(u64::MAX, job, all).map(drop)
 }
 
 /// The pairs of files, some at a time, so that they need not fit in memory.
@@ -52,12 +50,15 @@ pub struct FileEncoder {
     blocks: Blocks,
     /// Rows read by the calls so far.
     read: u64,
+    /// What the extra columns hold.
+    kinds: Vec<Option<Kind>>,
 }
 
 impl FileEncoder {
     /// Files that are opened when their turn comes.
-    pub fn new(paths: Vec<PathBuf>, limits: Limits) -> Self {
-        Self { blocks: Blocks::new(paths, limits), read: 0 }
+    pub fn new(paths: Vec<PathBuf>, options: &Options) -> Self {
+        let kinds = vec![None; options.keys.extra.len()];
+        Self { blocks: Blocks::new(paths, options.limits.clone()), read: 0, kinds }
     }
 
     /// At least `pairs` further pairs, with what became of the rows that gave them; `None` behind the last row.
@@ -66,39 +67,33 @@ impl FileEncoder {
     ///
     /// # Errors
     /// As [`encode_files`]; after one there is nothing to go on with.
-    pub fn next(
-        &mut self,
-        pairs: u64,
-        tokenizer: &Tokenizer,
-        options: &Options,
-        on_bad: OnBad,
-        progress: &Progress,
-    ) -> Result<Option<Encoded>> {
-        let vocab = tokenizer.vocab_size();
-        let drops_long = options.truncation == crate::pair::Truncation::Drop;
-        let one = |block: &Block, lines: &[Line], path: &Path| -> Result<Encoded> {
-            let (mut out, mut pair) = (Encoded::default(), Pair::default());
-            for line in lines {
-                progress.check()?;
-                let result = match line_result(&block.bytes, line, options, vocab) {
-                    Ok(row) => encode(row, tokenizer, options, &mut pair),
-                    Err(bad) => Err(bad.into()),
-                };
-                let origin = Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
-                settle(&mut out, result, &pair, &origin, drops_long, on_bad)?;
-            }
-            progress.rows.fetch_add(lines.len() as u64, Ordering::Relaxed);
-            Ok(out)
-        };
-        let mut all = Encoded::default();
-        let mut is_end = true;
+    pub fn next(&mut self, pairs: u64, job: &Job<'_>) -> Result<Option<Encoded>> {
+        let mut all = Encoded::new(self.kinds.clone());
+        let found = self.fill(pairs, job, &mut all)?;
+        for row in &mut all.rows {
+            *row += self.read as i64;
+        }
+        self.read += all.tally.read;
+        self.kinds = all.kinds();
+        Ok(found.then_some(all))
+    }
+
+    /// Appends to `all` until it has `pairs`; whether there was anything to read.
+    fn fill(&mut self, pairs: u64, job: &Job<'_>, all: &mut Encoded) -> Result<bool> {
+        let options = job.options;
+        let vocab = job.tokenizer.vocab_size();
+        let names = options.keys.names();
+        let mut found = false;
         while all.tally.kept < pairs
-            && self.blocks.step(progress, |block, path| {
-                let parts: Vec<Result<Encoded>> =
-                    block.lines.par_chunks(CHUNK).map(|lines| one(block, lines, path)).collect();
-                for part in parts {
-                    all.append(part?);
-                }
+            && self.blocks.step(job.progress, |block, path| {
+                let row = |i: usize| {
+                    let line = block.lines.get(i).cloned().unwrap_or_default();
+                    let row = line_result(&block.bytes, &line, options, &names, vocab);
+                    let origin =
+                        Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
+                    (origin, row.map_err(Refusal::from))
+                };
+                encode_chunks(job, block.lines.len(), row, all)?;
                 let (count, first) = block.blank;
                 if let Some(blank) = all.tally.warned.last_mut() {
                     blank.add(count, || {
@@ -110,13 +105,9 @@ impl FileEncoder {
                 Ok(())
             })?
         {
-            is_end = false;
+            found = true;
         }
-        for row in &mut all.rows {
-            *row += self.read as i64;
-        }
-        self.read += all.tally.read;
-        Ok((!is_end).then_some(all))
+        Ok(found)
     }
 }
 
@@ -198,6 +189,7 @@ pub fn scan_files(
     vocab: usize,
     progress: &Progress,
 ) -> Result<(u64, u64)> {
+    let names = options.keys.names();
     let mut rows = 0;
     let mut bytes = 0;
     let mut blocks = Blocks::new(paths.to_vec(), options.limits.clone());
@@ -208,7 +200,7 @@ pub fn scan_files(
             .map(|lines| {
                 for line in lines {
                     progress.check()?;
-                    if let Err(bad) = line_result(&block.bytes, line, options, vocab)
+                    if let Err(bad) = line_result(&block.bytes, line, options, &names, vocab)
                         && on_bad == OnBad::Error
                     {
                         let origin =

@@ -7,25 +7,30 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use numpy::IntoPyArray;
+use numpy::{IntoPyArray, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
+use super::column::column;
 use super::layout::ragged_tuple;
 use super::tokenizer::{PyTokenizer, now};
 use super::value::fields;
-use crate::encode::{Encoded, FileEncoder, OnBad, Progress, encode_files, encode_rows, scan_files};
+use crate::encode::{
+    Encoded, FileEncoder, Job, OnBad, Progress, encode_columns, encode_files, encode_rows,
+    scan_files,
+};
 use crate::error::{Error, Place, Result};
 use crate::pair::{Boundary, Options, SpecialText, Truncation, WARNINGS};
 use crate::pool;
+use crate::read::extra::Cell;
 use crate::read::limits::Limits;
 use crate::read::row::Keys;
+use crate::tokenize::Tokenizer;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<PairEncoder>()?;
     m.add_class::<PyFileEncoder>()?;
-    m.add_function(wrap_pyfunction!(data_from_files, m)?)?;
-    m.add_function(wrap_pyfunction!(data_from_rows, m)?)?;
     m.add_function(wrap_pyfunction!(scan, m)?)
 }
 
@@ -38,35 +43,44 @@ pub(super) fn waited<T: Send + 'static>(
     work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
 ) -> PyResult<T> {
     let shared = Arc::clone(progress);
+    ticking(py, progress, callback, |tick| {
+        pool::run(pool::threads(threads), move || work(&shared), tick)
+    })
+}
+
+/// Calls `run` without the GIL, with a function that attaches for signals and the progress callback.
+fn ticking<T: Send>(
+    py: Python<'_>,
+    progress: &Progress,
+    callback: Option<&Py<PyAny>>,
+    run: impl FnOnce(&mut (dyn FnMut() -> Result<()> + Send)) -> Result<T> + Send,
+) -> PyResult<T> {
     let mut raised: Option<PyErr> = None;
     let result = py.detach(|| {
-        pool::run(
-            pool::threads(threads),
-            move || work(&shared),
-            || {
-                Python::attach(|py| {
-                    let called = py.check_signals().and_then(|()| match callback {
-                        Some(f) => {
-                            let done = progress.bytes.load(Ordering::Relaxed);
-                            let rows = progress.rows.load(Ordering::Relaxed);
-                            f.call1(py, (done, rows)).map(drop)
-                        }
-                        None => Ok(()),
-                    });
-                    called.map_err(|e| {
-                        raised = Some(e);
-                        progress.cancel.store(true, Ordering::Relaxed);
-                        Error::Interrupted
-                    })
+        run(&mut || {
+            Python::attach(|py| {
+                let called = py.check_signals().and_then(|()| match callback {
+                    Some(f) => {
+                        let done = progress.bytes.load(Ordering::Relaxed);
+                        let rows = progress.rows.load(Ordering::Relaxed);
+                        f.call1(py, (done, rows)).map(drop)
+                    }
+                    None => Ok(()),
+                });
+                called.map_err(|e| {
+                    raised = Some(e);
+                    progress.cancel.store(true, Ordering::Relaxed);
+                    Error::Interrupted
                 })
-            },
-        )
+            })
+        })
     });
     match raised {
         Some(e) => Err(e),
         None => Ok(result?),
     }
 }
+
 /// Options as Python passes them: its frozen dataclasses, read by attribute.
 fn options(options: &Bound<'_, PyAny>) -> PyResult<(Options, OnBad, Option<usize>)> {
     let get = |name: &str| options.getattr(name);
@@ -106,6 +120,7 @@ fn options(options: &Bound<'_, PyAny>) -> PyResult<(Options, OnBad, Option<usize
         prompt_required: !get("prompt_key")?.is_none(),
         chosen: key("chosen_key", "chosen")?,
         rejected: key("rejected_key", "rejected")?,
+        extra: get("columns")?.extract()?,
     };
     let out = Options {
         max_length: get("max_length")?.extract()?,
@@ -133,24 +148,6 @@ fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
     })
 }
 
-#[pyfunction]
-#[pyo3(signature = (paths, tokenizer, settings, callback=None))]
-fn data_from_files<'py>(
-    py: Python<'py>,
-    paths: Vec<PathBuf>,
-    tokenizer: Bound<'py, PyTokenizer>,
-    settings: Bound<'py, PyAny>,
-    callback: Option<Py<PyAny>>,
-) -> PyResult<Bound<'py, PyDict>> {
-    let (options, on_bad, threads) = options(&settings)?;
-    let tokenizer = Arc::clone(&tokenizer.get().inner);
-    let progress = Arc::new(Progress::default());
-    let encoded = waited(py, threads, &progress, callback.as_ref(), move |progress| {
-        encode_files(&paths, &tokenizer, &options, on_bad, progress)
-    })?;
-    encoded_dict(py, encoded)
-}
-
 /// The pairs of files, some at a time.
 #[pyclass(frozen, name = "FileEncoder")]
 pub(super) struct PyFileEncoder {
@@ -173,7 +170,7 @@ impl PyFileEncoder {
     ) -> PyResult<Self> {
         let (options, on_bad, threads) = options(&settings)?;
         Ok(Self {
-            files: Mutex::new(Some(FileEncoder::new(paths, options.limits.clone()))),
+            files: Mutex::new(Some(FileEncoder::new(paths, &options))),
             tokenizer: Arc::clone(&tokenizer.get().inner),
             options: Arc::new(options),
             on_bad,
@@ -182,7 +179,7 @@ impl PyFileEncoder {
         })
     }
 
-    /// At least `pairs` further pairs as `data_from_files` gives them; None behind the last row.
+    /// At least `pairs` further pairs as `PairEncoder.finish` gives them; None behind the last row.
     #[pyo3(signature = (pairs, callback=None))]
     fn next<'py>(
         &self,
@@ -198,7 +195,8 @@ impl PyFileEncoder {
             (Arc::clone(&self.tokenizer), Arc::clone(&self.options), self.on_bad);
         let (files, encoded) =
             waited(py, self.threads, &self.progress, callback.as_ref(), move |progress| {
-                let encoded = files.next(pairs, &tokenizer, &options, on_bad, progress)?;
+                let job = Job { tokenizer: &tokenizer, options: &options, on_bad, progress };
+                let encoded = files.next(pairs, &job)?;
                 Ok((files, encoded))
             })?;
         *self.files.lock().unwrap_or_else(PoisonError::into_inner) = Some(files);
@@ -220,46 +218,180 @@ fn scan(
     })
 }
 
+/// Encodes rows of any source, one source after the other, into one data set.
+#[pyclass(frozen, module = "dpo_ext._core")]
+pub(super) struct PairEncoder {
+    tokenizer: Arc<Tokenizer>,
+    options: Arc<Options>,
+    on_bad: OnBad,
+    threads: Option<usize>,
+    callback: Option<Py<PyAny>>,
+    progress: Arc<Progress>,
+    /// What came out so far; gone while a source is read, and after a failure.
+    encoded: Mutex<Option<Encoded>>,
+}
+
 /// Rows that are taken out of Python at a time.
 const BATCH: usize = 2048;
 
-#[pyfunction]
-#[pyo3(signature = (rows, tokenizer, settings, callback=None))]
-fn data_from_rows<'py>(
-    py: Python<'py>,
-    rows: Bound<'py, PyAny>,
-    tokenizer: Bound<'py, PyTokenizer>,
-    settings: Bound<'py, PyAny>,
-    callback: Option<Py<PyAny>>,
-) -> PyResult<Bound<'py, PyDict>> {
-    let (options, on_bad, threads) = options(&settings)?;
-    let options = Arc::new(options);
-    let tokenizer = Arc::clone(&tokenizer.get().inner);
-    let progress = Arc::new(Progress::default());
-    let mut all = Encoded::default();
-    let mut iterator = rows.try_iter()?;
-    loop {
-        let mut batch = Vec::with_capacity(BATCH);
-        for row in iterator.by_ref().take(BATCH) {
-            batch.push(fields(&row?, &options)?);
-        }
-        if batch.is_empty() {
-            break;
-        }
-        let (tokenizer, options) = (Arc::clone(&tokenizer), Arc::clone(&options));
-        let before = std::mem::take(&mut all);
-        all = waited(py, threads, &progress, callback.as_ref(), move |progress| {
-            let mut all = before;
-            let count = batch.len() as u64;
-            encode_rows(batch, &tokenizer, &options, on_bad, progress, &mut all)?;
-            progress.rows.fetch_add(count, Ordering::Relaxed);
-            Ok(all)
-        })?;
+impl PairEncoder {
+    fn take(&self) -> PyResult<Encoded> {
+        let mut encoded = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
+        encoded.take().ok_or_else(|| {
+            Error::Internal("this encoder failed before, or is in use".to_owned()).into()
+        })
     }
-    encoded_dict(py, all)
+
+    fn put(&self, encoded: Encoded) {
+        *self.encoded.lock().unwrap_or_else(PoisonError::into_inner) = Some(encoded);
+    }
+
+    /// Waits for work that owns what it needs, which an interrupt does not wait for.
+    fn add(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&Job<'_>, &mut Encoded) -> Result<()> + Send + 'static,
+    ) -> PyResult<()> {
+        let mut all = self.take()?;
+        let (tokenizer, options) = (Arc::clone(&self.tokenizer), Arc::clone(&self.options));
+        let on_bad = self.on_bad;
+        let all =
+            waited(py, self.threads, &self.progress, self.callback.as_ref(), move |progress| {
+                let job = Job { tokenizer: &tokenizer, options: &options, on_bad, progress };
+                work(&job, &mut all)?;
+                Ok(all)
+            })?;
+        self.put(all);
+        Ok(())
+    }
 }
+
+#[pymethods]
+impl PairEncoder {
+    #[new]
+    #[pyo3(signature = (tokenizer, settings, callback=None))]
+    fn new(
+        tokenizer: Bound<'_, PyTokenizer>,
+        settings: Bound<'_, PyAny>,
+        callback: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let (options, on_bad, threads) = options(&settings)?;
+        let encoded = Mutex::new(Some(Encoded::new(vec![None; options.keys.extra.len()])));
+        Ok(Self {
+            tokenizer: Arc::clone(&tokenizer.get().inner),
+            options: Arc::new(options),
+            on_bad,
+            threads,
+            callback,
+            progress: Arc::new(Progress::default()),
+            encoded,
+        })
+    }
+
+    /// The fields that rows are asked for, in order.
+    #[getter]
+    fn names(&self) -> Vec<&str> {
+        self.options.keys.names()
+    }
+
+    /// JSONL files.
+    fn add_files(&self, py: Python<'_>, paths: Vec<PathBuf>) -> PyResult<()> {
+        self.add(py, move |job, all| encode_files(&paths, job, all))
+    }
+
+    /// Any iterable of dicts.
+    fn add_rows(&self, py: Python<'_>, rows: Bound<'_, PyAny>) -> PyResult<()> {
+        let mut iterator = rows.try_iter()?;
+        loop {
+            let mut batch = Vec::with_capacity(BATCH);
+            for row in iterator.by_ref().take(BATCH) {
+                batch.push(fields(&row?, &self.options)?);
+            }
+            if batch.is_empty() {
+                return Ok(());
+            }
+            self.add(py, move |job, all| encode_rows(batch, job, all))?;
+        }
+    }
+
+    /// Arrow columns of `rows` rows, described over `buffers`, in the order of `names`. `first` counts the rows of
+    /// the file `path` before them, and `done` the bytes of files done with them.
+    fn add_columns(
+        &self,
+        py: Python<'_>,
+        rows: usize,
+        columns: Vec<Option<Bound<'_, PyTuple>>>,
+        buffers: Vec<PyReadonlyArray1<'_, u8>>,
+        path: Option<PathBuf>,
+        first: u64,
+        done: u64,
+    ) -> PyResult<()> {
+        let slices = buffers.iter().map(|b| Ok(b.as_slice()?)).collect::<PyResult<Vec<_>>>()?;
+        let columns = columns
+            .iter()
+            .map(|c| c.as_ref().map(|c| column(c, &slices)).transpose())
+            .collect::<PyResult<Vec<_>>>()?;
+        let mut all = self.take()?;
+        let (columns, path) = (&columns, path.as_deref());
+        let (options, progress) = (&*self.options, &*self.progress);
+        let (tokenizer, on_bad) = (&*self.tokenizer, self.on_bad);
+        let work = move || {
+            let job = Job { tokenizer, options, on_bad, progress };
+            encode_columns(columns, rows, path, first, &job, &mut all)?;
+            progress.bytes.fetch_add(done, Ordering::Relaxed);
+            Ok(all)
+        };
+        let threads = pool::threads(self.threads);
+        let callback = self.callback.as_ref();
+        let all = ticking(py, progress, callback, |tick| pool::run_scoped(threads, work, tick))?;
+        self.put(all);
+        Ok(())
+    }
+
+    /// Pairs since the last `finish`.
+    #[getter]
+    fn kept(&self) -> u64 {
+        let encoded = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
+        encoded.as_ref().map_or(0, |encoded| encoded.tally.kept)
+    }
+
+    /// What was encoded; the encoder starts anew, but for what the extra columns hold.
+    fn finish<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let encoded = self.take()?;
+        self.put(Encoded::new(encoded.kinds()));
+        encoded_dict(py, encoded)
+    }
+}
+
 fn first_tuple(py: Python<'_>, place: Place, message: String) -> PyResult<Bound<'_, PyTuple>> {
     (place.path, place.line, place.field, message).into_pyobject(py)
+}
+
+/// An extra column as an array of booleans, whole numbers or numbers, or as a list of strings.
+fn extra_column(py: Python<'_>, cells: Vec<Cell>) -> PyResult<Bound<'_, PyAny>> {
+    if cells.iter().all(|cell| matches!(cell, Cell::Int(_))) {
+        let whole = cells.iter().map(|c| if let Cell::Int(n) = c { *n } else { 0 });
+        return Ok(whole.collect::<Vec<i64>>().into_pyarray(py).into_any());
+    }
+    Ok(match cells.first() {
+        Some(Cell::Bool(_)) => {
+            let flags = cells.iter().map(|c| matches!(c, Cell::Bool(true)));
+            flags.collect::<Vec<bool>>().into_pyarray(py).into_any()
+        }
+        Some(Cell::Str(_)) => {
+            let texts =
+                cells.into_iter().map(|c| if let Cell::Str(s) = c { s } else { String::new() });
+            texts.collect::<Vec<String>>().into_pyobject(py)?.into_any()
+        }
+        _ => {
+            let numbers = cells.iter().map(|c| match c {
+                Cell::Int(n) => *n as f64,
+                Cell::Float(x) => *x,
+                Cell::Bool(_) | Cell::Str(_) => f64::NAN,
+            });
+            numbers.collect::<Vec<f64>>().into_pyarray(py).into_any()
+        }
+    })
 }
 
 fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>> {
@@ -270,6 +402,8 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
     out.set_item("ref_logps", encoded.ref_logps.into_pyarray(py))?;
     out.set_item("with_ref", encoded.with_ref)?;
     out.set_item("rows", encoded.rows.into_pyarray(py))?;
+    let extra = encoded.extra.into_iter().map(|cells| extra_column(py, cells));
+    out.set_item("columns", extra.collect::<PyResult<Vec<_>>>()?)?;
     out.set_item("read", encoded.tally.read)?;
     out.set_item("kept", encoded.tally.kept)?;
     out.set_item("bytes", encoded.bytes)?;

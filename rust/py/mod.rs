@@ -1,5 +1,6 @@
 //! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
 
+mod column;
 mod data;
 mod layout;
 mod logps;

@@ -1,5 +1,7 @@
 //! Files to lines: plain, gzip or zstd, in blocks of whole lines.
 
+pub mod column;
+pub mod extra;
 pub mod json;
 pub mod limits;
 mod packed;
@@ -14,7 +16,7 @@ use limits::{EXPANSION_GRACE, Limits};
 use packed::{Frames, Members};
 
 /// One line of a block.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Line {
     /// Start inside the block's bytes.
     pub start: usize,

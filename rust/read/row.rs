@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::extra::{Cell, cell};
 use super::json::{Fields, Findings, Value, parse};
 use super::limits::Limits;
 
@@ -16,6 +17,8 @@ pub struct Keys {
     pub chosen: String,
     /// Name of the other side.
     pub rejected: String,
+    /// Further columns to carry.
+    pub extra: Vec<String>,
 }
 
 impl Default for Keys {
@@ -25,17 +28,18 @@ impl Default for Keys {
             prompt_required: false,
             chosen: "chosen".to_owned(),
             rejected: "rejected".to_owned(),
+            extra: Vec::new(),
         }
     }
 }
 
-/// Number of fields that a row may have.
-pub const FIELDS: usize = 10;
+/// Fields of a row before the extra ones.
+const FIELDS: usize = 10;
 
 impl Keys {
     /// The field names in the order of [`Row::from_fields`].
-    pub fn names(&self) -> [&str; FIELDS] {
-        [
+    pub fn names(&self) -> Vec<&str> {
+        let fields: [&str; FIELDS] = [
             &self.prompt,
             &self.chosen,
             &self.rejected,
@@ -46,7 +50,8 @@ impl Keys {
             "rejected_ids",
             "ref_chosen_logps",
             "ref_rejected_logps",
-        ]
+        ];
+        fields.into_iter().chain(self.extra.iter().map(String::as_str)).collect()
     }
 }
 
@@ -114,6 +119,8 @@ pub struct Row<'a> {
     pub content: Content<'a>,
     /// Log-probs of the two sides under the reference.
     pub ref_logps: Option<[f64; 2]>,
+    /// The extra columns, in the order of [`Keys::extra`].
+    pub extra: Vec<Cell>,
 }
 
 /// Names that the template already has: a row must not override them.
@@ -145,18 +152,19 @@ fn check_limit(findings: &Findings) -> Result<(), Bad> {
 }
 
 impl<'a> Row<'a> {
-    /// The row of one JSON line.
+    /// The row of one JSON line; `names` are those of [`Keys::names`].
     ///
     /// # Errors
     /// [`Bad`] with the first reason that applies, in the order of the report's table.
     pub fn from_line(
         text: &'a str,
+        names: &[&str],
         keys: &Keys,
         limits: &Limits,
         vocab: usize,
     ) -> Result<Self, Bad> {
         let (fields, findings) =
-            super::json::parse_fields(text, &keys.names(), limits).map_err(|fault| {
+            super::json::parse_fields(text, names, limits).map_err(|fault| {
                 let hint = if text.trim_start().starts_with('[') { ARRAY_HINT } else { "" };
                 Bad {
                     reason: if fault.is_encoding { "bad_utf8" } else { "bad_json" },
@@ -198,6 +206,12 @@ impl<'a> Row<'a> {
         let ids = [5, 6, 7].map(&mut take);
         let ref_logps = [8, 9].map(&mut take);
         let ref_logps = reference(ref_logps)?;
+        let extra = keys
+            .extra
+            .iter()
+            .enumerate()
+            .map(|(i, name)| cell(required(take(FIELDS + i), name)?, name))
+            .collect::<Result<_, _>>()?;
         let is_text = chosen.is_some() || rejected.is_some();
         let is_ids =
             ids.iter().all(Option::is_some) || (!is_text && ids.iter().any(Option::is_some));
@@ -254,7 +268,7 @@ impl<'a> Row<'a> {
                 }
             }
         };
-        Ok(Self { content, ref_logps })
+        Ok(Self { content, ref_logps, extra })
     }
 
     #[allow(clippy::too_many_arguments)] // the fields of one row, taken apart once
@@ -359,7 +373,7 @@ fn required<'a>(value: Option<Value<'a>>, name: &str) -> Result<Value<'a>, Bad> 
     value.ok_or_else(|| missing(name))
 }
 
-fn wrong(name: &str, expected: &str, found: &Value<'_>) -> Bad {
+pub(super) fn wrong(name: &str, expected: &str, found: &Value<'_>) -> Bad {
     Bad::new("wrong_type", name, format!("expected {expected}, found {}", found.kind()))
 }
 

@@ -24,9 +24,10 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.bench import page
 from dpo_ext.bench.peers import same_ids, tokenizers_peer, trl_times
-from dpo_ext.data import PairDataset, _files
+from dpo_ext.data import PairDataset
 from dpo_ext.options import Limits, Paths, Settings
 from dpo_ext.plan import LAYOUTS
+from dpo_ext.sources import opened_up
 from dpo_ext.tokenizer import Tokenizer, default_threads
 
 PAIRS_PER_BATCH = 64
@@ -102,7 +103,7 @@ def bench_data(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, found {value}")
     default_threads(threads)
-    paths = _files(files)
+    paths = opened_up(files)
     load_seconds, tokenizer = _once(lambda: Tokenizer.from_pretrained(tokenizer_dir))
 
     def whole() -> PairDataset:
