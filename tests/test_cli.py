@@ -32,7 +32,7 @@ def test_version_and_help(capsys):
     assert capsys.readouterr().out.strip() == __version__
     assert run("--help") == 0
     out = capsys.readouterr().out
-    for command in ("demo", "bench", "losses"):
+    for command in ("demo", "prepare", "stats", "bench", "losses"):
         assert command in out
 
 
@@ -92,6 +92,50 @@ def test_losses_prints_a_row_for_every_loss(capsys):
     assert {entry.name for entry in losses_table()} <= printed
     assert "2305.18290, eq. 7" in out
     assert "beta=0.1" in out
+
+
+@pytest.mark.parametrize("name", ["Boundary", "Truncation", "OnBad"])
+def test_options_of_commands_are_those_of_a_data_set(name):
+    from dpo_ext import options
+
+    assert tuple(word.value for word in getattr(cli, name)) == getattr(options, name).__args__
+
+
+def test_prepare_saves_what_from_files_reads(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    from byte_tokenizer import write_folder
+
+    from dpo_ext import PairDataset, Tokenizer
+
+    rows = [{"q": f"why {i}?", "yes": " a" * (i + 1), "no": " b"} for i in range(50)] + [{"q": "?"}]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, out = write_folder(tmp_path / "model"), tmp_path / "saved"
+    keys = ["--prompt-key", "q", "--chosen-key", "yes", "--rejected-key", "no"]
+    command = ["prepare", str(data), "--tokenizer", str(folder), "--out", str(out), *keys]
+    assert run(*command) == 2
+    assert "line 51" in capsys.readouterr().err
+    assert not list(out.rglob("*.arrow"))
+    assert not list(out.rglob("*.json"))
+    cut = ["--max-length", "30", "--truncation", "keep_end", "--threads", "1"]
+    assert run(*command, *cut, "--on-bad", "skip") == 0
+    printed = capsys.readouterr().out
+    assert "51 rows read, 50 kept, 1 dropped" in printed
+    want = PairDataset.from_files(
+        data,
+        Tokenizer.from_pretrained(folder),
+        max_length=30,
+        truncation="keep_end",
+        on_bad="skip",
+        prompt_key="q",
+        chosen_key="yes",
+        rejected_key="no",
+    )
+    got = PairDataset.load(out)
+    assert got.prompt_ids == want.prompt_ids
+    assert got.chosen_ids == want.chosen_ids
+    assert got.report == want.report
+    assert got.report.warned["truncated"] > 0
 
 
 def test_bench_data_measures_a_file_and_writes_what_was_asked_for(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The command `dpo-ext`: `demo`, `stats`, `bench data`, `losses`. Needs the extra `cli`.
+"""The command `dpo-ext`: `demo`, `prepare`, `stats`, `bench data`, `losses`. Needs the extra `cli`.
 
 Exit codes: 0 fine; 1 a check failed, where the message says which; 2 wrong usage or input, with a
 message.
@@ -25,15 +25,33 @@ EXTRAS = {
     "datasets": "hf",
     "jinja2": "report",
     "matplotlib": "report",
+    "pyarrow": "arrow",
 }
 
 
 class Boundary(Enum):
-    """The option `boundary` of a data set, for typer."""
+    """The option `boundary` of a data set, for typer; a test compares the words."""
 
     joint = "joint"
     separate = "separate"
     trl = "trl"
+
+
+class Truncation(Enum):
+    """The option `truncation`."""
+
+    keep_start = "keep_start"
+    keep_end = "keep_end"
+    keep_completions = "keep_completions"
+    drop = "drop"
+    error = "error"
+
+
+class OnBad(Enum):
+    """The option `on_bad`."""
+
+    error = "error"
+    skip = "skip"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,6 +134,49 @@ def _app() -> Any:
         metrics = run_demo(data, out, seed=seed, quick=quick, show_samples=show_samples)
         if not _print_summary(metrics, out):
             raise typer.Exit(1)
+
+    @app.command()
+    def prepare(
+        files: Annotated[list[str], typer.Argument(help="Files of preferences, or globs.")],
+        tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
+        out: Annotated[Path, typer.Option(help="Folder for the saved data set.")],
+        max_length: Annotated[
+            int, typer.Option(min=0, help="Longest side in tokens with its prompt; 0 for no bound.")
+        ] = 1024,
+        truncation: Annotated[
+            Truncation, typer.Option(help="What happens beyond --max-length.")
+        ] = Truncation.keep_start,
+        boundary: Annotated[
+            Boundary, typer.Option(help="Where the prompt's ids end.")
+        ] = Boundary.joint,
+        on_bad: Annotated[
+            OnBad, typer.Option(help="Stop at the first bad row, or drop and count it.")
+        ] = OnBad.error,
+        prompt_key: Annotated[str | None, typer.Option(help="Name of the prompt's field.")] = None,
+        chosen_key: Annotated[str | None, typer.Option(help="Name of the chosen side.")] = None,
+        rejected_key: Annotated[str | None, typer.Option(help="Name of the other side.")] = None,
+        threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default all.")] = None,
+    ) -> None:
+        """Encode files into a saved data set, in bounded memory; PairDataset.load maps it."""
+        from dpo_ext.store import prepare as prepare_files
+        from dpo_ext.tokenizer import Tokenizer
+
+        report = prepare_files(
+            files,
+            Tokenizer.from_pretrained(tokenizer),
+            out,
+            max_length=max_length or None,
+            truncation=truncation.value,
+            boundary=boundary.value,
+            on_bad=on_bad.value,
+            prompt_key=prompt_key,
+            chosen_key=chosen_key,
+            rejected_key=rejected_key,
+            threads=threads,
+            progress=True,
+        )
+        print(report)
+        print(f"saved     {out}")
 
     @app.command()
     def stats(
