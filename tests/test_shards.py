@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from dpo_ext import DataError, Limits, PairDataset, Tokenizer, _core, mapped, shards, store
+from dpo_ext import cache as caching
 from dpo_ext.options import settings
 
 # Pairs of the test of memory; `make deep` and a person at leisure ask for ten million.
@@ -406,7 +407,7 @@ def test_a_file_that_changed_under_the_same_name_size_and_time_is_a_miss(
     tmp_path, files, tokenizer, encoded, monkeypatch
 ):
     """C6, also with the digest noted: the time of change of the inode cannot be set."""
-    monkeypatch.setattr(shards, "RACY_NS", -(10**12))  # note the digest at once
+    monkeypatch.setattr(caching, "RACY_NS", -(10**12))  # note the digest at once
     cache = {"on_bad": "skip", "cache_dir": tmp_path / "c"}
     old = PairDataset.from_files(files[:1], tokenizer, **cache)
     assert list((tmp_path / "c" / ".files").iterdir())
@@ -482,7 +483,7 @@ def test_the_time_counts_as_far_as_the_template_shows_it(call, shown):
     template = "{%- if strftime_now is defined %}{{ " + call + " }}{% endif %}"
     if call == "messages":
         template = "{{ messages }}"
-    assert shards._now(template, (2026, 11, 24, 17, 32, 50, 1, 328)) == shown
+    assert caching._now(template, (2026, 11, 24, 17, 32, 50, 1, 328)) == shown
 
 
 @pytest.mark.parametrize("what", ["flip", "truncate", "manifest", "missing", "junk"])

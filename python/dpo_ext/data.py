@@ -153,9 +153,9 @@ class PairDataset(Sequence):
         files = opened_up(paths)
         options = settings(locals())
         if cache_dir is not None:
-            from dpo_ext import shards
+            from dpo_ext import cache
 
-            return shards.cached(files, _checked(tokenizer), options, cache_dir, progress)
+            return cache.cached(files, _checked(tokenizer), options, cache_dir, progress)
         with Bar(progress, files) as callback:
             encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
             feed_files(encoder, files, options.limits)

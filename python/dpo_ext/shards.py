@@ -1,4 +1,4 @@
-"""Files that need not fit in memory: encoded in parts into a folder, and kept in a cache.
+"""Files that need not fit in memory: encoded in parts into a folder.
 
 While the parts come, each column grows in files of its own; at the end they are mapped and written
 as one data set, of which nothing is visible before it is whole.
@@ -6,31 +6,26 @@ as one data set, of which nothing is visible before it is whole.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
 import os
-import re
 import shutil
-import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_ext import _core, mapped
+from dpo_ext import mapped
 from dpo_ext.batch import Ragged
 from dpo_ext.data import PairDataset, _checked
 from dpo_ext.errors import DataError
-from dpo_ext.folder import Folder, damaged, digest_of, typed_errors, writing
-from dpo_ext.options import Limits, Settings, settings
+from dpo_ext.folder import Folder, writing
+from dpo_ext.options import Settings, settings
 from dpo_ext.report import Report
 from dpo_ext.sources import Bar, opened_up, parts
-from dpo_ext.store import Columns, pyarrow, write
+from dpo_ext.store import Columns, write
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,10 +35,6 @@ if TYPE_CHECKING:
 
 # Pairs that are held in memory at a time, about 40 MB of ids.
 PAIRS = 1 << 16
-# Of these options the ids do not depend, or only where `_now` and `_limits_allow` say so.
-APART = ("threads", "now", "limits")
-# A file that changed so recently could change again without its time of change telling.
-RACY_NS = 2_000_000_000
 
 LISTS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
 
@@ -70,7 +61,7 @@ class Spool:
         for i, name in enumerate(mapped.REFERENCE):
             self._put(name, np.ascontiguousarray(reference[:, i]))
         self._put(mapped.ROW, raw["rows"])
-        for name, values in zip(self._names, raw.get("columns", ()), strict=True):
+        for name, values in zip(self._names, raw["columns"], strict=True):
             self._append_extra(name, values)
         self.n += raw["kept"]
         self._read += raw["read"]
@@ -195,7 +186,7 @@ def encode_into(
     spooled = folder.temporary()
     try:
         with ExitStack() as stack:
-            spool = Spool(spooled, getattr(options, "columns", ()), stack)
+            spool = Spool(spooled, options.columns, stack)
             for raw in parts_of(files, tokenizer, options, progress):
                 spool.append(raw, tokenizer)
             report = spool.report()
@@ -229,180 +220,3 @@ def encode_files(
         return encode_into(
             folder, files, tokenizer, options, arguments.get("progress", False), made={}
         )
-
-
-# The cache
-
-
-def cached(
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    options: Settings,
-    cache_dir: str | os.PathLike[str],
-    progress: Progress,
-) -> PairDataset:
-    """The pairs of files, mapped from a cache that is filled first if need be.
-
-    What was encoded counts for the same bytes in files of the same endings, the same tokenizer,
-    template and options; for ``strftime_now`` in the template, the same time as far as it shows.
-    It counts whatever the folder of the files, ``threads``, and those limits that dropped no row.
-    """
-    pyarrow("`cache_dir`")
-    root = Path(cache_dir)
-    with typed_errors(root):
-        if not root.is_dir():
-            root.parent.mkdir(parents=True, exist_ok=True)
-            root.mkdir(mode=0o700, exist_ok=True)
-        before = [_status(name) for name in files]
-        prints = [_fingerprint(root, name) for name in files]
-    facts = _facts(files, prints, tokenizer, options)
-    folders = [root / _key(facts), root / _key({**facts, "limits": asdict(options.limits)})]
-    damage = None
-    for folder in folders:
-        found, damage = _look(folder, files, options, damage)
-        if found is not None:
-            return found
-    # The first name is for the first limits that come; others get a name of their own.
-    folder = folders[1] if _is_sound(folders[0]) else folders[0]
-    made = {"limits": asdict(options.limits), "sources": list(files)}
-
-    def unchanged() -> None:
-        for name, status in zip(files, before, strict=True):
-            if _status(name) != status:
-                raise DataError(
-                    f"{name}: the file changed while it was read", path=name, reason="bad_input"
-                )
-
-    with writing(folder) as opened:
-        found, _ = _look(folder, files, options, None)
-        if found is not None:  # by another process, while this one waited
-            return found
-        opened.sweep(None)
-        encode_into(opened, files, tokenizer, options, progress, made, unchanged)
-    pairs = mapped.load(folder, verify=False)
-    if damage is not None:
-        note = f"what the cache held was damaged and was encoded anew: {damage}"
-        pairs.report = replace(pairs.report, notes=(*pairs.report.notes, note))
-    return pairs
-
-
-def _look(
-    folder: Path, files: Sequence[str], options: Settings, damage: str | None
-) -> tuple[PairDataset | None, str | None]:
-    """What a folder of the cache holds for these limits, and what was wrong with it."""
-    try:
-        pairs, manifest = mapped.opened(folder, verify=True)
-    except FileNotFoundError:
-        return None, damage
-    except DataError as error:
-        return None, str(error).splitlines()[0]
-    made = manifest["made"]
-    if not _limits_allow(made["limits"], options.limits, pairs.report):
-        return None, damage
-    # The same files may have other names by now.
-    names = dict(zip(made["sources"], files, strict=True))
-    first = {
-        reason: replace(example, path=names.get(example.path, example.path))
-        for reason, example in pairs.report.first.items()
-    }
-    pairs.report = replace(pairs.report, first=first)
-    return pairs, damage
-
-
-def _is_sound(folder: Path) -> bool:
-    try:
-        mapped.read_manifest(folder)
-    except (FileNotFoundError, DataError):
-        return False
-    return True
-
-
-def _limits_allow(made: Mapping[str, Any], limits: Limits, report: Report) -> bool:
-    """Whether rows encoded under ``made`` come out the same under ``limits``."""
-    wanted = asdict(limits)
-    if made == wanted:
-        return True
-    infinite = float("inf")
-    wider = all(
-        (infinite if wanted[name] is None else wanted[name])
-        >= (infinite if made.get(name, 0) is None else made.get(name, 0))
-        for name in wanted
-    )
-    return wider and "limit" not in report.dropped
-
-
-def _facts(
-    files: Sequence[str], prints: Sequence[str], tokenizer: Tokenizer, options: Settings
-) -> dict[str, Any]:
-    """All that ids depend on."""
-    state = tokenizer.__reduce__()[1][0]
-    return {
-        "format": mapped.VERSION,
-        "package": _core.__version__,
-        "tokenizer": hashlib.sha256(state).hexdigest(),
-        "now": _now(tokenizer.chat_template or "", options.now),
-        "files": [
-            ["".join(Path(name).suffixes[-2:]).lower(), print_]
-            for name, print_ in zip(files, prints, strict=True)
-        ],
-        "options": {
-            f.name: getattr(options, f.name) for f in fields(options) if f.name not in APART
-        },
-    }
-
-
-def _key(facts: Mapping[str, Any]) -> str:
-    text = json.dumps(facts, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _now(template: str, now: Sequence[int]) -> list[Any]:
-    """The time as far as a template shows it: all of it, unless its formats can be read."""
-    calls = len(re.findall(r"strftime_now\s*\(", template))
-    formats = re.findall(r"""strftime_now\s*\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""", template)
-    if "strftime_now" not in template:
-        return []
-    if calls == 0 or calls != len(formats):
-        return list(now)
-    moment = time.struct_time((*now, -1))
-    return [time.strftime(double or single, moment) for double, single in formats]
-
-
-def _status(name: str) -> tuple[Any, ...]:
-    found = Path(name).stat()
-    one = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    if stat.S_ISDIR(found.st_mode):
-        return (*one, *(_status(str(inner)) for inner in sorted(Path(name).iterdir())))
-    if not stat.S_ISREG(found.st_mode):
-        raise damaged(Path(name), "expected a regular file")
-    return one
-
-
-def _fingerprint(root: Path, name: str) -> str:
-    """The digest of what a file holds, or a folder; read once as long as the file stays as it is.
-
-    The time of change of a file moves with every write and cannot be set, so that a digest noted
-    for it stays right.
-    """
-    path = Path(name)
-    if path.is_dir():
-        inner = sorted(path.iterdir())
-        parts = [[part.name, _fingerprint(root, str(part))] for part in inner]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    status = _status(name)
-    notes = root / ".files"
-    note = notes / hashlib.sha256(json.dumps(status).encode()).hexdigest()
-    try:
-        noted = note.read_text()
-        if re.fullmatch(r"[0-9a-f]{64}", noted):
-            return noted
-    except (OSError, UnicodeDecodeError):
-        pass
-    with path.open("rb") as file:
-        digest = digest_of(file.fileno(), status[2])
-    if time.time_ns() - max(status[3:5]) > RACY_NS and _status(name) == status:
-        notes.mkdir(mode=0o700, exist_ok=True)
-        temporary = Folder(notes).temporary()
-        temporary.write_text(digest)
-        temporary.replace(note)
-    return digest

@@ -21,6 +21,7 @@ import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.batch import Ragged
+from dpo_ext.columns import arrow
 from dpo_ext.data import PairDataset
 from dpo_ext.errors import DataError
 from dpo_ext.folder import Folder, writing
@@ -74,7 +75,7 @@ class Columns:
                 columns.numbers[name] = np.ascontiguousarray(pairs.ref_logps[:, i], np.float64)
         if not np.array_equal(pairs.rows, np.arange(len(pairs))):
             columns.numbers[ROW] = pairs.rows
-        for name, values in (getattr(pairs, "columns", None) or {}).items():
+        for name, values in pairs.columns.items():
             columns.add(name, values)
         return columns
 
@@ -86,38 +87,24 @@ class Columns:
         """
         if name in (*IDS, *REFERENCE, ROW):
             raise DataError(f"`{name}`: a column of ours has this name", field=name)
-        array = np.asarray(values)
-        if array.ndim == 1 and array.dtype.kind in "iu":
-            self.numbers[name] = np.ascontiguousarray(array, np.int64)
-        elif array.ndim == 1 and array.dtype.kind == "f":
-            self.numbers[name] = np.ascontiguousarray(array, np.float64)
-        elif array.ndim == 1 and array.dtype.kind == "b":
-            self.flags[name] = array
-        elif all(isinstance(value, str) for value in values):
+        is_array = isinstance(values, np.ndarray) and values.dtype.kind not in "OU"
+        if not is_array and all(isinstance(value, str) for value in values):
             parts = [value.encode() for value in values]
             offsets = np.zeros(len(parts) + 1, np.int64)
             np.cumsum([len(part) for part in parts], out=offsets[1:])
             self.texts[name] = Ragged(np.frombuffer(b"".join(parts), np.uint8), offsets)
-        else:
+            return
+        array = np.asarray(values)
+        if array.ndim != 1 or array.dtype.kind not in "iufb":
             raise TypeError(
                 f"`{name}` must hold numbers, booleans or strings, found {array.dtype} of shape "
                 f"{array.shape}"
             )
-
-
-def pyarrow(what: str) -> Any:
-    """The module, which ``what`` needs.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
-        import pyarrow as pa
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{what} needs pyarrow\nhint: pip install "dpo_ext[arrow]"', name="pyarrow"
-        ) from error
-    return pa
+        if array.dtype.kind == "b":
+            self.flags[name] = array
+        else:
+            dtype = np.float64 if array.dtype.kind == "f" else np.int64
+            self.numbers[name] = np.ascontiguousarray(array, dtype)
 
 
 def list_array(pa: Any, ragged: Ragged) -> Any:
@@ -136,7 +123,8 @@ def list_array(pa: Any, ragged: Ragged) -> Any:
     )
 
 
-def _record_batch(pa: Any, columns: Columns, facts: Mapping[str, Any]) -> Any:
+def record_batch(pa: Any, columns: Columns, metadata: Mapping[str, str]) -> Any:
+    """All columns as one Arrow record batch, over the same numbers."""
     arrays = {name: list_array(pa, ragged) for name, ragged in columns.lists.items()}
     for name, numbers in columns.numbers.items():
         kind = pa.int64() if numbers.dtype.kind == "i" else pa.float64()
@@ -147,7 +135,7 @@ def _record_batch(pa: Any, columns: Columns, facts: Mapping[str, Any]) -> Any:
         buffers = [None, pa.py_buffer(texts.offsets), pa.py_buffer(texts.values)]
         arrays[name] = pa.Array.from_buffers(pa.large_string(), columns.n, buffers)
     batch = pa.record_batch(list(arrays.values()), names=list(arrays))
-    return batch.replace_schema_metadata({"dpo_ext": json.dumps(facts)})
+    return batch.replace_schema_metadata(dict(metadata))
 
 
 def write(
@@ -160,9 +148,9 @@ def write(
     made: Mapping[str, Any] | None = None,
 ) -> None:
     """Replaces what the folder holds; ``made`` says how, for the cache."""
-    pa = pyarrow("saving a data set")
+    pa = arrow("saving a data set")
     facts = {"version": VERSION, "pad_id": pad_id, "vocab_size": vocab_size}
-    batch = _record_batch(pa, columns, facts)
+    batch = record_batch(pa, columns, {"dpo_ext": json.dumps(facts)})
     options = pa.ipc.IpcWriteOptions(compression=None, allow_64bit=True)
 
     def fill(sink: Any) -> None:
@@ -245,5 +233,5 @@ def prepare(files: Paths, tokenizer: Tokenizer, out: str | PathLike[str], **opti
     """
     from dpo_ext.shards import encode_files
 
-    pyarrow("preparing a data set")
+    arrow("preparing a data set")
     return encode_files(files, tokenizer, Path(out), options)

@@ -1,0 +1,81 @@
+"""`encode_table`: rows of an Arrow table to token ids, inside anybody's data pipeline."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from dpo_ext.columns import arrow
+from dpo_ext.data import PairDataset
+from dpo_ext.mapped import ROW
+from dpo_ext.report import Report
+from dpo_ext.store import Columns, record_batch
+
+if TYPE_CHECKING:
+    from dpo_ext.tokenizer import Tokenizer
+
+# Of the schema's metadata: a report as JSON, `Report.to_dict`.
+REPORT_KEY = b"dpo_ext.report"
+
+
+def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
+    """Encodes the rows of a table: a pure function of Arrow data, for one batch of a pipeline.
+
+    Same as ``PairDataset.from_rows(table.to_pylist(), tokenizer, **options)``, as a table. It goes
+    into the map of Hugging Face ``datasets`` (``Dataset`` and ``IterableDataset``), of Ray Data
+    (``batch_format="pyarrow"``) and of Spark (``mapInArrow``, batch by batch)::
+
+        ds.with_format("arrow").map(
+            lambda table: encode_table(table, tokenizer, max_length=2048), batched=True,
+            remove_columns=ds.column_names,
+        )
+
+    The tokenizer pickles to stable bytes, so the cache of ``datasets`` is hit by the next run, and
+    workers of any kind receive it. Where many workers share a machine, give ``threads=1``.
+
+    Args:
+        table: a pyarrow Table or RecordBatch, or anything with ``__arrow_c_stream__`` or
+            ``__arrow_c_array__``; strings of any Arrow type.
+        tokenizer: encodes text and renders messages.
+        options: those of :meth:`PairDataset.from_arrow`.
+
+    Returns:
+        A RecordBatch for a RecordBatch, else a Table, with ``prompt_ids``, ``chosen_ids`` and
+        ``rejected_ids`` (list<int32>, or large_list beyond 2^31 ids), ``ref_chosen_logps`` and
+        ``ref_rejected_logps`` (double) if all rows have them, and the extra ``columns``. With
+        ``on_bad="skip"`` it has fewer rows than ``table``. The metadata of its schema carries the
+        report under ``dpo_ext.report``; see :func:`report_of`.
+
+    Raises:
+        DataError, LimitExceeded, TokenizerError: as ``from_arrow``; ``line`` is the 1-based row of
+            this table.
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    pa = arrow("encode_table")
+    pairs = PairDataset.from_arrow(table, tokenizer, **options)
+    columns = Columns.of(pairs)
+    # A number among the rows of one batch means nothing in what the pipeline makes of it.
+    columns.numbers.pop(ROW, None)
+    report = json.dumps(pairs.report.to_dict())
+    batch = record_batch(pa, columns, {REPORT_KEY.decode(): report})
+    return batch if isinstance(table, pa.RecordBatch) else pa.Table.from_batches([batch])
+
+
+def report_of(*tables: Any) -> Report:
+    """What became of the rows of all tables that :func:`encode_table` gave, in their order.
+
+    Args:
+        tables: Tables, RecordBatches or Schemas. Joining tables keeps the metadata of the first
+            alone, and ``datasets`` keeps none, so ask before that.
+
+    Raises:
+        ValueError: one of them carries no report.
+    """
+    return Report.merged(map(_report, tables))
+
+
+def _report(table: Any) -> Report:
+    metadata = getattr(table, "schema", table).metadata or {}
+    if REPORT_KEY not in metadata:
+        raise ValueError(f"expected a table of encode_table, found none of {REPORT_KEY.decode()!r}")
+    return Report.from_dict(json.loads(metadata[REPORT_KEY]))
