@@ -298,3 +298,23 @@ def test_margin_and_label_smoothing_move_value_and_gradient_alike(name):
     needs = {"needs_lengths": True} if LOSSES[name].lengths else {}
     function = loss if needs else lambda logps, ref: loss(logps, ref, None)
     check_loss_invariants(function, reference_free=free, finite_up_to=reach, examples=8, **needs)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
+def test_check_layouts_takes_a_model_and_tells_which_layout_it_breaks():
+    transformers = pytest.importorskip("transformers")
+    import tiny
+
+    model = tiny.model(vocab_size=31, pad_token_id=None, eos_token_id=None).train()
+    check_layouts(model, examples=8)
+    assert model.training
+    with pytest.raises(ValueError, match="`model` belongs to a collator"):
+        check_layouts(model, model=model)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=2)
+    other = transformers.GPT2LMHeadModel(config)
+    check_layouts(other, layouts=["padded"], examples=8)
+    forward = other.forward
+    other.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    with pytest.raises(AssertionError, match=r"layout='packed'"):
+        check_layouts(other, layouts=["padded", "packed"], examples=8)

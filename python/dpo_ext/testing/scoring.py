@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpo_ext.data import PairDataset
+from dpo_ext.plan import LAYOUTS
 from dpo_ext.testing.search import Violation, hypothesis, literal, search
 from dpo_ext.testing.strategies import logits, pairs, score_tables
 from dpo_ext.torch.table import ScoreTable
@@ -212,31 +214,37 @@ class PrefixModel:
 
 
 def check_layouts(
-    collate: Callable[[Sequence[Mapping[str, np.ndarray]]], Any],
+    subject: Callable[[Sequence[Mapping[str, np.ndarray]]], Any] | nn.Module,
     *,
     model: Callable[..., Any] | None = None,
-    vocab_size: int = 97,
+    layouts: Sequence[str] = LAYOUTS,
+    vocab_size: int | None = None,
     pad_id: int = 0,
     max_tokens: int = 8,
-    slack: float = 1e-9,
+    slack: float | None = None,
     examples: int = 60,
 ) -> None:
-    """Hold a collator to the log-probs that each sequence has alone.
+    """Hold a collator, or a model on our layouts, to the log-probs that each sequence has alone.
 
     Same as, for every pair and side: the sum over the completion's tokens of their log-prob after
     the prompt and the completion so far, from a model that sees nothing else.
 
     Args:
-        collate: called with a list of rows ``{"prompt_ids", "chosen_ids", "rejected_ids"}``;
-            returns a batch with ``model_inputs`` (a mapping: ``input_ids`` (B, T) and
-            ``attention_mask``, or ``position_ids`` that restart at each packed segment) and
-            ``table``, or the tuple of the two.
-        model: called with ``**model_inputs``; returns logits (B, T, V) or an object with
-            ``.logits``. By default a `PrefixModel`, for which one wrong token in sight changes the
-            result by nats.
-        vocab_size, pad_id: ids drawn; the pad id appears as an ordinary token too.
+        subject: a Hugging Face model, in eval mode during the check, that is given ``padded``,
+            ``packed`` and ``shared`` batches; or a collator. That is called with a list of rows
+            ``{"prompt_ids", "chosen_ids", "rejected_ids"}`` and returns a batch with
+            ``model_inputs`` (a mapping: ``input_ids`` (B, T) and ``attention_mask``, or
+            ``position_ids`` that restart at each packed segment) and ``table``, or the tuple of
+            the two.
+        model: of a collator: called with ``**model_inputs``; returns logits (B, T, V) or an object
+            with ``.logits``. By default a `PrefixModel`, for which one wrong token in sight changes
+            the result by nats.
+        layouts: of a model: which ones it is given.
+        vocab_size, pad_id: ids drawn; the pad id appears as an ordinary token too. By default 97
+            ids, or the model's.
         max_tokens: longest prompt and completion drawn.
-        slack: allowed difference in nats a sequence; a real model in float32 needs about 3e-4.
+        slack: allowed difference in nats a token; by default 1e-9, for a model 3e-4, what float32
+            needs.
         examples: cases drawn.
 
     Raises:
@@ -254,17 +262,58 @@ def check_layouts(
     ...         labels[i, len(p):n] = torch.tensor(c)
     ...     return {"input_ids": ids, "attention_mask": mask}, ScoreTable.from_labels(labels)
     >>> check_layouts(collate)
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=23, hidden_size=8, intermediate_size=8,
+    ...                      num_hidden_layers=1, num_attention_heads=2)
+    >>> check_layouts(LlamaForCausalLM(config), examples=5)
     """
     hypothesis()
     import hypothesis.strategies as st
 
-    subject = PrefixModel(vocab_size) if model is None else model
-    rows = pairs(vocab_size=vocab_size, max_tokens=max_tokens, pad_id=pad_id)
-    search(
-        lambda batch: _check_batch(collate, subject, batch, slack),
-        st.lists(rows, min_size=1, max_size=4),
-        examples,
-    )
+    def check(collate: Callable[..., Any], scorer: Callable[..., Any], V: int, most: float) -> None:
+        rows = pairs(vocab_size=V, max_tokens=max_tokens, pad_id=pad_id)
+        search(
+            lambda batch: _check_batch(collate, scorer, batch, most),
+            st.lists(rows, min_size=1, max_size=4),
+            examples,
+        )
+
+    if not isinstance(subject, nn.Module):
+        V = 97 if vocab_size is None else vocab_size
+        scorer = PrefixModel(V) if model is None else model
+        check(subject, scorer, V, 1e-9 if slack is None else slack)
+        return
+    if model is not None:
+        raise ValueError("`model` belongs to a collator: `subject` is a model itself")
+    config = getattr(subject, "config", None)
+    V = min(97, getattr(config, "vocab_size", 97)) if vocab_size is None else vocab_size
+    training = subject.training
+    try:
+        subject.eval()
+        for layout in layouts:
+            check(_Laid(layout, subject), subject, V, 3e-4 if slack is None else slack)
+    finally:
+        subject.train(training)
+
+
+class _Laid:
+    """Rows as a batch of one of our layouts, with the inputs of a model."""
+
+    def __init__(self, layout: str, model: nn.Module) -> None:
+        self._layout, self._model = layout, model
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, np.ndarray]]
+    ) -> tuple[dict[str, Any], ScoreTable]:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        data = PairDataset.from_ids(*([row[name] for row in rows] for name in names))
+        plan = data.plan(layout=self._layout, pairs_per_batch=len(rows), shuffle=False)
+        batch = plan[0].to(next(self._model.parameters()).device)
+        return batch.inputs_for(self._model), batch.table.to("cpu")
+
+    def __repr__(self) -> str:
+        return f"layout={self._layout!r}"
 
 
 def _logits(model: Callable[..., Any], **inputs: Any) -> Tensor:
@@ -280,14 +329,15 @@ def _check_batch(
 ) -> None:
     def broken(what: str) -> Violation:
         rows = [{k: v.tolist() for k, v in row.items()} for row in batch]
-        return Violation(f"{what}\n\nrows = {rows!r}\ncollate([{{k: np.array(v, dtype=np.int32) "
+        name = repr(collate) if isinstance(collate, _Laid) else "collate"
+        return Violation(f"{what}\n\nrows = {rows!r}\n{name}([{{k: np.array(v, dtype=np.int32) "
                          "for k, v in row.items()} for row in rows])")  # fmt: skip
 
     before = [{k: v.copy() for k, v in row.items()} for row in batch]
     try:
         made = collate(batch)
         inputs, table = made if isinstance(made, tuple) else (made.model_inputs, made.table)
-        values = _logits(model, **inputs).double()
+        values = _logits(model, **inputs).double().cpu()
         got = _score(values.reshape(-1, values.shape[-1]), table)
     except Exception as error:
         raise broken(f"collating and scoring raised {type(error).__name__}: {error}") from error
@@ -324,7 +374,11 @@ def _alone(
 ) -> tuple[float, int]:
     """Log-prob of a completion after its prompt, and its scored tokens."""
     ids = torch.tensor([[*prompt.tolist(), *completion.tolist()]])
-    values = _logits(model, input_ids=ids, attention_mask=torch.ones_like(ids))[0].double()
+    there = ids
+    if isinstance(model, nn.Module):
+        there = ids.to(next(model.parameters()).device)
+    values = _logits(model, input_ids=there, attention_mask=torch.ones_like(there))[0]
+    values = values.double().cpu()
     start = max(len(prompt), 1)
     logps = torch.log_softmax(values, -1)
     picked = [logps[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1])]
