@@ -345,7 +345,7 @@ proptest! {
             Ok((items, starts)) => {
                 let mut all = items.clone();
                 all.sort_unstable();
-                prop_assert_eq!(all, (0..lengths.len() as i64).collect::<Vec<_>>());
+                prop_assert_eq!(all, (0..lengths.len() as i32).collect::<Vec<_>>());
                 for bin in starts.windows(2) {
                     let sum: i64 = items[bin[0] as usize..bin[1] as usize].iter().map(|i| lengths[*i as usize]).sum();
                     prop_assert!(sum as usize <= capacity);

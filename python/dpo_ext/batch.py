@@ -6,7 +6,7 @@ Shapes: N pairs, S = 2N sequences, T tokens of the longest row, M scored tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -196,10 +196,11 @@ class Batch:
 
     @classmethod
     def _filled(cls, layout: str, **arrays: Any) -> Batch:
-        """Same as ``Batch(layout, **arrays)`` without setting every other field to its default,
-        which costs as much as filling a small batch.
+        """Same as ``Batch(layout, **arrays)``: a frozen class sets its fields one by one, which
+        costs as much as filling a small batch.
         """
         batch = cls.__new__(cls)
+        vars(batch).update(_DEFAULTS)
         vars(batch).update(arrays, layout=layout)
         return batch
 
@@ -292,6 +293,9 @@ class Batch:
     def pin_memory(self, device: Any = None) -> Batch:
         """The batch as torch tensors in page-locked memory; DataLoader calls this by itself."""
         return self._map(lambda part: part.pin_memory())
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}
 
 
 def _tensor(value: Any) -> Any:
