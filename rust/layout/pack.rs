@@ -1,5 +1,7 @@
 //! Packing: which pairs share a bin, and the arrays of packed rows.
 
+use std::collections::BTreeMap;
+
 use super::order::mix;
 use super::{Pairs, count, members, part, slots, widen};
 use crate::error::{Error, Place, Result};
@@ -11,7 +13,8 @@ use crate::table::Table;
 /// Same bins as taking the items from the longest to the shortest and putting each into the fullest bin that still
 /// takes it. That costs O(n * bins), this O(n + capacity): a counting sort, bins queued by their free space, and a
 /// bitmap over free space that answers "the least that fits". Items of one length are taken in an order that `seed`
-/// chooses; items of length 0 fit anywhere and are put into the last bin.
+/// chooses; items of length 0 fit anywhere and are put into the last bin. Over a capacity of 2^22 (and of the sum of all
+/// lengths) sorting and a tree do the same in O(n log n), so that memory follows the number of items.
 ///
 /// # Errors
 /// [`Error::Data`] names the first item that is negative or longer than `capacity`.
@@ -23,27 +26,15 @@ use crate::table::Table;
 /// ```
 pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<i32>, Vec<i64>)> {
     check(lengths, capacity)?;
-    let (sorted, ends) = descending(lengths, capacity, seed);
-    let mut free = FreeSpace::new(capacity);
-    // The bin of each item in the order of `sorted`, so that memory is walked from front to back, and each bin's number
-    // of items.
-    let mut bin_of = Vec::with_capacity(sorted.len());
-    let mut sizes: Vec<u32> = Vec::new();
-    let mut at = 0;
-    for (need, end) in (0..=capacity).rev().zip(&ends) {
-        for _ in at..*end {
-            let (bin, space) = free.take(need).unwrap_or_else(|| {
-                sizes.push(0);
-                (sizes.len() as u32 - 1, capacity)
-            });
-            bin_of.push(bin);
-            if let Some(size) = sizes.get_mut(bin as usize) {
-                *size += 1;
-            }
-            free.put(bin, space - need);
-        }
-        at = *end;
-    }
+    // What all items need is enough for the one bin that then holds them; memory follows this number.
+    let needed =
+        lengths.iter().fold(0_u64, |sum, length| sum.saturating_add(length.unsigned_abs()));
+    let capacity = capacity.min(usize::try_from(needed).unwrap_or(usize::MAX)).max(1);
+    let (sorted, bin_of, sizes) = if capacity <= DENSE {
+        dense(lengths, capacity, seed)
+    } else {
+        sparse(lengths, capacity, seed)
+    };
     let mut starts = vec![0_i64];
     let mut end = 0_i64;
     for size in &sizes {
@@ -61,6 +52,66 @@ pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<
         }
     }
     Ok((items, starts))
+}
+
+/// The largest capacity for which a place is kept for each amount of free space.
+const DENSE: usize = 1 << 22;
+
+/// Items from the longest to the shortest, the bin of each (in that order, so that memory is walked from front to back),
+/// and each bin's number of items.
+type Placed = (Vec<i32>, Vec<u32>, Vec<u32>);
+
+fn dense(lengths: &[i64], capacity: usize, seed: u64) -> Placed {
+    let longest = lengths.iter().max().map_or(0, |length| *length as usize);
+    let (sorted, ends) = descending(lengths, longest, seed);
+    let mut free = FreeSpace::new(capacity);
+    let mut bin_of = Vec::with_capacity(sorted.len());
+    let mut sizes: Vec<u32> = Vec::new();
+    let mut at = 0;
+    for (need, end) in (0..=longest).rev().zip(&ends) {
+        for _ in at..*end {
+            let (bin, space) = free.take(need).unwrap_or_else(|| {
+                sizes.push(0);
+                (sizes.len() as u32 - 1, capacity)
+            });
+            bin_of.push(bin);
+            if let Some(size) = sizes.get_mut(bin as usize) {
+                *size += 1;
+            }
+            free.put(bin, space - need);
+        }
+        at = *end;
+    }
+    (sorted, bin_of, sizes)
+}
+
+/// The same in O(n log n) time and O(n) memory, for lengths of which each may be enormous.
+fn sparse(lengths: &[i64], capacity: usize, seed: u64) -> Placed {
+    let length = |item: &i32| lengths.get(*item as usize).map_or(0, |length| *length as usize);
+    let mut sorted: Vec<i32> = (0..).zip(lengths).map(|(item, _)| item).collect();
+    shuffle(&mut sorted, seed);
+    sorted.sort_by_key(|item| std::cmp::Reverse(length(item)));
+    let mut free: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
+    let mut bin_of = Vec::with_capacity(sorted.len());
+    let mut sizes: Vec<u32> = Vec::new();
+    for item in &sorted {
+        let need = length(item);
+        let fitting = free.range_mut(need..).next();
+        let found = fitting.and_then(|(space, bins)| Some((bins.pop()?, *space, bins.is_empty())));
+        let (bin, space, last) = found.unwrap_or_else(|| {
+            sizes.push(0);
+            (sizes.len() as u32 - 1, capacity, false)
+        });
+        if last {
+            free.remove(&space);
+        }
+        bin_of.push(bin);
+        if let Some(size) = sizes.get_mut(bin as usize) {
+            *size += 1;
+        }
+        free.entry(space - need).or_default().push(bin);
+    }
+    (sorted, bin_of, sizes)
 }
 
 fn check(lengths: &[i64], capacity: usize) -> Result<()> {
@@ -83,11 +134,11 @@ fn check(lengths: &[i64], capacity: usize) -> Result<()> {
     Err(Error::Data { place: Place::default(), reason: "too_long", message })
 }
 
-/// The items from the longest to the shortest, by counting, and where each length from `capacity` down to 0 ends; items of
+/// The items from the longest to the shortest, by counting, and where each length from `longest` down to 0 ends; items of
 /// one length in an order that `seed` chooses.
-fn descending(lengths: &[i64], capacity: usize, seed: u64) -> (Vec<i32>, Vec<usize>) {
-    let key = |length: &i64| capacity - *length as usize;
-    let mut ends = vec![0_usize; capacity + 1];
+fn descending(lengths: &[i64], longest: usize, seed: u64) -> (Vec<i32>, Vec<usize>) {
+    let key = |length: &i64| longest - *length as usize;
+    let mut ends = vec![0_usize; longest + 1];
     for length in lengths {
         if let Some(count) = ends.get_mut(key(length)) {
             *count += 1;
@@ -314,7 +365,26 @@ mod tests {
             prop_assert_eq!(*starts.last().unwrap(), lengths.len() as i64);
             prop_assert_eq!(used(&lengths, &items, &starts), slowly(&lengths, capacity as i64));
             prop_assert_eq!(pack_lengths(&lengths, capacity, seed).unwrap(), (items, starts));
+            let bins = |(sorted, bin_of, sizes): Placed| {
+                let mut used = vec![0; sizes.len()];
+                for (item, bin) in sorted.iter().zip(bin_of) {
+                    used[bin as usize] += lengths[*item as usize];
+                }
+                used.sort_unstable();
+                used
+            };
+            prop_assert_eq!(
+                bins(sparse(&lengths, capacity, seed)),
+                bins(dense(&lengths, capacity, seed))
+            );
         }
+    }
+
+    #[test]
+    fn enormous_lengths_cost_no_memory() {
+        let (items, starts) = pack_lengths(&[1 << 30, 1 << 30, 1], (1 << 31) - 1, 0).unwrap();
+        assert_eq!((items.len(), starts.len()), (3, 3));
+        assert_eq!(pack_lengths(&[3, 4], u32::MAX as usize, 0).unwrap().1, vec![0, 2]);
     }
 
     #[test]
