@@ -19,6 +19,8 @@ from dpo_ext import DataError, Limits, PairDataset, Tokenizer, _core, mapped, sh
 from dpo_ext import cache as caching
 from dpo_ext.options import settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 # Pairs of the test of memory; `make deep` and a person at leisure ask for ten million.
 MANY = int(os.environ.get("DPO_EXT_PAIRS", "500000"))
 
@@ -151,6 +153,39 @@ def test_reference_log_probs_are_carried_if_all_pairs_have_them(tmp_path, tokeni
     store.prepare(file, tokenizer, tmp_path / "out")
     assert same(PairDataset.load(tmp_path / "out"), whole)
     assert (whole.ref_logps is None) == (with_ref < 5000)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_files_of_all_kinds_with_extra_columns_come_out_the_same_three_ways(tmp_path, tokenizer):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = tiny.rows(5000)
+    rows[3]["chosen"] = ""
+    for i, row in enumerate(rows):
+        row.update(weight=i / 2, source=f"s{i % 3}", number=i, hard=i % 2 == 0)
+        row.update(ref_chosen_logps=-1.0 * i, ref_rejected_logps=-2.0)
+    files = [tmp_path / "a.parquet", tmp_path / "b.jsonl", tmp_path / "c.arrow"]
+    pq.write_table(pa.Table.from_pylist(rows[:2000]), files[0])
+    tiny.write_jsonl(files[1], rows[2000:4000])
+    table = pa.Table.from_pylist(rows[4000:])
+    with pa.ipc.new_file(str(files[2]), table.schema) as writer:
+        writer.write_table(table)
+    options = {"on_bad": "skip", "columns": ["weight", "source", "number", "hard"]}
+    whole = PairDataset.from_files(files, tokenizer, **options)
+    whole.save(tmp_path / "saved")
+    store.prepare(files, tokenizer, tmp_path / "prepared", **options)
+    assert left(tmp_path / "prepared") == left(tmp_path / "saved"), "named by their digests"
+    for pairs in (
+        PairDataset.load(tmp_path / "saved"),
+        PairDataset.load(tmp_path / "prepared"),
+        PairDataset.from_files(files, tokenizer, cache_dir=tmp_path / "c", **options),
+    ):
+        assert same(pairs, whole)
+        assert list(pairs.columns) == options["columns"]
+        for name, values in whole.columns.items():
+            assert pairs.columns[name].dtype == values.dtype
+            assert np.array_equal(pairs.columns[name], values)
 
 
 def raw(n, read=None, columns=()):

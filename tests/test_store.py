@@ -24,6 +24,8 @@ pa = pytest.importorskip("pyarrow")
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, pytest.importorskip("hypothesis.strategies")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 GOLDEN = Path(__file__).parent / "golden" / "pairs-v1"
 
 

@@ -51,7 +51,7 @@ NUMBERS = {"int64": np.dtype("<i8"), "float64": np.dtype("<f8")}
 def sealed(manifest: dict[str, Any]) -> bytes:
     """JSON that carries its own digest."""
     manifest = {**manifest, "checksum": _checksum(manifest)}
-    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

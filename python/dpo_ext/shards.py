@@ -154,6 +154,7 @@ class Spool:
             columns.numbers = {name: array(name, np.float64) for name in mapped.REFERENCE}
         if self._gaps:
             columns.numbers[mapped.ROW] = array(mapped.ROW, np.int64)
+        columns.extra = list(self._names)
         for name in self._names:
             kind = self._kinds.get(name, "int64")
             if kind == "text":

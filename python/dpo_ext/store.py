@@ -55,6 +55,7 @@ class Columns:
         numbers: (n,) int64 or float64 by name.
         flags: (n,) bool by name.
         texts: n strings by name, as lists of their bytes in UTF-8.
+        extra: the names of the extra columns, in their order.
         release: lets go of what is mapped; called while it is copied.
     """
 
@@ -64,6 +65,7 @@ class Columns:
         self.numbers: dict[str, NDArray[Any]] = {}
         self.flags: dict[str, NDArray[np.bool_]] = {}
         self.texts: dict[str, Ragged] = {}
+        self.extra: list[str] = []
 
     @classmethod
     def of(cls, pairs: PairDataset) -> Columns:
@@ -93,6 +95,7 @@ class Columns:
             offsets = np.zeros(len(parts) + 1, np.int64)
             np.cumsum([len(part) for part in parts], out=offsets[1:])
             self.texts[name] = Ragged(np.frombuffer(b"".join(parts), np.uint8), offsets)
+            self.extra.append(name)
             return
         array = np.asarray(values)
         if array.ndim != 1 or array.dtype.kind not in "iufb":
@@ -105,6 +108,7 @@ class Columns:
         else:
             dtype = np.float64 if array.dtype.kind == "f" else np.int64
             self.numbers[name] = np.ascontiguousarray(array, dtype)
+        self.extra.append(name)
 
 
 def list_array(pa: Any, ragged: Ragged) -> Any:
@@ -134,7 +138,8 @@ def record_batch(pa: Any, columns: Columns, metadata: Mapping[str, str]) -> Any:
     for name, texts in columns.texts.items():
         buffers = [None, pa.py_buffer(texts.offsets), pa.py_buffer(texts.values)]
         arrays[name] = pa.Array.from_buffers(pa.large_string(), columns.n, buffers)
-    batch = pa.record_batch(list(arrays.values()), names=list(arrays))
+    names = [*(name for name in arrays if name not in columns.extra), *columns.extra]
+    batch = pa.record_batch([arrays[name] for name in names], names=names)
     return batch.replace_schema_metadata(dict(metadata))
 
 
@@ -184,8 +189,8 @@ def _places(pa: Any, path: Path, columns: Columns) -> dict[str, Any]:
         file.seek(0)
         batch = pa.ipc.open_file(file).get_batch(0)
         places = {}
-        for name, kind in kinds.items():
-            array = batch.column(name)
+        for name in batch.schema.names:
+            kind, array = kinds[name], batch.column(name)
             buffers = [
                 [buffer.address - base if buffer.size else 0, buffer.size]
                 for buffer in array.buffers()
