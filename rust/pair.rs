@@ -80,11 +80,12 @@ pub enum Warning {
     SpecialTokenInText,
     BosInText,
     NoTurnBoundary,
+    TemplateFallback,
     BlankLine,
 }
 
 /// The names of the warnings, in the order of [`Warning`].
-pub const WARNINGS: [&str; 8] = [
+pub const WARNINGS: [&str; 9] = [
     "boundary_merge",
     "truncated",
     "eos_cut",
@@ -92,6 +93,7 @@ pub const WARNINGS: [&str; 8] = [
     "special_token_in_text",
     "bos_in_text",
     "no_turn_boundary",
+    "template_fallback",
     "blank_line",
 ];
 

@@ -9,7 +9,7 @@ use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Toke
 
 use crate::bpe::{Bpe, Found, Inside, PairIds, Scratch};
 use crate::error::{Error, Result};
-use crate::template::Template;
+use crate::template::{Fallback, Template};
 
 thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
@@ -71,6 +71,8 @@ pub struct Source {
     pub ids: [Option<u32>; 3],
     /// The chat template.
     pub template: Option<String>,
+    /// The chat template of conversations with tools, where that is another one.
+    pub tool_template: Option<String>,
 }
 
 /// Encodes text and renders conversations. Immutable, shared by all threads.
@@ -88,7 +90,8 @@ pub struct Tokenizer {
     pad: Option<u32>,
     /// Text that becomes exactly the EOS id.
     eos_text: Option<String>,
-    template: Option<std::result::Result<Template, String>>,
+    template: Option<Template>,
+    tool_template: Option<Template>,
     control: Control,
 }
 
@@ -163,7 +166,8 @@ impl Tokenizer {
         let eos = named_id("eos_token", eos)?;
         let pad = named_id("pad_token", pad)?;
         let (prefix, suffix) = surroundings(post.as_ref())?;
-        let template = source.template.map(|text| Template::new(&text).map_err(|e| e.to_string()));
+        let template = source.template.as_deref().map(Template::new);
+        let tool_template = source.tool_template.as_deref().map(Template::new);
         let mut tokenizer = Self {
             spelling: Spelling::new(&inner, vocab_size),
             control: Control::default(),
@@ -179,6 +183,7 @@ impl Tokenizer {
             pad,
             eos_text: None,
             template,
+            tool_template,
         };
         tokenizer.eos_text = eos.and_then(|id| {
             let text = tokenizer.inner.id_to_token(id)?;
@@ -228,18 +233,29 @@ impl Tokenizer {
         &self.named
     }
 
-    /// The chat template.
+    /// The chat template of conversations with or without tools.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if there is none, or if minijinja does not understand it.
-    pub fn template(&self) -> Result<&Template> {
-        match &self.template {
-            Some(Ok(template)) => Ok(template),
-            Some(Err(message)) => Err(Error::Tokenizer(message.clone())),
-            None => Err(Error::Tokenizer(
+    /// [`Error::Tokenizer`] if there is none.
+    pub fn template(&self, with_tools: bool) -> Result<&Template> {
+        let template = self.tool_template.as_ref().filter(|_| with_tools).or(self.template.as_ref());
+        template.ok_or_else(|| {
+            Error::Tokenizer(
                 "the tokenizer has no chat template\nhint: give `chat_template=`, or rows of strings".to_owned(),
-            )),
-        }
+            )
+        })
+    }
+
+    /// Renders elsewhere what minijinja cannot; `make` is given the text of each template.
+    #[must_use]
+    pub fn with_fallback(mut self, make: impl Fn(&str) -> Fallback) -> Self {
+        let give = |template: Template| {
+            let fallback = make(template.source());
+            template.with_fallback(fallback)
+        };
+        self.template = self.template.map(give);
+        self.tool_template = self.tool_template.map(give);
+        self
     }
 
     /// Control tokens and how to find them in text.
@@ -510,12 +526,14 @@ pub struct Control {
 
 impl Control {
     fn new(tokenizer: &Tokenizer) -> Self {
-        let structure =
-            tokenizer.template.as_ref().and_then(|t| t.as_ref().ok()).map(Template::source);
+        let templates = [&tokenizer.template, &tokenizer.tool_template];
+        let structure = |token: &str| {
+            templates.iter().copied().flatten().any(|template| template.source().contains(token))
+        };
         let mut texts = Vec::new();
         let mut ids = Vec::new();
         for (id, token) in tokenizer.inner.get_added_tokens_decoder() {
-            let written = structure.is_some_and(|source| source.contains(&token.content));
+            let written = structure(&token.content);
             // `<think>` in an answer is the token that training expects, although templates mention it.
             let reasoning = token.content.contains("think") || token.content.contains("reason");
             if !token.content.is_empty() && (token.special || (written && !reasoning)) {

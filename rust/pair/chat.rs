@@ -2,13 +2,11 @@
 
 use std::borrow::Cow;
 
-use minijinja::Value as Jinja;
-
 use super::{Options, Pair, Refusal, SpecialText, Texts, Warning, check_special, is_blank};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::read::json::Value;
 use crate::read::row::Bad;
-use crate::template::{RenderError, Template, concatenate, message_to_jinja, to_jinja};
+use crate::template::{Conversation, RenderError, Rendered, Template, concatenate, roles};
 use crate::tokenize::Tokenizer;
 
 /// The messages of one row.
@@ -70,8 +68,7 @@ fn says_something(message: &Value<'_>) -> bool {
 struct Renderer<'t> {
     template: &'t Template,
     tokenizer: &'t Tokenizer,
-    tools: Option<&'t Value<'t>>,
-    kwargs: &'t [(Cow<'t, str>, Value<'t>)],
+    variables: Vec<(&'t str, &'t Value<'t>)>,
     options: &'t Options,
 }
 
@@ -82,71 +79,43 @@ impl Renderer<'_> {
         prompt: &[Value<'_>],
         rest: Option<&[Value<'_>]>,
         key: &str,
+        pair: &mut Pair,
     ) -> Result<String, Refusal> {
         let messages: Vec<&Value<'_>> = prompt.iter().chain(rest.unwrap_or_default()).collect();
-        let (generation, now) = (rest.is_none(), self.options.now);
         let cap = self.options.limits.max_rendered_bytes;
-        let slowly = |messages: &[&Value<'_>]| self.slowly(messages, generation, cap, key);
-        let joined = if self.tools.is_none() && self.kwargs.is_empty() {
-            let render = |messages: &[&Value<'_>]| match slowly(messages) {
-                Err(Slow::Render(error)) => Err(error),
-                Err(Slow::Value(bad)) => Err(RenderError::Template(bad.message)),
-                Ok(text) => Ok(text),
-            };
-            concatenate(self.template, &messages, generation, now, cap, render)
-        } else {
-            None
+        let conversation = Conversation {
+            messages: &messages,
+            named: self.tokenizer.named(),
+            variables: &self.variables,
+            generation: rest.is_none(),
+            now: self.options.now,
+            cap,
         };
-        let text = joined.map_or_else(|| slowly(&messages), |text| text.map_err(Slow::Render));
-        text.map_err(|error| match error {
-            Slow::Value(bad) => bad.into(),
-            Slow::Render(RenderError::Template(message)) => failed(key, message).into(),
-            Slow::Render(RenderError::TooLong) => {
-                let message = format!("the rendered conversation has more than {cap} bytes");
-                Bad::new("limit", "max_rendered_bytes", message).into()
+        let rendered = concatenate(self.template, &conversation)
+            .unwrap_or_else(|| self.template.render(&conversation));
+        match rendered {
+            Ok(Rendered { text, fallback }) => {
+                if fallback {
+                    pair.warn(Warning::TemplateFallback);
+                }
+                Ok(text)
             }
-        })
+            Err(RenderError::Template(message)) => Err(failed(key, message).into()),
+            Err(RenderError::Lacks(construct)) => Err(Error::Tokenizer(construct).into()),
+            Err(RenderError::Value(field, message)) => {
+                let field = match field.as_str() {
+                    "messages" => key,
+                    "tools" => "tools",
+                    _ => "chat_template_kwargs",
+                };
+                Err(failed(field, message).into())
+            }
+            Err(RenderError::TooLong) => {
+                let message = format!("the rendered conversation has more than {cap} bytes");
+                Err(Bad::new("limit", "max_rendered_bytes", message).into())
+            }
+        }
     }
-
-    fn slowly(
-        &self,
-        messages: &[&Value<'_>],
-        generation: bool,
-        cap: usize,
-        key: &str,
-    ) -> Result<String, Slow> {
-        let value = |value: &Value<'_>, name: &str| {
-            to_jinja(value).map_err(|e| Slow::Value(failed(name, e)))
-        };
-        let mut variables: Vec<(&str, Jinja)> = Vec::with_capacity(16);
-        let tools = self.tools.map_or(Ok(Jinja::from(())), |tools| value(tools, "tools"))?;
-        variables.push(("tools", tools));
-        variables.push(("documents", Jinja::from(())));
-        for (name, text) in self.tokenizer.named() {
-            variables.push((name, Jinja::from(text.as_str())));
-        }
-        for (name, given) in self.kwargs {
-            variables.push((name, value(given, "chat_template_kwargs")?));
-        }
-        let mut all = Vec::with_capacity(messages.len());
-        let mut bytes = 0;
-        for message in messages {
-            all.push(message_to_jinja(message).map_err(|e| Slow::Value(failed(key, e)))?);
-            strings(message, &mut |text| bytes += text.len());
-        }
-        variables.push(("messages", Jinja::from(all)));
-        variables.push(("add_generation_prompt", Jinja::from(generation)));
-        self.template
-            .render(&variables, self.options.now, messages.len(), bytes, cap)
-            .map_err(Slow::Render)
-    }
-}
-
-/// Why the template was not rendered.
-enum Slow {
-    /// A value that no template can be given.
-    Value(Bad),
-    Render(RenderError),
 }
 
 fn failed(key: &str, message: String) -> Bad {
@@ -180,16 +149,21 @@ pub(super) fn texts(
         }
         result?;
     }
-    let renderer = Renderer {
-        template: tokenizer.template()?,
-        tokenizer,
-        tools: tools.as_ref(),
-        kwargs: &kwargs,
-        options,
-    };
-    let alone = renderer.render(&prompt, None, &keys.prompt)?;
-    let whole_chosen = renderer.render(&prompt, Some(&chosen), &keys.chosen)?;
-    let whole_rejected = renderer.render(&prompt, Some(&rejected), &keys.rejected)?;
+    let template = tokenizer.template(tools.is_some())?;
+    let mut variables: Vec<(&str, &Value<'_>)> = Vec::new();
+    variables.extend(tools.as_ref().map(|tools| ("tools", tools)));
+    variables.extend(kwargs.iter().map(|(name, value)| (name.as_ref(), value)));
+    let renderer = Renderer { template, tokenizer, variables, options };
+    for (messages, key) in parts {
+        if let Some(role) = roles::unknown(template, tokenizer.named(), messages, options.now) {
+            let role: String = role.escape_debug().take(80).collect();
+            let message = format!("the chat template knows no role `{role}` and would drop its message");
+            return Err(Bad::new("bad_messages", key, message).into());
+        }
+    }
+    let alone = renderer.render(&prompt, None, &keys.prompt, pair)?;
+    let whole_chosen = renderer.render(&prompt, Some(&chosen), &keys.chosen, pair)?;
+    let whole_rejected = renderer.render(&prompt, Some(&rejected), &keys.rejected, pair)?;
     for (messages, key) in [(&chosen, &keys.chosen), (&rejected, &keys.rejected)] {
         if !messages.iter().any(says_something) {
             let message = "expected a completion, found none but white space";
@@ -249,7 +223,8 @@ fn marks(
         let change = |text: &str| tokenizer.control().marked(text, mark);
         messages.iter().map(|message| changed(message, &change).into_owned()).collect()
     };
-    let text = renderer.render(&marked(prompt), Some(&marked(side)), key)?;
+    let text =
+        renderer.render(&marked(prompt), Some(&marked(side)), key, &mut Pair::default())?;
     let mut at = Vec::new();
     let mut bare = String::with_capacity(plain.len());
     for c in text.chars() {

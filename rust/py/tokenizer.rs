@@ -20,7 +20,7 @@ use crate::error::{Error, Place, Result};
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
 use crate::read::row::Bad;
-use crate::template::{Now, RenderError, message_to_jinja, to_jinja};
+use crate::template::{Answer, Conversation, Fallback, Now, RenderError};
 use crate::tokenize::{Added, Source, Tokenizer};
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -51,6 +51,8 @@ impl PyTokenizer {
         added: Vec<AddedTuple>,
         ids: (Option<u32>, Option<u32>, Option<u32>),
         template: Option<String>,
+        tool_template: Option<String>,
+        fallback: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         let added = added
             .into_iter()
@@ -64,8 +66,12 @@ impl PyTokenizer {
             })
             .collect();
         let ids = [ids.0, ids.1, ids.2];
-        let source = Source { json, named, added, ids, template };
+        let source = Source { json, named, added, ids, template, tool_template };
         let inner = detached(py, || Tokenizer::new(source))?;
+        let inner = match fallback {
+            Some(fallback) => inner.with_fallback(|source| elsewhere(&fallback, source)),
+            None => inner,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -83,7 +89,7 @@ impl PyTokenizer {
     /// Why chat rows are rendered one by one and not joined, None if they are joined or there is no template.
     #[getter]
     fn template_refusal(&self) -> Option<&str> {
-        self.inner.template().ok().and_then(|template| template.refusal())
+        self.inner.template(false).ok().and_then(|template| template.refusal())
     }
 
     #[getter]
@@ -188,53 +194,62 @@ impl PyTokenizer {
         let Value::List(messages) = convert(messages, "messages")? else {
             return Err(PyTypeError::new_err("`messages` must be a list of dicts"));
         };
-        let mut context =
-            vec![("tools".to_owned(), Value::Null), ("documents".to_owned(), Value::Null)];
-        for (name, text) in self.inner.named() {
-            context.push((name.clone(), Value::Str(text.clone().into())));
-        }
+        let mut context: Vec<(String, Value<'_>)> = Vec::new();
         for (name, value) in variables {
             let name: String = name.extract()?;
-            let value = convert(&value, &name)?;
-            context.retain(|(n, _)| *n != name);
-            context.push((name, value));
+            context.push((name.clone(), convert(&value, &name)?));
         }
         let tokenizer = Arc::clone(&self.inner);
         detached(py, move || {
             let failed = |message: String| Error::Tokenizer(format!("chat template: {message}"));
-            let template = tokenizer.template()?;
-            let count = messages.len();
-            let bytes = messages.iter().map(size).sum();
-            let rendered: std::result::Result<Vec<_>, String> =
-                messages.iter().map(message_to_jinja).collect();
-            let mut all = vec![
-                ("messages", minijinja::Value::from(rendered.map_err(failed)?)),
-                ("add_generation_prompt", minijinja::Value::from(add_generation_prompt)),
-            ];
-            for (name, value) in &context {
-                all.push((name, to_jinja(value).map_err(failed)?));
-            }
+            let tools = context.iter().find(|(name, _)| name == "tools");
+            let template =
+                tokenizer.template(tools.is_some_and(|(_, tools)| *tools != Value::Null))?;
             let cap = limits.max_rendered_bytes;
-            template.render(&all, now(time), count, bytes, cap).map_err(|e| match e {
-                RenderError::Template(message) => failed(message),
-                RenderError::TooLong => Error::Limit {
+            let messages: Vec<&Value<'_>> = messages.iter().collect();
+            let variables: Vec<_> =
+                context.iter().map(|(name, value)| (name.as_str(), value)).collect();
+            let conversation = Conversation {
+                messages: &messages,
+                named: tokenizer.named(),
+                variables: &variables,
+                generation: add_generation_prompt,
+                now: now(time),
+                cap,
+            };
+            match template.render(&conversation) {
+                Ok(rendered) => Ok(rendered.text),
+                Err(RenderError::Template(message)) => Err(failed(message)),
+                Err(RenderError::Lacks(construct)) => Err(failed(construct)),
+                Err(RenderError::Value(name, message)) => {
+                    Err(failed(format!("`{name}`: {message}")))
+                }
+                Err(RenderError::TooLong) => Err(Error::Limit {
                     place: Place {
                         field: Some("max_rendered_bytes".to_owned()),
                         ..Place::default()
                     },
                     message: format!("the rendered conversation has more than {cap} bytes"),
-                },
-            })
+                }),
+            }
         })
     }
 }
 
-/// Bytes of all strings inside a value.
-fn size(value: &Value<'_>) -> usize {
-    match value {
-        Value::Str(text) => text.len(),
-        Value::List(items) => items.iter().map(size).sum(),
-        Value::Object(items) => items.iter().map(|(_, v)| size(v)).sum(),
-        _ => 0,
-    }
+/// Calls Python's renderer: `fallback(source, json, construct)` gives the text, None if transformers is not there, or
+/// raises what the template raised. The caller waits without the GIL, so a thread of the pool may take it.
+fn elsewhere(fallback: &Py<PyAny>, source: &str) -> Fallback {
+    let (fallback, source) = (Python::attach(|py| fallback.clone_ref(py)), source.to_owned());
+    Box::new(move |json, construct| {
+        Python::attach(|py| {
+            let answer = fallback
+                .call1(py, (&source, json, construct))
+                .and_then(|answer| answer.extract::<Option<String>>(py));
+            match answer {
+                Ok(Some(text)) => Answer::Text(text),
+                Ok(None) => Answer::Missing,
+                Err(error) => Answer::Refused(error.value(py).to_string()),
+            }
+        })
+    })
 }

@@ -42,6 +42,16 @@ impl Value<'_> {
         }
     }
 
+    /// Bytes of all strings inside, without keys.
+    pub fn text_bytes(&self) -> usize {
+        match self {
+            Self::Str(text) => text.len(),
+            Self::List(items) => items.iter().map(Self::text_bytes).sum(),
+            Self::Object(items) => items.iter().map(|(_, value)| value.text_bytes()).sum(),
+            _ => 0,
+        }
+    }
+
     /// The same value, borrowing nothing.
     pub fn into_owned<'b>(self) -> Value<'b> {
         let text = |s: Cow<'_, str>| Cow::Owned(s.into_owned());

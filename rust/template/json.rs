@@ -47,6 +47,77 @@ pub(super) fn tojson(
     Ok(Jinja::from(out))
 }
 
+/// `json.dumps(value, ensure_ascii=True)`.
+pub(super) fn dumps(value: &Jinja) -> Result<String, minijinja::Error> {
+    let (item, pair) = (", ".to_owned(), ": ".to_owned());
+    let mut out = String::new();
+    dump(value, &Style { ascii: true, indent: None, item, pair, sort: false }, 0, &mut out)?;
+    Ok(out)
+}
+
+/// A value with a float that minijinja prints otherwise than Python's `str` and `repr`, as they do.
+pub(super) fn printed(value: &Jinja) -> Option<String> {
+    fn odd(value: &Jinja, depth: usize) -> bool {
+        match value.kind() {
+            ValueKind::Number if !value.is_integer() => f64::try_from(value.clone())
+                .is_ok_and(|x| python_float(x) != value.to_string()),
+            ValueKind::Seq | ValueKind::Map if depth < DEEPEST => {
+                let inner = |item: Jinja| odd(&item, depth + 1);
+                value.try_iter().is_ok_and(|mut items| {
+                    items.any(|item| match value.kind() {
+                        ValueKind::Map => value.get_item(&item).is_ok_and(inner),
+                        _ => inner(item),
+                    })
+                })
+            }
+            _ => false,
+        }
+    }
+    fn repr(value: &Jinja, out: &mut String) {
+        match value.kind() {
+            ValueKind::Number if !value.is_integer() => match f64::try_from(value.clone()) {
+                Ok(x) => out.push_str(&python_float(x)),
+                Err(_) => out.push_str(&value.to_string()),
+            },
+            kind @ (ValueKind::Seq | ValueKind::Map) => {
+                let tuple = value.to_string().starts_with('(');
+                let (open, close) = match kind {
+                    ValueKind::Map => ('{', '}'),
+                    _ if tuple => ('(', ')'),
+                    _ => ('[', ']'),
+                };
+                out.push(open);
+                let mut count = 0;
+                for item in value.try_iter().into_iter().flatten() {
+                    if count > 0 {
+                        out.push_str(", ");
+                    }
+                    count += 1;
+                    repr(&item, out);
+                    if kind == ValueKind::Map {
+                        out.push_str(": ");
+                        value.get_item(&item).iter().for_each(|item| repr(item, out));
+                    }
+                }
+                if tuple && count == 1 {
+                    out.push(',');
+                }
+                out.push(close);
+            }
+            // A list prints its only item as Python's repr.
+            _ => {
+                let listed = Jinja::from(vec![value.clone()]).to_string();
+                out.push_str(listed.get(1..listed.len() - 1).unwrap_or_default());
+            }
+        }
+    }
+    odd(value, 0).then(|| {
+        let mut out = String::new();
+        repr(value, &mut out);
+        out
+    })
+}
+
 struct Style {
     ascii: bool,
     indent: Option<String>,

@@ -12,7 +12,7 @@ use memchr::memmem;
 
 use super::flow::Guards;
 use super::python::{is_space, trim_end, trim_start};
-use super::{Now, RenderError, Template};
+use super::{Conversation, Now, RenderError, Rendered, Template};
 use crate::read::json::Value;
 
 /// A probe's content is one of these characters between two kinds of white space.
@@ -216,10 +216,7 @@ fn describe<'v>(message: &'v Value<'_>, key: &mut Vec<u8>) -> Option<&'v str> {
                 key.push(2);
                 content = Some(text.as_ref());
             }
-            (_, Value::Null) => {
-                key.push(3);
-                key.extend_from_slice(name.as_bytes());
-            }
+            (_, Value::Null) => continue, // the template does not see it
             _ => return None,
         }
         key.push(0xff); // in no UTF-8 text
@@ -244,15 +241,19 @@ fn probe(messages: &[&Value<'_>]) -> Vec<Value<'static>> {
 
 /// The render of `messages` by concatenation, or `None` if this conversation has to be rendered.
 ///
-/// `render` renders the messages it is given, with the same variables; it is asked for probes and for the sample.
+/// Only the messages may differ between conversations of one template and time: there are no further variables, and the
+/// named tokens are those of the tokenizer that owns the template.
 pub(crate) fn concatenate(
     template: &Template,
-    messages: &[&Value<'_>],
-    generation: bool,
-    now: Now,
-    cap: usize,
-    render: impl Fn(&[&Value<'_>]) -> Result<String, RenderError>,
-) -> Option<Result<String, RenderError>> {
+    conversation: &Conversation<'_>,
+) -> Option<Result<Rendered, RenderError>> {
+    let Conversation { messages, variables, generation, now, cap, .. } = *conversation;
+    if !variables.is_empty() {
+        return None;
+    }
+    let render = |messages: &[&Value<'_>]| {
+        template.render(&Conversation { messages, ..*conversation })
+    };
     let checks = template.checks.as_ref().ok()?;
     if messages.len() > MOST {
         return None;
@@ -285,7 +286,7 @@ pub(crate) fn concatenate(
             }
             let probes = probe(messages);
             let text = render(&probes.iter().collect::<Vec<_>>()).ok();
-            let program = text.and_then(|text| Program::read(&text));
+            let program = text.and_then(|rendered| Program::read(&rendered.text));
             shapes.map.insert(key.clone(), Shape { program, uses: 0 });
         }
         let shape = shapes.map.get_mut(key.as_slice())?;
@@ -296,11 +297,11 @@ pub(crate) fn concatenate(
         shape.uses += 1;
         if shape.uses.is_power_of_two() {
             let rendered = render(messages);
-            if rendered.as_ref() != Ok(&text) {
+            if rendered.as_ref().map(|rendered| &rendered.text) != Ok(&text) {
                 shapes.broken = true;
                 return Some(rendered);
             }
         }
-        Some(Ok(text))
+        Some(Ok(Rendered { text, fallback: false }))
     })
 }

@@ -28,6 +28,22 @@ fn stripped<'t>(text: &'t str, chars: Option<&str>, start: bool, end: bool) -> &
     if end { text.trim_end_matches(gone) } else { text }
 }
 
+/// Python's `splitlines()`, which knows eleven ends of a line.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    let is_end = |c| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let Some(at) = rest.find(is_end) else { return Some(std::mem::take(&mut rest)) };
+        let (line, after) = rest.split_at(at);
+        let end = if after.starts_with("\r\n") { 2 } else { after.chars().next().map_or(0, char::len_utf8) };
+        rest = after.get(end..).unwrap_or_default();
+        Some(line)
+    })
+}
+
 /// jinja2's filter `trim`, which is Python's `str(value).strip(chars)`.
 pub(super) fn trim(value: &Jinja, chars: Option<&str>) -> String {
     match value.as_str() {
@@ -49,6 +65,9 @@ pub(super) fn method(
             let chars = chars.and_then(Jinja::as_str);
             return Ok(Jinja::from(stripped(text, chars, name != "rstrip", name != "lstrip")));
         }
+    }
+    if let (Some(text), "splitlines", []) = (value.as_str(), name, args) {
+        return Ok(Jinja::from(lines(text).map(Jinja::from).collect::<Vec<_>>()));
     }
     let (Some(text), Some(first)) = (value.as_str(), args.first().and_then(Jinja::as_str)) else {
         return minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args);
