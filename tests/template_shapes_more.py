@@ -371,7 +371,7 @@ SHAPES["harmony"] = """{%- macro join_texts(parts) -%}{{ parts | join('\\n') }}{
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
 SHAPES["slices"] = (
     "{% set first, rest = messages[0], messages[1:] %}{{ first.role }}={{ first.content }};"
-    "{% for m in rest[::-1] %}{{ m.role[0] }}{{ m.content[:4] }}|{{ m.content[-3:] }}|{{ m.content[::-1] }};{% endfor %}"
+    "{% for m in rest[::-1] %}{% set c = m.content or '' %}{{ m.role[0] }}{{ c[:4] }}|{{ c[-3:] }}|{{ c[::-1] }};{% endfor %}"
     "{{ messages[-1].content[1:-1] }}{{ (messages | first).role }}{{ (messages | last).role }}"
 )
 SHAPES["string_questions"] = (

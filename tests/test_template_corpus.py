@@ -114,7 +114,12 @@ def rendered(theirs, messages, options):
         return None
 
 
+REFUSED = {"list_methods", "dict_update"}  # jinja2's sandbox changes no list and no dict
+ELSEWHERE = {"percent_format", "deepseek_v3_kwargs", "list_methods", "dict_update"}
+
+
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.filterwarnings("ignore:the chat template is rendered by transformers:RuntimeWarning")
 def test_a_render_is_transformers_byte_for_byte(live, name):
     theirs, ours = live(SHAPES[name])
     count = 0
@@ -126,7 +131,103 @@ def test_a_render_is_transformers_byte_for_byte(live, name):
             continue
         assert ours.apply_chat_template(messages, **options) == want, i
         count += 1
-    assert count >= 10
+    assert count >= 10 or (name in REFUSED and count == 0)
+    assert any("rendered by transformers" in note for note in ours.notes) == (
+        name in ELSEWHERE - REFUSED
+    )
+
+
+PLAIN = [
+    (messages, options)
+    for messages, options in CONVERSATIONS
+    if set(options) == {"add_generation_prompt"} and len(messages) > 1
+    if all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages)
+]
+JOINED = [
+    "chatml", "chatml_default_system", "chatml_loop_first", "yi", "internlm", "llama3",
+    "llama32_parts", "mistral_v1", "mistral_tekken", "gemma", "gemma3", "phi3", "phi35", "phi4",
+    "phi4_mini_tools", "zephyr", "vicuna", "alpaca", "openchat", "deepseek_v2", "deepseek_r1",
+    "deepseek_v3_kwargs", "qwen25_tools", "qwen3", "command_r", "command_r_tools", "granite",
+    "falcon", "solar", "chatglm", "nemotron", "smollm3", "hermes_tools", "olmo",
+]  # fmt: skip
+
+
+def rows(theirs):
+    """Rows whose three renders transformers can do, each with the texts of both sides."""
+    for k, (messages, _) in enumerate(PLAIN * 2):
+        prompt, chosen = messages[:-1], messages[-1:]
+        rejected = [{"role": chosen[0]["role"], "content": TEXTS[k % 7] + "other"}]
+        texts = [
+            rendered(theirs, prompt, {"add_generation_prompt": True}),
+            rendered(theirs, prompt + chosen, {}),
+            rendered(theirs, prompt + rejected, {}),
+        ]
+        if chosen[0]["content"].strip() and None not in texts and texts[1] != texts[2]:
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            yield row, texts
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_data_sets_rows_are_the_same_renders_joined_or_not(live, name):
+    theirs, ours = live(SHAPES[name])
+    assert (ours._core.template_refusal is None) == (name in JOINED), ours._core.template_refusal
+    given = list(rows(theirs))
+    pairs = PairDataset.from_rows(
+        [row for row, _ in given], ours, threads=1, on_bad="skip", max_length=None
+    )
+    assert pairs.report.kept >= len(given) - pairs.report.dropped.get("bad_messages", 0)
+    for i, pair in zip(pairs.rows, pairs, strict=True):
+        _, whole, other = given[i][1]
+        assert decode([*pair["prompt_ids"], *pair["chosen_ids"]]) == whole, i
+        assert decode([*pair["prompt_ids"], *pair["rejected_ids"]]) == other, i
+    if name not in REFUSED:
+        assert len(pairs) > 5
+    if name == "percent_format":
+        assert pairs.report.warned["template_fallback"] == len(pairs)
+        assert any("% operator" in note for note in pairs.report.notes)
+
+
+HOSTILE = {  # each inspects contents; none may be joined
+    "contains": "{% for m in messages %}{% if m.role in m.content %}A{% endif %}{{ m.content }}{% endfor %}",
+    "length": "{% for m in messages %}{{ m.content }}{{ m.content | length }}{% endfor %}",
+    "equal": "{% for m in messages %}{{ m.content }}{% if m.content == messages[0].content %}!{% endif %}{% endfor %}",
+    "index": "{% for m in messages %}{{ m.content[0] }}{{ m.content }}{% endfor %}",
+    "upper": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+    "in a list": "{% for m in messages %}{{ [m.content] }}{% endfor %}",
+    "namespace": "{% set ns = namespace(x='') %}{% for m in messages %}{% set ns.x = ns.x ~ m.content %}{% endfor %}"
+    "{{ ns.x | length }}",
+    "macro": "{% macro f(x) %}{{ x | length }}{% endmacro %}{% for m in messages %}{{ f(m.content) }}{% endfor %}",
+    "macro text": "{% macro f(x) %}{{ x }}{% endmacro %}{% for m in messages %}{{ f(m.content) | trim }}{% endfor %}",
+    "joined trim": "{% for m in messages %}{{ (' ' ~ m.content ~ ' ') | trim }}{% endfor %}",
+    "set block": "{% for m in messages %}{% set x %}{{ m.content }}{% endset %}{{ x | replace('a', 'b') }}{% endfor %}",
+    "selectattr": "{% for m in messages | selectattr('content', 'equalto', 'hello') %}{{ m.role }}{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "map": "{{ messages | map(attribute='content') | join(',') }}",
+    "loop over": "{% for m in messages %}{% for c in m.content %}{{ c }}.{% endfor %}{% endfor %}",
+    "lookup": "{% for m in messages %}{{ {'hello': 1}[m.content] }}{{ m.content }}{% endfor %}",
+    "previtem": "{% for m in messages %}{{ m.content }}{{ loop.previtem.content | length if loop.previtem }}{% endfor %}",
+    "changed": "{% for m in messages %}{{ m.content }}{% if loop.changed(m.content) %}!{% endif %}{% endfor %}",
+    "format": "{% for m in messages %}{{ '{}'.format(m.content) }}{% endfor %}",
+    "set in a loop": "{% set x = 'a' %}{% for m in messages %}{% set x = m.content %}{{ x | length }}{% endfor %}",
+    "refined and set": "{% for m in messages %}{% set c = m.content %}{% if c is not string %}"
+    "{% set c = m.content %}{{ c | length }}{% endif %}{{ c | length }}{% endfor %}",
+    "filter of a block": "{% for m in messages %}{% set x | upper %}{{ m.content }}{% endset %}{{ x }}{% endfor %}",
+    "order": "{% for m in messages %}{{ m.content }}{% if m.content < 'h' %}<{% endif %}{% endfor %}",
+    "items": "{% for m in messages %}{% for k, v in m.items() %}{{ v | length }}{% endfor %}{% endfor %}",
+    "product": "{% for m in messages %}{{ m.content * 2 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_inspects_contents_is_never_joined(live, name):
+    theirs, ours = live(HOSTILE[name])
+    assert ours._core.template_refusal is not None
+    given = list(rows(theirs))
+    pairs = PairDataset.from_rows(
+        [row for row, _ in given], ours, threads=1, on_bad="skip", max_length=None
+    )
+    for i, pair in zip(pairs.rows, pairs, strict=True):
+        assert decode([*pair["prompt_ids"], *pair["chosen_ids"]]) == given[i][1][1], i
 
 
 def test_the_corpus_is_large_enough():

@@ -80,6 +80,8 @@ class Tokenizer:
         added: list[tuple[Any, ...]],
         ids: tuple[int | None, int | None, int | None],
         template: str | None,
+        tool_template: str | None,
+        fallback: Callable[[str, str, str], str | None] | None,
     ) -> Tokenizer: ...
     @property
     def vocab_size(self) -> int: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from os import PathLike
@@ -15,6 +16,7 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.batch import Ragged
 from dpo_ext.errors import TokenizerError
+from dpo_ext.templates import Fallback, choose
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +41,7 @@ class Tokenizer:
 
     Same as the ``transformers`` tokenizer of the same folder: ``encode`` gives its ``input_ids``,
     ``apply_chat_template`` its ``tokenize=False`` text. Read are ``tokenizer.json``,
-    ``tokenizer_config.json`` and ``chat_template.jinja``, nothing else: no pickle and no code, but
+    ``tokenizer_config.json``, ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``,
     for the template, which runs with limits.
 
     Attributes:
@@ -61,12 +63,15 @@ class Tokenizer:
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = dict(state)
         ids = self._state["ids"]
+        self._fallback = Fallback()
         self._core = _core.Tokenizer(
             self._state["json"],
             [(name, text) for name, text in self._state["named"]],
             [tuple(added) for added in self._state["added"]],
             (ids[0], ids[1], ids[2]),
             self._state["template"],
+            self._state["tool_template"],
+            self._fallback,
         )
 
     @classmethod
@@ -98,12 +103,18 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_pretrained(cls, source: Any) -> Tokenizer:
+    def from_pretrained(cls, source: Any, *, chat_template: str | None = None) -> Tokenizer:
         """The tokenizer of a model's folder, or of a live ``transformers`` tokenizer.
 
         A live one is taken as it is now: its backend's JSON, its template and its named tokens,
             whatever was changed
         since it was loaded. A folder needs ``tokenizer.json``; nothing is downloaded.
+
+        Args:
+            source: the folder, the live tokenizer, or a :class:`Tokenizer`, which is given back.
+            chat_template: the name of one of several templates, or the text of another one. By
+                default, of several named templates ``tool_use`` serves conversations with tools
+                and ``default`` the others, as in ``transformers``.
 
         Raises:
             FileNotFoundError: the folder has no ``tokenizer.json``.  TokenizerError: a file is
@@ -111,10 +122,12 @@ class Tokenizer:
             tokenizer has no Rust backend.
         """
         if isinstance(source, cls):
-            return source
+            if chat_template is None:
+                return source
+            return cls(source._state | {"template": chat_template, "tool_template": None})
         if isinstance(source, str | PathLike):
-            return cls(_from_folder(Path(source)))
-        return cls(_from_live(source))
+            return cls(_from_folder(Path(source), chat_template))
+        return cls(_from_live(source, chat_template))
 
     @property
     def engine(self) -> Literal["bpe", "tokenizers"]:
@@ -143,6 +156,8 @@ class Tokenizer:
     @property
     def notes(self) -> tuple[str, ...]:
         notes = []
+        if self._fallback.note is not None:
+            notes.append(self._fallback.note)
         if self._core.refusal is not None:
             notes.append(f"the engine is `tokenizers`, several times slower: {self._core.refusal}")
         if self._core.gaps:
@@ -213,7 +228,11 @@ class Tokenizer:
             TokenizerError: there is no template, or it refuses the conversation.
             DataError: a value cannot be passed to a template.
         """
-        return self._core.apply_chat_template(messages, add_generation_prompt, kwargs, local_time())
+        before = self._fallback.construct
+        text = self._core.apply_chat_template(messages, add_generation_prompt, kwargs, local_time())
+        if before is None and self._fallback.note is not None:
+            warnings.warn(self._fallback.note, RuntimeWarning, stacklevel=2)
+        return text
 
     def __reduce__(self) -> tuple[Any, ...]:
         # One canonical bytes object: pickling the state itself would depend on which strings happen
@@ -241,18 +260,21 @@ def _state(
     added: Sequence[tuple[str, bool, bool, bool, bool, bool]] = (),
     ids: tuple[int | None, int | None, int | None] = (None, None, None),
     template: str | None = None,
+    tool_template: str | None = None,
 ) -> dict[str, Any]:
     for name, value in zip(("bos_id", "eos_id", "pad_id"), ids, strict=True):
         if value is not None and not 0 <= value < 2**31:
             raise ValueError(f"`{name}` must be in 0..2**31, found {value}")
-    if template is not None and len(template) > MAX_TEMPLATE_BYTES:
-        raise TokenizerError(f"the chat template has more than {MAX_TEMPLATE_BYTES} bytes")
+    for text in (template, tool_template):
+        if text is not None and len(text) > MAX_TEMPLATE_BYTES:
+            raise TokenizerError(f"the chat template has more than {MAX_TEMPLATE_BYTES} bytes")
     return {
         "json": tokenizer_json,
         "named": [list(pair) for pair in named],
         "added": [list(token) for token in added],
         "ids": list(ids),
         "template": template,
+        "tool_template": tool_template,
     }
 
 
@@ -280,7 +302,7 @@ def _token(value: Any, *, special: bool = True) -> tuple[str, bool, bool, bool, 
     return None
 
 
-def _from_folder(folder: Path) -> dict[str, Any]:
+def _from_folder(folder: Path, chosen: str | None) -> dict[str, Any]:
     tokenizer_json = _read(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     config: dict[str, Any] = {}
     config_file = folder / "tokenizer_config.json"
@@ -304,32 +326,25 @@ def _from_folder(folder: Path) -> dict[str, Any]:
             named.append((name, token[0]))
         added.append(token)
     # As in transformers, `add_bos_token` changes nothing: tokenizer.json's post-processor wins.
-    template: str | None
     template_file = folder / "chat_template.jinja"
+    templates = config.get("chat_template")
     if template_file.exists():
-        template = _read(template_file, MAX_TEMPLATE_BYTES)
-    else:
-        template = _default_template(config.get("chat_template"))
+        templates = _read(template_file, MAX_TEMPLATE_BYTES)
+        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        if more:
+            named_ones = {path.stem: _read(path, MAX_TEMPLATE_BYTES) for path in more}
+            templates = {"default": templates} | named_ones
+    template, tool_template = choose(templates, chosen)
     return _state(
         tokenizer_json,
         named=named,
         added=list(dict.fromkeys(added)),
         template=template,
+        tool_template=tool_template,
     )
 
 
-def _default_template(template: Any) -> str | None:
-    """A template, or the one called "default" of several."""
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if template is None or isinstance(template, str):
-        return template
-    raise TokenizerError(f"`chat_template`: expected text, found {type(template).__name__}")
-
-
-def _from_live(tokenizer: Any) -> dict[str, Any]:
+def _from_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
     # A processor of a multi-modal model carries its tokenizer along.
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -343,10 +358,9 @@ def _from_live(tokenizer: Any) -> dict[str, Any]:
         token = getattr(tokenizer, name, None)
         if token is not None:
             named.append((name, str(token)))
+    template, tool_template = choose(getattr(tokenizer, "chat_template", None), chosen)
     return _state(
-        backend.to_str(),
-        named=named,
-        template=_default_template(getattr(tokenizer, "chat_template", None)),
+        backend.to_str(), named=named, template=template, tool_template=tool_template
     )
 
 

@@ -55,12 +55,46 @@ pub(super) fn dumps(value: &Jinja) -> Result<String, minijinja::Error> {
     Ok(out)
 }
 
-/// A value with a float that minijinja prints otherwise than Python's `str` and `repr`, as they do.
+/// Python's `str.isprintable` of one character: the standard library's own table, which `escape_debug` reads.
+fn is_printable(c: char) -> bool {
+    let after = ['a', c].iter().collect::<String>();
+    c.is_ascii_graphic() || c == ' ' || !after.escape_debug().to_string().starts_with("a\\u")
+        && !c.is_control()
+}
+
+/// Python's `repr` of a string.
+fn quote_python(text: &str, out: &mut String) {
+    let mark = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(mark);
+    for c in text.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if c == mark || c == '\\' => out.extend(['\\', c]),
+            c if is_printable(c) => out.push(c),
+            c => {
+                let _ = match u32::from(c) {
+                    n @ ..0x100 => write!(out, "\\x{n:02x}"),
+                    n @ ..0x1_0000 => write!(out, "\\u{n:04x}"),
+                    n => write!(out, "\\U{n:08x}"),
+                };
+            }
+        }
+    }
+    out.push(mark);
+}
+
+/// A value that minijinja prints otherwise than Python's `str` and `repr`, as they do: floats, and strings in lists.
 pub(super) fn printed(value: &Jinja) -> Option<String> {
     fn odd(value: &Jinja, depth: usize) -> bool {
         match value.kind() {
             ValueKind::Number if !value.is_integer() => f64::try_from(value.clone())
                 .is_ok_and(|x| python_float(x) != value.to_string()),
+            ValueKind::Undefined => depth > 0,
+            ValueKind::String if depth > 0 => {
+                value.as_str().is_some_and(|text| text.chars().any(|c| !is_printable(c)))
+            }
             ValueKind::Seq | ValueKind::Map if depth < DEEPEST => {
                 let inner = |item: Jinja| odd(&item, depth + 1);
                 value.try_iter().is_ok_and(|mut items| {
@@ -104,6 +138,8 @@ pub(super) fn printed(value: &Jinja) -> Option<String> {
                 }
                 out.push(close);
             }
+            ValueKind::Undefined => out.push_str("Undefined"),
+            ValueKind::String => quote_python(value.as_str().unwrap_or_default(), out),
             // A list prints its only item as Python's repr.
             _ => {
                 let listed = Jinja::from(vec![value.clone()]).to_string();
