@@ -11,7 +11,7 @@ pub(crate) mod roles;
 
 use std::fmt::Write as _;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::ValueKind;
@@ -95,6 +95,8 @@ pub struct Template {
     owner: u64,
     /// What contents must keep to for a render to be a concatenation, or why none is.
     checks: std::result::Result<Checks, String>,
+    /// A sample of the concatenations differed from its renders.
+    disproved: AtomicBool,
 }
 
 const NAME: &str = "chat_template";
@@ -121,7 +123,15 @@ impl Template {
         }
         let owner = NEXT.fetch_add(1, Ordering::Relaxed);
         let checks = checks(&rewritten);
-        Self { source: source.to_owned(), levels, broken, fallback: None, owner, checks }
+        Self {
+            source: source.to_owned(),
+            levels,
+            broken,
+            fallback: None,
+            owner,
+            checks,
+            disproved: AtomicBool::new(false),
+        }
     }
 
     /// Renders elsewhere what minijinja cannot.
@@ -133,6 +143,9 @@ impl Template {
 
     /// Why renders of ordinary conversations are not concatenations, if they are not.
     pub fn refusal(&self) -> Option<&str> {
+        if self.disproved.load(Ordering::Relaxed) {
+            return Some("a sample of the concatenations differed from its renders");
+        }
         self.checks.as_ref().err().map(String::as_str)
     }
 
@@ -219,7 +232,7 @@ impl std::fmt::Debug for Template {
 
 impl Conversation<'_> {
     /// All variables as one JSON object, for a renderer elsewhere.
-    fn to_json(&self) -> Result<String, RenderError> {
+    fn to_json(self) -> Result<String, RenderError> {
         let mut all: Vec<(&str, Value<'_>)> = self
             .named
             .iter()
@@ -245,11 +258,9 @@ fn is_lacking(error: &minijinja::Error) -> bool {
     use minijinja::ErrorKind as Kind;
     let detail = error.detail().unwrap_or_default();
     match error.kind() {
-        Kind::UnknownMethod => {
-            !["center", "ljust", "rjust", "zfill", "expandtabs", "encode", "__"]
-                .iter()
-                .any(|name| detail.contains(name))
-        }
+        Kind::UnknownMethod => !["center", "ljust", "rjust", "zfill", "expandtabs", "encode", "__"]
+            .iter()
+            .any(|name| detail.contains(name)),
         Kind::UnknownFilter | Kind::UnknownTest | Kind::UnknownFunction => true,
         Kind::InvalidOperation => {
             (detail.starts_with("tried to use % operator on unsupported types string"))

@@ -238,7 +238,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if there is none.
     pub fn template(&self, with_tools: bool) -> Result<&Template> {
-        let template = self.tool_template.as_ref().filter(|_| with_tools).or(self.template.as_ref());
+        let template =
+            self.tool_template.as_ref().filter(|_| with_tools).or(self.template.as_ref());
         template.ok_or_else(|| {
             Error::Tokenizer(
                 "the tokenizer has no chat template\nhint: give `chat_template=`, or rows of strings".to_owned(),

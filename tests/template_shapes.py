@@ -3,7 +3,9 @@
 `SHAPES` maps a name to a template. `JOINED` names those whose renders are concatenations.
 """
 
-_CHATML_TURN = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+_CHATML_TURN = (
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+)
 _GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 SHAPES = {}
@@ -15,7 +17,8 @@ SHAPES["chatml_default_system"] = (
 )
 SHAPES["chatml_loop_first"] = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\n<|im_end|>\\n' }}{% endif %}" + _CHATML_TURN
+    "{{ '<|im_start|>system\\n<|im_end|>\\n' }}{% endif %}"
+    + _CHATML_TURN
     + "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}{% endfor %}"
 )
 SHAPES["yi"] = (
@@ -493,7 +496,9 @@ SHAPES["qwen25_tools"] = """{%- if tools %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-SHAPES["qwen3"] = """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+SHAPES[
+    "qwen3"
+] = """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
     {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}

@@ -69,7 +69,10 @@ def conversations():
         if i % 7 == 3:
             options["tools"] = TOOLS[: 1 + i % 2]
         if i % 7 in (3, 5):
-            call = {"name": "weather", "arguments": {"place": "Zürich", "days": 2, "x": [1.5, None]}}
+            call = {
+                "name": "weather",
+                "arguments": {"place": "Zürich", "days": 2, "x": [1.5, None]},
+            }
             calls = [{"type": "function", "id": "abcdefgh1", "function": call}] * (1 + i % 2)
             content = (None, "", "calling")[i % 3]
             messages += [
@@ -115,7 +118,7 @@ def rendered(theirs, messages, options):
 
 
 REFUSED = {"list_methods", "dict_update"}  # jinja2's sandbox changes no list and no dict
-ELSEWHERE = {"percent_format", "deepseek_v3_kwargs", "list_methods", "dict_update"}
+ELSEWHERE = {"percent_format"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -132,9 +135,7 @@ def test_a_render_is_transformers_byte_for_byte(live, name):
         assert ours.apply_chat_template(messages, **options) == want, i
         count += 1
     assert count >= 10 or (name in REFUSED and count == 0)
-    assert any("rendered by transformers" in note for note in ours.notes) == (
-        name in ELSEWHERE - REFUSED
-    )
+    assert any("rendered by transformers" in note for note in ours.notes) == (name in ELSEWHERE)
 
 
 PLAIN = [
@@ -149,6 +150,7 @@ JOINED = [
     "phi4_mini_tools", "zephyr", "vicuna", "alpaca", "openchat", "deepseek_v2", "deepseek_r1",
     "deepseek_v3_kwargs", "qwen25_tools", "qwen3", "command_r", "command_r_tools", "granite",
     "falcon", "solar", "chatglm", "nemotron", "smollm3", "hermes_tools", "olmo",
+    "raw_and_comments", "crlf", "scopes", "do_tag", "dict_update",
 ]  # fmt: skip
 
 
@@ -180,7 +182,11 @@ def test_a_data_sets_rows_are_the_same_renders_joined_or_not(live, name):
         _, whole, other = given[i][1]
         assert decode([*pair["prompt_ids"], *pair["chosen_ids"]]) == whole, i
         assert decode([*pair["prompt_ids"], *pair["rejected_ids"]]) == other, i
-    if name not in REFUSED:
+    # No sample of the joined renders differed from a real one.
+    assert (ours._core.template_refusal is None) == (name in JOINED), ours._core.template_refusal
+    if name == "scopes":  # prints no answers: all rows hold a role that it does not know
+        assert set(pairs.report.dropped) == {"bad_messages"}
+    elif name not in REFUSED:
         assert len(pairs) > 5
     if name == "percent_format":
         assert pairs.report.warned["template_fallback"] == len(pairs)
@@ -228,6 +234,26 @@ def test_a_template_that_inspects_contents_is_never_joined(live, name):
     )
     for i, pair in zip(pairs.rows, pairs, strict=True):
         assert decode([*pair["prompt_ids"], *pair["chosen_ids"]]) == given[i][1][1], i
+
+
+def test_a_side_that_is_odd_is_rendered_and_not_joined(live):
+    """The guards of Qwen3: the first rows teach the shape, the odd ones break a guard."""
+    theirs, ours = live(SHAPES["qwen3"])
+    odd = ["<think>a</think>b", "\n\nc", " ", "d\n", "</think>", "<tool_response>x</tool_response>"]
+    given = [
+        {
+            "prompt": [{"role": "user", "content": first}],
+            "chosen": [{"role": "assistant", "content": text + "1"}],
+            "rejected": [{"role": "assistant", "content": "plain"}],
+        }
+        for first in ("q", *odd)
+        for text in ("ordinary", "again", *odd)
+    ]
+    pairs = PairDataset.from_rows(given, ours, threads=1, max_length=None)
+    for row, pair in zip(given, pairs, strict=True):
+        want = rendered(theirs, row["prompt"] + row["chosen"], {})
+        assert decode([*pair["prompt_ids"], *pair["chosen_ids"]]) == want
+    assert ours._core.template_refusal is None
 
 
 def test_the_corpus_is_large_enough():

@@ -1,4 +1,4 @@
-"""Which chat templates a tokenizer has, and the renderer for what Rust's lacks: transformers' own."""
+"""Which chat templates a tokenizer has, and transformers' renderer for what Rust's lacks."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Fallback:
             return None
         named = json.loads(variables)
         messages = named.pop("messages")
-        rendered, _ = render_jinja_template(
+        answer: Any = render_jinja_template(
             conversations=[messages], chat_template=template, **named
         )
         if self.construct is None:
             self.construct = " ".join(construct.split())
-        return rendered[0]
+        return answer[0][0]
 
     @property
     def note(self) -> str | None:

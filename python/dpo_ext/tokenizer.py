@@ -359,9 +359,7 @@ def _from_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
         if token is not None:
             named.append((name, str(token)))
     template, tool_template = choose(getattr(tokenizer, "chat_template", None), chosen)
-    return _state(
-        backend.to_str(), named=named, template=template, tool_template=tool_template
-    )
+    return _state(backend.to_str(), named=named, template=template, tool_template=tool_template)
 
 
 def local_time() -> tuple[int, int, int, int, int, int, int, int]:

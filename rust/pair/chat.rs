@@ -157,7 +157,8 @@ pub(super) fn texts(
     for (messages, key) in parts {
         if let Some(role) = roles::unknown(template, tokenizer.named(), messages, options.now) {
             let role: String = role.escape_debug().take(80).collect();
-            let message = format!("the chat template knows no role `{role}` and would drop its message");
+            let message =
+                format!("the chat template knows no role `{role}` and would drop its message");
             return Err(Bad::new("bad_messages", key, message).into());
         }
     }
@@ -223,8 +224,7 @@ fn marks(
         let change = |text: &str| tokenizer.control().marked(text, mark);
         messages.iter().map(|message| changed(message, &change).into_owned()).collect()
     };
-    let text =
-        renderer.render(&marked(prompt), Some(&marked(side)), key, &mut Pair::default())?;
+    let text = renderer.render(&marked(prompt), Some(&marked(side)), key, &mut Pair::default())?;
     let mut at = Vec::new();
     let mut bare = String::with_capacity(plain.len());
     for c in text.chars() {

@@ -58,8 +58,9 @@ pub(super) fn dumps(value: &Jinja) -> Result<String, minijinja::Error> {
 /// Python's `str.isprintable` of one character: the standard library's own table, which `escape_debug` reads.
 fn is_printable(c: char) -> bool {
     let after = ['a', c].iter().collect::<String>();
-    c.is_ascii_graphic() || c == ' ' || !after.escape_debug().to_string().starts_with("a\\u")
-        && !c.is_control()
+    c.is_ascii_graphic()
+        || c == ' '
+        || !after.escape_debug().to_string().starts_with("a\\u") && !c.is_control()
 }
 
 /// Python's `repr` of a string.
@@ -89,8 +90,9 @@ fn quote_python(text: &str, out: &mut String) {
 pub(super) fn printed(value: &Jinja) -> Option<String> {
     fn odd(value: &Jinja, depth: usize) -> bool {
         match value.kind() {
-            ValueKind::Number if !value.is_integer() => f64::try_from(value.clone())
-                .is_ok_and(|x| python_float(x) != value.to_string()),
+            ValueKind::Number if !value.is_integer() => {
+                f64::try_from(value.clone()).is_ok_and(|x| python_float(x) != value.to_string())
+            }
             ValueKind::Undefined => depth > 0,
             ValueKind::String if depth > 0 => {
                 value.as_str().is_some_and(|text| text.chars().any(|c| !is_printable(c)))

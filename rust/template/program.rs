@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
+use std::sync::atomic::Ordering;
 
 use memchr::memmem;
 
@@ -185,7 +186,6 @@ impl std::hash::Hasher for Fnv {
 struct Shapes {
     owner: u64,
     now: Now,
-    broken: bool,
     map: HashMap<Vec<u8>, Shape, BuildHasherDefault<Fnv>>,
 }
 
@@ -251,10 +251,12 @@ pub(crate) fn concatenate(
     if !variables.is_empty() {
         return None;
     }
-    let render = |messages: &[&Value<'_>]| {
-        template.render(&Conversation { messages, ..*conversation })
-    };
+    let render =
+        |messages: &[&Value<'_>]| template.render(&Conversation { messages, ..*conversation });
     let checks = template.checks.as_ref().ok()?;
+    if template.disproved.load(Ordering::Relaxed) {
+        return None;
+    }
     if messages.len() > MOST {
         return None;
     }
@@ -273,13 +275,10 @@ pub(crate) fn concatenate(
         let found = all.iter().position(|s| s.owner == template.owner && s.now == now);
         let at = found.unwrap_or_else(|| {
             all.truncate(TEMPLATES - 1);
-            all.insert(
-                0,
-                Shapes { owner: template.owner, now, broken: false, map: HashMap::default() },
-            );
+            all.insert(0, Shapes { owner: template.owner, now, map: HashMap::default() });
             0
         });
-        let shapes = all.get_mut(at).filter(|shapes| !shapes.broken)?;
+        let shapes = all.get_mut(at)?;
         if !shapes.map.contains_key(key.as_slice()) {
             if shapes.map.len() >= SHAPES {
                 shapes.map.clear();
@@ -298,7 +297,7 @@ pub(crate) fn concatenate(
         if shape.uses.is_power_of_two() {
             let rendered = render(messages);
             if rendered.as_ref().map(|rendered| &rendered.text) != Ok(&text) {
-                shapes.broken = true;
+                template.disproved.store(true, Ordering::Relaxed);
                 return Some(rendered);
             }
         }

@@ -30,7 +30,12 @@ fn stripped<'t>(text: &'t str, chars: Option<&str>, start: bool, end: bool) -> &
 
 /// Python's `splitlines()`, which knows eleven ends of a line.
 fn lines(text: &str) -> impl Iterator<Item = &str> {
-    let is_end = |c| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    let is_end = |c| {
+        matches!(
+            c,
+            '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
+        )
+    };
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -38,7 +43,11 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
         }
         let Some(at) = rest.find(is_end) else { return Some(std::mem::take(&mut rest)) };
         let (line, after) = rest.split_at(at);
-        let end = if after.starts_with("\r\n") { 2 } else { after.chars().next().map_or(0, char::len_utf8) };
+        let end = if after.starts_with("\r\n") {
+            2
+        } else {
+            after.chars().next().map_or(0, char::len_utf8)
+        };
         rest = after.get(end..).unwrap_or_default();
         Some(line)
     })
