@@ -13,7 +13,7 @@ use dpo_ext::layout::pack::pack_lengths;
 use dpo_ext::read::json::{Value, parse};
 use dpo_ext::read::limits::Limits;
 use dpo_ext::read::{Block, Reader};
-use dpo_ext::template::{Now, RenderError, Template};
+use dpo_ext::template::{Conversation, Now, RenderError, Template};
 use dpo_ext::tokenize::{Source, Tokenizer};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -319,15 +319,17 @@ proptest! {
     /// A template made of anything compiles and renders within its cap and a second, or is an error.
     #[test]
     fn a_template_ends_within_its_limits(parts in prop::collection::vec(prop::sample::select(FRAGMENTS), 0..12)) {
-        let Ok(template) = Template::new(&parts.concat()) else { return Ok(()) };
-        let messages = minijinja::Value::from(vec!["one", "two"]);
-        let variables = [("messages", messages), ("x", minijinja::Value::from("ab"))];
+        let template = Template::new(&parts.concat());
+        let (one, two, x) = (Value::Str("one".into()), Value::Str("two".into()), Value::Str("ab".into()));
         let now = Now { time: [2026, 1, 2, 3, 4, 5], weekday: 4, yearday: 2 };
         let start = Instant::now();
         let cap = 1 << 20;
-        match template.render(&variables, now, 2, 100, cap) {
-            Ok(text) => prop_assert!(text.len() <= cap),
-            Err(RenderError::Template(message)) => prop_assert!(!message.is_empty() && !message.contains('\n')),
+        let conversation =
+            Conversation { messages: &[&one, &two], named: &[], variables: &[("x", &x)], generation: true, now, cap };
+        match template.render(&conversation) {
+            Ok(rendered) => prop_assert!(rendered.text.len() <= cap && !rendered.fallback),
+            Err(RenderError::Value(..)) => prop_assert!(false, "plain values"),
+            Err(RenderError::Template(message) | RenderError::Lacks(message)) => prop_assert!(!message.is_empty() && !message.contains('\n')),
             Err(RenderError::TooLong) => {}
         }
         prop_assert!(start.elapsed() < Duration::from_secs(2), "{parts:?}: {:?}", start.elapsed());
