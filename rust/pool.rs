@@ -48,7 +48,7 @@ pub fn pool(n: usize) -> Result<Arc<rayon::ThreadPool>> {
 }
 
 /// How long the caller of [`run`] waits between two calls of `tick`.
-const TICK: Duration = Duration::from_millis(40);
+pub const TICK: Duration = Duration::from_millis(40);
 
 /// Runs `work` on the pool of `n` threads while the caller waits and calls `tick` at least every 40 ms.
 ///

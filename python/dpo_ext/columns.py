@@ -133,8 +133,9 @@ def slices(batch: Any) -> Iterator[Any]:
 
 def describe(
     batch: Any, names: Sequence[str], max_depth: int, path: str | None
-) -> tuple[list[tuple[Any, ...] | None], list[NDArray[np.uint8]]]:
-    """The named columns of a record batch for ``PairEncoder.add_columns``, and their buffers.
+) -> tuple[list[tuple[Any, ...] | None], list[NDArray[np.uint8]], int]:
+    """The named columns of a record batch for ``PairEncoder.add_columns``, their buffers, and how
+    many bytes came of what had to be decoded.
 
     Raises:
         DataError: a name stands for two columns, or a column contradicts itself.
@@ -152,7 +153,7 @@ def describe(
                 reason="duplicate_key",
             )
         columns.append(tree.node(batch.column(found[0]), max_depth) if found else None)
-    return columns, tree.buffers
+    return columns, tree.buffers, tree.decoded
 
 
 class _Tree:
@@ -161,6 +162,7 @@ class _Tree:
     def __init__(self, pa: Any) -> None:
         self.pa = pa
         self.buffers: list[NDArray[np.uint8]] = []
+        self.decoded = 0
 
     def _buffer(self, buffer: Any) -> int:
         if buffer is not None and not buffer.is_cpu:
@@ -235,10 +237,12 @@ class _Tree:
             if t.is_dictionary(kind):
                 array.validate(full=True)
                 array = array.dictionary_decode()
+                self.decoded += array.nbytes
                 continue
             if t.is_run_end_encoded(kind):
                 array.validate(full=True)
                 array = pa.compute.run_end_decode(array)
+                self.decoded += array.nbytes
                 continue
             if t.is_string_view(kind):
                 target = pa.large_string()

@@ -142,7 +142,7 @@ def feed_table(encoder: _core.PairEncoder, source: Any, limits: Limits) -> None:
     batches = columns.record_batches(source, names)
     first = 0
     while (batch := _next(batches, None)) is not None:
-        first = _feed_batch(encoder, batch, None, first, 0, limits)
+        first, _ = _feed_batch(encoder, batch, None, first, 0, limits)
 
 
 def _next(batches: Iterator[Any], path: str | None) -> Any:
@@ -152,19 +152,20 @@ def _next(batches: Iterator[Any], path: str | None) -> Any:
 
 def _feed_batch(
     encoder: _core.PairEncoder, batch: Any, path: str | None, first: int, done: int, limits: Limits
-) -> int:
-    """Encodes a record batch; the number of rows up to its end."""
-    names = encoder.names
+) -> tuple[int, int]:
+    """Encodes a record batch: the number of rows up to its end, and the bytes that were decoded."""
+    names, bytes_decoded = encoder.names, 0
     with columns.typed_errors(path):
         parts = list(columns.slices(batch))
     for part in parts:
         with columns.typed_errors(path):
-            described, buffers = columns.describe(part, names, limits.max_depth, path)
+            described, buffers, size = columns.describe(part, names, limits.max_depth, path)
+        bytes_decoded += size
         encoder.add_columns(part.num_rows, described, buffers, path, first, 0)
         first += part.num_rows
     if done:
         encoder.add_columns(0, [None] * len(names), [], path, first, done)
-    return first
+    return first, bytes_decoded
 
 
 def _feed_arrow_file(
@@ -180,7 +181,9 @@ def _feed_arrow_file(
             unpacked += batch.nbytes
             _check_expansion(path, unpacked, before.st_size, limits)
             step = max(0, int(share * before.st_size) - done)
-            first = _feed_batch(encoder, batch, path, first, step, limits)
+            first, bytes_decoded = _feed_batch(encoder, batch, path, first, step, limits)
+            unpacked += bytes_decoded
+            _check_expansion(path, unpacked, before.st_size, limits)
             done += step
             yield
     after = Path(path).stat()

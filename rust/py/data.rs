@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use numpy::{IntoPyArray, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
@@ -227,6 +228,8 @@ pub(super) struct PairEncoder {
     threads: Option<usize>,
     callback: Option<Py<PyAny>>,
     progress: Arc<Progress>,
+    /// When the callback was called last between two batches, which may all be too short to be waited for.
+    told: Mutex<Instant>,
     /// What came out so far; gone while a source is read, and after a failure.
     encoded: Mutex<Option<Encoded>>,
 }
@@ -244,6 +247,18 @@ impl PairEncoder {
 
     fn put(&self, encoded: Encoded) {
         *self.encoded.lock().unwrap_or_else(PoisonError::into_inner) = Some(encoded);
+    }
+
+    fn tell(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(callback) = &self.callback else { return Ok(()) };
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.elapsed() < pool::TICK {
+            return Ok(());
+        }
+        *told = Instant::now();
+        drop(told);
+        let done = self.progress.bytes.load(Ordering::Relaxed);
+        callback.call1(py, (done, self.progress.rows.load(Ordering::Relaxed))).map(drop)
     }
 
     /// Waits for work that owns what it needs, which an interrupt does not wait for.
@@ -285,6 +300,7 @@ impl PairEncoder {
             callback,
             progress: Arc::new(Progress::default()),
             encoded,
+            told: Mutex::new(Instant::now()),
         })
     }
 
@@ -311,6 +327,7 @@ impl PairEncoder {
                 return Ok(());
             }
             self.add(py, move |job, all| encode_rows(batch, job, all))?;
+            self.tell(py)?;
         }
     }
 
@@ -345,7 +362,7 @@ impl PairEncoder {
         let callback = self.callback.as_ref();
         let all = ticking(py, progress, callback, |tick| pool::run_scoped(threads, work, tick))?;
         self.put(all);
-        Ok(())
+        self.tell(py)
     }
 
     /// Pairs since the last `finish`.
