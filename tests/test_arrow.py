@@ -152,7 +152,6 @@ def test_map_gives_the_ids_and_its_cache_is_hit(hf, rows, tokenizer, num_proc, m
             batched=True,
             batch_size=64,
             num_proc=num_proc,
-            remove_columns=hf.column_names,
         )
 
     first = run(tokenizer)
@@ -177,7 +176,6 @@ def test_a_streamed_data_set_is_mapped(hf, rows, tokenizer):
         functools.partial(encode_table, tokenizer=tokenizer, max_length=60),
         batched=True,
         batch_size=64,
-        remove_columns=hf.column_names,
     )
     got = list(out.with_format(None))
     assert [[row[name] for row in got] for name in IDS] == expected(rows, tokenizer, max_length=60)

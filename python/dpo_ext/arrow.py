@@ -26,10 +26,10 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
     (``batch_format="pyarrow"``) and of Spark (``mapInArrow``, batch by batch)::
 
         ds.with_format("arrow").map(
-            lambda table: encode_table(table, tokenizer, max_length=2048), batched=True,
-            remove_columns=ds.column_names,
+            lambda table: encode_table(table, tokenizer, max_length=2048), batched=True
         )
 
+    What is not asked for with ``columns`` does not come out of it.
     The tokenizer pickles to stable bytes, so the cache of ``datasets`` is hit by the next run, and
     workers of any kind receive it. Where many workers share a machine, give ``threads=1``.
 
