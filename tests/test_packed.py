@@ -192,3 +192,12 @@ def test_a_model_gives_packed_and_padded_the_same_log_probs(rows):
                 out[batch.pair_index] = sequence_logps(logits, moved.table).numpy()
     assert (want < -1).all()
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_reference_log_probs_have_the_dtype_of_log_probs_in_every_layout(layout):
+    values = np.array([[-1.5, -2.25], [-3.0, -4.0]])
+    pairs = PairDataset.from_ids([[1], [2]], [[3], [4]], [[5], [6]]).with_ref_logps(values)
+    batch = pairs.plan(layout=layout, pairs_per_batch=2, shuffle=False)[0]
+    assert batch.ref_logps.dtype == np.float32
+    assert batch.ref_logps.tolist() == values.tolist()

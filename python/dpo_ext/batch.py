@@ -163,7 +163,8 @@ class Batch:
         targets: (M,) int32.
         seq_offsets: (2N + 1,) int32.
         pair_index: (N,) int64, positions in the data set.
-        ref_logps: (N, 2) float64 or None: sums under the reference, chosen then rejected.
+        ref_logps: (N, 2) float32, the dtype of log-probs, or None: sums under the reference, chosen
+            then rejected.
 
     All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
     """

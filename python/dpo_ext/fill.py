@@ -53,15 +53,13 @@ def _lists(pairs: PairDataset) -> dict[str, Any]:
     return {name: (ids.values, ids.offsets) for name, ids in columns.items()}
 
 
-def _of_pairs(
-    pairs: PairDataset, index: NDArray[np.int64], take: Take, ref_dtype: Any = np.float64
-) -> dict[str, Any]:
+def _of_pairs(pairs: PairDataset, index: NDArray[np.int64], take: Take) -> dict[str, Any]:
     """What a batch of the pairs ``index`` holds in every layout."""
     own = take(len(index), np.int64)
     own[:] = index
     if pairs.ref_logps is None:
         return {"pair_index": own, "ref_logps": None}
-    ref_logps = take(2 * len(index), ref_dtype).reshape(-1, 2)
+    ref_logps = take(2 * len(index), np.float32).reshape(-1, 2)
     ref_logps[:] = pairs.ref_logps[index]
     return {"pair_index": own, "ref_logps": ref_logps}
 
@@ -85,7 +83,7 @@ def padded(
     rows: dict[str, Any] = {name: take(2 * n * width, np.int64) for name in names}
     table = _table(scored, n, take)
     _core.pad_into(**lists, index=index, pad_id=pairs.pad_id, **rows, **table)
-    fields = _of_pairs(pairs, index, take, np.float32)  # as TRL's collator
+    fields = _of_pairs(pairs, index, take)
     shaped = {name: array.reshape(2 * n, width) for name, array in rows.items()}
     return Batch._filled("padded", **shaped, **table, **fields)
 
