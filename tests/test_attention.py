@@ -11,7 +11,7 @@ from dpo_ext import PairDataset, TensorError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from dpo_ext.torch import assert_packing_safe, sequence_logps  # noqa: E402
+from dpo_ext.torch import assert_packing_safe, attach_scoring, sequence_logps  # noqa: E402
 
 SETTINGS = {
     "vocab_size": 416,
@@ -130,6 +130,21 @@ def test_a_mask_without_the_window_is_wrong_by_itself_and_refused(name):
     with pytest.raises(TensorError, match="ignores the model's sliding window of 512"):
         assert_packing_safe(longer, layout="shared")
     assert_packing_safe(longer, layout="shared", inputs=lambda b: b.inputs_for(longer))
+
+
+@pytest.mark.parametrize("name", ["qwen2-window", "mistral-window", "gemma2-window"])
+def test_scoring_refuses_a_mask_without_the_window(name):
+    network = attach_scoring(model(name).eval())
+    batch = edge_pairs().plan(layout="shared", pairs_per_batch=12)[0].to("cpu")
+    with torch.no_grad():
+        with pytest.raises(TensorError, match="ignores the model's sliding window of 6"):
+            network(**batch.model_inputs, score_table=batch.table)
+        found = network(**batch.inputs_for(network), score_table=batch.table).logps
+        want = sequence_logps(network(**batch.inputs_for(network)).logits, batch.table)
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+        # A window that holds every row is no window.
+        wide = attach_scoring(model(name, sliding_window=4096).eval())
+        wide(**batch.model_inputs, score_table=batch.table)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

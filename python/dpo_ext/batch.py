@@ -226,7 +226,8 @@ class Batch:
 
         Shared batches bring a 4-D additive float32 mask, (R, 1, T, T), made on the batch's device.
         It suits eager and SDPA attention in float32, and any model without sliding windows: a model
-        applies no window to a mask that it is given. :meth:`inputs_for` knows the model.
+        applies no window to a mask that it is given, and says nothing; `attach_scoring` and
+        `assert_packing_safe` refuse that. :meth:`inputs_for` knows the model.
         """
         if self.layout == "shared":
             from dpo_ext.torch.masks import shared_inputs

@@ -28,6 +28,9 @@ _BLOCK_FIELDS = (
     "full_q_indices",
 )
 
+# Marks a mask that knows no windows: nothing in its numbers tells.
+_PLAIN = "_dpo_ext_plain"
+
 
 def dense_mask(
     batch: Batch, *, window: int | None = None, dtype: torch.dtype | None = None
@@ -109,7 +112,25 @@ def block_mask(batch: Batch, *, window: int | None = None) -> BlockMask:
 
 def shared_inputs(batch: Batch) -> dict[str, Any]:
     """``Batch.model_inputs`` of a shared batch."""
-    return {**_without_mask(batch), "attention_mask": dense_mask(batch, dtype=torch.float32)}
+    mask = dense_mask(batch, dtype=torch.float32)
+    setattr(mask, _PLAIN, True)
+    return {**_without_mask(batch), "attention_mask": mask}
+
+
+def check_windows(mask: Any, model: Any) -> None:
+    """Refuses the mask of ``Batch.model_inputs`` for a model whose windows are shorter than it.
+
+    Raises:
+        TensorError: the model has sliding windows, and the mask, which replaces them, has none.
+    """
+    if not getattr(mask, _PLAIN, False):
+        return
+    for window in layer_windows(model).values():
+        if window is not None and mask.shape[-1] > window:
+            raise TensorError(
+                f"the mask of a shared batch ignores the model's sliding window of {window}\n"
+                "hint: use batch.inputs_for(model) instead of batch.model_inputs"
+            )
 
 
 def shared_inputs_for(batch: Batch, model: Any) -> dict[str, Any]:

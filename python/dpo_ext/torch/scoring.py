@@ -22,6 +22,7 @@ from dpo_ext.torch.linear import PLANS, linear_sequence_logps, linear_token_scor
 from dpo_ext.torch.logps import STATS, TokenScores, check_is_table, only, sum_sequences
 from dpo_ext.torch.loss_checks import find_loss
 from dpo_ext.torch.losses import PreferenceLoss
+from dpo_ext.torch.masks import check_windows
 from dpo_ext.torch.table import ScoreTable
 
 _ORIGINAL, _PLAN, _LOSS = "_dpo_ext_forward", "_dpo_ext_plan", "_dpo_ext_loss"
@@ -269,6 +270,7 @@ def _score(
             raise ValueError(f"`{name}` cannot be combined with `score_table`")
     kwargs.pop("return_dict", None)
     kwargs["use_cache"] = False
+    check_windows(kwargs.get("attention_mask"), model)
     hidden = model.base_model(**kwargs)[0]
     head = _head(model)
     weight, bias = head.weight, getattr(head, "bias", None)
