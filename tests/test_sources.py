@@ -355,6 +355,36 @@ def test_extra_columns_stay_with_their_pairs(tok, tmp_path, values, dtype):
         assert pairs.with_ref_logps(np.zeros((3, 2))).columns["x"].tolist() == values
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_every_batch_has_the_columns_of_its_pairs(tok, layout):
+    torch = pytest.importorskip("torch")
+    rows = [{**row, "name": f"n{i}", "flag": i % 3 == 0} for i, row in enumerate(ROWS)]
+    pairs = PairDataset.from_rows(rows, tok, columns=["margin", "name", "flag"])
+    seen = 0
+    for batch in pairs.plan(layout=layout, tokens_per_batch=600, seed=3):
+        index = batch.pair_index.tolist()
+        for part, kind in ((batch, np.ndarray), (batch.to("cpu"), torch.Tensor)):
+            assert isinstance(part.columns["margin"], kind)
+            assert part.columns["margin"].tolist() == [rows[i]["margin"] for i in index]
+            assert part.columns["flag"].tolist() == [rows[i]["flag"] for i in index]
+            assert part.columns["name"] == [rows[i]["name"] for i in index]
+        seen += len(index)
+    assert seen == len(rows)
+    plain = PairDataset.from_rows(rows, tok).plan(layout=layout, tokens_per_batch=600)
+    assert plain[0].columns == plain[0].to("cpu").columns == {}
+
+
+def test_saved_columns_come_back(tok, tmp_path):
+    rows = [{**row, "name": f"n{i}", "flag": i % 3 == 0, "n": i} for i, row in enumerate(ROWS)]
+    names = ["margin", "name", "flag", "n"]
+    pairs = PairDataset.from_rows(rows, tok, columns=names)
+    pairs.save(tmp_path / "saved")
+    loaded = PairDataset.load(tmp_path / "saved")
+    for name in names:
+        assert loaded.columns[name].tolist() == pairs.columns[name].tolist()
+        assert loaded.columns[name].dtype == pairs.columns[name].dtype
+
+
 BAD = [
     ({}, "missing_field"),
     ({"x": None}, "wrong_type"),

@@ -5,8 +5,8 @@ Shapes: N pairs, S = 2N sequences, T tokens of the longest row, M scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,7 @@ class Batch:
         pair_index: (N,) int64, positions in the data set.
         ref_logps: (N, 2) float32, the dtype of log-probs, or None: sums under the reference, chosen
             then rejected.
+        columns: the extra columns of the pairs by name: numbers and booleans (N,), strings a list.
 
     All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
     """
@@ -176,6 +177,7 @@ class Batch:
     seq_offsets: Any
     pair_index: Any
     ref_logps: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
     attention_mask: Any = None
     completion_mask: Any = None
     position_ids: Any = None
@@ -281,6 +283,10 @@ class Batch:
             movable = isinstance(value, np.ndarray) or hasattr(value, "to")
             if movable and f.name not in changed:
                 changed[f.name] = change(_tensor(value))
+        changed["columns"] = {
+            name: values if isinstance(values, list) else change(_tensor(values))
+            for name, values in self.columns.items()
+        }
         moved = replace(self, **changed)
         # Made anew from tensors on a device, the table would wait to learn its offsets.
         moved.__dict__["table"] = table

@@ -57,11 +57,16 @@ def _of_pairs(pairs: PairDataset, index: NDArray[np.int64], take: Take) -> dict[
     """What a batch of the pairs ``index`` holds in every layout."""
     own = take(len(index), np.int64)
     own[:] = index
+    # Strings are lists; numbers are few, and copied.
+    columns = {
+        name: values[index].tolist() if values.dtype == object else values[index]
+        for name, values in pairs.columns.items()
+    }
     if pairs.ref_logps is None:
-        return {"pair_index": own, "ref_logps": None}
+        return {"pair_index": own, "ref_logps": None, "columns": columns}
     ref_logps = take(2 * len(index), np.float32).reshape(-1, 2)
     ref_logps[:] = pairs.ref_logps[index]
-    return {"pair_index": own, "ref_logps": ref_logps}
+    return {"pair_index": own, "ref_logps": ref_logps, "columns": columns}
 
 
 def _table(scored: int, n: int, take: Take) -> dict[str, Any]:
