@@ -2,12 +2,16 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
 
-static POOLS: Mutex<Vec<(u32, usize, Arc<rayon::ThreadPool>)>> = Mutex::new(Vec::new());
+/// A pool, whose it is, and its number of threads.
+type Entry = (u32, usize, Arc<rayon::ThreadPool>);
+
+/// Never waited for: a fork may copy a slot while another thread holds it, and then it stays locked for ever in the child.
+static SLOTS: [Mutex<Option<Entry>>; 16] = [const { Mutex::new(None) }; 16];
 
 /// How many threads to use: `threads` if given, else `RAYON_NUM_THREADS`, else what affinity and the cgroup allow.
 pub fn threads(threads: Option<usize>) -> usize {
@@ -25,9 +29,15 @@ pub fn threads(threads: Option<usize>) -> usize {
 /// [`Error::Internal`] if the system refuses to start threads.
 pub fn pool(n: usize) -> Result<Arc<rayon::ThreadPool>> {
     let pid = std::process::id();
-    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, _, pool)) = pools.iter().find(|(p, size, _)| *p == pid && *size == n) {
-        return Ok(Arc::clone(pool));
+    // A slot that another thread holds is free again in a moment, unless it was copied by a fork.
+    for _ in 0..3 {
+        if let Some(pool) = find(pid, n) {
+            return Ok(pool);
+        }
+        if SLOTS.iter().all(|slot| !matches!(slot.try_lock(), Err(TryLockError::WouldBlock))) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(n)
@@ -35,16 +45,32 @@ pub fn pool(n: usize) -> Result<Arc<rayon::ThreadPool>> {
         .build()
         .map_err(|e| Error::Internal(format!("cannot start {n} threads: {e}")))?;
     let pool = Arc::new(pool);
-    // Pools of a parent process have no threads here and joining them would hang: they are leaked on purpose.
-    pools.retain_mut(|(p, _, old)| {
-        let ours = *p == pid;
-        if !ours {
-            std::mem::forget(Arc::clone(old));
+    // Without a free slot the pool serves this call alone.
+    for slot in &SLOTS {
+        let Some(mut slot) = held(slot) else { continue };
+        let free = slot.as_ref().is_none_or(|(owner, _, _)| *owner != pid);
+        if free {
+            // The threads of a parent are not here, and joining them would hang: its pool is leaked on purpose.
+            std::mem::forget(slot.replace((pid, n, Arc::clone(&pool))));
+            break;
         }
-        ours
-    });
-    pools.push((pid, n, Arc::clone(&pool)));
+    }
     Ok(pool)
+}
+
+fn find(pid: u32, n: usize) -> Option<Arc<rayon::ThreadPool>> {
+    SLOTS.iter().find_map(|slot| match held(slot)?.as_ref() {
+        Some((owner, size, pool)) if *owner == pid && *size == n => Some(Arc::clone(pool)),
+        _ => None,
+    })
+}
+
+fn held(slot: &Mutex<Option<Entry>>) -> Option<MutexGuard<'_, Option<Entry>>> {
+    match slot.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// How long the caller of [`run`] waits between two calls of `tick`.
@@ -116,4 +142,18 @@ pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
         .map(ToString::to_string)
         .or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "panic".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn slots_that_are_locked_for_ever_do_not_block() {
+        let held: Vec<_> = SLOTS.iter().take(15).map(|slot| slot.lock().unwrap()).collect();
+        let pool = pool(2).unwrap();
+        assert_eq!(pool.current_num_threads(), 2);
+        drop(held);
+    }
 }
