@@ -7,7 +7,7 @@ use std::sync::Once;
 
 use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Token};
 
-use crate::bpe::{Bpe, Found, Inside, PairIds, Scratch};
+use crate::bpe::{self, Bpe, Found, Inside, PairIds, Scratch};
 use crate::error::{Error, Result};
 use crate::template::{Fallback, Template};
 
@@ -81,7 +81,8 @@ pub struct Tokenizer {
     fast: std::result::Result<Bpe, String>,
     prefix: Vec<i32>,
     suffix: Vec<i32>,
-    spelling: Spelling,
+    /// For the crate alone, which gives no bytes.
+    spelling: Option<Spelling>,
     named: Vec<(String, String)>,
     vocab_size: usize,
     gaps: usize,
@@ -104,40 +105,40 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
     pub fn new(source: Source) -> Result<Self> {
-        let mut beyond = false;
-        let mut inner = guarded("tokenizer.json", || {
-            let mut inner = tokenizers::Tokenizer::from_bytes(source.json.as_bytes())?;
+        let (mut inner, built) = match both(&source.json) {
+            Ok((bpe, oracle)) => (oracle, Some(bpe)),
+            Err(_) => {
+                let json = source.json.as_bytes();
+                (guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?, None)
+            }
+        };
+        let beyond = guarded("tokenizer.json", || {
             inner.with_truncation(None)?;
             inner.with_padding(None);
-            for added in &source.added {
-                if inner.get_added_vocabulary().get_vocab().contains_key(&added.content) {
-                    continue;
-                }
-                beyond = true;
-                let token = AddedToken::from(added.content.clone(), added.special)
-                    .lstrip(added.lstrip)
-                    .rstrip(added.rstrip)
-                    .single_word(added.single_word)
-                    .normalized(added.normalized);
-                if added.special {
-                    inner.add_special_tokens([token])?;
-                } else {
-                    inner.add_tokens([token])?;
-                }
-            }
-            Ok(inner)
+            add_tokens(&mut inner, &source.added)
         })?;
-        let fast = if beyond {
-            engine(&guarded("tokenizer.json", || inner.to_string(false))?, &inner)
-        } else {
-            engine(&source.json, &inner)
+        let fast = match built {
+            _ if beyond => {
+                let json = guarded("tokenizer.json", || inner.to_string(false))?;
+                recognised(&json).and_then(|bpe| checked(bpe, &inner))
+            }
+            Some(bpe) => checked(bpe, &inner),
+            None => recognised(&source.json).and_then(|bpe| checked(bpe, &inner)),
         };
         let post = inner.get_post_processor().cloned();
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
-        let vocab = inner.get_vocab(true);
-        let count = vocab.len();
-        let vocab_size = vocab.values().max().map_or(0, |id| *id as usize + 1);
+        let (count, vocab_size) = match &fast {
+            Ok(bpe) => {
+                let decoder = inner.get_added_tokens_decoder();
+                let added = decoder.keys().max().map_or(0, |id| *id as usize + 1);
+                (inner.get_vocab_size(true), bpe.model_size().max(added))
+            }
+            Err(_) => {
+                let vocab = inner.get_vocab(true);
+                (vocab.len(), vocab.values().max().map_or(0, |id| *id as usize + 1))
+            }
+        };
         if vocab_size > i32::MAX as usize || vocab_size > 2 * count + GAP_SLACK {
             let message = format!(
                 "tokenizer.json: expected ids below about {count}, the number of tokens, found {}",
@@ -154,12 +155,7 @@ impl Tokenizer {
                 }
                 return Ok(Some(id));
             }
-            Ok(source
-                .named
-                .iter()
-                .find(|(n, _)| n == name)
-                .and_then(|(_, t)| vocab.get(t))
-                .copied())
+            Ok(source.named.iter().find(|(n, _)| n == name).and_then(|(_, t)| inner.token_to_id(t)))
         };
         let [bos, eos, pad] = source.ids;
         let bos = named_id("bos_token", bos)?;
@@ -169,7 +165,7 @@ impl Tokenizer {
         let template = source.template.as_deref().map(Template::new);
         let tool_template = source.tool_template.as_deref().map(Template::new);
         let mut tokenizer = Self {
-            spelling: Spelling::new(&inner, vocab_size),
+            spelling: fast.is_err().then(|| Spelling::new(&inner, vocab_size)),
             control: Control::default(),
             fast,
             inner,
@@ -388,7 +384,8 @@ impl Tokenizer {
     /// Ids that spell the text byte by byte (every byte-level vocabulary, unless the normaliser changed something)
     /// need no second encoding.
     fn ends(&self, text: &str, ids: &[i32]) -> Result<Vec<u32>> {
-        if let Some(ends) = self.spelling.ends(text.as_bytes(), ids) {
+        let spelling = self.spelling.as_ref();
+        if let Some(ends) = spelling.and_then(|spelling| spelling.ends(text.as_bytes(), ids)) {
             return Ok(ends);
         }
         guarded("encode", || {
@@ -408,14 +405,63 @@ fn signed(ids: &[u32]) -> Vec<i32> {
     ids.iter().map(|id| *id as i32).collect()
 }
 
-/// Our own engine, or why not.
-fn engine(json: &str, oracle: &tokenizers::Tokenizer) -> std::result::Result<Bpe, String> {
-    let bpe = Bpe::recognise(json).map_err(|e| e.to_string())?;
-    match guarded("self-check", || Ok(bpe.self_check(oracle))) {
-        Ok(Ok(())) => Ok(bpe),
-        Ok(Err(mismatch)) => Err(mismatch.to_string()),
-        Err(error) => Err(error.to_string()),
+/// Runs both, on two threads where the system gives another one. A scoped thread is gone when this returns, so it
+/// does no harm to a process that forks later.
+fn beside<A: Send, B>(aside: impl Fn() -> A + Sync, here: impl FnOnce() -> B) -> (A, B) {
+    std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new().spawn_scoped(scope, &aside);
+        let here = here();
+        match spawned.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(result)) => (result, here),
+            // No thread, or a panic outside of what is guarded: then it happens here.
+            _ => (aside(), here),
+        }
+    })
+}
+
+/// Our own engine and the same file in the crate, from one reading of the text.
+fn both(json: &str) -> std::result::Result<(Bpe, tokenizers::Tokenizer), String> {
+    let file = bpe::parse(json).map_err(|e| e.to_string())?;
+    let (oracle, bpe) = beside(|| guarded("tokenizer.json", || file.oracle()), || file.engine());
+    Ok((bpe.map_err(|e| e.to_string())?, oracle.map_err(|e| e.to_string())?))
+}
+
+fn recognised(json: &str) -> std::result::Result<Bpe, String> {
+    Bpe::recognise(json).map_err(|e| e.to_string())
+}
+
+/// Our own engine, if it agrees with the crate.
+fn checked(bpe: Bpe, oracle: &tokenizers::Tokenizer) -> std::result::Result<Bpe, String> {
+    let (words, texts) = beside(
+        || guarded("self-check", || Ok(bpe.check_words(oracle))),
+        || guarded("self-check", || Ok(bpe.check_texts(oracle))),
+    );
+    for result in [words, texts] {
+        result.map_err(|e| e.to_string())?.map_err(|mismatch| mismatch.to_string())?;
     }
+    Ok(bpe)
+}
+
+/// Adds the tokens that are not there; true if there were any.
+fn add_tokens(inner: &mut tokenizers::Tokenizer, tokens: &[Added]) -> tokenizers::Result<bool> {
+    let mut beyond = false;
+    for added in tokens {
+        if inner.get_added_vocabulary().get_vocab().contains_key(&added.content) {
+            continue;
+        }
+        beyond = true;
+        let token = AddedToken::from(added.content.clone(), added.special)
+            .lstrip(added.lstrip)
+            .rstrip(added.rstrip)
+            .single_word(added.single_word)
+            .normalized(added.normalized);
+        if added.special {
+            inner.add_special_tokens([token])?;
+        } else {
+            inner.add_tokens([token])?;
+        }
+    }
+    Ok(beyond)
 }
 
 /// What the post-processor puts before and behind one sequence.

@@ -75,7 +75,7 @@ _Ragged = tuple[_Ids, _Offsets]
 class Tokenizer:
     def __new__(
         cls,
-        json: str,
+        json: bytes,
         named: list[tuple[str, str]],
         added: list[tuple[Any, ...]],
         ids: tuple[int | None, int | None, int | None],

@@ -96,7 +96,7 @@ class Tokenizer:
         """
         return cls(
             _state(
-                _read(Path(tokenizer_json), MAX_TOKENIZER_BYTES),
+                _read_bytes(Path(tokenizer_json), MAX_TOKENIZER_BYTES),
                 ids=(bos_id, eos_id, pad_id),
                 template=chat_template,
             )
@@ -191,7 +191,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The text of tokenizer.json, as it was read."""
-        return self._state["json"]
+        return self._state["json"].decode()
 
     def encode_batch(
         self,
@@ -237,7 +237,8 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # One canonical bytes object: pickling the state itself would depend on which strings happen
         # to be one object.
-        return _restore, (json.dumps(self._state, sort_keys=True, ensure_ascii=True).encode(),)
+        state = {**self._state, "json": self.to_json()}
+        return _restore, (json.dumps(state, sort_keys=True, ensure_ascii=True).encode(),)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._state == other._state
@@ -250,11 +251,12 @@ class Tokenizer:
 
 
 def _restore(state: bytes) -> Tokenizer:
-    return Tokenizer(json.loads(state))
+    loaded = json.loads(state)
+    return Tokenizer({**loaded, "json": loaded["json"].encode()})
 
 
 def _state(
-    tokenizer_json: str,
+    tokenizer_json: bytes,
     *,
     named: Sequence[tuple[str, str]] = (),
     added: Sequence[tuple[str, bool, bool, bool, bool, bool]] = (),
@@ -278,12 +280,16 @@ def _state(
     }
 
 
-def _read(path: Path, most: int) -> str:
+def _read_bytes(path: Path, most: int) -> bytes:
     size = path.stat().st_size
     if size > most:
         raise TokenizerError(f"{path}: expected at most {most} bytes, found {size}")
+    return path.read_bytes()
+
+
+def _read(path: Path, most: int) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_bytes(path, most).decode()
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path}: expected UTF-8: {error}") from error
 
@@ -303,7 +309,7 @@ def _token(value: Any, *, special: bool = True) -> tuple[str, bool, bool, bool, 
 
 
 def _from_folder(folder: Path, chosen: str | None) -> dict[str, Any]:
-    tokenizer_json = _read(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+    tokenizer_json = _read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     config: dict[str, Any] = {}
     config_file = folder / "tokenizer_config.json"
     if config_file.exists():
@@ -359,7 +365,7 @@ def _from_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
         if token is not None:
             named.append((name, str(token)))
     template, tool_template = choose(getattr(tokenizer, "chat_template", None), chosen)
-    return _state(backend.to_str(), named=named, template=template, tool_template=tool_template)
+    return _state(backend.to_str().encode(), named=named, template=template, tool_template=tool_template)
 
 
 def local_time() -> tuple[int, int, int, int, int, int, int, int]:

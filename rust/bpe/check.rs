@@ -189,6 +189,11 @@ impl Bpe {
     /// The first text on which they differ.
     pub fn self_check(&self, oracle: &Tokenizer) -> Result<(), Mismatch> {
         self.check_words(oracle)?;
+        self.check_texts(oracle)
+    }
+
+    /// The half of [`Self::self_check`] that compares ids.
+    pub(crate) fn check_texts(&self, oracle: &Tokenizer) -> Result<(), Mismatch> {
         let mut scratch = Scratch::default();
         for text in
             every_byte().chain(self.sample.iter().cloned()).chain(nasty(0, 12, &[]).take(1200))
@@ -237,8 +242,8 @@ impl Bpe {
         ends
     }
 
-    /// The words of texts that tell the classes of their characters apart, whatever the merges are.
-    fn check_words(&self, oracle: &Tokenizer) -> Result<(), Mismatch> {
+    /// The other half: the words of texts that tell the classes of their characters apart, whatever the merges are.
+    pub(crate) fn check_words(&self, oracle: &Tokenizer) -> Result<(), Mismatch> {
         let texts: Vec<String> = self
             .classes
             .borders()

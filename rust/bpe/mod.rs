@@ -29,6 +29,7 @@ pub use check::Mismatch;
 pub use encode::{Found, Keep, Scratch, not_special};
 pub use pair::{Inside, PairIds};
 pub use recognise::Refusal;
+pub(crate) use recognise::parse;
 pub use scan::Family;
 
 use crate::error::Result;
@@ -82,12 +83,17 @@ impl Bpe {
     /// # Errors
     /// Why the file is not ours. Never a panic, whatever the file holds.
     pub fn recognise(tokenizer_json: &str) -> std::result::Result<Self, Refusal> {
-        recognise::recognise(tokenizer_json)
+        parse(tokenizer_json)?.engine()
     }
 
     /// Which pre-tokenizer the file has.
     pub fn family(&self) -> Family {
         self.family
+    }
+
+    /// One more than the largest id of the model, without added tokens.
+    pub(crate) fn model_size(&self) -> usize {
+        self.token_bytes.len()
     }
 
     /// Ids that the post-processor puts before a text.

@@ -7,6 +7,11 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
+use tokenizers::models::bpe::{BpeBuilder, Vocab as CrateVocab};
+use tokenizers::{
+    DecoderWrapper, NormalizerWrapper, PaddingParams, PostProcessorWrapper, PreTokenizerWrapper,
+    Tokenizer, TruncationParams,
+};
 
 use super::added::{AddedToken, AddedTokens};
 use super::classes::Classes;
@@ -68,13 +73,21 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
+/// A tokenizer.json, read once for this engine and for the `tokenizers` crate.
 #[derive(Deserialize)]
-struct File<'a> {
+pub(crate) struct File<'a> {
+    version: Option<String>,
+    // Switched off, but the crate wants them well-formed.
+    #[serde(rename = "truncation")]
+    _truncation: Option<TruncationParams>,
+    #[serde(rename = "padding")]
+    _padding: Option<PaddingParams>,
     #[serde(default)]
     added_tokens: Vec<FileToken>,
     normalizer: Option<Value>,
     pre_tokenizer: Option<Value>,
     post_processor: Option<Value>,
+    decoder: Option<Value>,
     #[serde(borrow)]
     model: Model<'a>,
 }
@@ -98,6 +111,7 @@ struct Model<'a> {
     unk_token: Option<String>,
     continuing_subword_prefix: Option<String>,
     end_of_word_suffix: Option<String>,
+    fuse_unk: Option<bool>,
     byte_fallback: Option<bool>,
     ignore_merges: Option<bool>,
     #[serde(borrow)]
@@ -110,7 +124,10 @@ struct Model<'a> {
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-struct Vocab<'a>(HashMap<Cow<'a, str>, u32>);
+/// Token to id. Hashing is a good part of loading, hence not the standard library's hash.
+type Ids<'a> = HashMap<Cow<'a, str>, u32, ahash::RandomState>;
+
+struct Vocab<'a>(Ids<'a>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Vocab<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -121,7 +138,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Vocab<'a> {
                 f.write_str("a map from token to id")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vocab<'de>, A::Error> {
-                let mut vocab = HashMap::with_capacity(1 << 16);
+                let mut vocab = Ids::with_capacity_and_hasher(1 << 17, <_>::default());
                 while let Some((Text(token), id)) = map.next_entry()? {
                     vocab.insert(token, id);
                 }
@@ -167,53 +184,103 @@ impl<'de: 'a, 'a> Deserialize<'de> for FileMerge<'a> {
     }
 }
 
-/// Builds the engine, or says why not.
-pub(super) fn recognise(tokenizer_json: &str) -> Result<Bpe, Refusal> {
+/// Reads the file, or says why it is not even the shape of a tokenizer.json.
+pub(crate) fn parse(tokenizer_json: &str) -> Result<File<'_>, Refusal> {
     let file: File =
         serde_json::from_str(tokenizer_json).map_err(|e| Refusal::Json(e.to_string()))?;
-    let nfc = normalizer(file.normalizer.as_ref())?;
-    let family = pre_tokenizer(file.pre_tokenizer.as_ref())?;
-    let (prefix, suffix) = post_processor(file.post_processor.as_ref())?;
-    plain(&file.model)?;
-    let classes = Classes::linked().map_err(Refusal::Classes)?;
-
-    let vocab = &file.model.vocab.0;
-    check_ids(vocab)?;
-    let byte_ids = byte_ids(vocab)?;
-    let merges = Merges::new(&byte_ids, &merges(&file.model.merges, vocab)?);
-    let (raw, normal) = added_tokens(&file.added_tokens, vocab, nfc)?;
-
-    let symbols = Symbols::new();
-    let mut token_bytes = vec![0; vocab.values().max().map_or(0, |&id| id as usize + 1)];
-    let mut whole_words = HashMap::new();
-    for (token, &id) in vocab {
-        // Every symbol is one byte. Tokens of other characters are never made, so their length does not matter.
-        token_bytes[id as usize] = token.chars().count() as u32;
-        if file.model.ignore_merges == Some(true)
-            && let Some(bytes) = symbols.bytes(token)
-        {
-            whole_words.insert(bytes.into(), id as i32);
-        }
+    match file.version.as_deref() {
+        None | Some("1.0") => Ok(file),
+        Some(version) => Err(Refusal::Json(format!("version {version:?}"))),
     }
-    let longest_added = raw.longest().max(normal.longest());
-    Ok(Bpe {
-        owner: next_owner(),
-        family,
-        nfc,
-        whole_words,
-        merges,
-        raw,
-        normal,
-        longest_added,
-        prefix,
-        suffix,
-        token_bytes,
-        classes,
-        sample: sample(vocab, &symbols, &file.added_tokens),
-    })
 }
 
-fn check_ids(vocab: &HashMap<Cow<str>, u32>) -> Result<(), Refusal> {
+impl File<'_> {
+    /// Builds the engine, or says why not.
+    pub(crate) fn engine(&self) -> Result<Bpe, Refusal> {
+        let nfc = normalizer(self.normalizer.as_ref())?;
+        let family = pre_tokenizer(self.pre_tokenizer.as_ref())?;
+        let (prefix, suffix) = post_processor(self.post_processor.as_ref())?;
+        plain(&self.model)?;
+        let classes = Classes::linked().map_err(Refusal::Classes)?;
+
+        let vocab = &self.model.vocab.0;
+        check_ids(vocab)?;
+        let byte_ids = byte_ids(vocab)?;
+        let merges = Merges::new(&byte_ids, &merges(&self.model.merges, vocab)?);
+        let (raw, normal) = added_tokens(&self.added_tokens, vocab, nfc)?;
+
+        let symbols = Symbols::new();
+        let mut token_bytes = vec![0; vocab.values().max().map_or(0, |&id| id as usize + 1)];
+        let mut whole_words = HashMap::new();
+        for (token, &id) in vocab {
+            // Every symbol is one byte. Tokens of other characters are never made, so their length does not matter.
+            token_bytes[id as usize] = token.chars().count() as u32;
+            if self.model.ignore_merges == Some(true)
+                && let Some(bytes) = symbols.bytes(token)
+            {
+                whole_words.insert(bytes.into(), id as i32);
+            }
+        }
+        let longest_added = raw.longest().max(normal.longest());
+        Ok(Bpe {
+            owner: next_owner(),
+            family,
+            nfc,
+            whole_words,
+            merges,
+            raw,
+            normal,
+            longest_added,
+            prefix,
+            suffix,
+            token_bytes,
+            classes,
+            sample: sample(vocab, &symbols, &self.added_tokens),
+        })
+    }
+
+    /// The same file in the `tokenizers` crate, with truncation and padding off; for files that [`Self::engine`] takes.
+    ///
+    /// Same as `tokenizer_json.parse()`, which builds the whole model as a tree of JSON values first and needs four
+    /// times as long.
+    pub(crate) fn oracle(&self) -> tokenizers::Result<Tokenizer> {
+        fn part<T: serde::de::DeserializeOwned>(
+            value: Option<&Value>,
+        ) -> serde_json::Result<Option<T>> {
+            value.map_or(Ok(None), |value| serde_json::from_value(value.clone()))
+        }
+        let vocab: CrateVocab =
+            self.model.vocab.0.iter().map(|(token, id)| (token.to_string(), *id)).collect();
+        let merges = self.model.merges.iter().filter_map(|merge| match merge {
+            FileMerge::Pair(left, right) => Some((left.to_string(), right.to_string())),
+            FileMerge::Joined(both) if both.starts_with("#version") => None,
+            FileMerge::Joined(both) => {
+                both.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()))
+            }
+        });
+        let model = BpeBuilder::new()
+            .vocab_and_merges(vocab, merges.collect())
+            .fuse_unk(self.model.fuse_unk.unwrap_or(false))
+            .ignore_merges(self.model.ignore_merges.unwrap_or(false))
+            .build()?;
+        let mut oracle = Tokenizer::new(model);
+        oracle.with_normalizer(part::<NormalizerWrapper>(self.normalizer.as_ref())?)?;
+        oracle.with_pre_tokenizer(part::<PreTokenizerWrapper>(self.pre_tokenizer.as_ref())?);
+        oracle.with_post_processor(part::<PostProcessorWrapper>(self.post_processor.as_ref())?);
+        oracle.with_decoder(part::<DecoderWrapper>(self.decoder.as_ref())?);
+        let added = self.added_tokens.iter().map(|token| {
+            tokenizers::AddedToken::from(token.content.clone(), token.special)
+                .single_word(token.single_word)
+                .lstrip(token.lstrip)
+                .rstrip(token.rstrip)
+                .normalized(token.normalized)
+        });
+        oracle.add_tokens(added.collect::<Vec<_>>())?;
+        Ok(oracle)
+    }
+}
+
+fn check_ids(vocab: &Ids) -> Result<(), Refusal> {
     let mut used = Vec::new();
     for &id in vocab.values() {
         check_id(id)?;
@@ -382,7 +449,7 @@ impl Symbols {
     }
 }
 
-fn byte_ids(vocab: &HashMap<Cow<str>, u32>) -> Result<[u32; 256], Refusal> {
+fn byte_ids(vocab: &Ids) -> Result<[u32; 256], Refusal> {
     let mut ids = [0; 256];
     for (byte, symbol) in (0..=255u8).zip(Symbols::new().of_byte) {
         match vocab.get(symbol.encode_utf8(&mut [0; 4]) as &str) {
@@ -395,12 +462,15 @@ fn byte_ids(vocab: &HashMap<Cow<str>, u32>) -> Result<[u32; 256], Refusal> {
     Ok(ids)
 }
 
-fn merges(
-    merges: &[FileMerge],
-    vocab: &HashMap<Cow<str>, u32>,
-) -> Result<Vec<(u32, u32, u32)>, Refusal> {
+fn merges(merges: &[FileMerge], vocab: &Ids) -> Result<Vec<(u32, u32, u32)>, Refusal> {
     let mut joined = String::new();
-    let mut out = Vec::with_capacity(merges.len());
+    let mut out: Vec<(u32, u32, u32)> = Vec::with_capacity(merges.len());
+    let mut tokens = vec![""; vocab.len()];
+    for (token, id) in vocab {
+        if let Some(place) = tokens.get_mut(*id as usize) {
+            *place = token;
+        }
+    }
     // The older form may start with a version line, which has no rank.
     let counted =
         merges.iter().filter(|m| !matches!(m, FileMerge::Joined(s) if s.starts_with("#version")));
@@ -418,7 +488,11 @@ fn merges(
             let missing = || Refusal::Merge(rank, format!("{token:?} is not in the vocabulary"));
             vocab.get(token).copied().ok_or_else(missing)
         };
-        out.push((id(left)?, id(right)?, id(&joined)?));
+        // Mostly a merge makes the token with the id behind that of the merge before.
+        let next = out.last().map_or(0, |merge| merge.2 + 1);
+        let result =
+            if tokens.get(next as usize) == Some(&joined.as_str()) { next } else { id(&joined)? };
+        out.push((id(left)?, id(right)?, result));
     }
     Ok(out)
 }
@@ -426,7 +500,7 @@ fn merges(
 /// The tokens found in raw text, and those found in normalised text, with the ids that the `tokenizers` crate gives.
 fn added_tokens(
     tokens: &[FileToken],
-    vocab: &HashMap<Cow<str>, u32>,
+    vocab: &Ids,
     nfc: bool,
 ) -> Result<(AddedTokens, AddedTokens), Refusal> {
     let (mut raw, mut normal) = (Vec::new(), Vec::new());
@@ -467,7 +541,7 @@ fn added_tokens(
 }
 
 /// Texts of the file's own for the self-check: added tokens in two surroundings, and every so-manieth token.
-fn sample(vocab: &HashMap<Cow<str>, u32>, symbols: &Symbols, added: &[FileToken]) -> Vec<String> {
+fn sample(vocab: &Ids, symbols: &Symbols, added: &[FileToken]) -> Vec<String> {
     let mut texts = Vec::new();
     for token in added.iter().take(256) {
         texts.push(format!("a{0} b{0}{0}\n{0}c", token.content));

@@ -46,7 +46,7 @@ impl PyTokenizer {
     #[new]
     fn new(
         py: Python<'_>,
-        json: String,
+        json: &[u8],
         named: Vec<(String, String)>,
         added: Vec<AddedTuple>,
         ids: (Option<u32>, Option<u32>, Option<u32>),
@@ -65,6 +65,9 @@ impl PyTokenizer {
                 special,
             })
             .collect();
+        let json = std::str::from_utf8(json)
+            .map_err(|e| Error::Tokenizer(format!("tokenizer.json: expected UTF-8: {e}")))?
+            .to_owned();
         let ids = [ids.0, ids.1, ids.2];
         let source = Source { json, named, added, ids, template, tool_template };
         let inner = detached(py, || Tokenizer::new(source))?;
