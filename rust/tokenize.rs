@@ -105,12 +105,11 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
     pub fn new(source: Source) -> Result<Self> {
-        let (mut inner, built) = match both(&source.json) {
-            Ok((bpe, oracle)) => (oracle, Some(bpe)),
-            Err(_) => {
-                let json = source.json.as_bytes();
-                (guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?, None)
-            }
+        let (mut inner, built) = if let Ok((bpe, oracle)) = both(&source.json) {
+            (oracle, Some(bpe))
+        } else {
+            let json = source.json.as_bytes();
+            (guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?, None)
         };
         let beyond = guarded("tokenizer.json", || {
             inner.with_truncation(None)?;
@@ -128,16 +127,13 @@ impl Tokenizer {
         let post = inner.get_post_processor().cloned();
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
-        let (count, vocab_size) = match &fast {
-            Ok(bpe) => {
-                let decoder = inner.get_added_tokens_decoder();
-                let added = decoder.keys().max().map_or(0, |id| *id as usize + 1);
-                (inner.get_vocab_size(true), bpe.model_size().max(added))
-            }
-            Err(_) => {
-                let vocab = inner.get_vocab(true);
-                (vocab.len(), vocab.values().max().map_or(0, |id| *id as usize + 1))
-            }
+        let (count, vocab_size) = if let Ok(bpe) = &fast {
+            let decoder = inner.get_added_tokens_decoder();
+            let added = decoder.keys().max().map_or(0, |id| *id as usize + 1);
+            (inner.get_vocab_size(true), bpe.model_size().max(added))
+        } else {
+            let vocab = inner.get_vocab(true);
+            (vocab.len(), vocab.values().max().map_or(0, |id| *id as usize + 1))
         };
         if vocab_size > i32::MAX as usize || vocab_size > 2 * count + GAP_SLACK {
             let message = format!(
@@ -285,11 +281,34 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the crate fails, [`Error::Limit`] for more than 2 GiB.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<i32>> {
-        let ids = self.encode_plain(text)?;
-        if !add_special_tokens || (self.prefix.is_empty() && self.suffix.is_empty()) {
-            return Ok(ids);
+        let mut ids = Vec::new();
+        self.encode_onto(text, add_special_tokens, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Appends to `ids` what [`Self::encode`] gives.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_onto(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        ids: &mut Vec<i32>,
+    ) -> Result<()> {
+        if add_special_tokens {
+            ids.extend_from_slice(&self.prefix);
         }
-        Ok([&self.prefix[..], &ids, &self.suffix].concat())
+        match &self.fast {
+            Ok(bpe) => {
+                SCRATCH.with_borrow_mut(|scratch| bpe.encode_into(text, None, scratch, ids))?;
+            }
+            Err(_) => ids.extend(self.encode_slowly(text)?),
+        }
+        if add_special_tokens {
+            ids.extend_from_slice(&self.suffix);
+        }
+        Ok(())
     }
 
     /// The ids of `text` alone.
@@ -297,15 +316,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode`].
     pub fn encode_plain(&self, text: &str) -> Result<Vec<i32>> {
-        let mut ids = Vec::new();
-        match &self.fast {
-            Ok(bpe) => {
-                SCRATCH
-                    .with_borrow_mut(|scratch| bpe.encode_into(text, None, scratch, &mut ids))?;
-            }
-            Err(_) => ids = self.encode_slowly(text)?,
-        }
-        Ok(ids)
+        self.encode(text, false)
     }
 
     fn encode_slowly(&self, text: &str) -> Result<Vec<i32>> {

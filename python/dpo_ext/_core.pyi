@@ -102,6 +102,12 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], add_special_tokens: bool, threads: int | None
     ) -> _Ragged: ...
+    def encode_arrow(
+        self,
+        chunks: list[tuple[NDArray[uint8], _Offsets]],
+        add_special_tokens: bool,
+        threads: int | None,
+    ) -> _Ragged: ...
     def apply_chat_template(
         self,
         messages: Any,

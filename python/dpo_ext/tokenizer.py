@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.batch import Ragged
-from dpo_ext.errors import TokenizerError
+from dpo_ext.errors import DataError, TokenizerError
 from dpo_ext.templates import Fallback, choose
 
 if TYPE_CHECKING:
@@ -195,18 +195,34 @@ class Tokenizer:
 
     def encode_batch(
         self,
-        texts: Iterable[str],
+        texts: Any,
         *,
         add_special_tokens: bool = True,
         threads: int | None = None,
     ) -> Ragged:
         """Same as ``[encode(text) for text in texts]``, on ``threads`` threads and without the GIL.
 
+        Args:
+            texts: an iterable of str; or a column of Arrow strings (``string``, ``large_string``,
+                ``string_view``, or a dictionary of them): a pyarrow Array or ChunkedArray, or
+                whatever has ``__arrow_c_array__`` or ``__arrow_c_stream__``, such as a polars
+                Series. No Python object is made of its rows; pyarrow must be installed.
+            threads: None for as many as the process may use.
+
         Returns:
             Ragged: ``values`` int32, ``offsets`` (n + 1,) int64.
+
+        Raises:
+            DataError: a text holds a lone surrogate, a row of the column is null or not UTF-8.
+            TypeError: anything but strings.
         """
         if isinstance(texts, str):
             raise TypeError("`texts` must be an iterable of strings, found one string")
+        if hasattr(texts, "__arrow_c_stream__") or hasattr(texts, "__arrow_c_array__"):
+            values, offsets = self._core.encode_arrow(
+                _arrow_buffers(texts), add_special_tokens, default_threads(threads)
+            )
+            return Ragged(values, offsets)
         values, offsets = self._core.encode_batch(
             texts, add_special_tokens, default_threads(threads)
         )
@@ -248,6 +264,43 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(engine={self.engine!r}, vocab_size={self.vocab_size})"
+
+
+def _arrow_buffers(texts: Any) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """The bytes and the offsets of each chunk of a column of Arrow strings."""
+    import pyarrow as pa
+
+    if isinstance(texts, pa.Array):
+        texts = pa.chunked_array([texts])
+    elif hasattr(texts, "__arrow_c_stream__"):
+        if not isinstance(texts, pa.ChunkedArray):
+            texts = pa.chunked_array(texts)
+    else:
+        texts = pa.chunked_array([pa.array(texts)])
+    kind = texts.type.value_type if pa.types.is_dictionary(texts.type) else texts.type
+    if not any(is_kind(kind) for is_kind in _arrow_strings()):
+        raise TypeError(f"`texts` must be strings, found a column of {texts.type}")
+    buffers, before = [], 0
+    for chunk in texts.chunks:
+        if chunk.null_count:
+            row = before + chunk.is_null().index(True).as_py() + 1
+            raise DataError(
+                f"row {row}: expected a string, found null", line=row, reason="wrong_type"
+            )
+        before += len(chunk)
+        if len(chunk):
+            chunk = chunk.cast(pa.large_string())
+            _, offsets, data = chunk.buffers()
+            places = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            bytes_ = np.frombuffer(b"" if data is None else data, np.uint8)
+            buffers.append((bytes_, places))
+    return buffers
+
+
+def _arrow_strings() -> tuple[Any, ...]:
+    from pyarrow import types
+
+    return types.is_string, types.is_large_string, types.is_string_view
 
 
 def _restore(state: bytes) -> Tokenizer:
@@ -365,7 +418,9 @@ def _from_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
         if token is not None:
             named.append((name, str(token)))
     template, tool_template = choose(getattr(tokenizer, "chat_template", None), chosen)
-    return _state(backend.to_str().encode(), named=named, template=template, tool_template=tool_template)
+    return _state(
+        backend.to_str().encode(), named=named, template=template, tool_template=tool_template
+    )
 
 
 def local_time() -> tuple[int, int, int, int, int, int, int, int]:

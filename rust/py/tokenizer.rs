@@ -6,14 +6,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use numpy::{IntoPyArray, PyArray1};
-use pyo3::exceptions::PyTypeError;
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
+use rayon::prelude::*;
 
 use super::data::waited;
 use super::detached;
-use super::layout::{Ids, ragged_tuple};
+use super::layout::{Ids, Offsets, ragged_tuple};
 use super::value::{as_data_error, borrowed, kind_of, to_value};
 use crate::encode::{Progress, Ragged};
 use crate::error::{Error, Place, Result};
@@ -138,7 +139,7 @@ impl PyTokenizer {
         add_special_tokens: bool,
         threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let mut owned = Vec::new();
+        let mut all = Texts::default();
         for (i, text) in texts.try_iter()?.enumerate() {
             let text = text?;
             let text = text.cast::<PyString>().map_err(|_| {
@@ -148,28 +149,24 @@ impl PyTokenizer {
                 ))
             })?;
             let row = i as u64 + 1;
-            owned.push(borrowed(text).map_err(|bad| as_data_error(bad, Some(row)))?.to_owned());
+            all.push(borrowed(text).map_err(|bad| as_data_error(bad, Some(row)))?);
         }
-        let tokenizer = Arc::clone(&self.inner);
-        let progress = Arc::new(Progress::default());
-        let ragged = waited(py, threads, &progress, None, move |progress| {
-            use rayon::prelude::*;
-            let parts: Vec<Result<Vec<i32>>> = owned
-                .par_iter()
-                .map(|text| {
-                    if progress.cancel.load(Ordering::Relaxed) {
-                        return Err(Error::Interrupted);
-                    }
-                    tokenizer.encode(text, add_special_tokens)
-                })
-                .collect();
-            let mut out = Ragged::default();
-            for part in parts {
-                out.push(&part?);
-            }
-            Ok(out)
-        })?;
-        ragged_tuple(py, ragged)
+        self.encode_texts(py, all, add_special_tokens, threads)
+    }
+
+    /// Texts in the buffers of Arrow arrays: (bytes, offsets) of each chunk.
+    fn encode_arrow<'py>(
+        &self,
+        py: Python<'py>,
+        chunks: Vec<(PyReadonlyArray1<'py, u8>, Offsets<'py>)>,
+        add_special_tokens: bool,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let mut all = Texts::default();
+        for (bytes, offsets) in &chunks {
+            all.append(bytes.as_slice()?, offsets.as_slice()?)?;
+        }
+        self.encode_texts(py, all, add_special_tokens, threads)
     }
 
     fn apply_chat_template(
@@ -236,6 +233,92 @@ impl PyTokenizer {
                 }),
             }
         })
+    }
+}
+
+impl PyTokenizer {
+    fn encode_texts<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Texts,
+        add_special_tokens: bool,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let tokenizer = Arc::clone(&self.inner);
+        let progress = Arc::new(Progress::default());
+        let ragged = waited(py, threads, &progress, None, move |progress| {
+            let count = texts.offsets.len() - 1;
+            let parts: Vec<Result<Ragged>> = (0..count.div_ceil(CHUNK))
+                .into_par_iter()
+                .map(|chunk| {
+                    let mut out = Ragged::default();
+                    for i in chunk * CHUNK..count.min((chunk + 1) * CHUNK) {
+                        if progress.cancel.load(Ordering::Relaxed) {
+                            return Err(Error::Interrupted);
+                        }
+                        let text = texts.get(i)?;
+                        tokenizer.encode_onto(text, add_special_tokens, &mut out.values)?;
+                        out.offsets.push(out.values.len() as i64);
+                    }
+                    Ok(out)
+                })
+                .collect();
+            let mut parts = parts.into_iter();
+            let mut out = parts.next().transpose()?.unwrap_or_default();
+            for part in parts {
+                out.append(&part?);
+            }
+            Ok(out)
+        })?;
+        ragged_tuple(py, ragged)
+    }
+}
+
+/// Texts that one task encodes.
+const CHUNK: usize = 64;
+
+/// Texts in one buffer: a copy, because Python may change or free its own while threads still read.
+struct Texts {
+    bytes: Vec<u8>,
+    offsets: Vec<i64>,
+}
+
+impl Default for Texts {
+    fn default() -> Self {
+        Self { bytes: Vec::new(), offsets: vec![0] }
+    }
+}
+
+impl Texts {
+    fn push(&mut self, text: &str) {
+        self.bytes.extend_from_slice(text.as_bytes());
+        self.offsets.push(self.bytes.len() as i64);
+    }
+
+    /// Adds the texts of an Arrow array, whose offsets may begin anywhere in its bytes.
+    fn append(&mut self, bytes: &[u8], offsets: &[i64]) -> PyResult<()> {
+        let (Some(&first), Some(&last)) = (offsets.first(), offsets.last()) else { return Ok(()) };
+        let range = usize::try_from(first).ok().zip(usize::try_from(last).ok());
+        let Some(part) = range.and_then(|(first, last)| bytes.get(first..last)) else {
+            let message = format!("`texts`: offsets {first}..{last} of {} bytes", bytes.len());
+            return Err(PyValueError::new_err(message));
+        };
+        let base = self.bytes.len() as i64;
+        self.bytes.extend_from_slice(part);
+        self.offsets.extend(offsets.iter().skip(1).map(|end| base + (end - first)));
+        Ok(())
+    }
+
+    fn get(&self, i: usize) -> Result<&str> {
+        let bad = |message: String| Error::Data {
+            place: Place { line: Some(i as u64 + 1), ..Place::default() },
+            reason: "bad_utf8",
+            message,
+        };
+        let place = |i: usize| self.offsets.get(i).and_then(|at| usize::try_from(*at).ok());
+        let bytes = place(i).zip(place(i + 1)).and_then(|(from, to)| self.bytes.get(from..to));
+        let bytes = bytes.ok_or_else(|| bad("its offsets decrease or lie outside".to_owned()))?;
+        std::str::from_utf8(bytes).map_err(|e| bad(format!("expected UTF-8: {e}")))
     }
 }
 
