@@ -110,10 +110,11 @@ def test_f1_a_fork_while_threads_encode_does_not_block_the_child(tmp_path):
 
 
 THREADS = (
-    "import sys, os, dpo_ext\n"
+    "import sys, os, time, dpo_ext\n"
     "t = dpo_ext.Tokenizer.from_pretrained(sys.argv[1])\n"
     "rows = [{'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}]\n"
     "dpo_ext.PairDataset.from_rows(rows, t)\n"
+    "time.sleep(0.5)\n"  # a thread names itself once it runs
     "names = [open(f'/proc/self/task/{x}/comm').read().strip() for x in os.listdir('/proc/self/task')]\n"
     "print(sum(name.startswith('dpo_ext-') for name in names))\n"
 )

@@ -300,16 +300,19 @@ def test_ctrl_c_leaves_nothing(tmp_path, tokenizer):
 
 
 PREPARE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import tiny
 from dpo_ext import Tokenizer, PairDataset, store
+# Not `ru_maxrss`, which a child process has from its parent.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 tokenizer = Tokenizer.from_file(sys.argv[1], eos_id=2, pad_id=0)
 report = store.prepare(sys.argv[2], tokenizer, sys.argv[3])
-first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+first = peak()
 pairs = PairDataset.load(sys.argv[3])
 plan = pairs.plan(layout="packed", tokens_per_batch=16384)
 plan[0], plan.stats
-print(len(pairs), first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(len(pairs), first, peak())
 """
 
 
@@ -364,7 +367,7 @@ def knobs(tmp_path, files, tokenizer):
     template = Tokenizer({**state, "template": tiny.TEMPLATE + " "})
     vocabulary = json.loads(state["json"])
     vocabulary["model"]["merges"] = vocabulary["model"]["merges"][:-1]
-    merges = Tokenizer({**state, "json": json.dumps(vocabulary)})
+    merges = Tokenizer({**state, "json": json.dumps(vocabulary).encode()})
     changed = tmp_path / "changed" / files[0].name
     changed.parent.mkdir()
     changed.write_bytes(files[0].read_bytes().replace(b"Briefly", b"Briefla", 1))

@@ -216,7 +216,7 @@ class Mapped:
 
     def column(self, column: Any, name: str) -> Any:
         kind = column.get("kind")
-        if kind in NUMBERS:
+        if isinstance(kind, str) and kind in NUMBERS:
             return self._buffer(column, name, 0, NUMBERS[kind], self.n)
         if kind == "bool":
             bits = self._buffer(column, name, 0, np.uint8, -(-self.n // 8))
