@@ -50,6 +50,25 @@ def shared_dir() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A live transformers tokenizer, and ours made from it, for any template."""
+    transformers = pytest.importorskip("transformers")
+    from byte_tokenizer import tokenizer
+
+    from dpo_ext import Tokenizer
+
+    folder = tmp_path_factory.mktemp("live") / "model"
+    tokenizer(folder, config={"bos_token": "<|bos|>"})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def make(template):
+        theirs.chat_template = template
+        return theirs, Tokenizer.from_pretrained(theirs)
+
+    return make
+
+
 def as_float64(values) -> np.ndarray:
     """float64 NumPy array of a tensor or of anything NumPy takes."""
     if hasattr(values, "detach"):

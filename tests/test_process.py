@@ -163,6 +163,8 @@ def test_p7_one_two_and_eight_threads_give_the_same_bytes(tmp_path):
 
 INTERRUPT = (
     "import os, signal, sys, threading, time, dpo_ext\n"
+    # A job in the background of a shell begins with SIGINT ignored.
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "t = dpo_ext.Tokenizer.from_pretrained(sys.argv[1])\n"
     "def strike():\n"
     "    time.sleep(float(sys.argv[3])); strike.at = time.monotonic(); os.kill(os.getpid(), signal.SIGINT)\n"

@@ -61,18 +61,6 @@ def encoded(monkeypatch):
     return calls
 
 
-def same(a, b):
-    return (
-        a.prompt_ids == b.prompt_ids
-        and a.chosen_ids == b.chosen_ids
-        and a.rejected_ids == b.rejected_ids
-        and (a.pad_id, a.vocab_size, a.report) == (b.pad_id, b.vocab_size, b.report)
-        and np.array_equal(a.rows, b.rows)
-        and (a.ref_logps is None) == (b.ref_logps is None)
-        and (a.ref_logps is None or np.array_equal(a.ref_logps, b.ref_logps))
-    )
-
-
 def left(folder):
     return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
 
@@ -133,7 +121,7 @@ def test_prepare_is_from_files_and_save_byte_for_byte(tmp_path, files, tokenizer
     assert report == whole.report
     assert left(tmp_path / "prepared") == left(tmp_path / "saved"), "named by their digests"
     loaded = PairDataset.load(tmp_path / "prepared")
-    assert same(loaded, whole)
+    assert tiny.same_pairs(loaded, whole)
     assert seen == sorted(seen)
     for layout in ("padded", "packed"):
         budget = {"layout": layout, "tokens_per_batch": 2048, "seed": 3}
@@ -151,7 +139,7 @@ def test_reference_log_probs_are_carried_if_all_pairs_have_them(tmp_path, tokeni
     file = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
     whole = PairDataset.from_files(file, tokenizer)
     store.prepare(file, tokenizer, tmp_path / "out")
-    assert same(PairDataset.load(tmp_path / "out"), whole)
+    assert tiny.same_pairs(PairDataset.load(tmp_path / "out"), whole)
     assert (whole.ref_logps is None) == (with_ref < 5000)
 
 
@@ -181,7 +169,7 @@ def test_files_of_all_kinds_with_extra_columns_come_out_the_same_three_ways(tmp_
         PairDataset.load(tmp_path / "prepared"),
         PairDataset.from_files(files, tokenizer, cache_dir=tmp_path / "c", **options),
     ):
-        assert same(pairs, whole)
+        assert tiny.same_pairs(pairs, whole)
         assert list(pairs.columns) == options["columns"]
         for name, values in whole.columns.items():
             assert pairs.columns[name].dtype == values.dtype
@@ -354,7 +342,7 @@ def test_the_second_call_maps_what_the_first_one_made(tmp_path, files, tokenizer
     whole = PairDataset.from_files(files, tokenizer, on_bad="skip")
     for k in range(3):
         pairs = PairDataset.from_files(files, tokenizer, on_bad="skip", cache_dir=tmp_path / "c")
-        assert same(pairs, whole)
+        assert tiny.same_pairs(pairs, whole)
         assert not pairs.prompt_ids.values.flags.writeable
         assert encoded == [1], f"call {k}"
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
@@ -422,7 +410,7 @@ def test_every_knob_that_may_change_ids_is_a_miss(tmp_path, files, tokenizer, en
             continue
         got = PairDataset.from_files(paths, tok, **wanted)
         assert len(encoded) == before + 1, f"{name} was a hit"
-        assert same(got, expected), name
+        assert tiny.same_pairs(got, expected), name
         PairDataset.from_files(paths, tok, **wanted)
         assert len(encoded) == before + 1, f"{name} was a miss the second time"
 
@@ -457,8 +445,8 @@ def test_a_file_that_changed_under_the_same_name_size_and_time_is_a_miss(
     assert files[0].stat().st_mtime_ns == before.st_mtime_ns
     new = PairDataset.from_files(files[:1], tokenizer, **cache)
     assert len(encoded) == 2
-    assert not same(old, new)
-    assert same(new, PairDataset.from_files(files[:1], tokenizer, on_bad="skip"))
+    assert not tiny.same_pairs(old, new)
+    assert tiny.same_pairs(new, PairDataset.from_files(files[:1], tokenizer, on_bad="skip"))
 
 
 def test_what_cannot_change_ids_is_a_hit(tmp_path, files, tokenizer, encoded):
@@ -548,7 +536,7 @@ def test_a_damaged_cache_is_filled_anew_and_says_so(tmp_path, files, tokenizer, 
     assert len(encoded) == (1 if what == "junk" else 2)
     assert any("damaged" in note for note in pairs.report.notes) == (what != "junk")
     again = PairDataset.from_files(files, tokenizer, **cache)
-    assert same(again, whole)
+    assert tiny.same_pairs(again, whole)
     assert len(encoded) == (1 if what == "junk" else 2)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from dpo_ext import DataError, PairDataset, Ragged, folder, mapped
 
@@ -36,18 +37,6 @@ def made(n=20, seed=0, vocab_size=1000):
         for _ in range(3)
     ]
     return PairDataset.from_ids(*lists, pad_id=seed, vocab_size=vocab_size)
-
-
-def same(a, b):
-    return (
-        a.prompt_ids == b.prompt_ids
-        and a.chosen_ids == b.chosen_ids
-        and a.rejected_ids == b.rejected_ids
-        and (a.pad_id, a.vocab_size, a.report) == (b.pad_id, b.vocab_size, b.report)
-        and np.array_equal(a.rows, b.rows)
-        and (a.ref_logps is None) == (b.ref_logps is None)
-        and (a.ref_logps is None or np.array_equal(a.ref_logps, b.ref_logps))
-    )
 
 
 def data_file(path):
@@ -78,8 +67,8 @@ def test_what_is_saved_comes_back(rows, ref, drops):
         pairs.rows = np.arange(len(rows)) * 2 + 1
     with tempfile.TemporaryDirectory() as name:
         pairs.save(Path(name) / "saved")
-        assert same(PairDataset.load(Path(name) / "saved"), pairs)
-        assert same(PairDataset.load(Path(name) / "saved", verify=False), pairs)
+        assert tiny.same_pairs(PairDataset.load(Path(name) / "saved"), pairs)
+        assert tiny.same_pairs(PairDataset.load(Path(name) / "saved", verify=False), pairs)
 
 
 def test_anything_that_reads_arrow_reads_it(tmp_path):
@@ -143,7 +132,7 @@ def test_offsets_grow_to_64_bits_where_32_do_not_reach(tmp_path, monkeypatch):
     pairs.save(tmp_path)
     table = pa.ipc.open_file(str(data_file(tmp_path))).read_all()
     assert table.schema.field("prompt_ids").type == pa.large_list(pa.int32())
-    assert same(PairDataset.load(tmp_path), pairs)
+    assert tiny.same_pairs(PairDataset.load(tmp_path), pairs)
 
 
 def test_extra_columns_come_back(tmp_path):
@@ -179,7 +168,7 @@ def loads_or_refuses(path, pairs, verify=True):
         loaded = PairDataset.load(path, verify=verify)
     except DataError:
         return True
-    assert not verify or same(loaded, pairs)
+    assert not verify or tiny.same_pairs(loaded, pairs)
     for plan in (
         loaded.plan(layout="padded", pairs_per_batch=4),
         loaded.plan(layout="packed", tokens_per_batch=4096),
@@ -449,7 +438,7 @@ def test_killed_anywhere_the_old_or_the_new_one_is_there(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         loaded = PairDataset.load(path)
-        assert same(loaded, a) or same(loaded, b)
+        assert tiny.same_pairs(loaded, a) or tiny.same_pairs(loaded, b)
         seen.add(len(loaded))
     assert seen == {200, 300}
     a.save(path)
@@ -503,10 +492,10 @@ def test_stopped_before_every_call_the_old_or_the_new_one_is_there(tmp_path):
 
         status = in_child(work)
         loaded = PairDataset.load(path)
-        assert same(loaded, old) or same(loaded, new)
+        assert tiny.same_pairs(loaded, old) or tiny.same_pairs(loaded, new)
         sizes.append(len(loaded))
         old.save(path)
-        assert same(PairDataset.load(path), old)
+        assert tiny.same_pairs(PairDataset.load(path), old)
         assert len(list(path.iterdir())) == 3
         shutil.rmtree(path)
         if status == 0:
@@ -542,7 +531,7 @@ def test_a_full_or_broken_disk_is_an_error_and_leaves_the_old_one(tmp_path, code
         status = in_child(work)
         assert status in (0, 3)
         loaded = PairDataset.load(path)
-        assert same(loaded, old) or same(loaded, new)
+        assert tiny.same_pairs(loaded, old) or tiny.same_pairs(loaded, new)
         assert not list(path.glob("*.tmp"))
         assert not list(path.glob(".*.tmp")), "the temporary file is gone"
         shutil.rmtree(path)
@@ -559,7 +548,7 @@ def test_short_writes_are_finished(tmp_path, monkeypatch):
     pairs = made(100)
     pairs.save(tmp_path)
     monkeypatch.undo()
-    assert same(PairDataset.load(tmp_path), pairs)
+    assert tiny.same_pairs(PairDataset.load(tmp_path), pairs)
 
 
 def test_a_file_size_limit_of_the_system_is_an_error(tmp_path):
@@ -577,7 +566,7 @@ def test_a_file_size_limit_of_the_system_is_an_error(tmp_path):
         return 5
 
     assert in_child(work) == 3
-    assert same(PairDataset.load(tmp_path), made(10))
+    assert tiny.same_pairs(PairDataset.load(tmp_path), made(10))
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -621,7 +610,7 @@ def test_writers_wait_for_each_other_and_readers_see_whole_data_sets(tmp_path):
         seen, deadline = set(), time.monotonic() + 3
         while time.monotonic() < deadline:
             loaded = PairDataset.load(path)
-            assert any(same(loaded, pairs) for pairs in sets)
+            assert any(tiny.same_pairs(loaded, pairs) for pairs in sets)
             seen.add(len(loaded))
             if len(seen) == 2 and writers[0].poll() is None:
                 writers[0].kill()
@@ -640,15 +629,15 @@ def test_who_has_the_old_one_loaded_keeps_it(tmp_path):
     loaded = PairDataset.load(tmp_path)
     for seed in range(2, 5):
         made(50, seed).save(tmp_path)
-    assert same(loaded, old)
+    assert tiny.same_pairs(loaded, old)
 
 
 def test_a_loaded_data_set_is_saved_over_itself(tmp_path):
     made().save(tmp_path)
     loaded = PairDataset.load(tmp_path)
     loaded.save(tmp_path)
-    assert same(loaded, made())
-    assert same(PairDataset.load(tmp_path), made())
+    assert tiny.same_pairs(loaded, made())
+    assert tiny.same_pairs(PairDataset.load(tmp_path), made())
 
 
 # Workers
@@ -662,7 +651,7 @@ def test_a_pickle_names_the_file_instead_of_carrying_the_ids(tmp_path):
     text = pickle.dumps(loaded)
     assert len(text) < pairs.rows.nbytes + 2000, "no ids in it"
     again = pickle.loads(text)
-    assert same(again, loaded)
+    assert tiny.same_pairs(again, loaded)
     assert again.pad_id == 17
     assert not again.chosen_ids.values.flags.writeable
     assert len(pickle.loads(pickle.dumps(again))) == 5000
@@ -677,7 +666,7 @@ def test_ids_that_were_exchanged_are_pickled_themselves(tmp_path):
     loaded.chosen_ids = loaded.rejected_ids
     with_ref = PairDataset.load(tmp_path).with_ref_logps(np.zeros((20, 2)))
     for pairs in (loaded, with_ref):
-        assert same(pickle.loads(pickle.dumps(pairs)), pairs)
+        assert tiny.same_pairs(pickle.loads(pickle.dumps(pairs)), pairs)
 
 
 # Folders

@@ -159,21 +159,6 @@ def conversations():
     return out
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory):
-    """A live transformers tokenizer, and ours made from it, for any template."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("live") / "model"
-    tokenizer(folder, config={"bos_token": "<|bos|>"})
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-
-    def make(template):
-        theirs.chat_template = template
-        return theirs, Tokenizer.from_pretrained(theirs)
-
-    return make
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_renders_are_transformers_bytes(live, name):
     import jinja2

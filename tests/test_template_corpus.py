@@ -5,9 +5,9 @@ import random
 import pytest
 import template_shapes
 import template_shapes_more
-from byte_tokenizer import decode, tokenizer
+from byte_tokenizer import decode
 
-from dpo_ext import PairDataset, Tokenizer, TokenizerError
+from dpo_ext import PairDataset, TokenizerError
 
 SHAPES = template_shapes.SHAPES | template_shapes_more.SHAPES
 TEXTS = [
@@ -92,21 +92,6 @@ def conversations():
 
 
 CONVERSATIONS = conversations()
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory):
-    """A live transformers tokenizer, and ours made from it, for any template."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("live") / "model"
-    tokenizer(folder, config={"bos_token": "<|bos|>"})
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-
-    def make(template):
-        theirs.chat_template = template
-        return theirs, Tokenizer.from_pretrained(theirs)
-
-    return make
 
 
 def rendered(theirs, messages, options):

@@ -33,6 +33,21 @@ def rows(n=24, seed=0):
     ]
 
 
+def same_pairs(a, b):
+    """Whether two data sets hold the same, report, row numbers and reference log-probs included."""
+    import numpy as np
+
+    return (
+        a.prompt_ids == b.prompt_ids
+        and a.chosen_ids == b.chosen_ids
+        and a.rejected_ids == b.rejected_ids
+        and (a.pad_id, a.vocab_size, a.report) == (b.pad_id, b.vocab_size, b.report)
+        and np.array_equal(a.rows, b.rows)
+        and (a.ref_logps is None) == (b.ref_logps is None)
+        and (a.ref_logps is None or np.array_equal(a.ref_logps, b.ref_logps))
+    )
+
+
 def write_jsonl(path: Path, data) -> Path:
     """Write rows as JSONL, gzipped if the name says so."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
