@@ -201,3 +201,21 @@ def test_reference_log_probs_have_the_dtype_of_log_probs_in_every_layout(layout)
     batch = pairs.plan(layout=layout, pairs_per_batch=2, shuffle=False)[0]
     assert batch.ref_logps.dtype == np.float32
     assert batch.ref_logps.tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("budget", [{"pairs_per_batch": 5}, {"tokens_per_batch": 40}])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_reference_log_probs_go_with_their_pairs_through_a_shuffle(layout, budget):
+    """Pair i holds the prompt i + 1 and the log-probs -i and -i - 0.5."""
+    n = 23
+    values = -np.arange(n)[:, None] - np.array([0.0, 0.5])
+    prompts = [[i + 1] for i in range(n)]
+    pairs = PairDataset.from_ids(prompts, [[50, 51]] * n, [[60]] * n).with_ref_logps(values)
+    seen = []
+    for batch in pairs.plan(layout=layout, seed=4, **budget):
+        assert batch.ref_logps.tolist() == values[batch.pair_index].tolist()
+        firsts = [i for i in batch.input_ids.ravel().tolist() if 0 < i < 50]
+        assert set(firsts) == set((batch.pair_index + 1).tolist())
+        seen += batch.pair_index.tolist()
+    assert sorted(seen) == list(range(n))
+    assert seen != sorted(seen)
