@@ -5,7 +5,7 @@ from dpo_ext.torch.kl import linear_token_kl, token_kl
 from dpo_ext.torch.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps import TokenScores, sequence_logps, token_scores
-from dpo_ext.torch.loss_groups import GroupLoss, kto_z, list_loss, unpaired_loss
+from dpo_ext.torch.loss_groups import GroupLoss, RunningMean, kto_z, list_loss, unpaired_loss
 from dpo_ext.torch.loss_tokens import ld_table, tdpo_kls, wpo_averages
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.pairwise import linear_preference_loss
@@ -17,6 +17,7 @@ __all__ = [
     "ModelScores",
     "PairLoader",
     "PreferenceLoss",
+    "RunningMean",
     "ScoreTable",
     "TokenScores",
     "assert_packing_safe",

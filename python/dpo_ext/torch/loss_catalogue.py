@@ -158,15 +158,22 @@ FAMILIES: dict[str, Family] = {
     "batch": Family(
         "Losses of a batch",
         "A pair's gradient depends on the other pairs: sorted margins (`aot_*`) or a soft worst "
-        "case (`dr_dpo`). Splitting a step into micro-batches or ranks changes them, so "
-        "`num_pairs` and `weight` are refused, and so is the `pairwise` plan of the head.",
+        "case (`dr_dpo`). No weighted sum over micro-batches is the loss of the step, so "
+        "`num_pairs` and `weight` are refused, and so is the `pairwise` plan of the head. Over "
+        "ranks it is `group=torch.distributed.group.WORLD`: the pairs are gathered, each rank's "
+        "loss is its part of the batch's and its gradient that of all pairs. With several ranks "
+        "and no `group` these losses are an error; `group=\"local\"` makes each rank's pairs a "
+        "batch of their own, which is what TRL computes.",
         ("aot_paired", "aot_unpaired", "dr_dpo"),
     ),
     "single": Family(
         "Single completions with a thumb up or down",
         "No pairs are needed. `unpaired_loss` takes one log-prob and one label an example. The "
-        "shared numbers are the caller's: `kto_z` estimates KTO's `z` from mismatched pairs, "
-        "and BCO's `delta` is the running mean of the rewards.",
+        "shared numbers are the caller's: `kto_z` estimates KTO's `z` from mismatched pairs, and "
+        "`RunningMean` keeps BCO's `delta`, the running mean of the rewards; both take the `group` "
+        "of ranks whose examples they are a mean over, and are refused without it where there "
+        "are several ranks. Given these numbers an example is independent of the others, so that "
+        "`num_examples` makes micro-batches and ranks add up.",
         ("kto", "bco", "apo_zero_unpaired"),
     ),
     "list": Family(

@@ -211,7 +211,10 @@ def explain_nan(
             raise TensorError(
                 f"pair {pair}: `{tensor_name}` must not be NaN, found NaN for {_SIDES[side]}"
             )
-    pair = int(per_pair.isnan().nonzero()[0])
+    bad = per_pair.isnan().nonzero()
+    if not len(bad):
+        raise TensorError(f"loss {name!r} of the batch is NaN, and no pair of this rank is")
+    pair = int(bad[0])
     found = f"logps {logps[pair].tolist()}"
     if ref_logps is not None:
         found += f", ref_logps {ref_logps[pair].tolist()}"

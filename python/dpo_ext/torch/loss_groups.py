@@ -23,6 +23,7 @@ from dpo_ext.torch.loss_checks import (
     host_values,
 )
 from dpo_ext.torch.loss_forms import ds, s, sp
+from dpo_ext.torch.loss_ranks import check_group, check_parts, mean_over
 from dpo_ext.torch.loss_row import LossRow, finite, non_negative, positive
 
 
@@ -280,34 +281,64 @@ def list_loss(
     return _finish(logps, value, slope, rewards, weight, num_lists)
 
 
-def kto_z(mismatched_logps: Tensor, mismatched_ref_logps: Tensor) -> Tensor:
+def kto_z(mismatched_logps: Tensor, mismatched_ref_logps: Tensor, *, group: Any = None) -> Tensor:
     """KTO's ``z``: the mean log-ratio of completions under prompts that are not theirs, at least 0.
 
-    An estimate of KL(policy, reference), detached; over ranks, average it before use.
+    An estimate of KL(policy, reference), detached.
+
+    Args:
+        mismatched_logps: (N,) float32 or float64, summed over the completion's tokens.
+        mismatched_ref_logps: (N,), same dtype; no gradient.
+        group: process group whose ranks hold parts of the batch; the mean is over all of theirs.
+            ``"local"``: of this rank alone.
+
+    Returns:
+        Tensor: a scalar for ``unpaired_loss(..., z=z)`` or ``loss="kto_pair_z"``.
+
+    Raises:
+        TensorError: wrong shapes, dtypes or devices.
+        ValueError: there are several ranks and no ``group``.
 
     >>> kto_z(torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -5.0]))
     tensor(1.5000)
     """
     _check_pair_of("mismatched_logps", mismatched_logps, mismatched_ref_logps, 1)
-    return (mismatched_logps.detach() - mismatched_ref_logps).mean().clamp(min=0)
+    check_parts("`kto_z`", "is a mean over the batch", group)
+    ratios = mismatched_logps.detach() - mismatched_ref_logps
+    return mean_over(ratios, check_group(group)).clamp(min=0).to(ratios.dtype)
 
 
 class RunningMean:
     """BCO's ``delta``: the mean over steps of the mean reward, this step included.
+
+    Args:
+        group: process group whose ranks hold parts of each step's rewards; ``"local"``: this rank's
+            rewards alone.
+
+    Attributes:
+        steps, mean: what is kept; save and set them to go on after a restart.
+
+    Raises:
+        ValueError: at `update`, there are several ranks and no ``group``.
 
     >>> delta = RunningMean()
     >>> delta.update(torch.tensor([1.0, 3.0])), delta.update(torch.tensor([4.0]))
     (2.0, 3.0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
         self.steps = 0
         self.mean = 0.0
 
     def update(self, rewards: Tensor) -> float:
-        """Add a step's rewards; waits for the device once."""
+        """Add a step's rewards, of any shape; waits for the device once."""
+        check_parts("`RunningMean`", "is a mean over the batch", self.group)
+        if self.group is None and not rewards.numel():
+            raise TensorError("`rewards` must hold at least one")
+        step = mean_over(rewards, check_group(self.group)).item()
         self.steps += 1
-        self.mean += (rewards.detach().double().mean().item() - self.mean) / self.steps
+        self.mean += (step - self.mean) / self.steps
         return self.mean
 
 

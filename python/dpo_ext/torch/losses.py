@@ -27,7 +27,16 @@ from dpo_ext.torch.loss_checks import (
     host_values,
 )
 from dpo_ext.torch.loss_compat import Term, resolve
-from dpo_ext.torch.loss_forms import Number, Pairs, over
+from dpo_ext.torch.loss_forms import Number
+from dpo_ext.torch.loss_node import PairLoss
+from dpo_ext.torch.loss_ranks import (
+    LOCAL,
+    check_constants,
+    check_group,
+    check_parts,
+    count_pairs,
+    gather_pairs,
+)
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite, positive
 
 _SCALE = positive()
@@ -108,6 +117,7 @@ def preference_loss(
     num_pairs: float | Tensor | None = None,
     compat: str | None = None,
     loss_weights: Sequence[float] | None = None,
+    group: Any = None,
     **params: Any,
 ) -> PreferenceLoss:
     """Loss of preference pairs from the log-probs of their two sequences.
@@ -133,10 +143,17 @@ def preference_loss(
         weight: >= 0, (N,); the batch loss is ``mean(weight * per_pair)``, not divided by the sum of
             the weights. A pair of weight 0 is not read: its NaN does not leak.
         num_pairs: > 0, replaces N in the mean; the pairs of the whole step, over all micro-batches
-            and ranks.
+            and ranks: their losses then add up to the step's. Refused for losses that couple the
+            batch, which no parts add up to.
         compat: ``"trl-1.16"``, ``"trl-0.28"``, ``"openrlhf"``, ``"llamafactory"`` or ``"paper"``:
             the name and its options mean what that code base computes.
         loss_weights: one factor for each loss of the list; 1 by default.
+        group: process group whose ranks hold parts of one batch. The mean is over the pairs of all
+            of them, a loss that couples the batch sees all of them, and the losses of the ranks add
+            up to the batch's, as with ``num_pairs`` (DDP and FSDP2 average gradients over W ranks:
+            multiply by W). Such a loss is refused where there are several ranks and no ``group``;
+            ``"local"`` makes each rank's pairs a batch of their own, which is what every ``compat``
+            but ``"paper"`` means.
         **params: parameters of the loss under the names of the table, floats or, where a pair has
             its own, (N,).
 
@@ -147,12 +164,13 @@ def preference_loss(
     Raises:
         TensorError: a tensor has the wrong shape, dtype, device or, on the CPU, content (NaN).
         ValueError: unknown or ambiguous loss, missing or unknown parameter, a parameter outside its
-            domain.
+            domain; ``num_pairs``, ``weight`` or several ranks without ``group`` for a loss that
+            couples the batch.
 
     Numerics: in the dtype of the input; gradients in closed form; finite while the loss is. At
-        policy == reference the
-    loss of ``"dpo"`` is log 2. Values of CUDA tensors are not checked, because looking at them
-    waits for the device. A second derivative is refused.
+    policy == reference the loss of ``"dpo"`` is log 2. Values of CUDA tensors are not checked,
+    because looking at them waits for the device; gathering over a ``group`` waits once, for the
+    number of pairs. A second derivative is refused.
 
     >>> from torch import tensor
     >>> preference_loss(tensor([[-1.0, -2.0]]), tensor([[-1.5, -1.5]])).loss
@@ -166,8 +184,10 @@ def preference_loss(
         check_reference(ref_logps, logps)
     if lengths is not None:
         check_lengths(lengths, logps)
+    if group is not None and num_pairs is not None:
+        raise ValueError("`num_pairs` and `group` both say what the mean is over: pass one of them")
     if loss_weights is None and compat is None and isinstance(loss, str):
-        return _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params)
+        return _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, group, params)
     losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
     factors = _factors(loss, losses, loss_weights)
     given = params if beta is None else {"beta": beta, **params}
@@ -176,6 +196,7 @@ def preference_loss(
         terms = _terms(losses, factors, given)
     else:
         terms, averages = resolve(compat, losses, factors, given)
+        group = LOCAL if group is None and compat != "paper" else group
     if averages:  # a mean over 0 tokens is 0
         if lengths is None:
             raise TensorError(f"`lengths` is missing: {compat} averages the log-probs of {loss!r}")
@@ -183,7 +204,7 @@ def preference_loss(
         logps = logps / divisor
         ref_logps = None if ref_logps is None else ref_logps / divisor
         lengths = torch.ones_like(lengths)
-    return _sum_of_losses(terms, logps, ref_logps, lengths, beta, weight, num_pairs)
+    return _sum_of_losses(terms, logps, ref_logps, lengths, beta, weight, num_pairs, group)
 
 
 def _factors(loss: Any, losses: Sequence[Any], loss_weights: Sequence[float] | None) -> list[float]:
@@ -212,21 +233,34 @@ def _terms(losses: Sequence[Any], factors: Sequence[float], given: Mapping[str, 
     ]
 
 
-def _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, params) -> PreferenceLoss:
+def _one_loss(
+    loss, logps, ref_logps, lengths, beta, weight, num_pairs, group, params
+) -> PreferenceLoss:
     if isinstance(loss, str):
         row = find_loss(loss)
+        if row.couples_batch:
+            for name, value in (("weight", weight), ("num_pairs", num_pairs)):
+                if value is not None:
+                    raise ValueError(
+                        f"loss {row.name!r} couples the batch: it does not take `{name}`\n"
+                        "hint: pass all pairs of the step in one call, and `group` for several "
+                        "ranks"
+                    )
+            check_parts(f"loss {row.name!r}", "couples the batch", group)
         if not row.autograd:
-            return _row_loss(row, logps, ref_logps, lengths, beta, weight, num_pairs, params)
+            return _row_loss(row, logps, ref_logps, lengths, beta, weight, num_pairs, group, params)
         _check_needs(row, ref_logps, lengths)
         bound = bind_parameters(row, beta, params, logps)
         passed = lengths if row.lengths else None
-        return _autograd_loss(row.formula, row, logps, ref_logps, passed, bound, weight, num_pairs)
+        return _autograd_loss(
+            row.formula, row, logps, ref_logps, passed, bound, weight, num_pairs, group
+        )
     if not callable(loss):
         raise TypeError(
             f"`loss` must be a name, a callable or a list of them, found {type(loss).__name__}"
         )
     bound = dict(params) if beta is None else {"beta": beta, **params}
-    return _autograd_loss(loss, None, logps, ref_logps, lengths, bound, weight, num_pairs)
+    return _autograd_loss(loss, None, logps, ref_logps, lengths, bound, weight, num_pairs, group)
 
 
 def _sum_of_losses(
@@ -237,12 +271,13 @@ def _sum_of_losses(
     beta: Any,
     weight: Any,
     num_pairs: float | Tensor | None,
+    group: Any,
 ) -> PreferenceLoss:
     """``sum_k factor_k * loss_k``; the rewards take the beta that was given, or the first
     loss's.
     """
     parts = [
-        (factor, _one_loss(name, logps, ref_logps, lengths, None, weight, num_pairs, own))
+        (factor, _one_loss(name, logps, ref_logps, lengths, None, weight, num_pairs, group, own))
         for factor, name, own in terms
     ]
     if len(parts) == 1 and parts[0][0] == 1.0:
@@ -264,24 +299,36 @@ def _row_loss(
     beta: Any,
     weight: Any,
     num_pairs: float | Tensor | None,
+    group: Any,
     given: Mapping[str, Any],
 ) -> PreferenceLoss:
     _check_needs(row, ref_logps, lengths)
     params = bind_parameters(row, beta, given, logps)
     if weight is not None:
         weight = check_weight(weight, logps)
-    count = float(max(logps.shape[0], 1)) if num_pairs is None else check_num_pairs(num_pairs)
-    if row.couples_batch and (weight is not None or num_pairs is not None):
-        raise ValueError(
-            f"loss {row.name!r} couples the batch: it takes neither `weight` nor `num_pairs`"
-        )
+    count, ranks = _divisor(logps, num_pairs, group)
+    gathered = None
+    if ranks is not None and row.couples_batch:
+        gathered = gather_pairs(logps, ref_logps, lengths, ranks)
     tensors = [t for t in (params[name] for name in row.differentiable) if isinstance(t, Tensor)]
-    total, per_pair = _PairLoss.apply(
-        logps, ref_logps, lengths, row, params, weight, count, *tensors
+    total, per_pair = PairLoss.apply(
+        logps, ref_logps, lengths, row, params, weight, count, gathered, *tensors
     )
     if host_values(total) and math.isnan(total.item()):
         explain_nan(row.name, logps, ref_logps, params, per_pair)
     return PreferenceLoss(total, per_pair, logps, ref_logps, params.get("beta"))
+
+
+def _divisor(
+    logps: Tensor, num_pairs: float | Tensor | None, group: Any
+) -> tuple[float | Tensor, Any]:
+    """What the sum over this rank's pairs is divided by, and the group to gather over."""
+    if num_pairs is not None:
+        return check_num_pairs(num_pairs), None
+    ranks = None if group is None else check_group(group)
+    if ranks is None:
+        return float(max(logps.shape[0], 1)), None
+    return count_pairs(logps.shape[0], logps, ranks), ranks
 
 
 def _check_needs(row: LossRow, ref_logps: Tensor | None, lengths: Tensor | None) -> None:
@@ -305,108 +352,51 @@ def _autograd_loss(
     params: Mapping[str, Any],
     weight: Any,
     num_pairs: float | Tensor | None,
+    group: Any,
 ) -> PreferenceLoss:
     """A user's function of the log-probs, differentiated by autograd."""
     name = row.name if row is not None else getattr(function, "__name__", repr(function))
+    count, ranks = _divisor(logps, num_pairs, group)
+    coupled = row is not None and row.couples_batch
+    seen, ref, mine = logps, ref_logps, slice(None)
+    if coupled and ranks is not None:
+        check_constants(name, params)
+        whole = gather_pairs(logps, ref_logps, lengths, ranks)
+        ref, lengths, mine = whole.ref_logps, whole.lengths, whole.mine
+        seen = torch.cat((whole.logps[: mine.start], logps, whole.logps[mine.stop :]))
     if lengths is None:
-        value = function(logps, ref_logps, **params)
+        value = function(seen, ref, **params)
     else:
-        value = function(logps, ref_logps, lengths, **params)
-    pairs = logps.shape[0]
+        value = function(seen, ref, lengths, **params)
+    pairs = seen.shape[0]
     if not isinstance(value, Tensor) or value.shape not in ((), (pairs,)):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TensorError(f"loss {name!r} must return a scalar or ({pairs},), found {found}")
     scale = params.get("beta")
     if value.dim() == 0:
-        if weight is not None or num_pairs is not None:
+        if weight is not None or num_pairs is not None or (ranks is not None and not coupled):
             raise ValueError(
-                f"loss {name!r} returns a scalar: `weight` and `num_pairs` need a loss a pair"
+                f"loss {name!r} returns a scalar: `weight`, `num_pairs` and `group` need a loss a "
+                "pair"
             )
-        return PreferenceLoss(value, value.detach().expand(pairs), logps, ref_logps, scale)
-    count = max(pairs, 1) if num_pairs is None else check_num_pairs(num_pairs)
-    weighted = value
-    if weight is not None:
-        weight = check_weight(weight, logps)
-        weighted = torch.where(weight == 0, torch.zeros_like(value), weight * value)
-    total = weighted.sum() / count
+        if not coupled:
+            return PreferenceLoss(value, value.detach().expand(pairs), logps, ref_logps, scale)
+        value = value.expand(pairs)
+    if coupled:  # the gradient is that of all pairs, the value this rank's part of theirs
+        whole_mean, value = value.sum() / count, value.detach()[mine]
+        total = whole_mean - (whole_mean.detach() - value.sum() / count)
+    else:
+        total = _weighted_sum(value, weight, logps) / count
     if host_values(total) and math.isnan(total.item()):
         explain_nan(name, logps, ref_logps, params, value)
     return PreferenceLoss(total, value, logps, ref_logps, scale)
 
 
-class _PairLoss(torch.autograd.Function):
-    """A row of the table as one node of the graph: the forward pass keeps dL/dc and dL/dr of each
-    pair.
-    """
-
-    @staticmethod
-    def forward(ctx, logps, ref_logps, lengths, row, params, weight, count, *differentiable):
-        per_pair, gc, gr, *others = row.formula(Pairs(logps, ref_logps, lengths), **params)
-        grads = [gc, gr]
-        if others:
-            grads += [
-                others[0][name] for name in row.differentiable if isinstance(params[name], Tensor)
-            ]
-        ctx.set_materialize_grads(False)
-        ctx.count = count
-        ctx.save_for_backward(weight, *grads)
-        if row.couples_batch:
-            ctx.mark_non_differentiable(per_pair)
-        if weight is None:
-            return over(per_pair.sum(), count), per_pair
-        # a select, not a product: 0 * NaN is NaN
-        kept = torch.where(weight == 0, torch.zeros_like(per_pair), weight * per_pair)
-        return over(kept.sum(), count), per_pair
-
-    @staticmethod
-    def backward(ctx, grad_loss, grad_per_pair):
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                grads = _PairLoss._gradients(ctx, grad_loss, grad_per_pair)
-            return tuple(None if g is None else _Once.apply(g, _anchor()) for g in grads)
-        return _PairLoss._gradients(ctx, grad_loss, grad_per_pair)
-
-    @staticmethod
-    def _gradients(ctx, grad_loss, grad_per_pair):
-        weight, gc, gr, *others = ctx.saved_tensors
-        if grad_loss is not None:
-            factor = over(grad_loss, ctx.count)
-            if weight is not None:
-                factor = factor * weight
-            if grad_per_pair is not None:
-                factor = factor + grad_per_pair
-        elif grad_per_pair is not None:
-            factor = grad_per_pair
-        else:
-            return (None,) * (7 + len(others))
-        if weight is not None:
-            zero = torch.zeros_like(gc)
-            gc, gr, *others = (torch.where(factor == 0, zero, g) for g in (gc, gr, *others))
-        if factor.dim() == 0:
-            grad = torch.stack((gc, gr), 1).mul_(factor)
-        else:
-            grad = torch.stack((gc * factor, gr * factor), 1)
-        return grad, None, None, None, None, None, None, *(g * factor for g in others)
-
-
-def _anchor() -> Tensor:
-    """Something that asks for a gradient, so that the node behind a gradient is kept."""
-    return torch.zeros((), requires_grad=True)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient whose own derivative is an error instead of silently missing."""
-
-    @staticmethod
-    def forward(ctx, value, anchor):
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "a preference loss can be differentiated once, not twice\n"
-            "hint: pass a function of the log-probs as `loss`; autograd differentiates it again"
-        )
+def _weighted_sum(value: Tensor, weight: Any, logps: Tensor) -> Tensor:
+    if weight is None:
+        return value.sum()
+    weight = check_weight(weight, logps)
+    return torch.where(weight == 0, torch.zeros_like(value), weight * value).sum()
 
 
 def register_loss(
