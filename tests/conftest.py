@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 NO_DEVICE = "no device"
 NO_SHARED = "no ../shared beside the repository"
+# Faults of the kernels and their launch layer, and hazards of precision: the design's kernels.md 8 and 5.
+FAULTS = [f"K{n}" for n in range(1, 19)]
+HAZARDS = [f"H{n}" for n in range(1, 18)]
 
 if settings is not None:
     common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -67,6 +70,23 @@ def live(tmp_path_factory):
         return theirs, Tokenizer.from_pretrained(theirs)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The CUDA kernels compiled for the host."""
+    from cuda_host.emulator import Emulator
+
+    return Emulator()
+
+
+@pytest.fixture
+def emulator(library, monkeypatch):
+    """The emulator in the place of the device: `dpo_ext.kernels` takes CPU tensors."""
+    library.install(monkeypatch)
+    library.processors = 1
+    library.launched.clear()
+    return library
 
 
 def as_float64(values) -> np.ndarray:
@@ -142,5 +162,14 @@ class Tally:
         return result
 
 
+def pytest_itemcollected(item) -> None:
+    """`-m K4` and `-m H15` select what is marked `fault("K4", "H15")`; another name is an error."""
+    for mark in item.iter_markers("fault"):
+        for name in mark.args:
+            item.add_marker(name)
+
+
 def pytest_configure(config) -> None:
+    for name in FAULTS + HAZARDS:
+        config.addinivalue_line("markers", f"{name}: a fault or hazard, see `fault`")
     config.pluginmanager.register(Tally(), "dpo_ext_tally")

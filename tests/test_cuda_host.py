@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cuda_host.emulator import Emulator
 
 from dpo_ext import _core, kernels
 from dpo_ext.torch import ops
@@ -23,19 +22,6 @@ SIZES = [1, 2, 7, 8, 9, 31, 33, 127, 128, 129, 1000, 2051, 8191, 8193, 32768, 40
 PLAIN = (1.0, 0.0, 1.0)
 TRANSFORMS = {"plain": PLAIN, "scaled": (0.7, 0.0, 1.3), "capped": (2.0, 5.0, 0.7)}
 STATS = ("entropy", "mean_logit", "log_sum_sq")
-
-
-@pytest.fixture(scope="session")
-def library():
-    return Emulator()
-
-
-@pytest.fixture
-def emulator(library, monkeypatch):
-    library.install(monkeypatch)
-    library.processors = 1
-    library.launched.clear()
-    return library
 
 
 def place(values: torch.Tensor, offset: int = 0, gap: int = 0) -> torch.Tensor:
@@ -89,10 +75,11 @@ def check_gradient(got, expected, dtype, grad):
     eps = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     tiny = {torch.float32: 1e-8, torch.bfloat16: 1e-8, torch.float16: 2**-24}[dtype]
     error = np.abs(got.double().numpy() - expected)
-    limit = eps * np.abs(expected) + tiny * max(1.0, float(grad.abs().max()))
+    limit = eps * np.abs(expected) + tiny * float(grad.abs().numpy().max(initial=1.0))
     assert (error <= limit).all(), f"off by {(error - limit).max():.2e} more than allowed"
 
 
+@pytest.mark.fault("K5", "H14")
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_agree_with_float64(emulator, dtype, columns):
@@ -115,6 +102,7 @@ def test_kernels_agree_with_float64(emulator, dtype, columns):
         assert bits(written) == bits(fresh)
 
 
+@pytest.mark.fault("K4", "K13", "H15")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_alignment_schedule_or_neighbours(emulator, dtype):
     for columns in (9, 2051, 10_007):
@@ -136,6 +124,7 @@ def test_bits_do_not_depend_on_alignment_schedule_or_neighbours(emulator, dtype)
         assert len(results) == 1, f"{len(results)} different results at V = {columns}"
 
 
+@pytest.mark.fault("K13")
 @pytest.mark.parametrize("stats", [False, True])
 def test_rows_split_over_blocks_have_the_bits_of_whole_rows(emulator, stats):
     for columns in (32_769, 100_003):
@@ -154,6 +143,7 @@ def test_rows_split_over_blocks_have_the_bits_of_whole_rows(emulator, stats):
         assert grids[-1][1] > 1
 
 
+@pytest.mark.fault("K6", "H9", "H10")
 def test_special_values_stay_in_their_row(emulator):
     inf, columns = math.inf, 1000
     for seed, dtype in enumerate(DTYPES):
@@ -193,6 +183,7 @@ def test_special_values_stay_in_their_row(emulator):
         np.testing.assert_allclose(got, expected_grad, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.fault("H1", "H2", "H3")
 @pytest.mark.parametrize("shift", [0.0, 40.0, 200.0])
 def test_complement_of_a_peaked_row_keeps_its_digits(emulator, shift):
     columns = 8193
@@ -211,6 +202,7 @@ def test_complement_of_a_peaked_row_keeps_its_digits(emulator, shift):
         np.testing.assert_allclose(dz[0, 77], expected_grad[0, 77], rtol=2e-5 if shift else 2e-6)
 
 
+@pytest.mark.fault("K1")
 def test_what_does_not_exist_is_not_read(emulator):
     values, rows, targets, grad = batch(torch.float32, 33, seed=0, tokens=10)
     targets[:] = torch.tensor([33, 38, -1, 2**31 - 1, -(2**31), -101, 0, 0, 0, 5])
@@ -228,6 +220,7 @@ def test_what_does_not_exist_is_not_read(emulator):
     assert torch.isfinite(dz[rows[9]]).all()
 
 
+@pytest.mark.fault("K7", "H13")
 def test_a_gradient_of_zero_reads_nothing(emulator):
     values, rows, targets, grad = batch(torch.float32, 33, seed=0)
     scores = kernels.token_stats(place(values), rows, targets, *PLAIN, False)
@@ -238,6 +231,7 @@ def test_a_gradient_of_zero_reads_nothing(emulator):
     assert torch.isfinite(dz).all()
 
 
+@pytest.mark.fault("K1", "K17", "H8", "H13")
 def test_segment_sums_have_the_bits_of_the_cpu(emulator):
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
@@ -262,6 +256,7 @@ def test_segment_sums_have_the_bits_of_the_cpu(emulator):
         )
 
 
+@pytest.mark.fault("K17")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_cuda_and_cpu_kernels_agree(emulator, dtype, name):

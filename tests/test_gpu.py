@@ -59,6 +59,7 @@ def same_bits(a, b):
     return a.dtype == b.dtype and np.array_equal(*as_bytes)
 
 
+@pytest.mark.fault("K5", "K17", "H11", "H14")
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_agree_with_float64(dtype, columns):
@@ -80,6 +81,7 @@ def test_values_agree_with_float64(dtype, columns):
         assert_no_worse(dz, torch.from_numpy(truth).to(dtype), truth, slack=4e-6)
 
 
+@pytest.mark.fault("K4", "K13", "H15")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_depend_on_the_row_alone(dtype):
     """Alignment, stride, neighbours, run, split over blocks or not: the same bits; in place too."""
@@ -105,6 +107,7 @@ def test_bits_depend_on_the_row_alone(dtype):
         assert same_bits(dz, batched_dz[:7])
 
 
+@pytest.mark.fault("K13")
 def test_a_hundred_runs_give_the_same_bits():
     values, rows, targets, grad = batch(torch.bfloat16, 128_256, seed=0, tokens=64)
     logits = place(values)
@@ -115,6 +118,7 @@ def test_a_hundred_runs_give_the_same_bits():
         assert same_bits(first[1], again[1])
 
 
+@pytest.mark.fault("K6", "H9", "H10")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_stay_in_their_row(dtype):
     inf = math.inf
@@ -140,6 +144,7 @@ def test_special_values_stay_in_their_row(dtype):
     np.testing.assert_allclose(dz.double().numpy(), truth, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.fault("H1", "H2", "H3")
 @pytest.mark.parametrize("shift", [0.0, 40.0, 200.0])
 def test_complement_of_a_peaked_row_keeps_its_digits(shift):
     columns = 128_256
@@ -157,6 +162,7 @@ def test_complement_of_a_peaked_row_keeps_its_digits(shift):
         )
 
 
+@pytest.mark.fault("K1")
 def test_what_does_not_exist_is_nan_and_not_read():
     values, rows, targets, grad = batch(torch.float32, 33, seed=0, tokens=10)
     targets[:] = torch.tensor([33, 38, -1, 2**31 - 1, -(2**31), -101, 0, 0, 0, 5])
@@ -169,6 +175,7 @@ def test_what_does_not_exist_is_nan_and_not_read():
     assert (dz[others] == 0).all()
 
 
+@pytest.mark.fault("K1", "H8", "H13")
 def test_segment_sums_have_the_bits_of_the_cpu():
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(100_000, generator=generator) * -20
@@ -183,6 +190,7 @@ def test_segment_sums_have_the_bits_of_the_cpu():
         values = values.nan_to_num()
 
 
+@pytest.mark.fault("K2")
 def test_more_than_2_to_the_31_elements():
     rows, columns = 14_200, 151_936  # 2.16e9 bfloat16 logits, 4.3 GB
     if torch.cuda.mem_get_info()[0] < 12e9:
@@ -205,6 +213,7 @@ def test_more_than_2_to_the_31_elements():
     np.testing.assert_allclose(logits[-1].double().cpu(), truth[0], rtol=2**-8, atol=1e-9)
 
 
+@pytest.mark.fault("K10")
 def test_launches_follow_torchs_current_stream():
     """A kernel on another stream than its producer would read what a sleeping stream has not written yet."""
     values, rows, targets, grad = batch(torch.bfloat16, 50_257, seed=3)
@@ -226,6 +235,7 @@ def test_launches_follow_torchs_current_stream():
     assert same_bits(logits.cpu(), expected_dz)
 
 
+@pytest.mark.fault("K10", "K12")
 def test_backward_runs_on_the_stream_of_its_forward():
     from dpo_ext.torch import ScoreTable, sequence_logps
 
@@ -277,6 +287,7 @@ def test_a_cuda_graph_replays_the_kernels():
     assert same_bits(dz.cpu(), expected_dz)
 
 
+@pytest.mark.fault("K11")
 def test_opcheck_on_the_device():
     values, rows, targets, grad = batch(torch.float32, 40, seed=0)
     logits = torch.nan_to_num(values).cuda()

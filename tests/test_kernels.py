@@ -64,6 +64,7 @@ def widths(arguments):
     )
 
 
+@pytest.mark.fault("K17")
 def test_argument_types_match_the_cu_signatures():
     found = {}
     for path in CUDA_FILES:
@@ -96,6 +97,7 @@ def test_constants_match_the_header():
     assert f"IGNORE = {-100};" in header
 
 
+@pytest.mark.fault("K10")
 def test_launches_carry_shapes_widths_and_the_current_stream(recorder):
     logits, rows, targets, grad = table(300, 50_257)
     kernels.token_stats(logits, rows, targets, *PLAIN, False)
@@ -127,6 +129,7 @@ def test_a_kernel_is_looked_up_once_a_device(recorder):
     assert recorder.looked_up == ["token_stats", "segment_sum", "segment_sum"]
 
 
+@pytest.mark.fault("K13")
 def test_few_rows_are_split_by_the_vocabulary_alone(recorder):
     for tokens in (1, 263, 264):
         recorder.launches.clear()
@@ -151,6 +154,7 @@ def test_few_rows_are_split_by_the_vocabulary_alone(recorder):
         assert (number - 1) * groups * 8 < columns <= number * groups * 8
 
 
+@pytest.mark.fault("K2")
 def test_strides_beyond_32_bits_reach_the_kernel(recorder):
     logits = torch.empty_strided((3, 10), (2**40, 1), device="meta")
     rows, targets, grad = torch.arange(3), torch.zeros(3, dtype=torch.int32), torch.ones(3)
@@ -159,6 +163,7 @@ def test_strides_beyond_32_bits_reach_the_kernel(recorder):
     assert [2**40 in launch[4] for launch in recorder.launches] == [True, True, True]
 
 
+@pytest.mark.fault("K3")
 def test_nothing_to_do_launches_nothing(recorder):
     logits, rows, targets, grad = table(0, 10, rows=3)
     assert [len(c) for c in kernels.token_stats(logits, rows, targets, *PLAIN, True)] == [0] * 7
@@ -170,6 +175,7 @@ def test_nothing_to_do_launches_nothing(recorder):
     assert [launch[0] for launch in recorder.launches] == ["logits_grad"]  # all rows become 0
 
 
+@pytest.mark.fault("K3")
 def test_a_grid_that_cupy_would_cut_is_refused(recorder):
     tokens = torch.zeros(1, dtype=torch.int64).expand(2**31)
     logits = torch.zeros(1, 4)
@@ -201,6 +207,7 @@ def test_launch_bounds_are_those_of_the_header_comment():
             assert f"blocks of {kernels.THREADS} threads" in head.replace("\n          ", " ")
 
 
+@pytest.mark.fault("K2")
 def test_no_product_of_row_and_stride_is_32_bit():
     """The same overflow was found four times in sibling kernels of one project."""
     for path in CUDA_FILES:
@@ -223,6 +230,7 @@ def test_the_source_holds_the_header_with_its_lines():
         assert lines[at + 1 :] == original[number - 1 :]
 
 
+@pytest.mark.fault("K16")
 def test_an_edit_of_the_header_changes_the_source(tmp_path, monkeypatch):
     before = kernels.source("token_stats.cu")
     for path in CUDA_FILES:
@@ -231,12 +239,14 @@ def test_an_edit_of_the_header_changes_the_source(tmp_path, monkeypatch):
     assert kernels.source("token_stats.cu") != before
 
 
+@pytest.mark.fault("K15")
 def test_without_a_device_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(KernelUnavailable, match=r"no CUDA device: .*\nhint: use impl="):
         kernels.require()
 
 
+@pytest.mark.fault("K15")
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -268,6 +278,7 @@ def test_a_cupy_that_cannot_be_imported_says_what_to_install(monkeypatch, error,
         kernels.require()
 
 
+@pytest.mark.fault("K15")
 def test_compiler_errors_carry_architecture_options_and_log(monkeypatch):
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     compiler = pytest.importorskip("cupy.cuda.compiler")
@@ -297,6 +308,7 @@ def test_compiler_errors_carry_architecture_options_and_log(monkeypatch):
         kernels._function("segment_sum", ())
 
 
+@pytest.mark.fault("K15")
 def test_importing_the_kernels_loads_no_cupy():
     code = "import sys, dpo_ext.torch.ops; sys.exit('cupy' in sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -49,6 +49,7 @@ def test_the_twin_in_float64_is_the_oracle(how):
         np.testing.assert_allclose(z.grad.numpy(), true_grad, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.fault("K11", "H11")
 @pytest.mark.parametrize("how", HOWS, ids=name_of)
 def test_gradcheck_in_float64(how):
     logits, table = random_case(5, V=6, dtype=torch.float64, weights=True)
@@ -76,6 +77,7 @@ def test_padded_logits_are_flattened(impl):
     )
 
 
+@pytest.mark.fault("K4")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["sliced", "wide", "offset", "transposed", "expanded"])
@@ -101,6 +103,7 @@ def test_strides_are_honoured(impl, dtype, layout):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.fault("K6", "H9")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_extremes(impl):
     inf, nan = math.inf, math.nan
@@ -137,6 +140,7 @@ def test_extremes(impl):
     assert stats.entropy[2].item() == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.fault("K1")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_target_outside_the_vocabulary_is_nan_for_its_sequence_alone(impl):
     z = logits_like().flatten(0, 1)
@@ -153,6 +157,7 @@ def test_a_target_outside_the_vocabulary_is_nan_for_its_sequence_alone(impl):
         assert not x.grad[3:].any()
 
 
+@pytest.mark.fault("K3")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 5), (0, 4, 5), (2, 0, 5)])
 def test_nothing_to_score(impl, shape):
@@ -218,6 +223,7 @@ def test_weights_do_not_act_on_tokens(impl):
     assert value[0].tolist() == pytest.approx([0.0, (2 * logps[1] + 0.5 * logps[2]).item()])
 
 
+@pytest.mark.fault("K7", "H13")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_weight_zero_hides_nan_and_bad_targets(impl):
     z = logits_like().flatten(0, 1)
@@ -262,6 +268,7 @@ def test_wrong_options_are_refused(options, error, message):
         token_scores(logits_like(), ScoreTable.from_labels(LABELS), **options)
 
 
+@pytest.mark.fault("K8", "K9")
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
 def test_wrong_tensors_are_refused(impl):
     table = ScoreTable.from_labels(LABELS)
@@ -283,6 +290,7 @@ def test_wrong_tensors_are_refused(impl):
         sequence_logps(logits_like(), table.to("meta"), impl=impl)
 
 
+@pytest.mark.fault("K9", "K15")
 def test_an_implementation_that_cannot_serve_says_so():
     table = ScoreTable.from_labels(LABELS)
     with pytest.raises(TensorError, match='for impl="cpu", found float64'):

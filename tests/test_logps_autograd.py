@@ -11,6 +11,7 @@ from dpo_ext import TensorError
 from dpo_ext.torch import ScoreTable, linear_sequence_logps, sequence_logps
 
 
+@pytest.mark.fault("K12")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_of_several_outputs_with_its_own_upstream(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
@@ -23,6 +24,7 @@ def test_one_of_several_outputs_with_its_own_upstream(impl):
     np.testing.assert_allclose(x.grad.flatten(0, 1).cpu().numpy(), truth, atol=3e-5)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", HOWS, ids=name_of)
@@ -39,6 +41,7 @@ def test_the_gradient_in_place_has_the_same_bits(impl, dtype, how):
     assert not grads[1].flatten(0, 1)[3].any()
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", KERNELS)
 def test_in_place_twice_or_with_another_consumer_is_autograds_error(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
@@ -53,6 +56,7 @@ def test_in_place_twice_or_with_another_consumer_is_autograds_error(impl):
         (saved + sequence_logps(logits, table, impl=impl, inplace_grad=True).sum()).backward()
 
 
+@pytest.mark.fault("K4", "K11")
 @pytest.mark.parametrize("impl", KERNELS)
 def test_in_place_refuses_what_it_would_corrupt(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
@@ -70,6 +74,7 @@ def test_in_place_refuses_what_it_would_corrupt(impl):
     assert torch.equal(leaf, z)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", KERNELS)
 def test_in_place_without_a_gradient_writes_nothing(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
@@ -80,6 +85,7 @@ def test_in_place_without_a_gradient_writes_nothing(impl):
     assert torch.equal(z, kept)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", KERNELS)
 def test_a_second_derivative_is_refused(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
@@ -91,6 +97,7 @@ def test_a_second_derivative_is_refused(impl):
             (x.sum() + grad.pow(2).sum()).backward()
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_grad_and_inference_mode_and_frozen_logits(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
@@ -103,6 +110,7 @@ def test_no_grad_and_inference_mode_and_frozen_logits(impl):
         assert torch.equal(sequence_logps(x * 1, table, impl=impl), expected)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradient(impl, reentrant):
@@ -120,6 +128,7 @@ def test_checkpointing_gives_the_same_gradient(impl, reentrant):
     assert torch.equal(*grads)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_changes_nothing(impl):
     for dtype in DTYPES:
@@ -131,6 +140,7 @@ def test_autocast_changes_nothing(impl):
         assert torch.equal(value, expected)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize(
     ("impl", "inplace"),
     [
@@ -162,6 +172,7 @@ def test_compile_fullgraph(impl, inplace, backend):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fault("K9")
 def test_fake_tensors_have_the_shapes():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

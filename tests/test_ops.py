@@ -53,6 +53,7 @@ def as_bytes(tensor):
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
+@pytest.mark.fault("K5", "H14")
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_agree_with_float64(dtype, columns):
@@ -79,6 +80,7 @@ def test_values_agree_with_float64(dtype, columns):
         assert (error <= relative * np.abs(truth) + smallest).all()
 
 
+@pytest.mark.fault("K17")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_torch_in_the_same_dtype(dtype):
     values, rows, targets, grad = batch(dtype, 50_257, seed=5, tokens=8)
@@ -94,6 +96,7 @@ def test_no_worse_than_torch_in_the_same_dtype(dtype):
     assert_no_worse(dz, leaf.grad, reference.logits_grad(z, *table, grad.tolist()), slack=1e-7)
 
 
+@pytest.mark.fault("K7")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_scored_is_not_read_and_gets_zero(dtype):
     values, rows, targets, grad = batch(dtype, 5000, seed=2)
@@ -113,6 +116,7 @@ def test_what_is_not_scored_is_not_read_and_gets_zero(dtype):
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.fault("K4", "K13", "H15")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_depend_on_the_row_alone(dtype):
     """Any stride, offset, order, neighbours, number of threads: the same bits."""
@@ -143,6 +147,7 @@ def test_bits_depend_on_the_row_alone(dtype):
             assert same_bits(dz_alone[0], dz[rows[i]])
 
 
+@pytest.mark.fault("K13")
 def test_bits_do_not_depend_on_threads():
     values, rows, targets, grad = batch(torch.bfloat16, 20_000, seed=9, tokens=40)
     before, results = torch.get_num_threads(), []
@@ -157,6 +162,7 @@ def test_bits_do_not_depend_on_threads():
         assert same_bits(dz, results[0][1])
 
 
+@pytest.mark.fault("H1", "H2", "H3")
 @pytest.mark.parametrize("shift", [0.0, 40.0, 200.0])
 @pytest.mark.parametrize("complement", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 def test_complement_of_a_peaked_row_keeps_its_digits(complement, shift):
@@ -174,6 +180,7 @@ def test_complement_of_a_peaked_row_keeps_its_digits(complement, shift):
     assert abs(dz.double().sum()) <= 2e-6 * complement + 1e-12
 
 
+@pytest.mark.fault("K6", "H9", "H10")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_stay_in_their_row(dtype):
     inf, columns = math.inf, 5000
@@ -221,6 +228,7 @@ def test_ties_go_to_the_lowest_index():
     assert top.tolist() == [True, False, False]
 
 
+@pytest.mark.fault("K1")
 def test_what_does_not_exist_is_nan_and_not_read():
     values, rows, targets, grad = batch(torch.float32, 33, seed=0, tokens=10)
     targets[:] = torch.tensor([33, 38, -1, 2**31 - 1, -(2**31), -101, 0, 0, 0, 5])
@@ -236,6 +244,7 @@ def test_what_does_not_exist_is_nan_and_not_read():
     assert torch.isfinite(dz[rows[9]]).all()
 
 
+@pytest.mark.fault("H13")
 def test_gradients_are_linear_and_zero_for_zero():
     values, rows, targets, grad = batch(torch.float32, 500, seed=3)
     scores, dz = forward_backward(values, rows, targets, grad)
@@ -247,6 +256,7 @@ def test_gradients_are_linear_and_zero_for_zero():
     assert not as_bytes(dz[rows[2]]).any()
 
 
+@pytest.mark.fault("K1", "H8", "H13")
 def test_segment_sums_are_float64_inside_and_select():
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(100_000, generator=generator) * -20
@@ -265,6 +275,7 @@ def test_segment_sums_are_float64_inside_and_select():
     assert torch.isnan(plain[2:]).all()  # offsets that fall or leave the tokens
 
 
+@pytest.mark.fault("K3")
 def test_nothing_to_do_gives_empty_results():
     none = torch.empty(0, dtype=torch.int64)
     targets, floats = none.int(), none.float()
@@ -355,6 +366,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault("K8", "K9")
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_refused_before_anything_is_written(name):
     changes, error, message = WRONG[name]
@@ -371,6 +383,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(name):
     torch.testing.assert_close(arguments["logits"], before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.fault("K8")
 def test_wrong_segments_are_refused():
     values, offsets = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32)
     for arguments, message in [
@@ -385,6 +398,7 @@ def test_wrong_segments_are_refused():
             OPS.segment_sum(*arguments)
 
 
+@pytest.mark.fault("K11")
 def test_a_write_in_place_is_seen_by_autograd():
     values, rows, targets, grad = batch(torch.float32, 50, seed=0)
     leaf = torch.nan_to_num(values).requires_grad_()
@@ -398,6 +412,7 @@ def test_a_write_in_place_is_seen_by_autograd():
         later.backward()
 
 
+@pytest.mark.fault("K11")
 def test_inference_tensors_are_written_in_place():
     with torch.inference_mode():
         values, rows, targets, grad = batch(torch.float32, 50, seed=0)
@@ -406,6 +421,7 @@ def test_inference_tensors_are_written_in_place():
         assert torch.equal(values, dz)
 
 
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operators_pass_opcheck(dtype):
     values, rows, targets, grad = batch(dtype, 40, seed=0)
@@ -420,6 +436,7 @@ def test_operators_pass_opcheck(dtype):
     torch.library.opcheck(OPS.segment_sum, (grad, grad.abs(), offsets))
 
 
+@pytest.mark.fault("K11")
 def test_operators_compile_without_a_graph_break():
     values, rows, targets, grad = batch(torch.float32, 40, seed=0)
     values = torch.nan_to_num(values)

@@ -7,6 +7,8 @@
 #include "segment_sum.cu"
 #include "token_stats.cu"
 
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <cstdlib>
 
@@ -137,6 +139,73 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
     }
 }
 
+// Rows more than 2^31 elements apart, in memory of which few pages are touched. All logits are 0, the targets' 1.
+template <class T> struct Mapped {
+    size_t bytes;
+    T* data;
+    explicit Mapped(size_t n) : bytes(n * sizeof(T)) {
+        void* const at =
+            mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) std::perror("mmap"), std::exit(1);
+        data = static_cast<T*>(at);
+    }
+    Mapped(const Mapped&) = delete;
+    ~Mapped() { munmap(data, bytes); }
+};
+static void check_far() {
+    using T = __nv_bfloat16;
+    constexpr int columns = 2051, tile_groups = THREADS, tiles = 2;
+    constexpr long long stride = (1ll << 31) + 5, rows = 2, tokens = 2;
+    Mapped<T> memory(stride + columns), fresh(stride + columns);
+    const long long logit_rows[tokens] = {1, 0};
+    const int targets[tokens] = {columns - 1, 3};
+    for (int i = 0; i < tokens; ++i) narrow(1.f, memory.data[logit_rows[i] * stride + targets[i]]);
+    const double e = std::exp(1.), total = e + columns - 1;
+    Exact<float> logps(tokens), max(tokens), rest(tokens), again(tokens);
+    Exact<Part> parts(tokens * tiles);
+    for (float* out : {logps.data, again.data}) {
+        const bool split = out == again.data;
+        emu::launch({tokens, split ? (unsigned)tiles : 1}, {THREADS}, 0, seed++, [&] {
+            token_stats<T, false, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr, nullptr,
+                                         nullptr, nullptr, split ? parts.data : nullptr, rows, stride, columns,
+                                         tile_groups, tiles, 1, 1);
+        });
+        if (split)
+            emu::launch({1}, {THREADS}, 0, seed++, [&] {
+                token_stats_finish<T, false, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr,
+                                                    nullptr, nullptr, nullptr, parts.data, tokens, rows, stride,
+                                                    columns, tiles, 1, 1);
+            });
+        for (int i = 0; i < tokens; ++i) compare("far log-prob", columns, 0, 0, i, out[i], 1 - std::log(total), 4e-6);
+    }
+    const float grad[tokens] = {2, 1};
+    Exact<RowGrad> table(rows);
+    emu::launch({1}, {THREADS}, 0, seed++, [&] {
+        grad_rows<T, false>(memory.data, logit_rows, targets, max.data, rest.data, grad, table.data, tokens, rows,
+                            stride, columns, 1, 1);
+    });
+    for (T* out : {fresh.data, memory.data}) {
+        emu::launch({rows}, {THREADS}, 0, seed++, [&] {
+            logits_grad<T, false>(memory.data, out, table.data, rows, stride, stride, columns, (columns + 7) / 8, 1,
+                                  1);
+        });
+        for (int r = 0; r < rows; ++r)
+            for (int c = 0; c < columns; ++c) {
+                const bool at = c == targets[1 - r];
+                const double want = grad[1 - r] * (at - (at ? e : 1) / total);
+                const double got = widen(out[r * stride + c]);
+                compare("far gradient", columns, 0, 0, r, got, want, std::fabs(want) / 256);
+            }
+    }
+    const long long last = (1ll << 31) - 1;
+    Mapped<float> values(last);
+    for (int t = 1; t <= 600; ++t) values.data[last - t] = 0.5f;
+    const int offsets[2] = {(int)(last - 600), (int)last};
+    float sum = NAN;
+    emu::launch({1}, {THREADS}, 0, seed++, [&] { segment_sum(values.data, nullptr, offsets, &sum, last); });
+    compare("far segment sum", 1, 0, 0, 0, sum, 300, 0);
+}
+
 static void check_segments() {
     constexpr int tokens = 1003, sequences = 6;
     Exact<float> values(tokens), weights(tokens), sums(sequences);
@@ -172,6 +241,7 @@ int main() try {
                 check<__half, true, true>(columns, offset, gap, 1. / 1024);
 #endif
             }
+    check_far();
     check_segments();
     std::printf("%d launches agree with float64, log-probs within %.1e\n", seed, worst);
 } catch (const emu::Fault& fault) {
