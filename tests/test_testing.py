@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from loss_cases import BUILT_IN, FINITE_UP_TO, parameters_of
 from torch.nn.functional import logsigmoid
 
 from dpo_ext.testing import (
@@ -28,28 +29,7 @@ from dpo_ext.testing import (
 from dpo_ext.torch import ScoreTable, preference_loss, sequence_logps
 from dpo_ext.torch.loss_row import LOSSES
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_losses.json").read_text())
 WORLD = json.loads((Path(__file__).parent / "golden" / "golden_world.json").read_text())
-# losses of exponentials are infinite where their value is: how far they must be finite
-FINITE_UP_TO = {"fdpo_forward_kl": 60, "fdpo_alpha": 60, "chipo": 20, "alphapo": 60, "bpo_sba": 1e3}
-MISSING = {"label_smoothing": 0.2, "delta": 0.3}
-
-
-def parameters_of(name):
-    golden = GOLDEN["losses"].get(name, {"sets": [{"params": {}}]})["sets"][0]["params"]
-    row = LOSSES[name]
-    if name == "ld_dpo":
-        return {
-            "ld_alpha": 0.5,
-            "tail_w": -1.0,
-            "tail_l": -2.5,
-            "ref_tail_w": -1.5,
-            "ref_tail_l": -2.0,
-        }
-    return golden or {k: MISSING[k] for k, p in row.parameters.items() if p.default is None}
-
-
-BUILT_IN = sorted(name for name, row in LOSSES.items() if not row.autograd)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
