@@ -278,32 +278,121 @@ def test_a_cupy_that_cannot_be_imported_says_what_to_install(monkeypatch, error,
         kernels.require()
 
 
-@pytest.mark.fault("K15")
-def test_compiler_errors_carry_architecture_options_and_log(monkeypatch):
+class FakeRuntime:
+    """What `require` asks of CuPy's runtime."""
+
+    is_hip = False
+
+    def __init__(self, built=13020, driver=13000):
+        self.runtimeGetVersion = lambda: built
+        self.driverGetVersion = lambda: driver
+
+
+@pytest.fixture
+def cupy_of(monkeypatch):
+    """Puts a CuPy of some CUDA version beside a driver and a torch of others."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+    def put(built, driver, torch_cuda, **runtime):
+        fake = FakeRuntime(built, driver)
+        for name, value in runtime.items():
+            setattr(fake, name, value)
+        monkeypatch.setattr(cupy.cuda, "runtime", fake)
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    return put
+
+
+@pytest.mark.fault("K15")
+def test_a_cupy_that_is_newer_than_the_driver_says_which_to_install(cupy_of):
+    cupy_of(13020, 12080, "12.8")
+    with pytest.raises(
+        KernelUnavailable,
+        match=r"built for CUDA 13\.2, the driver supports CUDA 12\.8 at most\nhint: pip uninstall "
+        "cupy-cuda13x, then pip install cupy-cuda12x, or update the driver",
+    ):
+        kernels.require()
+    for built, driver, torch_cuda in (
+        (13020, 13000, "13.0"),  # a newer minor version runs
+        (12090, 13000, "13.0"),  # and so does an older CuPy than torch
+        (12090, 12080, "12.8"),
+    ):
+        cupy_of(built, driver, torch_cuda)
+        kernels.require()
+
+
+@pytest.mark.fault("K15")
+def test_a_cupy_for_rocm_says_which_to_install(cupy_of):
+    cupy_of(13020, 13000, "13.0", is_hip=True)
+    with pytest.raises(KernelUnavailable, match="built for ROCm\nhint: pip install cupy-cuda13x"):
+        kernels.require()
+
+
+class Module:
+    """A RawModule that cannot be built."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def get_function(self, name):
+        raise self.error
+
+
+@pytest.mark.fault("K15")
+@pytest.mark.parametrize(
+    ("log", "ending"),
+    [
+        ("line 7: no", "no$"),
+        (
+            'reduce.cuh(16): error: cannot open source file "cuda_bf16.h"',
+            r"\nhint: CUDA's headers are missing: pip install 'cupy-cuda13x\[ctk\]'$",
+        ),
+    ],
+)
+def test_compiler_errors_carry_architecture_options_and_log(cupy_of, monkeypatch, log, ending):
+    cupy_of(13020, 13000, "13.0")
     compiler = pytest.importorskip("cupy.cuda.compiler")
-
-    class Module:
-        error: Exception = compiler.CompileException(
-            "line 7: no", "", "k", ("-std=c++17", "-ftz=true")
-        )
-
-        def get_function(self, name):
-            raise self.error
-
-    monkeypatch.setattr(kernels, "require", lambda: cupy)
-    monkeypatch.setattr(kernels, "_module", lambda file, expressions: Module())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    with pytest.raises(
-        KernelCompileError, match=r"segment_sum for sm_90, options -std=c\+\+17 -ftz=true:\nline 7"
-    ):
+    error = compiler.CompileException(log, "", "k", ("-std=c++17", "-ftz=true"))
+    monkeypatch.setattr(kernels, "_module", lambda file, expressions: Module(error))
+    with pytest.raises(KernelCompileError) as caught:
         kernels._function("segment_sum", ())
-    Module.error = RuntimeError("CuPy failed to load libnvrtc.so.13: OSError")
-    with pytest.raises(
-        KernelUnavailable, match=r"cannot load NVRTC.*\nhint: install a CUDA build of torch"
-    ):
+    start = "NVRTC refused segment_sum for sm_90, options -std=c++17 -ftz=true:\n" + log
+    assert str(caught.value).startswith(start)
+    assert re.search(ending, str(caught.value))
+
+
+@pytest.mark.fault("K15")
+@pytest.mark.parametrize(
+    ("built", "driver", "torch_cuda", "message"),
+    [
+        (
+            13020,
+            13000,
+            "13.0",
+            r"cannot load NVRTC.*libnvrtc.*\nhint: install a CUDA build of torch",
+        ),
+        (
+            12090,
+            13000,
+            "13.0",
+            r"CuPy is built for CUDA 12\.9, torch for CUDA 13\.0, and no NVRTC can be loaded: .*"
+            r"\nhint: pip uninstall cupy-cuda12x, then pip install cupy-cuda13x$",
+        ),
+    ],
+    ids=["same", "another"],
+)
+def test_without_nvrtc_the_error_says_what_to_install(
+    cupy_of, monkeypatch, built, driver, torch_cuda, message
+):
+    cupy_of(built, driver, torch_cuda)
+    missing = RuntimeError("CuPy failed to load libnvrtc.so.12: OSError: no such file")
+    monkeypatch.setattr(kernels, "_module", lambda file, expressions: Module(missing))
+    with pytest.raises(KernelUnavailable, match=message):
         kernels._function("segment_sum", ())
-    Module.error = RuntimeError("an illegal memory access was encountered")
+    other = RuntimeError("an illegal memory access was encountered")
+    monkeypatch.setattr(kernels, "_module", lambda file, expressions: Module(other))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         kernels._function("segment_sum", ())
 

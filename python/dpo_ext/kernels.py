@@ -77,7 +77,7 @@ def require() -> Any:
             "no CUDA device: torch sees none"
             '\nhint: use impl="cpu" or impl="torch", or install a CUDA build of torch and a driver'
         )
-    major = (torch.version.cuda or "13").split(".")[0]
+    major = _torch_major()
     try:
         import cupy
         import cupy.cuda.compiler
@@ -96,7 +96,30 @@ def require() -> Any:
         raise KernelUnavailable(
             f"this CuPy is built for ROCm\nhint: pip install cupy-cuda{major}x in its place"
         )
+    # A runtime works with every driver of its own major version and of later ones. An older CuPy
+    # than torch therefore runs, if it finds an NVRTC; a newer one than the driver never does.
+    built, driver = cupy.cuda.runtime.runtimeGetVersion(), cupy.cuda.runtime.driverGetVersion()
+    if driver // 1000 < built // 1000:
+        raise KernelUnavailable(
+            f"this CuPy is built for CUDA {_version(built)}, "
+            f"the driver supports CUDA {_version(driver)} at most"
+            f"\nhint: {_other_cupy(built, major)}, or update the driver"
+        )
     return cupy
+
+
+def _torch_major() -> str:
+    """Major version of the CUDA that torch brings."""
+    return (torch.version.cuda or "13").split(".")[0]
+
+
+def _version(number: int) -> str:
+    """13020 is 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _other_cupy(built: int, major: str) -> str:
+    return f"pip uninstall cupy-cuda{built // 1000}x, then pip install cupy-cuda{major}x"
 
 
 @functools.cache
@@ -118,14 +141,25 @@ def _function(kernel: str, template: tuple[str, ...]) -> Any:
         return module.get_function(expression)
     except cupy.cuda.compiler.CompileException as error:
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        options = " ".join(error.options)
+        options, log = " ".join(error.options), error.get_message()
+        hint = ""
+        if "open source file" in log:
+            hint = (
+                f"\nhint: CUDA's headers are missing: pip install 'cupy-cuda{_torch_major()}x[ctk]'"
+            )
         raise KernelCompileError(
-            f"NVRTC refused {expression} for {arch}, options {options}:\n{error.get_message()}"
+            f"NVRTC refused {expression} for {arch}, options {options}:\n{log}{hint}"
         ) from error
     except RuntimeError as error:
         if "nvrtc" not in str(error).lower():
             raise
-        major = (torch.version.cuda or "13").split(".")[0]
+        major, built = _torch_major(), cupy.cuda.runtime.runtimeGetVersion()
+        if str(built // 1000) != major:
+            raise KernelUnavailable(
+                f"this CuPy is built for CUDA {_version(built)}, torch for CUDA "
+                f"{torch.version.cuda}, and no NVRTC can be loaded: {error}"
+                f"\nhint: {_other_cupy(built, major)}"
+            ) from error
         raise KernelUnavailable(
             f"CuPy cannot load NVRTC, which compiles the kernels: {error}"
             f"\nhint: install a CUDA build of torch, or pip install 'cupy-cuda{major}x[ctk]'"
