@@ -9,7 +9,7 @@
 //! d logp / d y_v = [v == t] - exp(y_v - m) / S,   for v == t as rest / S, which does not cancel
 //! ```
 //!
-//! A row that is not scored is never read. Sums run in float32 lanes inside blocks of 4096 columns, and in float64
+//! A row that is not scored is never read. Sums run in float32 lanes inside blocks of 2048 columns, and in float64
 //! across blocks, in one fixed order: the bits of a row depend on that row, its target and the transform alone.
 
 // Names are those of the equations; comparisons are with the exact 0, 1 and maximum.
@@ -17,6 +17,7 @@
 
 mod block;
 mod element;
+mod prefetch;
 mod segment;
 
 use rayon::prelude::*;
@@ -224,6 +225,9 @@ fn rows_a_piece(columns: usize) -> usize {
     (65_536 / columns.max(1)).max(1)
 }
 
+/// How far a block's maximum may lie above the shift of its sum: `exp(2)` loses 2e-7 of itself.
+const LAG: f32 = 2.0;
+
 /// The state of one read of a row; `merge` of `cuda/reduce.cuh`, where one part is a block.
 struct State {
     max: f32,
@@ -250,18 +254,20 @@ impl State {
         self.max = max;
     }
 
-    /// Adds a block without its target. Its maximum is known only once it has been read, and rarely the largest so far:
-    /// the sum is taken in the same read, and again where that turns out wrong.
+    /// Adds a block without its target. Its maximum is known only once it has been read, and rarely much above the largest
+    /// so far: the sum is taken in the same read, and again where `LAG` would not bound what its exponents lose.
     fn add<E: Element>(&mut self, block: &[E::Bits], first: bool) {
         if first {
             self.raise(block::max::<E>(block));
         }
-        let (max, mut sum) = block::max_and_sum::<E>(block, self.shift());
-        if max > self.max {
+        let (max, sum) = block::max_and_sum::<E>(block, self.shift());
+        if max > self.max + LAG {
             self.raise(max);
-            sum = block::max_and_sum::<E>(block, self.shift()).1;
+            self.rest += f64::from(block::max_and_sum::<E>(block, self.shift()).1);
+        } else {
+            self.rest += f64::from(sum);
+            self.raise(max);
         }
-        self.rest += f64::from(sum);
     }
 
     /// What to subtract before exp: 0 while every column so far is -inf, where `-inf - -inf` would be NaN.

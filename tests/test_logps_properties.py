@@ -355,3 +355,18 @@ def test_identical_sides_give_no_gradient_to_the_parameters(impl):
     logps = sequence_logps(both @ w.T, table, impl=impl)
     (0.7 * (logps[:, 0] - logps[:, 1])).sum().backward()
     assert w.grad.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("step", [0.3, 1.9, 2.1, 100.0, -1.9])
+def test_a_maximum_that_moves_all_along_the_row_costs_no_digit(impl, step):
+    """The CPU kernel sums a block by the maximum of those before it where that is not far below."""
+    generator = torch.Generator().manual_seed(3)
+    V = 20 * 2048 + 7
+    logits = torch.randn(2, V, generator=generator) + step * torch.arange(V).div(2048).floor()
+    table = ScoreTable(logit_rows=[0, 1], targets=[5, V - 1], seq_offsets=[0, 1, 2])
+    upstream = torch.ones(1, 2)
+    value, grad = run(logits, table, impl, upstream)
+    exact, exact_grad = run(logits.double(), table, "torch", upstream.double())
+    assert ((value - exact) / exact).abs().max() <= 1e-6
+    assert (grad - exact_grad).abs().max() <= 1e-6
