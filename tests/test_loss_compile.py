@@ -96,7 +96,7 @@ def test_a_loss_that_looks_at_a_value_is_no_single_graph():
     def call(logps):
         return preference_loss(logps, ref, loss=looks).loss
 
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="[Dd]ata.dependent"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"[Dd]ata.dependent"):
         torch.compile(call, fullgraph=True, backend="eager")(logps)
 
 
