@@ -213,7 +213,10 @@ def explain_nan(
             )
     bad = per_pair.isnan().nonzero()
     if not len(bad):
-        raise TensorError(f"loss {name!r} of the batch is NaN, and no pair of this rank is")
+        raise TensorError(
+            f"loss {name!r} of the batch is NaN, though that of no pair here is: some are +inf and "
+            "some -inf, or a pair of another rank is NaN"
+        )
     pair = int(bad[0])
     found = f"logps {logps[pair].tolist()}"
     if ref_logps is not None:

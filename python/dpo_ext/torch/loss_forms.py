@@ -143,24 +143,30 @@ def log(x: Number) -> Number:
     return torch.log(x) if isinstance(x, Tensor) else math.log(x)
 
 
-def exp_difference(a: Tensor, b: Tensor) -> Tensor:
-    """``e^a - e^b`` without inf - inf and without cancellation; overflows only where the result
-    does.
+def scaled_exp(k: Number, b: Tensor) -> Tensor:
+    """``k * e^b``, which overflows only where the product does: k is small, ``e^b`` is not."""
+    half = torch.exp(b / 2)
+    return (half * k) * half
 
-    Same as ``a.exp() - b.exp()``. Formed as ``sign(d) * e^(max/2) * (1 - e^-|d|) * e^(max/2)``, ``d
-    = a - b``.
+
+def exp_difference(a: Tensor, b: Tensor, k: Number = 1.0) -> Tensor:
+    """``k * (e^a - e^b)`` without inf - inf and without cancellation; overflows only where the
+    result does.
+
+    Same as ``k * (a.exp() - b.exp())``. Formed as ``sign(d) * k * e^(max/2) * (1 - e^-|d|) *
+    e^(max/2)``, ``d = a - b``.
     """
     d = a - b
     half = torch.exp(torch.maximum(a, b) / 2)
-    value = torch.sign(d) * (half * -torch.expm1(-d.abs())) * half
+    value = torch.sign(d) * (half * k * -torch.expm1(-d.abs())) * half
     return torch.where(d == 0, torch.zeros_like(d), value)
 
 
-def sigmoid_times_exp(u: Tensor, b: Tensor) -> Tensor:
-    """``s(-u) * e^b``; where ``e^b`` would overflow, from the sum of the logarithms, never 0 *
+def sigmoid_times_exp(u: Tensor, b: Tensor, k: Number) -> Tensor:
+    """``k * s(-u) * e^b``; where ``e^b`` would overflow, from the sum of the logarithms, never 0 *
     inf.
     """
-    return torch.where(b > 60, torch.exp(b - sp(u)), torch.sigmoid(-u) * torch.exp(b))
+    return torch.where(b > 60, scaled_exp(k, b - sp(u)), torch.sigmoid(-u) * torch.exp(b) * k)
 
 
 def below_zero(a: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.loss_forms import Number, s, sigmoid_times_exp, sp, times
+from dpo_ext.torch.loss_forms import Number, s, scaled_exp, sigmoid_times_exp, sp, times
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +183,13 @@ def u_exp_row(name: str, text: str, paper: str, needs: str, shape: str, /, **par
             if _given(margin):
                 u = u - margin
             if not _given(label_smoothing):
-                gc, gr = sigmoid_times_exp(u, bc), sigmoid_times_exp(u, br)
-                return sp(-u), gc * -kc, gr * kr
+                return sp(-u), -sigmoid_times_exp(u, bc, kc), sigmoid_times_exp(u, br, kr)
             u = u.clamp(torch.finfo(u.dtype).min, torch.finfo(u.dtype).max)  # inf - inf is NaN
             loss, slope = sp(-u) + label_smoothing * u, s(-u) - label_smoothing
             zero = torch.zeros_like(u)
-            gc = torch.where(slope == 0, zero, slope * torch.exp(bc))
-            gr = torch.where(slope == 0, zero, slope * torch.exp(br))
-            return loss, gc * -kc, gr * kr
+            gc = torch.where(slope == 0, zero, slope * scaled_exp(kc, bc))
+            gr = torch.where(slope == 0, zero, slope * scaled_exp(kr, br))
+            return loss, -gc, gr
 
         extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
         _add(

@@ -29,6 +29,7 @@ from dpo_ext.torch.loss_forms import (
     log_odds,
     relu,
     s,
+    scaled_exp,
     sp,
 )
 from dpo_ext.torch.loss_row import (
@@ -118,7 +119,7 @@ def _(x, beta, gamma):
 def _(x, beta, gamma, alpha):
     nw, nl = x.nw, x.nl
     bc, br = -alpha * (x.c / nw), -alpha * (x.r / nl)
-    return (beta / alpha) * exp_difference(br, bc) - gamma, beta / nw, bc, beta / nl, br
+    return exp_difference(br, bc, beta / alpha) - gamma, beta / nw, bc, beta / nl, br
 
 
 @u_row(
@@ -162,7 +163,7 @@ def _(x, beta, alpha):
     "2309.16240", "R", "c r", beta=positive(0.1)
 )  # fmt: skip
 def _(x, beta):
-    return beta * exp_difference(-x.xl, -x.xw), beta, -x.xw, beta, -x.xl
+    return exp_difference(-x.xl, -x.xw, beta), beta, -x.xw, beta, -x.xl
 
 
 @u_row("fdpo_js", "u = beta*(sp(-xl) - sp(-xw))", "2309.16240", "R", "c r", beta=positive(0.1))
@@ -176,7 +177,7 @@ def _(x, beta):
 )  # fmt: skip
 def _(x, beta, alpha):
     bc, br = -alpha * x.xw, -alpha * x.xl
-    return (beta / alpha) * exp_difference(br, bc), beta, bc, beta, br
+    return exp_difference(br, bc, beta / alpha), beta, bc, beta, br
 
 
 @u_row(
@@ -185,11 +186,11 @@ def _(x, beta, alpha):
     beta=positive(0.1), clip2r=positive(10.0),
 )  # fmt: skip
 def _(x, beta, clip2r):
-    v = beta * (exp_difference(x.xw, x.xl) + x.D)
+    v = exp_difference(x.xw, x.xl, beta) + x.m(beta)
     inside = v.abs() < clip2r  # before the exponentials: inf * 0 is NaN
     zero = torch.zeros_like(v)
-    uc = torch.where(inside, beta * (1 + torch.exp(x.xw)), zero)
-    ur = torch.where(inside, -beta * (1 + torch.exp(x.xl)), zero)
+    uc = torch.where(inside, beta + scaled_exp(beta, x.xw), zero)
+    ur = torch.where(inside, -beta - scaled_exp(beta, x.xl), zero)
     return torch.minimum(torch.maximum(v, zero - clip2r), zero + clip2r), uc, ur
 
 
@@ -275,14 +276,17 @@ def _(m, g):
     return nll * factor, -s(-m) * factor * (1 - g * nll)
 
 
-@m_row(
+@g_row(
     "bpo_sba", "L = (lam*exp(-(lam + 1)*m) - (lam + 1)*exp(lam*m))/(4*lam*(lam + 1))",
     "2505.19601", "R", "M c r",
     beta=positive(0.02), lam=positive(0.5),
 )  # fmt: skip
-def _(m, lam):
-    down, up = torch.exp(-(lam + 1) * m), torch.exp(lam * m)
-    return (lam * down - (lam + 1) * up) / (4 * lam * (lam + 1)), -(down + up) / 4
+def _(x, beta, lam):
+    m = x.m(beta)
+    down, up = -(lam + 1) * m, lam * m
+    loss = scaled_exp(0.25 / (lam + 1), down) - scaled_exp(0.25 / lam, up)
+    slope = scaled_exp(0.25 * beta, down) + scaled_exp(0.25 * beta, up)
+    return loss, -slope, slope
 
 
 def _gap(m: Tensor, eta: Number, dr: Number) -> Tensor:
