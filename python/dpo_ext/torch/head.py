@@ -5,7 +5,6 @@ Letters: R rows of hidden states, H hidden, V vocabulary, M tokens of the table,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
-from dpo_ext.torch.logps import Transform, check_table, uses_kernels
+from dpo_ext.torch.logps import Transform, check_table, is_dtensor, uses_kernels
 from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
 
 SCRATCH_BYTES = 1_100_000_000
@@ -36,6 +35,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Score
         raise TensorError(
             f"`hidden` must have shape (R, H) or (B, T, H), found {tuple(hidden.shape)}"
         )
+    if hidden.is_meta:
+        raise TensorError("`hidden` must hold values, found a tensor on the meta device")
     rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() == 3 else hidden
     H = rows.shape[1]
     if weight.dim() != 2 or weight.shape[1] != H:
@@ -54,12 +55,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Score
             raise TensorError(f"`{name}` must be {ours}, as `hidden` is, found {theirs}")
     check_table(table, rows, "hidden")
     return rows
-
-
-def is_dtensor(value: object) -> bool:
-    """Whether ``value`` is a DTensor, without importing torch.distributed for it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
 
 
 def make_head(

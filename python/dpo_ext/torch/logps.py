@@ -6,6 +6,7 @@ Letters: R rows of logits, V vocabulary, M tokens of the table, N groups (pairs)
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -200,6 +201,10 @@ def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
         found = str(values.dtype).removeprefix("torch.")
         raise TensorError(f"`{name}` must have a floating-point dtype, found {found}")
     where = values.device.type
+    if values.dtype not in ops.DTYPES and values.dtype != torch.float64:
+        found = str(values.dtype).removeprefix("torch.")
+        accepted = ", ".join((*ops.DTYPES.values(), "float64"))
+        raise TensorError(f"`{name}` must be {accepted}, found {found}")
     if impl == "torch":
         return False
     if impl == "auto":
@@ -221,6 +226,12 @@ def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
             f'`{name}` must be {accepted} for impl="{impl}", found {found}\nhint: use impl="torch"'
         )
     return True
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a DTensor, without importing torch.distributed for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def check_is_table(table: ScoreTable) -> None:
@@ -260,6 +271,11 @@ def _token_scores(
     """All statistics or none of each token, and whether the kernels computed them."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"`logits` must be a torch.Tensor, found {type(logits).__name__}")
+    if is_dtensor(logits):
+        raise TensorError(
+            "`logits` must be a plain tensor, found a DTensor\n"
+            "hint: dpo_ext.torch.parallel scores one shard of the vocabulary, logits.to_local()"
+        )
     kernels = uses_kernels(logits, impl)
     if inplace_grad and not kernels:
         raise ValueError("`inplace_grad` needs the kernels, and here `impl` means the torch twin")
