@@ -27,6 +27,7 @@ from dpo_ext.preference import (
 from dpo_ext.testing import bradley_terry_world
 
 WORLD = json.loads((Path(__file__).parent / "golden" / "golden_world.json").read_text())
+NAN = torch.tensor([0.0, math.nan])
 strengths = st.lists(st.integers(1, 1000), min_size=2, max_size=7)
 
 
@@ -116,6 +117,31 @@ def test_plackett_luce_on_every_ranking_of_three_returns_the_strengths():
         (lambda: reward_loss(torch.zeros(2), torch.zeros(2), margin=torch.zeros(3, 2)), TensorError, "`margin` must be"),
         (lambda: reward_loss(torch.zeros(2), torch.zeros(2), weight=torch.zeros(3)), TensorError, "`weight` must be"),
         (lambda: reward_loss(torch.zeros(2), torch.zeros(2), center=-1.0), ValueError, "`center`"),
+        (lambda: reward_loss(torch.zeros(2), torch.zeros(2), center="a"), TypeError, "`center` must be a number"),
+        (lambda: reward_loss(np.zeros(2), torch.zeros(2)), TypeError, "`chosen` must be a torch tensor"),
+        (lambda: reward_loss(torch.zeros(2).bfloat16(), torch.zeros(2).bfloat16()), TensorError, "`chosen` must be float32 or float64"),
+        (lambda: reward_loss(NAN, torch.zeros(2)), TensorError, "pair 1: `chosen` must not be NaN"),
+        (lambda: reward_loss(torch.zeros(2), NAN), TensorError, "pair 1: `rejected` must not be NaN"),
+        (lambda: reward_loss(torch.zeros(2), torch.zeros(2), margin=NAN), TensorError, "pair 1: `margin` must not be NaN"),
+        (lambda: reward_loss(torch.zeros(2), torch.zeros(2), margin="far"), TypeError, "`margin` must be one number or 2"),
+        (lambda: reward_loss(torch.zeros(2), torch.zeros(2), weight=[1.0, -1.0]), TensorError, "pair 1: `weight` must be >= 0"),
+        (lambda: bt_probability(-1.0, 1.0), ValueError, "`strength_i` must be > 0"),
+        (lambda: bt_probability(1.0, np.array([1.0, 0.0])), ValueError, "`strength_j` must be > 0"),
+        (lambda: bt_fit([["a"]]), DataError, "`wins` must be an array of numbers"),
+        (lambda: bt_fit([[0, 1], [1, 0]], names=["x"]), DataError, "`names` must have 2 entries"),
+        (lambda: plackett_luce_fit([[0.5, 1]]), DataError, "integers"),
+        (lambda: plackett_luce_fit([]), DataError, "`rankings` must be lists of at least two"),
+        (lambda: plackett_luce_fit([[0, 1], [1, 0]], weights=[math.inf, 1.0]), DataError, "> 0 and finite"),
+        (lambda: kl_divergence(np.zeros(2), torch.zeros(2)), TypeError, "`logits` must be a torch tensor"),
+        (lambda: kl_divergence(torch.zeros(2).long(), torch.zeros(2).long()), TensorError, "`logits` must be floating-point"),
+        (lambda: kl_divergence(torch.zeros(3, 0), torch.zeros(3, 0)), TensorError, "shape (..., V)"),
+        (lambda: kl_divergence(torch.zeros(2), torch.zeros(2, device="meta")), TensorError, "`other_logits` must be on cpu"),
+        (lambda: kl_from_samples([0.0, 1.0], [0.0]), ValueError, "`other_logps` must have the shape"),
+        (lambda: implied_reward(-1.0, -2.0, -0.5), ValueError, "`beta` must be > 0"),
+        (lambda: optimal_policy([0.5, 0.5], [math.nan, 0], 1.0), ValueError, "`rewards` must be finite"),
+        (lambda: optimal_policy([0.5, 0.5], [math.inf, 0], 1.0), ValueError, "`rewards` must be finite"),
+        (lambda: optimal_policy([1.0, 0.0], [-math.inf, 0], 1.0), ValueError, "`rewards` must leave something"),
+        (lambda: optimal_policy([0.5, 0.5], [0, 0], "a"), TypeError, "`beta` must be a number"),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_typed_error(call, kind, message):
@@ -215,3 +241,44 @@ def test_a_reward_model_trained_on_the_world_finds_its_strengths():
     optimizer.step(closure)
     ratios = (reward - reward[0]).exp().tolist()
     np.testing.assert_allclose(ratios, world.strengths, rtol=1e-4)
+
+
+def test_nan_logits_do_not_become_a_divergence_of_0():
+    p, q = torch.tensor([[0.0, math.nan], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert kl_divergence(p, q).isnan().tolist() == [True, False]
+    assert kl_divergence(q, p).isnan().tolist() == [True, False]
+    half = kl_divergence(p[1].bfloat16(), q[0].bfloat16())
+    assert half.dtype == torch.float32
+    assert math.isclose(half.item(), kl_divergence(p[1], q[0]).item(), rel_tol=1e-6)
+
+
+def test_a_lopsided_fit_is_exact():
+    fit = bt_fit([[0, 1e9], [1, 0]])
+    assert math.isclose(fit.strengths[0] / fit.strengths[1], 1e9, rel_tol=1e-9)
+
+
+def test_only_ties_are_equal_strengths_and_a_disconnected_graph_names_its_parts():
+    assert bt_fit(np.zeros((2, 2)), ties=[[0, 3], [0, 0]]).strengths.tolist() == [1.0, 1.0]
+    wins = np.zeros((5, 5))
+    wins[0, 1] = wins[1, 0] = wins[2, 4] = wins[4, 2] = 1
+    with pytest.raises(DataError) as error:
+        bt_fit(wins, names=["a", "b", "c", "d", "e"])
+    assert "{a, b}, {c, e}, {d}" in str(error.value)
+    assert error.value.reason == "disconnected"
+
+
+def test_samples_of_a_policy_estimate_the_divergence():
+    rng = np.random.default_rng(0)
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    drawn = rng.choice(3, size=200_000, p=p)
+    exact = float((p * np.log(p / q)).sum())
+    for estimator in ("k1", "k3"):
+        terms = kl_from_samples(np.log(p)[drawn], np.log(q)[drawn], estimator=estimator)
+        assert abs(terms.mean() - exact) <= 5 * terms.std() / math.sqrt(len(terms))
+    tensors = kl_from_samples(torch.tensor(np.log(p)), torch.tensor(np.log(q)))
+    np.testing.assert_allclose(tensors, kl_from_samples(np.log(p), np.log(q)), rtol=1e-12)
+
+
+def test_a_reward_pair_of_weight_0_is_not_read():
+    out = reward_loss(NAN, torch.zeros(2), weight=[1.0, 0.0])
+    assert math.isclose(out.item(), math.log(2) / 2, rel_tol=1e-6)
