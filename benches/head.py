@@ -1,209 +1,382 @@
-"""How close do the CUDA kernels of given logits come to the device's own copy, beside torch?
+"""How close does the log-prob head come to its own bound on this GPU, and what do its peers take?
 
-For each shape: verified against float64 on sampled rows, then timed with CUDA events, candidates
-and rulers taking turns in each round. The ruler is `dst.copy_(src)` of 2 GB in the same run; bytes
-are those that the job needs (forward reads the scored rows; the gradient reads them and writes
-every row). `--record` appends a row a case to benches/RESULTS.md.
+Three questions, each verified against float64 before it is timed, rulers and candidates taking
+turns in each round of one process:
 
-    python benches/head.py [--record] [--quick]
+- `given`: our operators on given logits, in GB/s beside the device's own copy, and peers;
+- `fused`: each plan of the head inside beside its bound (its own products at the same chunks and
+  buffers, plus its elementwise bytes at the rate of the copy), its peak memory, and peers;
+- `small`: what a call costs the host for few tokens, eager and as a CUDA graph.
+
+    python benches/head.py [--quick] [--record] [--only given fused small] [--json times.json]
+
+`--device cpu --smoke` runs the same code on tiny shapes without a GPU, to see that it runs; its
+times mean nothing and are never recorded.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from datetime import date
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
+import head_report as report
 import torch
-from torch import Tensor
+from head_cases import PLANS, Candidate, HeadCase, Model, WrongError
+from head_given import GivenCase
+from head_peers import given_peers, head_peers, reason
+from head_small import small
+from rulers import (
+    Copy,
+    Job,
+    Spread,
+    Steps,
+    bound_ms,
+    documented_bytes,
+    flops,
+    free_bytes,
+    logit_bytes,
+    other_bytes,
+    peaks,
+    take_turns,
+)
 
-from dpo_ext.torch import ops
-
-assert ops.DTYPES  # importing registers the operators
-OPS = torch.ops.dpo_ext
-PLAIN = (1.0, 0.0, 1.0)
-VOCABULARIES = {"Llama-3": 128_256, "Qwen2.5": 151_936, "Gemma-2": 256_000}
-ROWS = (1024, 4096, 16_384)
-ROUNDS, WARM_UP = 30, 3
-
-
-def smi(fields: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "nvidia-smi not available"
+MODELS = (
+    Model("Llama-3-8B", 4096, 128_256),
+    Model("Qwen2.5-7B", 3584, 152_064),
+    Model("Gemma-2-9B", 3584, 256_000),
+    Model("Gemma-2-9B", 3584, 256_000, softcap=30.0),
+    Model("Qwen2.5-0.5B", 896, 151_936),
+)
+SCORED = (1024, 4096, 16_384, 65_536)
+GIVEN_ROWS = (1024, 4096, 16_384)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Case:
-    """One shape: logits of (rows, vocabulary), of which `share` are scored."""
+class Size(NamedTuple):
+    """What one run measures."""
 
-    def __init__(self, rows: int, vocabulary: int, dtype: torch.dtype, share: float) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(0)
-        self.values = torch.empty(rows, vocabulary, dtype=dtype, device="cuda")
-        for start in range(0, rows, 1024):  # float32 noise of one piece at a time
-            piece = self.values[start : start + 1024]
-            piece.copy_(torch.randn(piece.shape, generator=generator, device="cuda") * 3)
-        self.logits = self.values.clone()
-        self.rows = torch.arange(rows, device="cuda")
-        self.targets = torch.randint(
-            0, vocabulary, (rows,), generator=generator, dtype=torch.int32, device="cuda"
-        )
-        scored = torch.rand(rows, generator=generator, device="cuda") < share
-        scored[0] = True
-        self.targets[~scored] = -100
-        self.grad = torch.randn(rows, generator=generator, device="cuda")
-        self.scores = self.forward()
-        self.scored = int(scored.sum())
-        self.row_bytes = vocabulary * dtype.itemsize
+    models: tuple[Model, ...]
+    scored: tuple[int, ...]
+    given_rows: tuple[int, ...]
+    shares: tuple[float, ...]
+    dtypes: tuple[str, ...]
+    tokens: int
+    """Scored rows of a sequence."""
+    chunk_rows: int | None
+    copy_bytes: int
+    seconds: float
+    """Of one case, at most; its 30 calls or one second come first where they fit."""
+    few: tuple[int, ...]
+    """Tokens of the small batches."""
 
-    def forward(self) -> tuple[Tensor, ...]:
-        return OPS.token_stats(self.values, self.rows, self.targets, *PLAIN, False)
 
-    def forward_stats(self) -> tuple[Tensor, ...]:
-        return OPS.token_stats(self.values, self.rows, self.targets, *PLAIN, True)
+FULL = Size(
+    MODELS, SCORED, GIVEN_ROWS, (1.0, 0.4), ("bfloat16",), 512, None, 2 << 30, 20.0, (64, 512)
+)
+QUICK = FULL._replace(models=MODELS[:1], seconds=6.0)
+TINY = (Model("tiny", 16, 1000), Model("tiny", 16, 1000, softcap=5.0))
+SMOKE = Size(TINY, (64, 256), (64,), (1.0, 0.4), ("float32",), 16, 48, 1 << 20, 0.05, (32,))
 
-    def backward(self) -> Tensor:
-        saved = (self.rows, self.targets, *self.scores[1:3], self.grad)
-        return OPS.logits_grad(self.values, *saved, *PLAIN)
 
-    def backward_in_place(self) -> None:
-        # Over its own last result: the same bytes, and any finite values take the same time.
-        saved = (self.rows, self.targets, *self.scores[1:3], self.grad)
-        OPS.logits_grad_(self.logits, *saved, *PLAIN)
+class Run:
+    """One run: where it measures, how much, what it found."""
 
-    def torch_float32(self) -> Tensor:
-        """Forward and backward of the rows upcast, as most trainers write it."""
-        leaf = self.values.detach().requires_grad_()
-        chosen = self.targets.clamp(min=0).long()[:, None]
-        logps = leaf.float().log_softmax(-1).gather(1, chosen)[:, 0]
-        torch.where(self.targets >= 0, logps, 0.0).backward(self.grad)
-        return leaf.grad
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device(arguments.device)
+        self.size = SMOKE if arguments.smoke else QUICK if arguments.quick else FULL
+        self.quick, self.smoke = arguments.quick, arguments.smoke
+        for field in ("models", "scored", "dtypes", "seconds"):
+            asked = getattr(arguments, field)
+            if asked is not None:
+                self.size = self.size._replace(**{field: asked})
+        self.ends = time.monotonic() + 60 * arguments.minutes
+        self.report = report.Report(self.device, sys.argv)
+        self.copy = Copy(self.device, self.size.copy_bytes)
 
-    def torch_same_dtype(self) -> Tensor:
-        leaf = self.values.detach().requires_grad_()
-        chosen = self.targets.clamp(min=0).long()[:, None]
-        logps = leaf.log_softmax(-1).gather(1, chosen)[:, 0].float()
-        torch.where(self.targets >= 0, logps, 0.0).backward(self.grad)
-        return leaf.grad
+    def cases(self, scored: Iterable[int]) -> Iterator[tuple[Model, int, float, str]]:
+        """Model, rows, share and dtype; quick: every size whole, the largest but one at 40 %."""
+        scored = tuple(scored)
+        for model in self.size.models:
+            for dtype in self.size.dtypes:
+                for share in self.size.shares:
+                    for count in scored:
+                        partly = share < 1 and self.quick and count != scored[-2:][0]
+                        if not partly:
+                            yield model, count, share, dtype
 
-    def verify(self) -> None:
-        dz = self.backward()
-        for r in (0, len(self.rows) // 2, len(self.rows) - 1):
-            if self.targets[r] == -100:
-                assert self.scores[0][r] == 0
-                assert not dz[r].any()
+    def guarded(self, label: str, measure: Callable[[], None]) -> None:
+        """Runs one case; what does not fit or has no time left is said, and the next one comes."""
+        if time.monotonic() > self.ends:
+            self.report.left_out(label, "the time of this run is spent")
+            return
+        try:
+            measure()
+        except torch.OutOfMemoryError as error:
+            self.report.left_out(label, reason(error))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def usable(self, label: str, found: Iterable[Any], size: int, verify: Callable) -> list[Any]:
+        """Candidates that fit and whose results are right."""
+        kept = []
+        for candidate in found:
+            needs, free = int(candidate.needs * size), free_bytes(self.device)
+            if needs > free:
+                text = f"needs {needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+                self.report.left_out(f"{label}: {candidate.name}", text)
                 continue
-            leaf = self.values[r].double().requires_grad_()
-            logp = leaf.log_softmax(-1)[self.targets[r].long()]
-            logp.backward(self.grad[r].double())
-            assert abs(self.scores[0][r].item() - logp.item()) <= 4e-6
-            torch.testing.assert_close(dz[r].double(), leaf.grad, rtol=2**-7, atol=1e-7)
+            try:
+                for warning in verify(candidate) or ():
+                    self.report.warn(f"{label}: {warning}")
+                kept.append(candidate)
+            except (WrongError, torch.OutOfMemoryError) as error:
+                if candidate.name.startswith("ours") and isinstance(error, WrongError):
+                    raise
+                self.report.left_out(f"{label}: {candidate.name}", reason(error))
+            except Exception as error:  # a peer may fail in any way, and must not end the run
+                if candidate.name.startswith("ours"):
+                    raise
+                self.report.left_out(f"{label}: {candidate.name}", reason(error))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return kept
+
+    # ---- given logits -------------------------------------------------
+
+    def given(self) -> None:
+        seen = set()
+        for model, rows, share, dtype in self.cases(self.size.given_rows):
+            shape = (model.vocabulary, rows, share, dtype)
+            if shape in seen:  # a softcap is the same bytes
+                continue
+            seen.add(shape)
+            label = f"given logits, {model.name}, {rows:,} x {model.vocabulary:,}, {share:.0%}"
+            # The logits, a copy, a gradient.
+            needs = 3.5 * rows * model.vocabulary * DTYPES[dtype].itemsize
+            if needs > free_bytes(self.device):
+                self.report.left_out(label, f"needs {needs / 1e9:.1f} GB")
+                continue
+            what = (model.name, rows, model.vocabulary, share, DTYPES[dtype])
+            self.guarded(label, lambda what=what: self.one_given(GivenCase(*what, self.device)))
+
+    def one_given(self, case: GivenCase) -> None:
+        torch.compiler.reset()
+        case.verify_ours()
+        ours = case.ours()
+
+        def left_out(name: str, why: str) -> None:
+            self.report.left_out(f"{case.label}: {name}", why)
+
+        found = given_peers(case, left_out)
+        size = case.values.numel() * case.values.element_size()
+        peers = self.usable(case.label, found, size, case.verify)
+        jobs = [self.copy.job, *(job for job, _ in ours.values()), *map(case.job, peers)]
+        memory = {job.name: peaks(job, self.device) for job in jobs}
+        times = take_turns(jobs, self.device, self.size.seconds)
+        rate = self.copy.gbps(times["copy"])
+        self.report.case(
+            "given",
+            case.label,
+            times,
+            memory,
+            copy_gbps=rate,
+            bytes={n: b for n, (_, b) in ours.items()},
+        )
+        for name, (_, count) in ours.items():
+            middle = Spread.of(times[name].forward)
+            got = count / middle.median / 1e6
+            self.report.row(
+                f"{case.label}: {name}",
+                f"{report.ms(middle)}, {got:,.0f} GB/s, {report.peak(memory[name])}",
+                f"copy {rate:,.0f} GB/s",
+                f"{got / rate:.1%} of copy",
+            )
+        best = sum(Spread.of(times[n].forward).median for n in ("forward", "gradient in place"))
+        found = {peer.name: Spread.of(times[peer.name].both) for peer in peers}
+        for peer in peers:
+            text = f"{report.ms(found[peer.name])}, {report.peak(memory[peer.name])}"
+            self.report.say(f"{peer.name} ({peer.note}): {text}")
+        self.report.row(
+            f"{case.label}: peers, forward + backward",
+            f"{best:.3f} ms (forward + gradient in place)",
+            "; ".join(
+                f"{peer.name} ({peer.note}) {found[peer.name].median:.3f} ms" for peer in peers
+            ),
+            "; ".join(f"{name} {took.median / best:.2f}x ours" for name, took in found.items()),
+        )
+
+    # ---- the head inside ----------------------------------------------
+
+    def fused(self) -> None:
+        for model, scored, share, dtype in self.cases(self.size.scored):
+            name = f"fused head, {model.name}, M {scored:,}, {share:.0%}"
+            size = DTYPES[dtype].itemsize
+            H, V = model.hidden, model.vocabulary
+            # The head, hidden states, two chunks of logits, float32 dW of the ruler and of a plan.
+            needs = (
+                V * H * (2 * size + 8) + 5 * scored / share * H * size + 3.3e9 * (not self.smoke)
+            )
+            if needs > free_bytes(self.device):
+                self.report.left_out(name, f"needs {needs / 1e9:.1f} GB")
+                continue
+            what = (model, scored, share, DTYPES[dtype])
+            self.guarded(name, lambda what=what: self.one_fused(self.head_case(*what)))
+
+    def head_case(self, model: Model, scored: int, share: float, dtype: torch.dtype) -> HeadCase:
+        size = self.size
+        return HeadCase(model, scored, share, dtype, self.device, size.tokens, size.chunk_rows)
+
+    def one_fused(self, case: HeadCase) -> None:
+        torch.compiler.reset()
+        label = f"fused head, {case.label}"
+
+        def left_out(name: str, why: str) -> None:
+            self.report.left_out(f"{label}: {name}", why)
+
+        products = case.products()  # its buffers first, so that they count as taken
+        rulers = {plan: product_job(plan, products, case.steps(plan)) for plan in PLANS}
+        for ruler in rulers.values():
+            ruler.backward(ruler.forward())
+        ours = self.usable(label, case.ours(), 1, case.verify)
+        peers = self.usable(label, head_peers(case, left_out), 1, case.verify)
+        jobs = {c.name: case.job(c) for c in [*ours, *peers]}
+        memory = {name: peaks(job, self.device) for name, job in jobs.items()}
+        turns = [self.copy.job, *(rulers[c.plan] for c in ours), *jobs.values()]
+        times = take_turns(turns, self.device, self.size.seconds)
+        rate = self.copy.gbps(times["copy"])
+        self.report.case("fused", label, times, memory, copy_gbps=rate)
+        for candidate in ours:
+            self.own_row(label, case, candidate, times, memory[candidate.name], rate)
+        for trained in (True, False):
+            beside = [c for c in ours if c.trained is trained]
+            group = [c for c in peers if c.trained is trained]
+            self.peers_row(label, "trained" if trained else "frozen", beside, group, times, memory)
+
+    def own_row(
+        self,
+        label: str,
+        case: HeadCase,
+        candidate: Candidate,
+        times: dict,
+        memory: tuple[int, int] | None,
+        rate: float,
+    ) -> None:
+        H, V, size = case.model.hidden, case.model.vocabulary, case.dtype.itemsize
+        plan, M = candidate.plan, case.M
+        planned, parts = case.steps(plan), {}
+        for part in ("forward", "backward", "both"):
+            of = planned.forward + planned.backward if part == "both" else getattr(planned, part)
+            own = Spread.of(getattr(times[candidate.name], part))
+            alone = Spread.of(getattr(times[f"products, {plan}"], part))
+            floor = bound_ms(alone.median, logit_bytes(of, V, size), rate)
+            parts[part] = (own, alone, floor, flops(of, H, V))
+        own, alone, floor, work = parts["both"]
+        apart = "; ".join(
+            f"{part} {report.ms(parts[part][0])}, bound {parts[part][2]:.3f}"
+            for part in ("forward", "backward")
+        )
+        allowed = documented_bytes(plan, M, case.head.chunk_rows, H, V, size)
+        also = other_bytes(plan, M, case.R, H, V, size) / rate / 1e6
+        self.report.bound(label, plan, own.median, floor, alone.median, work)
+        self.report.row(
+            f"{label}: plan {plan}, chunks of {case.head.chunk_rows:,} rows",
+            f"{report.ms(own)} ({apart}), {report.peak(memory)}, documented {allowed / 1e9:.2f} GB",
+            f"bound {floor:.3f} ms = products {report.ms(alone)} ({work / (M * H * V):.2f}MHV, "
+            f"{work / alone.median / 1e9:,.0f} TFLOP/s) + elementwise at {rate:,.0f} GB/s; "
+            f"other bytes {also:.3f} ms",
+            f"{own.median / floor:.3f}x its bound, products {alone.median / own.median:.1%}",
+        )
+
+    def peers_row(
+        self,
+        label: str,
+        head: str,
+        ours: list[Candidate],
+        peers: list[Candidate],
+        times: dict,
+        memory: dict,
+    ) -> None:
+        """One row for all peers; each with its parts on the screen and in the JSON."""
+        medians = {c.plan: Spread.of(times[c.name].both).median for c in ours}
+        texts, ratios = [], []
+        for peer in peers:
+            took = Spread.of(times[peer.name].both)
+            forward, backward = (Spread.of(part) for part in times[peer.name])
+            note = f"{peer.gives}{'; ' + peer.note if peer.note else ''}"
+            peak = report.peak(memory[peer.name])
+            self.report.say(
+                f"{peer.name} ({note}): {report.ms(took)}; forward {report.ms(forward)}; backward "
+                f"{report.ms(backward)}; {peak}"
+            )
+            texts.append(f"{peer.name} ({note}) {took.median:.3f} ms, {peak}")
+            beside = (f"{took.median / median:.2f}x {plan}" for plan, median in medians.items())
+            ratios.append(f"{peer.name} {', '.join(beside)}")
+        self.report.row(
+            f"{label}: peers, {head} head",
+            ", ".join(f"{plan} {median:.3f} ms" for plan, median in medians.items()),
+            "; ".join(texts),
+            "; ".join(ratios),
+        )
+
+    def small(self) -> None:
+        model, counts = self.size.small
+        dtype = DTYPES[self.size.dtypes[0]]
+        for tokens in counts:
+            case = HeadCase(model, tokens, 1.0, dtype, self.device, tokens // 4)
+            self.guarded(f"small, {tokens} tokens", lambda case=case: small(case, self.report))
 
 
-def milliseconds(function: Callable) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def product_job(plan: str, products: Any, planned: Steps) -> Job:
+    def backward(_: Any) -> None:
+        products.run(planned.backward)
+
+    return Job(f"products, {plan}", lambda: products.run(planned.forward), backward)
 
 
-def peak_bytes(function: Callable) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(case: Case, copy: Callable, copy_bytes: int, label: str) -> list[str]:
-    forward = case.scored * case.row_bytes
-    backward = forward + len(case.rows) * case.row_bytes
-    jobs = {
-        "forward": (case.forward, forward),
-        "forward + stats": (case.forward_stats, forward),
-        "gradient": (case.backward, backward),
-        "gradient in place": (case.backward_in_place, backward),
-    }
-    whole = {"torch float32 upcast": case.torch_float32, "torch same dtype": case.torch_same_dtype}
-    needed = 5 * case.values.numel() * 4
-    if torch.cuda.mem_get_info()[0] < needed:
-        whole = {}
-        print(f"{label}: torch needs {needed / 1e9:.0f} GB more and is left out")
-    calls = {"copy": copy} | {name: job for name, (job, _) in jobs.items()} | whole
-    peaks = {name: peak_bytes(call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(ROUNDS + WARM_UP):
-        for name, call in calls.items():
-            took = milliseconds(call)
-            if repeat >= WARM_UP:
-                times[name].append(took)
-    copy_rate = copy_bytes / statistics.median(times["copy"]) / 1e6
-    lines = [f"{label}: copy {copy_rate:.0f} GB/s"]
-    both = sum(statistics.median(times[n]) for n in ("forward", "gradient in place"))
-    for name, took in times.items():
-        if name == "copy":
-            continue
-        middle, deciles = statistics.median(took), statistics.quantiles(took, n=10)
-        text = f"{name} {middle:.3f} ms ({deciles[0]:.3f} to {deciles[8]:.3f})"
-        if name in jobs:
-            rate = jobs[name][1] / middle / 1e6
-            text += f", {rate:.0f} GB/s, {rate / copy_rate:.1%} of copy"
-        else:
-            text += f", {middle / both:.2f}x ours in place"
-        lines.append(f"{text}, peak +{peaks[name] / 1e6:.0f} MB")
-    return lines
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="append the rows to RESULTS.md")
+    parser.add_argument("--quick", action="store_true", help="one model; 8 minutes on an H100")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing recorded")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--only", nargs="+", choices=["given", "fused", "small"])
+    parser.add_argument("--model", help="part of a name, for example Llama")
+    parser.add_argument("--scored", type=int, nargs="+", help="scored rows of the fused head")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--seconds", type=float, help="of one case, at most")
+    parser.add_argument("--minutes", type=float, help="of the run: later cases are left out")
+    parser.add_argument("--json", default="dist/head.json", help="raw times go here")
+    found = parser.parse_args(arguments)
+    if found.device == "cpu" and not found.smoke:
+        parser.error("--device cpu needs --smoke: this bench measures the kernels of a GPU")
+    if found.smoke and found.record:
+        parser.error("--smoke is never recorded")
+    found.models = None
+    if found.model:
+        found.models = tuple(m for m in MODELS if found.model.lower() in m.name.lower())
+        if not found.models:
+            parser.error(f"--model {found.model}: the names are {[m.name for m in MODELS]}")
+    found.scored = tuple(found.scored) if found.scored else None
+    wrong = [n for n in found.scored or () if n < 1 or n % 1024]
+    if wrong:
+        parser.error(f"--scored: whole pairs of 2 x 512 rows, found {wrong}")
+    if found.minutes is None:
+        found.minutes = 8.0 if found.quick else float("inf")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true", help="append the rows to RESULTS.md")
-    parser.add_argument("--quick", action="store_true", help="one vocabulary, bfloat16")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    arguments = parse()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device: this bench measures the kernels of a GPU")
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    destination = torch.empty_like(source)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    clocks = smi("clocks.sm,clocks.mem")
-    where = f"{smi('name,driver_version,power.limit')}, torch {torch.__version__}"
-    print(where)
-    rows = []
-    names = {"Llama-3": VOCABULARIES["Llama-3"]} if arguments.quick else VOCABULARIES
-    dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float16, torch.float32]
-    for model, vocabulary in names.items():
-        for count in ROWS:
-            for dtype in dtypes:
-                for share in (1.0, 0.4):
-                    # Logits, their copy, a gradient.
-                    if torch.cuda.mem_get_info()[0] < 3.5 * count * vocabulary * dtype.itemsize:
-                        print(f"{model}, {count} rows, {dtype}: not enough device memory")
-                        continue
-                    case = Case(count, vocabulary, dtype, share)
-                    case.verify()
-                    short = str(dtype).removeprefix("torch.")
-                    label = f"{model} {count} x {vocabulary} {short}, {share:.0%} scored"
-                    lines = measure(case, lambda: destination.copy_(source), 2 << 30, label)
-                    print("\n  ".join(lines), flush=True)
-                    command = "`python benches/head.py --record`"
-                    cells = (str(date.today()), commit, where, "; ".join(lines), command)
-                    rows.append(f"| {' | '.join(cells)} |\n")
-                    del case
-                    torch.cuda.empty_cache()
-    print(f"clocks before: {clocks}; after: {smi('clocks.sm,clocks.mem')}")
-    print("".join(rows))
-    if arguments.record:
-        with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
-            file.writelines(rows)
+    run = Run(arguments)
+    print(run.report.header(), flush=True)
+    for part in arguments.only or ("given", "fused", "small"):
+        getattr(run, part)()
+    run.report.finish(arguments.json, record=arguments.record)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,315 @@
+"""The cases of benches/head.py: inputs, what float64 says of them, and what is held against it.
+
+Letters: R rows of hidden states or logits, M of them scored, S sequences, N pairs, H hidden, V
+vocabulary. In a case of the fused head each sequence ends with 512 scored rows; what comes before
+them, as a prompt would, is not scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from rulers import Job, Products, steps
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps
+from dpo_ext.torch.head import make_head
+from dpo_ext.torch.logps import Transform
+
+BETA = 0.1
+SPREAD = 3.0  # standard deviation of the logits
+PLANS = ("frozen", "recompute", "pairwise")
+
+
+class Model(NamedTuple):
+    name: str
+    hidden: int
+    vocabulary: int
+    softcap: float | None = None
+
+
+class WrongError(AssertionError):
+    """A result is not what float64 says."""
+
+
+class Candidate(NamedTuple):
+    """Ours or a peer's: what it computes, and how that is judged and differentiated."""
+
+    name: str
+    gives: str
+    """"sequences", "tokens" (R,) or "one scalar"."""
+    trained: bool
+    """Whether the weight gets a gradient too."""
+    run: Callable[[Tensor, Tensor], Tensor]
+    expected: Tensor
+    """float64, of the shape of what `run` gives."""
+    upstream: Tensor | None
+    """dL/d(what `run` gives), in its dtype; None for a scalar."""
+    g: Tensor
+    """(M,) float64 dL/d(log-prob of each scored token)."""
+    plan: str | None = None
+    needs: int = 0
+    """Bytes beyond the inputs, so that what cannot fit is left out before it is tried."""
+    note: str = ""
+
+
+class HeadCase:
+    """Hidden states, a head and pairs of sequences."""
+
+    def __init__(
+        self,
+        model: Model,
+        scored: int,
+        share: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokens: int = 512,
+        chunk_rows: int | None = None,
+    ) -> None:
+        generator = torch.Generator(device=device).manual_seed(0)
+
+        def noise(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+
+        self.model, self.share, self.dtype, self.device = model, share, dtype, device
+        self.tokens, self.M, self.S = tokens, scored, scored // tokens
+        self.length = round(tokens / share)
+        self.R = self.S * self.length
+        H, V = model.hidden, model.vocabulary
+        self.hidden = noise(self.R, H)
+        self.weight = noise(V, H).mul_(SPREAD / math.sqrt(H))
+        place = torch.arange(self.R, device=device).view(self.S, self.length)
+        self.rows = place[:, -tokens:].reshape(-1)
+        targets = torch.randint(0, V, (self.M,), generator=generator, device=device)
+        self.labels = torch.full((self.R,), -100, device=device)
+        self.labels[self.rows] = targets
+        self.mask = self.labels != -100
+        self.table = ScoreTable(
+            logit_rows=self.rows,
+            targets=targets.int(),
+            seq_offsets=torch.arange(0, self.M + 1, tokens, dtype=torch.int32, device=device),
+        )
+        self.upstream = noise(self.S // 2, 2, dtype=torch.float32)
+        self.how = Transform.of(1.0, model.softcap, 1.0)
+        self.head = make_head(self.hidden, self.weight, self.how, chunk_rows, "auto")
+        self.options = {"softcap": model.softcap, "chunk_rows": chunk_rows}
+        noise_of_reference = noise(self.S // 2, 2, dtype=torch.float64) * 4
+        self.ref = self.oracle.sequences + noise_of_reference
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        x = self.hidden[self.rows]
+        return Oracle(x, self.weight, self.table.targets.long(), self.model.softcap, self.tokens)
+
+    @property
+    def label(self) -> str:
+        cap = f", softcap {self.model.softcap:g}" if self.model.softcap else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.model.name}{cap}, M {self.M:,}, {self.share:.0%} of rows scored, {dtype}"
+
+    def per_token(self, per_sequence: Tensor) -> Tensor:
+        return per_sequence.double().reshape(-1).repeat_interleave(self.tokens)
+
+    def ours(self) -> list[Candidate]:
+        """The three plans."""
+        H, V, size = self.model.hidden, self.model.vocabulary, self.dtype.itemsize
+        scratch = min(self.head.chunk_rows, self.M) * V * size
+        kept = 4 * self.R * H * size
+        found = []
+        for plan in ("frozen", "recompute"):
+
+            def run(x: Tensor, w: Tensor, plan: str = plan) -> Tensor:
+                return linear_sequence_logps(x, w, self.table, plan=plan, **self.options)
+
+            trained = plan == "recompute"
+            found.append(
+                Candidate(
+                    name=f"ours, {plan}",
+                    gives="sequences",
+                    trained=trained,
+                    run=run,
+                    expected=self.oracle.sequences,
+                    upstream=self.upstream,
+                    g=self.per_token(self.upstream),
+                    plan=plan,
+                    needs=scratch + kept + trained * V * H * (4 + size),
+                )
+            )
+        reference = self.ref.float()
+
+        def by_pairs(x: Tensor, w: Tensor) -> Tensor:
+            table, options = self.table, {"beta": BETA, "plan": "pairwise", **self.options}
+            return linear_preference_loss(x, w, table, reference, **options).loss
+
+        loss, g = self.dpo(BETA, self.ref)
+        needs = scratch + kept + V * H * (4 + size)
+        pairs = ("ours, pairwise", "one scalar", True, by_pairs, loss, None, g, "pairwise", needs)
+        return [*found, Candidate(*pairs)]
+
+    def dpo(self, beta: float, reference: Tensor | float) -> tuple[Tensor, Tensor]:
+        """float64 DPO loss of the case, and dL/d(log-prob of each token)."""
+        leaf = self.oracle.sequences.clone().requires_grad_()
+        margins = (leaf - reference) @ torch.tensor([1.0, -1.0], dtype=leaf.dtype).to(leaf.device)
+        loss = -torch.nn.functional.logsigmoid(beta * margins).mean()
+        (c,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), self.per_token(c)
+
+    def products(self) -> Products:
+        """The ruler: gathered rows, and one chunk of gradients to multiply."""
+        x = self.hidden[self.rows]
+        rows = min(self.head.chunk_rows, self.M)
+        targets = self.table.targets[:rows]
+        z = self.head.logits(x[:rows], self.weight, None, self.head.scratch(self.weight, self.M))
+        values, state = self.head.fold(z, targets, False)
+        dz = self.head.gradient(z, targets, state, torch.ones_like(values[0]))
+        return Products(self.head, x, self.weight, dz)
+
+    def job(self, candidate: Candidate) -> Job:
+        def forward() -> tuple[list[Tensor], Tensor]:
+            x = self.hidden.detach().requires_grad_()
+            w = self.weight.detach().requires_grad_(candidate.trained)
+            return ([x, w] if candidate.trained else [x]), candidate.run(x, w)
+
+        def backward(made: tuple[list[Tensor], Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(made[1], made[0], candidate.upstream)
+
+        return Job(candidate.name, forward, backward)
+
+    def verify(self, candidate: Candidate) -> list[str]:
+        """Raises `WrongError` where value or gradients are not those of float64.
+
+        Also compares the products that a plan of ours ran with those of its steps, and returns what
+        differs: then its bound is not its own.
+        """
+        job = self.job(candidate)
+        # Peers run without it: torch.compile leaves a function as it is while products are counted.
+        forward, backward = (Count() if candidate.plan else nullcontext() for _ in range(2))
+        with forward:
+            made = job.forward()
+        with backward:
+            grads = job.backward(made)
+        got, eps = made[1].detach().double(), max(torch.finfo(self.dtype).eps, 1e-5)
+        per_value = {"sequences": 5 * math.sqrt(self.tokens), "tokens": 32.0}
+        allowed = per_value.get(candidate.gives, 5 * math.sqrt(self.M)) * eps
+        _close(f"{candidate.name}: values", (got - candidate.expected).abs().max(), allowed)
+        allowed = max(10 * torch.finfo(self.dtype).eps, 1e-3)
+        some = torch.unique(torch.linspace(0, self.M - 1, 5, device=self.device).long())
+        want = self.oracle.dx(some, candidate.g)
+        dx = grads[0].double()
+        error = (dx[self.rows[some]] - want).norm() / want.norm()
+        _close(f"{candidate.name}: dX", error, allowed)
+        if self.M < self.R and dx[~self.mask].any():
+            raise WrongError(f"{candidate.name}: rows that are not scored have a gradient")
+        if candidate.trained:
+            ids = self.oracle.some_ids()
+            want = self.oracle.dw(ids, candidate.g)
+            error = (grads[1][ids].double() - want).norm() / want.norm()
+            _close(f"{candidate.name}: dW", error, allowed)
+        if candidate.plan is None:
+            return []
+        planned = self.steps(candidate.plan)
+        counted = zip(("forward", "backward"), planned, (forward, backward), strict=True)
+        return [
+            f"{candidate.name}: {where} multiplied {count.rows} rows, its steps say {rows}"
+            for where, part, count in counted
+            if count.rows != (rows := sorted(s.rows.stop - s.rows.start for s in _products(part)))
+        ]
+
+    def steps(self, plan: str) -> Any:
+        offsets = self.table.host_offsets.tolist()
+        return steps(plan, self.M, self.head.chunk_rows, offsets)
+
+
+def _products(part: list) -> list:
+    return [step for step in part if step.kind in ("logits", "dx", "dw")]
+
+
+def _close(what: str, error: Tensor, allowed: float) -> None:
+    if not error.item() <= allowed:  # NaN is not within anything
+        raise WrongError(f"{what} are off by {error.item():.2e}, allowed {allowed:.2e}")
+
+
+class Count(TorchDispatchMode):
+    """Rows of each product that runs inside: of ``x W^T`` and ``dz W`` the height, of ``dz^T x``
+    the inner size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: list[int] = []
+
+    @property
+    def rows(self) -> list[int]:
+        return sorted(self._rows)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a = args[1] if packet is torch.ops.aten.addmm else args[0]
+            transposed = a.stride(0) == 1 and a.shape[1] > 1 and a.stride(1) > 1
+            self._rows.append(a.shape[1] if transposed else a.shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+class Oracle:
+    """float64: each token's log-prob, and its gradients for a given dL/dlogp.
+
+    x (M, H) gathered rows, w (V, H), targets (M,). Logits are computed a block at a time.
+    """
+
+    BLOCK = 2048, 16_384  # rows, columns
+
+    def __init__(
+        self, x: Tensor, w: Tensor, targets: Tensor, softcap: float | None, tokens: int
+    ) -> None:
+        self.x, self.w, self.targets, self.softcap = x, w, targets, softcap
+        self.lse = x.new_full((len(x),), -math.inf, dtype=torch.float64)
+        for rows, columns in self._blocks(len(x)):
+            y = self._y(x[rows], w[columns])
+            self.lse[rows] = torch.logaddexp(self.lse[rows], y.logsumexp(1))
+        z = torch.cat([(a.double() * w[t].double()).sum(1) for a, t in self._gathered()])
+        y = softcap * torch.tanh(z / softcap) if softcap else z
+        self.logps = y - self.lse
+        self.sequences = self.logps.view(-1, tokens).sum(1).view(-1, 2)
+
+    def _gathered(self) -> Any:
+        return zip(self.x.split(self.BLOCK[0]), self.targets.split(self.BLOCK[0]), strict=True)
+
+    def _blocks(self, rows: int) -> Any:
+        for row in range(0, rows, self.BLOCK[0]):
+            for column in range(0, len(self.w), self.BLOCK[1]):
+                yield slice(row, row + self.BLOCK[0]), slice(column, column + self.BLOCK[1])
+
+    def _y(self, x: Tensor, w: Tensor) -> Tensor:
+        z = x.double() @ w.double().t()
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
+    def _dz(self, y: Tensor, lse: Tensor, hit: Tensor, g: Tensor) -> Tensor:
+        dy = g[:, None] * (hit.double() - (y - lse[:, None]).exp())
+        return dy * (1 - (y / self.softcap).square()) if self.softcap else dy
+
+    def dx(self, some: Tensor, g: Tensor) -> Tensor:
+        """Gradient of the hidden states of some tokens."""
+        x, lse, targets = self.x[some], self.lse[some], self.targets[some]
+        total = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+        for _, columns in self._blocks(1):
+            w = self.w[columns]
+            ids = torch.arange(columns.start, columns.start + len(w), device=x.device)
+            dz = self._dz(self._y(x, w), lse, targets[:, None] == ids, g[some])
+            total += dz @ w.double()
+        return total
+
+    def some_ids(self) -> Tensor:
+        """Rows of the weight whose gradient is compared: targets, first and last."""
+        ends = torch.tensor([0, len(self.w) - 1], device=self.w.device)
+        return torch.unique(torch.cat([self.targets[:: max(1, len(self.targets) // 6)], ends]))
+
+    def dw(self, ids: Tensor, g: Tensor) -> Tensor:
+        """Gradient of some rows of the weight."""
+        dz = self._dz(self._y(self.x, self.w[ids]), self.lse, self.targets[:, None] == ids, g)
+        return dz.t() @ self.x.double()
