@@ -69,16 +69,36 @@ class Size(NamedTuple):
     copy_bytes: int
     seconds: float
     """Of one case, at most; its 30 calls or one second come first where they fit."""
-    few: tuple[int, ...]
-    """Tokens of the small batches."""
+    small: tuple[Model, tuple[int, ...]]
+    """Model and tokens of the small batches."""
 
 
 FULL = Size(
-    MODELS, SCORED, GIVEN_ROWS, (1.0, 0.4), ("bfloat16",), 512, None, 2 << 30, 20.0, (64, 512)
+    models=MODELS,
+    scored=SCORED,
+    given_rows=GIVEN_ROWS,
+    shares=(1.0, 0.4),
+    dtypes=("bfloat16",),
+    tokens=512,
+    chunk_rows=None,
+    copy_bytes=2 << 30,
+    seconds=20.0,
+    small=(MODELS[-1], (64, 512)),
 )
 QUICK = FULL._replace(models=MODELS[:1], seconds=6.0)
-TINY = (Model("tiny", 16, 1000), Model("tiny", 16, 1000, softcap=5.0))
-SMOKE = Size(TINY, (64, 256), (64,), (1.0, 0.4), ("float32",), 16, 48, 1 << 20, 0.05, (32,))
+TINY = Model("tiny", 16, 1000)
+SMOKE = Size(
+    models=(TINY, TINY._replace(softcap=5.0)),
+    scored=(64, 256),
+    given_rows=(64,),
+    shares=(1.0, 0.4),
+    dtypes=("float32",),
+    tokens=16,
+    chunk_rows=48,
+    copy_bytes=1 << 20,
+    seconds=0.05,
+    small=(TINY, (32,)),
+)
 
 
 class Run:

@@ -127,8 +127,8 @@ def bound_ms(products_ms: float, elementwise_bytes: int, copy_gbps: float) -> fl
 class Products:
     """The cuBLAS calls of a plan on its own chunks and buffers, with nothing between.
 
-    What is multiplied are the head's own numbers, ``dz`` (C, V) the gradient of its first chunk: the
-    power that a product draws, and so its rate, depends on them.
+    What is multiplied are the head's own numbers, ``dz`` (C, V) the gradient of its first chunk:
+    the power that a product draws, and so its rate, depends on them.
     """
 
     def __init__(self, head: Head, x: Tensor, weight: Tensor, dz: Tensor) -> None:
