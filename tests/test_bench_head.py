@@ -1,0 +1,333 @@
+"""The GPU benchmark of the head, without a GPU: it runs, its bound is what the plans do, peers are not hidden."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHES = ROOT / "benches"
+LLAMA = (4096, 128_256)
+COPY, RATE = 4300.0, 790.0  # GB/s and TFLOP/s: the planning figures of one H200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benches():
+    """The scripts import each other by name, as when one of them is run."""
+    sys.path.insert(0, str(BENCHES))
+    yield
+    sys.path.remove(str(BENCHES))
+
+
+def both(planned):
+    return planned.forward + planned.backward
+
+
+# ---- the arithmetic of the bound, against numbers worked out by hand ----
+
+
+@pytest.mark.parametrize(
+    ("model", "fold", "dz", "two"),
+    [
+        (LLAMA, 0.98, 1.95, 21.8),
+        ((3584, 152_064), 1.16, 2.32, 22.6),
+        ((3584, 256_000), 1.95, 3.90, 38.1),
+        ((896, 151_936), 1.16, 2.32, 5.6),
+    ],
+    ids=["Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Qwen2.5-0.5B"],
+)
+def test_bytes_and_flops_of_16384_rows(model, fold, dz, two):
+    import rulers
+
+    H, V = model
+    whole = slice(0, 16_384)
+
+    def milliseconds(kind):
+        return rulers.logit_bytes([rulers.Step(kind, whole)], V, 2) / COPY / 1e6
+
+    assert milliseconds("fold") == pytest.approx(fold, abs=0.006)
+    assert milliseconds("dz") == pytest.approx(dz, abs=0.006)
+    for kind in rulers.PRODUCTS:
+        assert milliseconds(kind) == 0
+        product = rulers.flops([rulers.Step(kind, whole)], H, V) / RATE / 1e9
+        assert product == pytest.approx(two, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("plan", "products", "bound"),
+    [
+        # 2MHV is 21.79 ms, fold 0.977, dz 1.955; recompute saves 2 x 4096 HV of its 8MHV: 5.45 ms
+        ("no gradient", 2.0, 21.79 + 0.98),
+        ("frozen", 4.0, 43.58 + 2.93),
+        ("pairwise", 6.0, 65.37 + 2.93),
+        ("recompute", 7.5, 81.72 + 2.93),
+    ],
+)
+def test_bounds_of_the_plans_at_llama_3_8b(plan, products, bound):
+    import rulers
+
+    M, (H, V) = 16_384, LLAMA
+    offsets = list(range(0, M + 1, 512))
+    of = both(rulers.steps(plan, M, 4096, offsets))
+    work = rulers.flops(of, H, V)
+    assert work == products * M * H * V
+    got = rulers.bound_ms(work / RATE / 1e9, rulers.logit_bytes(of, V, 2), COPY)
+    assert got == pytest.approx(bound, abs=0.02)
+
+
+def test_one_chunk_is_multiplied_three_times_by_recompute():
+    import rulers
+
+    forward, backward = rulers.steps("recompute", 100, 4096)
+    assert [step.kind for step in forward] == ["logits", "fold"]
+    assert [step.kind for step in backward] == ["dz", "dx", "dw"]
+
+
+def test_a_pair_longer_than_a_chunk_is_multiplied_again():
+    import rulers
+
+    steps, backward = rulers.steps("pairwise", 12, 4, [0, 3, 6, 8, 10, 11, 12])
+    assert backward == []
+    logits = [step.rows for step in steps if step.kind == "logits"]
+    long, short = [slice(0, 4), slice(4, 6)], [slice(6, 10), slice(10, 12)]
+    assert logits == [*long, *long, *short]
+    assert [step.rows for step in steps if step.kind == "dw"] == [*long, *short]
+    with pytest.raises(ValueError, match="no plan 'fast'"):
+        rulers.steps("fast", 1, 1)
+
+
+def test_documented_memory_is_a_chunk_and_the_gradients():
+    import rulers
+
+    H, V = LLAMA
+    scratch, dx, dw = 4096 * V * 2, 16_384 * H * 2, 4 * H * V
+    size = (16_384, 4096, H, V, 2)
+    assert rulers.documented_bytes("no gradient", *size) == scratch
+    assert rulers.documented_bytes("frozen", *size) == scratch + dx
+    assert rulers.documented_bytes("pairwise", *size) == scratch + dx + dw
+    assert scratch < 1.1e9
+    assert dw == pytest.approx(2.10e9, rel=2e-3)
+
+
+def test_other_bytes_are_those_of_gathers_and_gradients():
+    """M 2, R 5, H 3, V 7, bfloat16: rows of 6 bytes in the hidden dtype, of 12 in float32."""
+    import rulers
+
+    gather, dx, zeros, cast = 2 * 2 * 6, 2 * (12 + 6), 3 * 6, 7 * 3 * (4 + 2)
+    size = (2, 5, 3, 7, 2)
+    assert rulers.other_bytes("no gradient", *size) == gather
+    scaled = 4 * 2 * 6
+    assert rulers.other_bytes("frozen", *size) == gather + dx + zeros + scaled
+    assert rulers.other_bytes("pairwise", *size) == gather + dx + zeros + scaled + cast
+    assert rulers.other_bytes("recompute", *size) == 2 * gather + dx + zeros + cast
+
+
+# ---- how it times -------------------------------------------------------
+
+
+def test_in_each_round_every_job_has_one_turn():
+    import rulers
+
+    said = []
+    jobs = [
+        rulers.Job(name, lambda name=name: said.append(name) or name, said.append) for name in "abc"
+    ]
+    times = rulers.take_turns(jobs, torch.device("cpu"), seconds=0.0, warm_up=1)
+    assert said[:6] == list("aabbcc")  # the warm-up; backward gets what forward gave
+    assert said[6:] == list("aabbcc") + list("bbccaa") + list("ccaabb")
+    for took in times.values():
+        assert len(took.both) == 3
+        assert took.both == [f + b for f, b in zip(*took, strict=True)]
+
+
+def test_spread_is_median_and_deciles():
+    import rulers
+
+    assert rulers.Spread.of([float(n) for n in range(11)]) == (5.0, 1.0, 9.0)
+    assert rulers.Spread.of([2.0]) == (2.0, 2.0, 2.0)
+
+
+# ---- what it verifies ---------------------------------------------------
+
+
+def tiny(**options):
+    from head_cases import HeadCase, Model
+
+    model = Model("tiny", 16, 300, options.pop("softcap", None))
+    return HeadCase(model, 64, 0.4, torch.float32, torch.device("cpu"), 16, 24, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_oracle_is_autograd_in_float64(softcap):
+    case = tiny(softcap=softcap)
+    g = torch.randn(case.M, dtype=torch.float64)
+    x = case.hidden[case.rows].double().requires_grad_()
+    w = case.weight.double().requires_grad_()
+    z = x @ w.t()
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    logps = z.log_softmax(-1)[torch.arange(case.M), case.table.targets.long()]
+    dx, dw = torch.autograd.grad(logps, (x, w), g)
+    some, ids = torch.tensor([0, 5, 63]), torch.tensor([0, 7, 299])
+    torch.testing.assert_close(case.oracle.logps, logps.detach())
+    torch.testing.assert_close(case.oracle.dx(some, g), dx[some])
+    torch.testing.assert_close(case.oracle.dw(ids, g), dw[ids])
+    assert (case.oracle.sequences - logps.view(-1, 16).sum(1).view(-1, 2)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("plan", ["frozen", "recompute", "pairwise"])
+def test_the_steps_of_a_plan_are_the_products_it_runs(plan):
+    case = tiny()
+    (candidate,) = [c for c in case.ours() if c.plan == plan]
+    assert case.verify(candidate) == []
+
+
+def test_steps_that_are_not_the_plans_own_are_said(monkeypatch):
+    import head_cases
+
+    case = tiny()
+    frozen = case.ours()[0]
+    monkeypatch.setattr(case, "steps", lambda plan: head_cases.steps("no gradient", 64, 24))
+    (warning,) = case.verify(frozen)
+    assert "forward multiplied [16, 16, 24, 24, 24, 24] rows, its steps say [16, 24, 24]" in warning
+
+
+@pytest.mark.parametrize("fault", ["a value", "dX", "an unscored row", "dW", "NaN"])
+def test_what_float64_does_not_say_is_refused(fault):
+    from head_cases import WrongError
+
+    case = tiny()
+    honest = case.ours()[1]
+
+    def broken(x, w):
+        if fault == "dX":
+            x = x * 0.5 + x.detach() * 0.5
+        if fault == "dW":
+            w = w * 0.5 + w.detach() * 0.5
+        y = honest.run(x, w)
+        if fault == "a value":
+            return y + 0.1
+        if fault == "NaN":
+            return y * math.nan
+        return y + (x[0].sum() * 0.01 - x[0].sum().detach() * 0.01) * (fault == "an unscored row")
+
+    said = {"a value": "values", "NaN": "values", "an unscored row": "not scored"}.get(fault, fault)
+    with pytest.raises(WrongError, match=said):
+        case.verify(honest._replace(run=broken, plan=None))
+
+
+def test_products_are_the_calls_of_the_head_on_its_chunks():
+    case = tiny()
+    products = case.products()
+    planned = case.steps("recompute")
+    products.run(planned.forward)
+    last = slice(48, 64)
+    torch.testing.assert_close(
+        products.scratch[:16], case.hidden[case.rows][last] @ case.weight.t()
+    )
+    products.run(planned.backward)
+    expected = sum(
+        products.dz[: rows.stop - rows.start].t() @ products.x[rows]
+        for kind, rows in planned.backward
+        if kind == "dw"
+    )
+    torch.testing.assert_close(products.dw, expected)
+    products.run(planned.backward)  # a second run begins anew
+    torch.testing.assert_close(products.dw, expected)
+
+
+def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
+    import head_peers
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "quack", None)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    missing = {}
+    peers = list(head_peers.head_peers(tiny(), missing.__setitem__))
+    assert {p.name for p in peers} >= {"torch, same dtype", "torch, float32 upcast"}
+    names = ["TRL chunked head", "Liger fused scaled CE", "Liger fused linear DPO", "QuACK chunked CE"]
+    assert list(missing) == names
+    assert all("ModuleNotFoundError" in why for why in missing.values())
+
+
+# ---- the whole run ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    file = tmp_path_factory.mktemp("head") / "times.json"
+    command = [sys.executable, str(BENCHES / "head.py"), "--device", "cpu", "--smoke"]
+    command += ["--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout, json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_the_smoke_run_measures_every_part(smoke):
+    said, found = smoke
+    assert found["warnings"] == []
+    parts = [case["part"] for case in found["cases"]]
+    assert {part: parts.count(part) for part in parts} == {"given": 2, "fused": 8, "small": 1}
+    for case in found["cases"]:
+        for times in case["ms"].values():
+            assert len(times["forward"]) == len(times["backward"]) >= 3
+            assert all(t >= 0 for t in times["forward"] + times["backward"])
+        if case["part"] != "fused":
+            continue
+        assert [bound["plan"] for bound in case["bounds"]] == ["frozen", "recompute", "pairwise"]
+        for bound in case["bounds"]:
+            assert 0 < bound["products_ms"] < bound["bound_ms"]
+            assert f"products, {bound['plan']}" in case["ms"]
+        assert {"copy", "torch, same dtype", "torch, float32 upcast"} <= set(case["ms"])
+    assert "x its bound, products" in said
+    assert "softcap 5" in said
+
+
+def test_the_smoke_run_says_what_was_left_out_and_records_nothing(smoke):
+    said, found = smoke
+    for name in ("Liger fused linear DPO", "QuACK chunked CE"):
+        assert any(name in what and why for what, why in found["left_out"])
+        assert f"{name}: " in said
+    facts = found["facts"]
+    assert facts["device"] == "cpu"
+    assert {"commit", "command", "torch", "cupy", "nvrtc", "clocks_before", "peers"} <= set(facts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "needs --smoke"),
+        (["--smoke", "--record"], "never recorded"),
+        (["--model", "BERT"], "the names are"),
+        (["--scored", "1000"], "whole pairs"),
+    ],
+)
+def test_what_would_measure_nothing_is_refused(arguments, message, capsys):
+    import head
+
+    with pytest.raises(SystemExit):
+        head.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_recorded_run_is_a_table_with_the_columns_of_the_file(tmp_path, monkeypatch):
+    import head_report
+
+    results = tmp_path / "RESULTS.md"
+    results.write_text("before\n", encoding="utf-8")
+    monkeypatch.setattr(head_report, "RESULTS", results)
+    report = head_report.Report(torch.device("cpu"), ["benches/head.py"])
+    report.row("what", "1 ms", "bound 1 ms", "1.00x")
+    report.left_out("QuACK", "not installed")
+    report.finish(str(tmp_path / "times.json"), record=True)
+    text = results.read_text(encoding="utf-8")
+    columns = (BENCHES / "RESULTS.md").read_text(encoding="utf-8")
+    wanted = next(line for line in columns.splitlines() if line.startswith("| date"))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {row.count(" | ") for row in rows} == {wanted.count(" | ")}
+    assert "| what | 1 ms | bound 1 ms | 1.00x | `python benches/head.py` |" in text
+    assert text.startswith("before\n")
+    assert "- left out, QuACK: not installed" in text
