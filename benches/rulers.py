@@ -21,6 +21,8 @@ from dpo_ext.torch.head import Head, add_product, product, wide
 from dpo_ext.torch.pairwise import chunks_of_pairs
 
 PRODUCTS = ("logits", "dx", "dw")
+KEPT_CHUNKS = 0
+"""Chunks whose logits ``recompute`` keeps from forward to backward, the last ones: 6MHV, not 8."""
 READS_AND_WRITES = {"fold": 1, "dz": 2}  # passes over a chunk of logits
 
 
@@ -36,14 +38,19 @@ class Steps(NamedTuple):
     backward: list[Step]
 
 
-def steps(plan: str, tokens: int, chunk_rows: int, offsets: Sequence[int] = ()) -> Steps:
+def steps(
+    plan: str,
+    tokens: int,
+    chunk_rows: int,
+    offsets: Sequence[int] = (),
+    kept_chunks: int | None = None,
+) -> Steps:
     """What a plan does, chunk by chunk: the one place that says how many products it has.
 
-    ``recompute`` keeps the logits of its last chunk from forward to backward: 8MHV for the other
-    chunks, 6MHV for that one. ``pairwise`` needs the ``offsets`` of the sequences: its chunks are
+    ``recompute`` multiplies again what it has not kept (`KEPT_CHUNKS`). ``pairwise`` needs the ``offsets`` of the sequences: its chunks are
     whole pairs, and a pair longer than a chunk is folded first and then multiplied again.
 
-    >>> [step.kind for step in steps("recompute", 8, 8).backward]
+    >>> [step.kind for step in steps("recompute", 8, 8, kept_chunks=1).backward]
     ['dz', 'dx', 'dw']
     """
 
@@ -60,7 +67,8 @@ def steps(plan: str, tokens: int, chunk_rows: int, offsets: Sequence[int] = ()) 
     if plan == "frozen":
         return Steps(each(chunks, "logits fold dz dx"), [])
     if plan == "recompute":
-        again, kept = chunks[:-1], chunks[-1:]
+        cut = len(chunks) - (KEPT_CHUNKS if kept_chunks is None else kept_chunks)
+        again, kept = chunks[: max(cut, 0)], chunks[max(cut, 0) :]
         backward = each(kept, "dz dx dw") + each(again, "logits dz dx dw")
         return Steps(each(chunks, "logits fold"), backward)
     if plan == "pairwise":
