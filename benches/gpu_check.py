@@ -1,28 +1,44 @@
 """Everything that needs a GPU, on a machine with Python, torch, CuPy, NumPy, pytest and our wheel.
 
-1. tests/test_gpu.py: every kernel x dtype against float64; a test that is skipped is a failure.
-2. compute-sanitizer, where it is found: memcheck, racecheck, initcheck, synccheck, small shapes.
+1. tests/: every test that is marked `gpu`, in tests/test_gpu.py and wherever a test runs on each
+   implementation. What could not run is counted with its reason; in tests/test_gpu.py it is a failure.
+2. benches/gpu_shapes.py: small shapes of every kernel and plan, and two streams; then under
+   compute-sanitizer, where it is found: memcheck, racecheck, initcheck, synccheck.
 3. benches/head.py: the rows of the GPU for RESULTS.md (`--record` appends them).
 
-    python benches/gpu_check.py [--record] [--quick]
+    python benches/gpu_check.py [--record] [--quick] [--json times.json]
 
-The package is the one that Python finds, else dist/*.whl, unpacked to a folder of its own. Exit
-status 0 only if everything ran and passed.
+The package is the one that Python finds, else dist/*.whl, unpacked to a folder of its own: nothing
+is compiled here but the kernels, by NVRTC. Exit status 0 only if everything ran and passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TESTS = ROOT / "tests"
+ALL_RUN = "test_gpu"  # here a test that is skipped is a failure
+MARKS = ("mark.gpu", "IMPLS", "KERNELS")  # how a test file says that some of its tests need a GPU
+# Products are cuBLAS's, whose reads of padding initcheck reports: it runs on our kernels alone.
+SANITIZED = {
+    "memcheck": ("kernels", "plans", "streams"),
+    "racecheck": ("kernels",),
+    "initcheck": ("kernels",),
+    "synccheck": ("kernels",),
+}
 
 
 def environment() -> dict[str, str]:
@@ -56,63 +72,127 @@ def find_sanitizer() -> str | None:
     return found or next((str(match) for place in places for match in sorted(place)), None)
 
 
-def shapes() -> None:
-    """60 small shapes for the sanitizer: dtypes x transforms x odd, split, strided."""
-    import torch
-
-    from dpo_ext.torch import ops
-
-    assert ops.DTYPES
-    operators = torch.ops.dpo_ext
-    launches = 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for softcap in (0.0, 5.0):
-            for columns, offset, gap in (
-                (1, 0, 0), (7, 1, 0), (8, 0, 0), (33, 1, 3), (129, 5, 0), (1000, 0, 8),
-                (8193, 1, 0), (32_768, 0, 0), (40_003, 3, 5), (70_000, 0, 0),
-            ):  # fmt: skip
-                stride = columns + gap
-                flat = torch.randn(offset + 3 * stride + columns, device="cuda").to(dtype)
-                logits = flat.as_strided((4, columns), (stride, 1), offset)
-                rows = torch.tensor([2, 0, 1, 9], device="cuda")
-                targets = torch.tensor([columns - 1, -100, columns, 0], device="cuda").int()
-                how = (1.0, softcap, 1.0)
-                scores = operators.token_stats(logits, rows, targets, *how, True)
-                grad = torch.ones(4, device="cuda")
-                saved = (rows, targets, *scores[1:3], grad)
-                fresh = operators.logits_grad(logits, *saved, *how)
-                operators.logits_grad_(logits, *saved, *how)
-                assert torch.equal(logits.nan_to_num(7.0), fresh.nan_to_num(7.0))
-                offsets = torch.tensor([0, 0, 2, 4, 5], device="cuda").int()
-                sums = operators.segment_sum(scores[0], None, offsets)
-                assert sums[0] == 0
-                launches += 1
-    torch.cuda.synchronize()
-    print(f"{launches} shapes")
+# ---- tests ------------------------------------------------------------
 
 
-def gpu_tests(env: dict[str, str]) -> tuple[str, str]:
-    title = "tests/test_gpu.py"
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-p", "no:cacheprovider"]
-    print(f"\n== {title}: {' '.join(command)}", flush=True)
-    done = subprocess.run(command, env=env, cwd=ROOT, check=False, capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    if done.returncode != 0:
-        return title, f"FAILED with status {done.returncode}"
-    if "skipped" in done.stdout:
-        return title, "FAILED: some did not run"
-    return title, "passed"
+def gpu_files() -> list[Path]:
+    """Test files of which some tests need a GPU, by their text."""
+    return [
+        path
+        for path in sorted(TESTS.glob("test_*.py"))
+        if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)
+        and path.stem not in ("test_conftest", "test_bench_head")  # they only write of the mark
+    ]
+
+
+def missing_modules(path: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
+    """Modules that a test file imports at its head, itself or by another test file, and that are
+    not installed."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [str(node.module)]
+        else:
+            continue
+        for name in (name.split(".")[0] for name in names):
+            other = TESTS / f"{name}.py"
+            if other.exists() and other not in seen:
+                found |= missing_modules(other, seen | {path})
+            elif not (other.exists() or (TESTS / name).is_dir() or name == "dpo_ext"):
+                found |= set() if importlib.util.find_spec(name) else {name}
+    return found
+
+
+class Outcome(NamedTuple):
+    """What became of the GPU tests of one file."""
+
+    passed: int
+    failed: int
+    not_run: Counter[str]
+    """Reason to number of tests."""
+
+    def text(self, name: str) -> str:
+        because = ", ".join(f"{n} x {reason}" for reason, n in sorted(self.not_run.items()))
+        counted = f"{self.passed} passed, {self.failed} failed, {self.not_run.total()} did not run"
+        counted += f" ({because})" if because else ""
+        strict = name == ALL_RUN and (self.not_run or not self.passed)
+        return f"FAILED: {counted}" if self.failed or strict else counted
+
+
+def outcomes(junit: Path) -> dict[str, Outcome]:
+    """By file, from pytest's XML."""
+    found: dict[str, Outcome] = {}
+    for case in ElementTree.parse(junit).getroot().iter("testcase"):
+        dotted = f"{case.get('classname')}.{case.get('name')}".split(".")
+        name = next((part for part in dotted if part.startswith("test_")), "elsewhere")
+        passed, failed, not_run = found.get(name, Outcome(0, 0, Counter()))
+        skip = case.find("skipped")
+        if skip is not None:
+            reason = (skip.get("message") or "skipped").splitlines()[0]
+            found[name] = Outcome(passed, failed, not_run + Counter([reason]))
+        elif case.find("failure") is not None or case.find("error") is not None:
+            found[name] = Outcome(passed, failed + 1, not_run)
+        else:
+            found[name] = Outcome(passed + 1, failed, not_run)
+    return found
+
+
+def gpu_tests(env: dict[str, str]) -> list[tuple[str, str]]:
+    results, files = [], []
+    for path in gpu_files():
+        missing = missing_modules(path)
+        if missing:
+            text = f"did not run: {', '.join(sorted(missing))} not installed"
+            strict = "FAILED: " if path.stem == ALL_RUN else ""
+            results.append((f"tests/{path.name}", strict + text))
+        else:
+            files.append(f"tests/{path.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={junit}", *files]
+        title, whole = run("tests on the device", command, env)
+        if not junit.exists():
+            return [*results, (title, f"{whole}; FAILED: pytest left no report")]
+        found = outcomes(junit)
+    named = [(f"tests/{name}.py", outcome.text(name)) for name, outcome in found.items()]
+    total = sum(outcome.passed for outcome in found.values())
+    not_run = sum(outcome.not_run.total() for outcome in found.values())
+    summary = f"{whole}: {total} passed, {not_run} did not run, {len(results)} files left out"
+    return [*results, *named, (title, summary)]
+
+
+# ---- all of it --------------------------------------------------------
+
+
+def shapes(env: dict[str, str]) -> list[tuple[str, str]]:
+    def program(group: str) -> list[str]:
+        return [sys.executable, "benches/gpu_shapes.py", group]
+
+    results = [run(f"shapes, {g}", program(g), env) for g in ("kernels", "plans", "streams")]
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        return [*results, ("compute-sanitizer", "not found, did not run")]
+    # Without torch's cache every buffer is an allocation of its own, with its own bounds.
+    guarded = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool, groups in SANITIZED.items():
+        for group in groups:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *program(group)]
+            results.append(run(f"compute-sanitizer {tool}, {group}", command, guarded))
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="append the rows to RESULTS.md")
-    parser.add_argument("--quick", action="store_true", help="one vocabulary, bfloat16")
-    parser.add_argument("--shapes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="one model, 8 minutes at most")
+    parser.add_argument("--json", help="raw times of head.py go here")
+    parser.add_argument(
+        "--only", nargs="+", choices=["tests", "shapes", "bench"], help="some of the three parts"
+    )
     arguments = parser.parse_args()
-    if arguments.shapes:
-        shapes()
-        return
     env = environment()
     import torch
 
@@ -120,21 +200,17 @@ def main() -> None:
         sys.exit("no CUDA device: nothing was checked")
     python = sys.version.split()[0]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {python}")
-    results = [gpu_tests(env)]
-    sanitizer = find_sanitizer()
-    program = [sys.executable, str(Path(__file__)), "--shapes"]
-    for tool in TOOLS if sanitizer else ():
-        # Without torch's cache every buffer is an allocation of its own, with its own bounds.
-        guarded = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *program]
-        results.append(run(f"compute-sanitizer {tool}", command, guarded))
-    if not sanitizer:
-        results.append(("compute-sanitizer", "not found, did not run"))
     bench = [sys.executable, "benches/head.py"]
-    bench += [flag for flag in ("--record", "--quick") if flag in sys.argv]
-    results.append(run("benches/head.py", bench, env))
+    bench += ["--record"] * arguments.record + ["--quick"] * arguments.quick
+    bench += ["--json", arguments.json] if arguments.json else []
+    parts = {
+        "tests": lambda: gpu_tests(env),
+        "shapes": lambda: shapes(env),
+        "bench": lambda: [run("benches/head.py", bench, env)],
+    }
+    results = [r for part in arguments.only or parts for r in parts[part]()]
     print("\n".join(["", *(f"{title}: {result}" for title, result in results)]))
-    sys.exit(any(result.startswith("FAILED") for _, result in results))
+    sys.exit(any("FAILED" in result for _, result in results))
 
 
 if __name__ == "__main__":

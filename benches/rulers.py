@@ -47,8 +47,9 @@ def steps(
 ) -> Steps:
     """What a plan does, chunk by chunk: the one place that says how many products it has.
 
-    ``recompute`` multiplies again what it has not kept (`KEPT_CHUNKS`). ``pairwise`` needs the ``offsets`` of the sequences: its chunks are
-    whole pairs, and a pair longer than a chunk is folded first and then multiplied again.
+    ``recompute`` multiplies again what it has not kept (`KEPT_CHUNKS`). ``pairwise`` needs the
+    ``offsets`` of the sequences: its chunks are whole pairs, and a pair longer than a chunk is
+    folded first and then multiplied again.
 
     >>> [step.kind for step in steps("recompute", 8, 8, kept_chunks=1).backward]
     ['dz', 'dx', 'dw']

@@ -337,3 +337,76 @@ def test_a_recorded_run_is_a_table_with_the_columns_of_the_file(tmp_path, monkey
     assert "| what | 1 ms | bound 1 ms | 1.00x | `python benches/head.py` |" in text
     assert text.startswith("before\n")
     assert "- left out, QuACK: not installed" in text
+
+
+# ---- the check on a GPU, as far as it goes without one ------------------
+
+
+@pytest.mark.parametrize(("group", "count"), [("kernels", 69), ("plans", 27)])
+def test_the_shapes_of_the_sanitizer_agree_with_float64(group, count):
+    import gpu_shapes
+
+    shapes = gpu_shapes.Shapes("cpu")
+    getattr(shapes, group)()
+    assert shapes.count == count
+
+
+def test_shapes_that_differ_are_refused():
+    import gpu_shapes
+
+    for got, want in ((1.0, 2.0), (math.nan, 1.0), (1.0, math.nan), (-math.inf, 1.0)):
+        with pytest.raises(AssertionError, match="it: found"):
+            gpu_shapes.near("it", got, want, 0.5)
+    with pytest.raises(AssertionError, match="it: other values"):
+        gpu_shapes.same("it", torch.zeros(2), torch.ones(2))
+    gpu_shapes.near("it", math.nan, math.nan, 0.0)
+
+
+def test_files_with_gpu_tests_are_found_by_their_text():
+    import gpu_check
+
+    names = {path.stem for path in gpu_check.gpu_files()}
+    assert {"test_gpu", "test_linear", "test_pairwise", "test_logps", "test_ring"} <= names
+    assert not {"test_losses", "test_conftest", "test_bench_head"} & names
+
+
+def test_modules_that_are_not_installed_are_named(tmp_path, monkeypatch):
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "TESTS", tmp_path)
+    (tmp_path / "test_a.py").write_text("import os\nimport test_b\nfrom dpo_ext import x\n")
+    (tmp_path / "test_b.py").write_text("from no_such.deep import y\nimport also_not, numpy\n")
+    assert gpu_check.missing_modules(tmp_path / "test_a.py") == {"no_such", "also_not"}
+    monkeypatch.undo()
+    assert gpu_check.missing_modules(gpu_check.TESTS / "test_gpu.py") == set()
+
+
+def test_what_did_not_run_is_counted_with_its_reason(tmp_path):
+    import gpu_check
+
+    (tmp_path / "test_gpu.py").write_text(
+        "import pytest\n"
+        "def test_runs(): pass\n"
+        "@pytest.mark.skip(reason='needs 12 GB')\n"
+        "def test_big(): pass\n"
+    )
+    (tmp_path / "test_other.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.skip(reason='no ring')\n"
+        "def test_skips(): pass\n"
+        "def test_fails(): assert 0\n"
+        "@pytest.fixture\n"
+        "def broken(): raise ValueError\n"
+        "def test_errs(broken): pass\n"
+    )
+    (tmp_path / "test_rest.py").write_text(
+        "import pytest\npytest.importorskip('no_such')\n\ndef test_never(): pass\n"
+    )
+    junit = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", str(tmp_path)]
+    subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, check=False)
+    found = gpu_check.outcomes(junit)
+    texts = {name: outcome.text(name) for name, outcome in found.items()}
+    assert texts["test_gpu"] == "FAILED: 1 passed, 0 failed, 1 did not run (1 x needs 12 GB)"
+    assert texts["test_other"] == "FAILED: 0 passed, 2 failed, 1 did not run (1 x no ring)"
+    assert texts["test_rest"].startswith("0 passed, 0 failed, 1 did not run (1 x ")
