@@ -1,7 +1,8 @@
 """Everything that needs a GPU, on a machine with Python, torch, CuPy, NumPy, pytest and our wheel.
 
 1. tests/: every test that is marked `gpu`, in tests/test_gpu.py and wherever a test runs on each
-   implementation. What could not run is counted with its reason; in tests/test_gpu.py it is a failure.
+   implementation. What could not run is counted with its reason; in tests/test_gpu.py it is a
+   failure.
 2. benches/gpu_shapes.py: small shapes of every kernel and plan, and two streams; then under
    compute-sanitizer, where it is found: memcheck, racecheck, initcheck, synccheck.
 3. benches/head.py: the rows of the GPU for RESULTS.md (`--record` appends them).

@@ -1,8 +1,8 @@
 """Small shapes for compute-sanitizer, each compared with float64: run by benches/gpu_check.py.
 
-- `kernels`: every kernel over dtypes, caps, widths, strides and alignments (K4, K5), targets and rows
-  out of range (K1), nothing to do (K3), special values (K6), NaN in rows that are not scored (K7);
-  more than 2^31 elements (K2) are in tests/test_gpu.py, since a sanitizer has no room for them;
+- `kernels`: every kernel over dtypes, caps, widths, strides and alignments (K4, K5), targets and
+  rows out of range (K1), nothing to do (K3), special values (K6), NaN in rows that are not scored
+  (K7); more than 2^31 elements (K2) are in tests/test_gpu.py: a sanitizer has no room for them;
 - `plans`: each plan of the fused head, in chunks, with a pair longer than a chunk;
 - `streams`: two streams at a time give the bits of one (K10).
 
@@ -59,19 +59,22 @@ class Shapes:
             elif not (0 <= row < height and 0 <= target < columns):
                 want = NAN
             else:
-                y = before[row].double()
-                y = softcap * torch.tanh(y / softcap) if softcap else y
-                want = y.log_softmax(-1)[target].item()
-                near(f"sum of dz, row {row}", fresh[row].double().sum().item(), 0.0, 0.03)
+                leaf = before[row].double().requires_grad_()
+                y = softcap * torch.tanh(leaf / softcap) if softcap else leaf
+                logp = y.log_softmax(-1)[target]
+                logp.backward()
+                want, eps = logp.item(), max(torch.finfo(before.dtype).eps, 1e-5)
+                error = (fresh[row].double() - leaf.grad).norm().item()
+                near(f"gradient of row {row}", error, 0.0, eps * leaf.grad.norm().item() + 1e-6)
             near(f"log-prob of token {token}", got, want, 1e-5 * max(1.0, abs(want)))
         unscored = [r for r in range(height) if r not in rows or targets[rows.index(r)] == -100]
         same("rows that are not scored", fresh[unscored], torch.zeros_like(fresh[unscored]))
-        # Offsets that fall or lie outside give NaN and touch nothing (K1); an empty one gives 0 (K3).
-        offsets = self.tensor([0, 0, len(rows), len(rows) + 1, 0, -1], torch.int32)
+        # Offsets that fall or lie outside give NaN and touch nothing (K1), an empty one 0 (K3).
+        offsets = self.tensor([0, 0, 2, 2, len(rows) + 1, 0, -1], torch.int32)
         sums = OPS.segment_sum(scores[0], None, offsets).tolist()
-        near("sum of nothing", sums[0], 0.0, 0.0)
-        near("sum of all", sums[1], scores[0].double().sum().item(), 1e-4 * abs(sums[1]) + 1e-6)
-        for wrong in sums[2:]:
+        near("sum of nothing", sums[0] + sums[2], 0.0, 0.0)
+        near("sum of two", sums[1], scores[0][:2].double().sum().item(), 1e-5)
+        for wrong in sums[3:]:
             near("sum of what does not exist", wrong, NAN, 0.0)
         self.count += 1
 
