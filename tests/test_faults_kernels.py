@@ -20,6 +20,11 @@ from dpo_ext import kernels
 
 TESTS = Path(__file__).parent
 PLAIN = (1.0, 0.0, 1.0)
+# What has no form of its own on a device.
+HERE_ALONE = {
+    "K8": "refused before anything is launched",
+    "K15": "what is missing is the device, its driver or CuPy",
+}
 KERNELS = sorted(kernels.FILES)
 
 
@@ -60,8 +65,19 @@ def marked() -> dict[str, list[tuple[str, bool]]]:
 MARKED = marked()
 
 
+@pytest.mark.parametrize("name", FAULTS + HAZARDS)
+def test_every_fault_and_hazard_has_a_test_that_runs_without_a_gpu(name):
+    assert [test for test, on_gpu in MARKED.get(name, []) if not on_gpu]
+
+
+@pytest.mark.parametrize("name", [n for n in FAULTS + HAZARDS if n not in HERE_ALONE])
+def test_every_fault_and_hazard_has_a_test_for_make_gpu_check(name):
+    assert [test for test, _ in MARKED.get(name, []) if test.startswith("test_gpu")]
+
+
 def test_no_mark_names_something_else():
-    assert set(MARKED) <= set(FAULTS + HAZARDS)
+    assert set(MARKED) == set(FAULTS + HAZARDS)
+    assert set(HERE_ALONE) < set(MARKED)
 
 
 # ---- K1 to K7 over all kernels ------------------------------------------------------------------
