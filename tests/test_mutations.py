@@ -53,6 +53,22 @@ class WrongBackward(torch.autograd.Function):
         return torch.stack((g, other), 1), None, None
 
 
+class OneSidedKink(torch.autograd.Function):
+    """A hinge at the margin 0 whose two sides take their slope at the kink from different sides."""
+
+    @staticmethod
+    def forward(ctx, logps, ref):
+        m = BETA * margin(logps, ref)
+        ctx.save_for_backward(m)
+        return (-m).relu()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (m,) = ctx.saved_tensors
+        sides = torch.stack((-BETA * (m <= 0), BETA * (m < 0)), 1)
+        return upstream[:, None] * sides, None
+
+
 def in_place(logps, ref):
     ref -= ref.mean()
     return dpo(logps, ref)
@@ -170,6 +186,7 @@ OTHER_LOSSES = {
         ),
         {"reference_free": True, "needs_lengths": True, "monotone": True, "convex": True},
     ),
+    "two slopes at one kink": (OneSidedKink.apply, {"only_margin": True}),
     "kto with the sides swapped": (
         lambda c, f: torch.sigmoid(BETA * (c - f)[:, 0]) + torch.sigmoid(-BETA * (c - f)[:, 1]),
         {"monotone": True},

@@ -45,7 +45,8 @@ def check_loss_invariants(
             2) int64 if ``needs_lengths``; or the name of a loss of the table, which brings its own
             flags.
         only_margin: adding a number to both log-probs of a pair changes nothing (log Z(x) cancels),
-            on the policy's side and on the reference's.
+            on the policy's side and on the reference's; the gradients of two identical sides add
+            up to 0.
         monotone: never increasing in the chosen log-prob ("c"), never decreasing in the rejected
             one ("r"); True is both.
         convex: in the two log-probs of a pair.

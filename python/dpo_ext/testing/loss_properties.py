@@ -146,6 +146,7 @@ def applicable(claims: Claims) -> list[Callable[[Trial], None]]:
         (claims.bounds != (-float("inf"), float("inf")), stays_in_bounds),
         (claims.step0 is not None, starts_right),
         (claims.only_margin, prompt_terms_cancel),
+        (claims.only_margin, identical_sides_cancel),
         (bool(claims.monotone), is_monotone),
         (claims.convex, is_convex),
         (claims.swap is not None, swaps_right),
@@ -307,6 +308,21 @@ def prompt_terms_cancel(trial: Trial) -> None:
                 f"only_margin: {shift} less in both log-probs of the {name} moves the loss of pair "
                 f"{i} from {values[i].item():.9g} to {got[i].item():.9g}"
             )
+
+
+def identical_sides_cancel(trial: Trial) -> None:
+    """A pair of twice the same completion trains nothing: its two gradients add up to 0."""
+    case = PairLogps(*(t[:, :1].repeat(1, 2) for t in trial.case))
+    gradient = trial.subject.values_and_gradient(case.logps, case)[1]
+    wrong = ~(gradient.sum(1).abs() <= 1e-6 * gradient.abs().sum(1)) & gradient.isfinite().all(1)
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise trial.subject.broken(
+            "only_margin: the gradients of two identical sides must add up to 0, found "
+            f"{gradient[i, 0].item():.9g} and {gradient[i, 1].item():.9g} for pair {i}",
+            case.logps,
+            case,
+        )
 
 
 def is_monotone(trial: Trial) -> None:
