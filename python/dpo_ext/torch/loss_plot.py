@@ -61,7 +61,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def _smaller(svg: str) -> str:
     """The same picture in a quarter of the bytes: numbers to a tenth of a point, each style once,
-    no groups that only group.
+    short names, no groups that only group.
     """
     names = {"": "http://www.w3.org/2000/svg", "xlink": "http://www.w3.org/1999/xlink"}
     for prefix, name in names.items():
@@ -109,7 +109,12 @@ def _smaller(svg: str) -> str:
     rules = "".join(f".{name}{{{style}}}" for style, name in styles.items())
     sheet = ElementTree.SubElement(root, f"{{{names['']}}}style")
     sheet.text = rules
-    return ElementTree.tostring(root, encoding="unicode")
+    ids: dict[str, str] = {}
+    return re.sub(
+        r"\b[pm][0-9a-f]{10}\b",
+        lambda found: ids.setdefault(found[0], f"p{len(ids)}"),
+        ElementTree.tostring(root, encoding="unicode"),
+    )
 
 
 def draw_losses(path: Path) -> None:
