@@ -94,6 +94,8 @@ class Report:
         self.rows: list[tuple[str, str, str, str]] = []
         self.missing: list[tuple[str, str]] = []
         self.warnings: list[str] = []
+        self.wrong: list[str] = []
+        """What of ours float64 contradicts."""
         self.bounds: list[tuple[str, float]] = []
 
     def header(self) -> str:
@@ -146,6 +148,8 @@ class Report:
             if ratio > TARGET:
                 print(f"  {ratio:.3f}x  {what}")
         print(f"{len(self.missing)} left out, {len(self.warnings)} warnings")
+        for what in self.wrong:
+            print(f"WRONG: {what}")
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -154,6 +158,7 @@ class Report:
             "rows": self.rows,
             "left_out": self.missing,
             "warnings": self.warnings,
+            "wrong": self.wrong,
         }
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"raw times: {path}")
@@ -170,6 +175,7 @@ class Report:
         ]
         missing = "".join(f"- left out, {what}: {why}\n" for what, why in self.missing)
         warnings = "".join(f"- warning, {text}\n" for text in self.warnings)
+        warnings += "".join(f"- WRONG, not timed: {what}\n" for what in self.wrong)
         clocks = f"clocks before {facts['clocks_before']}, after {facts['clocks_after']}"
         head = (
             f"\n{facts['date']}, GPU run at {facts['commit']}, {clocks}; peers {facts['peers']}:\n"

@@ -220,6 +220,39 @@ def test_what_float64_does_not_say_is_refused(fault):
         case.verify(honest._replace(run=broken, plan=None))
 
 
+def test_a_wrong_result_of_ours_is_not_timed_and_ends_in_status_1(monkeypatch, tmp_path):
+    import head
+    import head_cases
+    import head_given
+
+    honest = head_cases.linear_sequence_logps
+    monkeypatch.setattr(head_cases, "linear_sequence_logps", lambda *a, **k: honest(*a, **k) + 1)
+    monkeypatch.setattr(head_given.GivenCase, "verify_ours", lambda _: _refuse("the gradient"))
+    monkeypatch.setattr(head, "head_peers", lambda *_: [])
+    size = head.SMOKE._replace(models=(head.TINY,), scored=(64,), shares=(1.0,))
+    monkeypatch.setattr(head, "SMOKE", size)
+    file = tmp_path / "times.json"
+    command = ["head.py", "--device", "cpu", "--smoke", "--only", "given", "fused"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        head.main()
+    assert ended.value.code == 1
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert len(found["wrong"]) == 3
+    assert [what.split(": ")[-1] for what in found["wrong"][1:]] == [
+        "ours, frozen",
+        "ours, recompute",
+    ]
+    (case,) = found["cases"]
+    assert [bound["plan"] for bound in case["bounds"]] == ["pairwise"]
+
+
+def _refuse(what):
+    from head_cases import WrongError
+
+    raise WrongError(what)
+
+
 def test_products_are_the_calls_of_the_head_on_its_chunks():
     case = tiny()
     products = case.products()
@@ -274,7 +307,7 @@ def smoke(tmp_path_factory):
 
 def test_the_smoke_run_measures_every_part(smoke):
     said, found = smoke
-    assert found["warnings"] == []
+    assert (found["warnings"], found["wrong"]) == ([], [])
     parts = [case["part"] for case in found["cases"]]
     assert {part: parts.count(part) for part in parts} == {"given": 2, "fused": 8, "small": 1}
     for case in found["cases"]:
