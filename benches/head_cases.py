@@ -57,6 +57,8 @@ class Candidate(NamedTuple):
     needs: int = 0
     """Bytes beyond the inputs, so that what cannot fit is left out before it is tried."""
     note: str = ""
+    scale: float = 1.0
+    """Of a scalar: how much an error of one sequence's log-prob moves it."""
 
 
 class HeadCase:
@@ -150,7 +152,7 @@ class HeadCase:
         loss, g = self.dpo(BETA, self.ref)
         needs = scratch + kept + V * H * (4 + size)
         pairs = ("ours, pairwise", "one scalar", True, by_pairs, loss, None, g, "pairwise", needs)
-        return [*found, Candidate(*pairs)]
+        return [*found, Candidate(*pairs, scale=BETA)]
 
     def dpo(self, beta: float, reference: Tensor | float) -> tuple[Tensor, Tensor]:
         """float64 DPO loss of the case, and dL/d(log-prob of each token)."""
@@ -195,8 +197,8 @@ class HeadCase:
         with backward:
             grads = job.backward(made)
         got, eps = made[1].detach().double(), max(torch.finfo(self.dtype).eps, 1e-5)
-        per_value = {"sequences": 5 * math.sqrt(self.tokens), "tokens": 32.0}
-        allowed = per_value.get(candidate.gives, 5 * math.sqrt(self.M)) * eps
+        of_sequence = 5 * math.sqrt(self.tokens) * eps * candidate.scale
+        allowed = 32 * eps if candidate.gives == "tokens" else of_sequence
         _close(f"{candidate.name}: values", (got - candidate.expected).abs().max(), allowed)
         allowed = max(10 * torch.finfo(self.dtype).eps, 1e-3)
         some = torch.unique(torch.linspace(0, self.M - 1, 5, device=self.device).long())

@@ -146,8 +146,11 @@ def head_peers(case: HeadCase, left_out: Callable[[str, str], None]) -> Iterator
                 note=note,
             )
 
-    def scalar(name: str, run: Callable, g: Tensor, value: Tensor, needs: int, note: str) -> Any:
-        yield Candidate(name, "one scalar", True, run, value, None, g, None, needs + inputs, note)
+    def scalar(
+        name: str, run: Callable, g: Tensor, value: Tensor, needs: int, note: str, scale: float
+    ) -> Iterator[Candidate]:
+        whole = (name, "one scalar", True, run, value, None, g, None, needs + inputs, note, scale)
+        yield Candidate(*whole)
 
     def no_softcap(who: str) -> None:
         if model.softcap:
@@ -224,7 +227,7 @@ def head_peers(case: HeadCase, left_out: Callable[[str, str], None]) -> Iterator
         needs = 2 * pairs * length * V * (2 * size + 12) + R * H * size * 2 + V * H * size
         note = "scalar only, no reference, all rows multiplied, dW in the weight's dtype"
         name = f"Liger {version('liger-kernel')} fused linear DPO"
-        yield from scalar(name, run, g, value, needs, note)
+        yield from scalar(name, run, g, value, needs, note, LIGER_BETA)
 
     def by_quack() -> Iterator[Candidate]:
         no_softcap("it")
@@ -236,7 +239,8 @@ def head_peers(case: HeadCase, left_out: Callable[[str, str], None]) -> Iterator
         value = -case.oracle.logps.sum()
         name = f"QuACK {version('quack-kernels')} chunked CE"
         note = "scalar only (sum of cross entropies), all rows multiplied"
-        yield from scalar(name, run, -torch.ones_like(g), value, 2 * 4096 * V * size, note)
+        ones, tiles = torch.ones_like(g), 2 * 4096 * V * size
+        yield from scalar(name, run, -ones, value, tiles, note, case.S**0.5)
 
     makers = (
         ("torch", by_torch),

@@ -220,6 +220,16 @@ def test_what_float64_does_not_say_is_refused(fault):
         case.verify(honest._replace(run=broken, plan=None))
 
 
+def test_a_scalar_is_held_to_the_scale_of_its_sequences():
+    from head_cases import WrongError
+
+    case = tiny()
+    pairwise = case.ours()[2]
+    off = pairwise._replace(run=lambda x, w: pairwise.run(x, w) + 1e-3, plan=None)
+    with pytest.raises(WrongError, match="values are off by 1.00e-03"):
+        case.verify(off)
+
+
 def test_a_wrong_result_of_ours_is_not_timed_and_ends_in_status_1(monkeypatch, tmp_path):
     import head
     import head_cases
