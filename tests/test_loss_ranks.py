@@ -171,6 +171,25 @@ def check_from_hidden_states(rank):
     want.backward()
     torch.testing.assert_close(summed(got.detach()), want.detach())
     torch.testing.assert_close(summed(weight.grad), leaf.grad)
+    weight.grad = (
+        None  # a loss of pairs, whose chunks are made in the forward pass: rank 1 has one pair
+    )
+    few = slice(0, 4) if rank == 0 else slice(0, 2)
+    small = (
+        table if rank == 0 else ScoreTable(logit_rows=[0, 1], targets=[1, 2], seq_offsets=[0, 1, 2])
+    )
+    own_ref = -torch.ones(small.n_groups, 2)
+    got = linear_preference_loss(own[few], weight, small, own_ref, group=dist.group.WORLD).loss
+    got.backward()
+    rows = [0, 1, 2, 3, 4, 5]
+    three = ScoreTable(logit_rows=rows, targets=[1, 2, 3, 4, 1, 2], seq_offsets=range(7))
+    leaf = weight.detach().requires_grad_()
+    want = linear_preference_loss(hidden, leaf, three, -torch.ones(3, 2)).loss
+    want.backward()
+    torch.testing.assert_close(summed(got.detach()), want.detach())
+    torch.testing.assert_close(summed(weight.grad), leaf.grad)
+    with pytest.raises(ValueError, match="`num_pairs` and `group` both say"):
+        linear_preference_loss(own, weight, table, ref, group=dist.group.WORLD, num_pairs=3)
 
 
 def check_groups(rank):

@@ -92,6 +92,39 @@ def test_a_counterexample_can_be_pasted_and_fails_again():
     assert abs(names["got"].item() - math.log(2)) > 0.1
 
 
+def pasted(error):
+    """What the pasted lines of a message leave behind; ``got`` is the value of the last one."""
+    _, _, code = str(error.value).partition("\n\n")
+    *lines, call = code.splitlines()
+    return "\n".join([*lines, f"got = {call}"])
+
+
+def test_counterexamples_of_log_probs_and_layouts_can_be_pasted():
+    def doubled(logits, table):
+        return 2 * sequence_logps(logits, table)
+
+    with pytest.raises(AssertionError, match="must be") as error:
+        check_logps(doubled)
+    names = {"function": doubled}
+    exec(pasted(error), names)
+    right = sequence_logps(names["logits"], names["table"])
+    assert not torch.equal(names["got"], right)
+
+    def cut(rows):
+        return collate_trl([{**r, "prompt_ids": r["prompt_ids"][:1]} for r in rows])
+
+    with pytest.raises(AssertionError, match="the log-prob alone is") as error:
+        check_layouts(cut)
+    names = {"collate": cut}
+    exec(pasted(error), names)
+    inputs, _ = names["got"]
+    longest = max(
+        len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"]))
+        for r in names["rows"]
+    )
+    assert inputs["input_ids"].shape[1] < longest
+
+
 def test_the_same_search_finds_the_same_counterexample():
     messages = []
     for _ in range(2):
@@ -296,5 +329,8 @@ def test_check_layouts_takes_a_model_and_tells_which_layout_it_breaks():
     check_layouts(other, layouts=["padded"], examples=8)
     forward = other.forward
     other.forward = lambda position_ids=None, **inputs: forward(**inputs)
-    with pytest.raises(AssertionError, match=r"layout='packed'"):
+    with pytest.raises(AssertionError, match=r"layout='packed'") as error:
         check_layouts(other, layouts=["padded", "packed"], examples=8)
+    names = {}
+    exec(pasted(error), names)
+    assert names["got"].n_pairs == len(names["rows"])

@@ -312,8 +312,14 @@ class _Laid:
         batch = plan[0].to(next(self._model.parameters()).device)
         return batch.inputs_for(self._model), batch.table.to("cpu")
 
-    def __repr__(self) -> str:
-        return f"layout={self._layout!r}"
+    def literal(self) -> list[str]:
+        """The lines that make the batch from ``rows``."""
+        return [
+            "from dpo_ext import PairDataset",
+            'names = ("prompt_ids", "chosen_ids", "rejected_ids")',
+            "data = PairDataset.from_ids(*([row[name] for row in rows] for name in names))",
+            f"data.plan(layout={self._layout!r}, pairs_per_batch=len(rows), shuffle=False)[0]",
+        ]
 
 
 def _logits(model: Callable[..., Any], **inputs: Any) -> Tensor:
@@ -329,9 +335,12 @@ def _check_batch(
 ) -> None:
     def broken(what: str) -> Violation:
         rows = [{k: v.tolist() for k, v in row.items()} for row in batch]
-        name = repr(collate) if isinstance(collate, _Laid) else "collate"
-        return Violation(f"{what}\n\nrows = {rows!r}\n{name}([{{k: np.array(v, dtype=np.int32) "
-                         "for k, v in row.items()} for row in rows])")  # fmt: skip
+        lines = [
+            what, "", "import numpy as np", f"rows = {rows!r}",
+            "rows = [{k: np.array(v, dtype=np.int32) for k, v in row.items()} for row in rows]",
+        ]  # fmt: skip
+        lines += collate.literal() if isinstance(collate, _Laid) else ["collate(rows)"]
+        return Violation("\n".join(lines))
 
     before = [{k: v.copy() for k, v in row.items()} for row in batch]
     try:

@@ -161,7 +161,7 @@ def draw_losses(path: Path) -> None:
     figure.suptitle(
         "loss (black, left axis), dL/dc (blue) and dL/dr (red, dashed; right axis) against D = xw "
         f"- xl, each side moved by half; both sides {LENGTH} tokens, reference {base:g} nats, "
-        "default parameters"
+        "default parameters (examples where there is no default)"
     )
     _save(figure, path)
 

@@ -20,6 +20,7 @@ from dpo_ext.torch.head import Head, Rows, add_product, check_head, make_head, p
 from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
 from dpo_ext.torch.loss_checks import find_loss
+from dpo_ext.torch.loss_ranks import check_group, count_pairs
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss
 from dpo_ext.torch.table import ScoreTable
 
@@ -40,6 +41,7 @@ def linear_preference_loss(
     num_pairs: float | Tensor | None = None,
     compat: str | None = None,
     loss_weights: Sequence[float] | None = None,
+    group: Any = None,
     plan: str = "auto",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
@@ -63,7 +65,7 @@ def linear_preference_loss(
         hidden, weight, table, bias, chunk_rows: as in `linear_sequence_logps`; ``group_size`` 2.
         ref_logps: (N, 2) of the frozen reference, cast to the dtype of the log-probs. None only
             for losses without one.
-        loss, beta, num_pairs, compat, loss_weights, **params: as in `preference_loss`.
+        loss, beta, num_pairs, compat, loss_weights, group, **params: as in `preference_loss`.
         pair_weight: its ``weight``, a factor of each pair, (N,).
         lengths: (N, 2); default for losses by name: ``table.lengths``.
         plan: ``"pairwise"`` (losses by name in which a pair's gradient depends on that pair
@@ -95,6 +97,8 @@ def linear_preference_loss(
     if lengths is None and (isinstance(loss, str) or not callable(loss)):
         lengths = table.lengths
     options = {"loss": loss, "num_pairs": num_pairs, "compat": compat, "loss_weights": loss_weights}
+    if group is not None:
+        options["group"] = group
     by_pair = {"beta": beta, "weight": pair_weight, **params}
     why_not = _not_pairwise(loss, compat, [beta, pair_weight, *params.values()])
     if plan == "pairwise" and why_not:
@@ -121,8 +125,13 @@ def linear_preference_loss(
         ref = ref.to(wide(head.dtype))
         if tuple(ref.shape) != (N, 2):
             raise TensorError(f"`ref_logps` must have shape ({N}, 2), found {tuple(ref.shape)}")
-    if num_pairs is None:
+    ranks = check_group(options.get("group"))
+    if num_pairs is None:  # with it `group` is an error, which `preference_loss` raises
+        options.pop("group", None)
         options["num_pairs"] = float(max(N, 1))
+        if ranks is not None:
+            like = hidden.new_zeros((), dtype=wide(head.dtype))
+            options["num_pairs"] = count_pairs(N, like, ranks)
     losses = _Losses(ref, lengths, options, by_pair, N)
     trained = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (rows, weight, bias)
