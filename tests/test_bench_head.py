@@ -226,7 +226,7 @@ def test_a_scalar_is_held_to_the_scale_of_its_sequences():
     case = tiny()
     pairwise = case.ours()[2]
     off = pairwise._replace(run=lambda x, w: pairwise.run(x, w) + 1e-3, plan=None)
-    with pytest.raises(WrongError, match="values are off by 1.00e-03"):
+    with pytest.raises(WrongError, match=r"values are off by 1\.00e-03"):
         case.verify(off)
 
 
@@ -453,3 +453,6 @@ def test_what_did_not_run_is_counted_with_its_reason(tmp_path):
     assert texts["test_gpu"] == "FAILED: 1 passed, 0 failed, 1 did not run (1 x needs 12 GB)"
     assert texts["test_other"] == "FAILED: 0 passed, 2 failed, 1 did not run (1 x no ring)"
     assert texts["test_rest"].startswith("0 passed, 0 failed, 1 did not run (1 x ")
+    alone = found["test_other"]._replace(failed=0)
+    assert alone.text("test_gpu_faults").startswith("FAILED: 0 passed")
+    assert not alone.text("test_ring").startswith("FAILED")
