@@ -151,9 +151,11 @@ def test_products_and_memory_are_those_of_the_plan(lengths, chunk_rows, products
         out = linear_preference_loss(hidden, weight, table, ref, chunk_rows=chunk_rows)
     assert watch.products == products
     assert watch.largest <= max(chunk_rows * V, V * H)
+    made = [t.data_ptr() for t in vars(out.loss.grad_fn)["made"] if t is not None]
     with Watch() as watch:
         out.loss.backward()
     assert watch.products == 0
+    assert weight.grad.data_ptr() in made  # scaled where it lies and given away
     with torch.no_grad(), Watch() as watch:
         linear_preference_loss(hidden, weight, table, ref, plan="pairwise", chunk_rows=chunk_rows)
     assert watch.products == products // 3 if max(lengths) < 12 else watch.products < products // 2
@@ -165,19 +167,23 @@ def test_auto_is_frozen_then_pairwise_then_recompute():
     x, w = hidden.requires_grad_(), weight.clone().requires_grad_()
     chunks = len(list(chunks_of_pairs(table.host_offsets.tolist(), 1)))
 
+    plans = []
+
     def products(w, **options):
         with Watch() as watch:
             out = linear_preference_loss(x, w, table, ref, **options)
         forward = watch.products
+        plans.append(out.plan)
         with Watch() as watch:
             out.loss.backward()
         return forward, watch.products
 
     assert products(weight) == (2, 0)  # frozen: logits and E
     assert products(w) == (3, 0)  # pairwise
-    assert products(w, plan="recompute") == (1, 3)
+    assert products(w, plan="recompute") == (1, 2)  # the last chunk's logits are still there
     callable_loss = lambda c, r: (r - c)[:, 0]  # noqa: E731
-    assert products(w, loss=callable_loss) == (1, 3)
+    assert products(w, loss=callable_loss) == (1, 2)
+    assert plans == ["frozen", "pairwise", "recompute", "recompute"]
     assert chunks >= 1
 
 
@@ -188,6 +194,11 @@ def test_the_upstream_may_come_twice_or_be_a_tensor():
     (one,) = torch.autograd.grad(out.loss, x, retain_graph=True)
     (two,) = torch.autograd.grad(3.0 * out.loss**2, x)
     torch.testing.assert_close(two, 6.0 * out.loss.item() * one)
+    out = linear_preference_loss(x, weight, table, reference_for(table))
+    first = torch.autograd.grad(out.loss, (x, weight), retain_graph=True)
+    again = torch.autograd.grad(-2.0 * out.loss, (x, weight))
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(b, -2.0 * a)
     out = linear_preference_loss(x, weight, table, reference_for(table))
     (grad,) = torch.autograd.grad(out.loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):

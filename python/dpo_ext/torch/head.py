@@ -14,10 +14,14 @@ from torch import Tensor
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
 from dpo_ext.torch.logps import Transform, check_table, is_dtensor, uses_kernels
+from dpo_ext.torch.ops import fresh
 from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
 
 SCRATCH_BYTES = 1_100_000_000
 """Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""
+EXACT_ROWS = 512
+"""Rows whose exact target logits are computed at a time: 8 MB of float32 at H = 4096."""
+Exact = Tensor | None
 _NO_ROW = -1  # target of a token whose row does not exist: the fold answers NaN
 
 
@@ -58,9 +62,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: Score
 
 
 def make_head(
-    rows: Tensor, weight: Tensor, how: Transform, chunk_rows: int | None, impl: str
+    rows: Tensor,
+    weight: Tensor,
+    how: Transform,
+    chunk_rows: int | None,
+    impl: str,
+    exact_target: bool = False,
 ) -> Head:
     """The dtype of the products, kernels or twin, and the size of a chunk."""
+    if not isinstance(exact_target, bool):
+        raise TypeError(f"`exact_target` must be a bool, found {type(exact_target).__name__}")
     if not rows.is_floating_point():
         found = str(rows.dtype).removeprefix("torch.")
         raise TensorError(f"`hidden` must have a floating-point dtype, found {found}")
@@ -75,7 +86,7 @@ def make_head(
         raise TypeError(f"`chunk_rows` must be an int or None, found {type(chunk_rows).__name__}")
     elif chunk_rows < 1:
         raise ValueError(f"`chunk_rows` must be at least 1, found {chunk_rows}")
-    return Head(how, kernels, dtype, chunk_rows)
+    return Head(how, kernels, dtype, chunk_rows, exact_target)
 
 
 class Head(NamedTuple):
@@ -86,15 +97,18 @@ class Head(NamedTuple):
     dtype: torch.dtype
     """Of the products: that of ``hidden``, or autocast's."""
     chunk_rows: int
+    exact_target: bool = False
+    """Whether the target's logit is a product of its own, not rounded to ``dtype``."""
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        for start in range(0, tokens, self.chunk_rows):
+        """At least one, which is empty where there is no token."""
+        for start in range(0, max(tokens, 1), self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, tokens))
 
     def scratch(self, weight: Tensor, tokens: int) -> Tensor:
         """(C, V) that every chunk's logits are written into."""
         rows = min(self.chunk_rows, tokens)
-        return torch.empty(rows, weight.shape[0], dtype=self.dtype, device=weight.device)
+        return fresh((rows, weight.shape[0]), self.dtype, weight.device)
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
         z = scratch[: x.shape[0]]
@@ -102,25 +116,78 @@ class Head(NamedTuple):
             return torch.mm(x, weight.t(), out=z)
         return torch.addmm(bias, x, weight.t(), out=z)
 
-    def fold(self, z: Tensor, targets: Tensor, stats: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def exact(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Exact:
+        """(C,) logits of the targets, added and kept in float32, or None if not asked for."""
+        if not self.exact_target:
+            return None
+        column, sums = targets.clamp(0, weight.shape[0] - 1).long(), wide(self.dtype)
+        parts = [
+            (a.to(sums) * weight[t].to(sums)).sum(1)
+            for a, t in zip(x.split(EXACT_ROWS), column.split(EXACT_ROWS), strict=True)
+        ]
+        y = torch.cat(parts)
+        return y if bias is None else y + bias[column]
+
+    def fold(
+        self, z: Tensor, targets: Tensor, stats: bool, exact: Exact = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and statistics of each row, and what `gradient` needs of them."""
         rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
             out = torch.ops.dpo_ext.token_stats(z, rows, targets, *self.how, stats)
-            return [out[0], *out[3:]], [out[1], out[2]]
-        return list(twin.token_stats(z, rows, targets, *self.how, stats)), []
+            values, state = [out[0], *out[3:]], [out[1], out[2]]
+            if exact is not None:
+                values[0], factor = self._replace_target(z, targets, values[0], state, exact)
+                state.append(factor)
+            return values, state
+        values = list(twin.token_stats(z, rows, targets, *self.how, stats))
+        if exact is not None:
+            replaced = self._with_target(z, targets, exact)
+            values[0] = twin.token_stats(replaced, rows, targets, *self.how, False)[0]
+            return values, [exact]
+        return values, []
 
     def gradient(self, z: Tensor, targets: Tensor, kept: list[Tensor], g: Tensor) -> Tensor:
         """dz; the kernels write it over z."""
         rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
+            if self.exact_target:
+                *kept, factor = kept
+                g = torch.where(g != 0, g * factor, 0.0)
             torch.ops.dpo_ext.logits_grad_(z, rows, targets, *kept, g, *self.how)
             return z
+        leaf = self._with_target(z, targets, kept[0]) if self.exact_target else z
         with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
+            leaf = leaf.detach().requires_grad_()
             logps = twin.token_stats(leaf, rows, targets, *self.how, False)[0]
             (dz,) = torch.autograd.grad(logps, leaf, g.to(logps.dtype))
-        return torch.where(g[:, None] != 0, dz, 0.0)  # as the kernels: 0 of NaN is 0
+        return torch.where(g[:, None] != 0, dz, 0.0).to(z.dtype)  # as the kernels: 0 of NaN is 0
+
+    def _with_target(self, z: Tensor, targets: Tensor, exact: Tensor) -> Tensor:
+        column = targets.clamp(0, z.shape[1] - 1).long()[:, None]
+        return z.to(exact.dtype).scatter(1, column, exact[:, None])
+
+    def _replace_target(
+        self, z: Tensor, targets: Tensor, logps: Tensor, state: list[Tensor], exact: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs with another logit of the target, and the factor of g for their gradient.
+
+        With ``rest`` the sum without the target and ``e = exp(y_t - m)``, every element of dz has
+        the factor ``1 / (rest + e)`` and none but the target's another place for y_t: a g times
+        ``(rest + e_rounded) / (rest + e_exact)`` is all that the kernel must be given.
+        """
+        V = z.shape[1]
+        if not V or not len(targets):
+            return logps, torch.ones_like(logps)
+        rounded = z.gather(1, targets.clamp(0, V - 1).long()[:, None])[:, 0]
+        largest, rest = (part.double() for part in state)
+        d, d_rounded = (twin.transform(y.double(), *self.how) - largest for y in (exact, rounded))
+        total = rest + d.exp()
+        # -log1p keeps the digits of a target that is nearly certain, and log those of another
+        value = torch.where(d > -1.0, -torch.log1p(rest * torch.exp(-d)), d - total.log())
+        valid = (targets >= 0) & (targets < V)
+        factor = (rest + d_rounded.exp()) / total
+        return torch.where(valid, value.to(logps.dtype), logps), factor.to(logps.dtype)
 
 
 class Rows(NamedTuple):
@@ -169,6 +236,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:  # the CPU has no product of one dtype into another
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def new_sum(shape: tuple[int, ...], like: torch.dtype, device: torch.device, tokens: int) -> Tensor:
+    """What `add_product` fills: zeros only where there is no token, since the first one writes."""
+    if not tokens:
+        return torch.zeros(shape, dtype=wide(like), device=device)
+    return fresh(shape, wide(like), device)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

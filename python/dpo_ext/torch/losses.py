@@ -56,9 +56,10 @@ class PreferenceLoss:
             ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (strict: 0 at exact
             equality), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``. Computed when it
             is read, without waiting for the device.
+        plan: that of the head which the loss came from (`linear_preference_loss`), else None.
     """
 
-    __slots__ = ("_logps", "_ref_logps", "_scale", "loss", "per_pair")
+    __slots__ = ("_logps", "_ref_logps", "_scale", "loss", "per_pair", "plan")
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class PreferenceLoss:
         self._logps = logps
         self._ref_logps = ref_logps
         self._scale = scale
+        self.plan: str | None = None
 
     @property
     def chosen_rewards(self) -> Tensor:

@@ -155,18 +155,19 @@ def _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transf
     return (_flat(logits), DTYPES[logits.dtype], _shape_of(logits), *table, transform)
 
 
-def _fresh(like: Tensor) -> Tensor:
-    """Contiguous memory for a gradient. The first touch of its pages costs more than computing it,
-    so large ones ask for huge pages."""
-    size = like.numel() * like.element_size()
-    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Contiguous memory that holds anything. On the CPU the first touch of its pages costs more
+    than computing a gradient, so large ones ask for huge pages."""
+    size = math.prod(shape) * dtype.itemsize
+    plain = device.type != "cpu" or size < _HUGE or torch.compiler.is_compiling()
+    if not plain and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
         except OSError:
             pass  # a kernel without huge pages, or too little memory: torch's allocator answers
-    return torch.empty(like.shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _logits_grad_cpu(
@@ -174,7 +175,7 @@ def _logits_grad_cpu(
 ):
     transform = (logit_scale, softcap, temperature)
     arguments = _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform)
-    out = _fresh(logits)
+    out = fresh(logits.shape, logits.dtype, logits.device)
     _core.logits_grad(*arguments, _flat(out), torch.get_num_threads())
     return out
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
-from dpo_ext.torch.head import Head, Rows, add_product, check_head, make_head, product, wide
+from dpo_ext.torch.head import (
+    Head,
+    Rows,
+    add_product,
+    check_head,
+    make_head,
+    new_sum,
+    product,
+    wide,
+)
 from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
 from dpo_ext.torch.loss_checks import find_loss
@@ -44,6 +53,7 @@ def linear_preference_loss(
     group: Any = None,
     plan: str = "auto",
     chunk_rows: int | None = None,
+    exact_target: bool = False,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -62,7 +72,8 @@ def linear_preference_loss(
     multiplies what was made by the upstream scalar.
 
     Args:
-        hidden, weight, table, bias, chunk_rows: as in `linear_sequence_logps`; ``group_size`` 2.
+        hidden, weight, table, bias, chunk_rows, exact_target: as in `linear_sequence_logps`;
+            ``group_size`` 2.
         ref_logps: (N, 2) of the frozen reference, cast to the dtype of the log-probs. None only
             for losses without one.
         loss, beta, num_pairs, compat, loss_weights, group, **params: as in `preference_loss`.
@@ -74,15 +85,16 @@ def linear_preference_loss(
         temperature, softcap, logit_scale, impl: as in `sequence_logps`.
 
     Returns:
-        PreferenceLoss. With ``pairwise``, the gradient is that of ``.loss``; ``.per_pair`` has
-        none.
+        PreferenceLoss; ``.plan`` is the plan that was taken. With ``pairwise``, the gradient is
+        that of ``.loss``; ``.per_pair`` has none.
 
     Raises:
         As `linear_sequence_logps` and `preference_loss`. ValueError: ``plan="pairwise"`` for a
         loss that couples the batch, a callable, ``compat``, or a parameter that needs a gradient.
 
     Numerics: as `linear_sequence_logps`. In the forward pass gradients are kept N times larger
-    (a power of 2 near it), so that float16 does not lose what the loss scale would have saved.
+    (a power of 2 near it), so that float16 does not lose what the loss scale would have saved. A
+    second backward pass through the same loss computes them again.
 
     >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)
     >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1, 2], [-100, 3, -100]]))
@@ -107,19 +119,28 @@ def linear_preference_loss(
         plan = choose_plan("auto", weight, bias)
         if plan == "recompute" and not why_not:
             plan = "pairwise"
-    how: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-    how["logit_scale"] = logit_scale
     if plan != "pairwise":
         logps = linear_sequence_logps(
-            hidden, weight, table, bias=bias, plan=plan, chunk_rows=chunk_rows, impl=impl, **how
+            hidden,
+            weight,
+            table,
+            bias=bias,
+            plan=plan,
+            chunk_rows=chunk_rows,
+            exact_target=exact_target,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            impl=impl,
         )
         ref = None if ref_logps is None else ref_logps.to(logps.dtype)
-        return preference_loss(logps, ref, lengths=lengths, **options, **by_pair)
+        out = preference_loss(logps, ref, lengths=lengths, **options, **by_pair)
+        out.plan = plan
+        return out
 
     rows = check_head(hidden, weight, bias, table)
-    head = make_head(
-        rows, weight, Transform.of(logit_scale, softcap, temperature), chunk_rows, impl
-    )
+    how = Transform.of(logit_scale, softcap, temperature)
+    head = make_head(rows, weight, how, chunk_rows, impl, exact_target)
     N, ref = table.n_groups, ref_logps
     if ref is not None:
         ref = ref.to(wide(head.dtype))
@@ -139,7 +160,9 @@ def linear_preference_loss(
     scored = table.without_zero_weights()
     total, logps = _PairwiseHead.apply(rows, weight, bias, scored, head, losses, trained)
     whole = losses.all(logps)
-    return PreferenceLoss(total, whole.per_pair.detach(), logps, ref, whole._scale)
+    out = PreferenceLoss(total, whole.per_pair.detach(), logps, ref, whole._scale)
+    out.plan = plan
+    return out
 
 
 def _not_pairwise(loss: Any, compat: str | None, params: Sequence[Any]) -> str | None:
@@ -221,37 +244,41 @@ class _PairwiseHead(torch.autograd.Function):
         losses: _Losses,
         trained: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            work = _Work(hidden, weight, bias, table, head, losses, trained)
-            offsets = table.host_offsets.tolist()
-            sums = [
-                work.pairs(pairs, offsets[2 * pairs.start : 2 * pairs.stop + 1])
-                for pairs in chunks_of_pairs(offsets, head.chunk_rows)
-            ]
-        logps = torch.cat(sums) if sums else hidden.new_zeros(0, 2, dtype=wide(head.dtype))
+        work = _Work(hidden, weight, bias, table, head, losses, trained)
+        logps = work.run()
         total = losses.all(logps).loss.detach().clone()
-        ctx.scale, ctx.height = work.scale, hidden.shape[0]
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(work.rows.place, work.dx, work.dw, work.db)
+        ctx.scale, ctx.height, ctx.place = work.scale, hidden.shape[0], work.rows.place
+        ctx.how = (table, head, losses)
+        ctx.needed = work.needed
+        # No saved tensors: backward scales them where they lie and gives them away.
+        ctx.made = (work.dx, work.dw, work.db)
+        ctx.save_for_backward(hidden, weight, bias)
         ctx.mark_non_differentiable(logps)
         return total, logps
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        place, dx, dw, db = ctx.saved_tensors
-        grads: list[Tensor | None] = [None, None, None]
+        hidden, weight, bias = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is None:  # a second backward pass through one graph
+            table, head, losses = ctx.how
+            again = _Work(hidden, weight, bias, table, head, losses, True, ctx.needed)
+            again.run()
+            made = (again.dx, again.dw, again.db)
+        dx, dw, db = made
+        del made
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             factor = g / ctx.scale
             if dx is not None:
-                rows = Rows(place, place, ctx.height)
-                scaled = (dx * factor).to(ctx.dtypes[0])
-                grads[0] = rows.new_gradient(scaled).index_copy_(0, place, scaled)[: ctx.height]
-            if dw is not None:
-                grads[1] = (dw * factor).to(ctx.dtypes[1])
+                rows = Rows(ctx.place, ctx.place, ctx.height)
+                scaled = (dx * factor).to(hidden.dtype)
+                dx = rows.new_gradient(scaled).index_copy_(0, ctx.place, scaled)[: ctx.height]
+            if dw is not None:  # no second float32 buffer of its size
+                dw = dw.mul_(factor).to(weight.dtype)
             if db is not None:
-                grads[2] = (db * factor).to(ctx.dtypes[2])
-        once = (None if d is None else differentiable_once(d, g) for d in grads)
-        return (*once, None, None, None, None)
+                db = db.mul_(factor).to(bias.dtype)
+        grads = (None if d is None else differentiable_once(d, g) for d in (dx, dw, db))
+        return (*grads, None, None, None, None)
 
 
 class _Work:
@@ -266,6 +293,7 @@ class _Work:
         head: Head,
         losses: _Losses,
         trained: bool,
+        needed: tuple[bool, ...] | None = None,
     ) -> None:
         self.hidden, self.table, self.head, self.losses = hidden, table, head, losses
         self.rows = Rows.of(table.logit_rows, table.targets, hidden.shape[0])
@@ -273,15 +301,26 @@ class _Work:
         self.b = None if bias is None else bias.to(head.dtype)
         self.trained = trained
         self.scale = 2.0 ** (losses.pairs - 1).bit_length() if losses.pairs else 1.0
+        self.needed = needed or tuple(
+            trained and t is not None and t.requires_grad for t in (hidden, weight, bias)
+        )
+        need_x, need_w, need_b = self.needed
         sums, M = wide(head.dtype), table.n_tokens
-        self.dx = hidden.new_empty(M, hidden.shape[1]) if self._needs(hidden) else None
-        self.dw = weight.new_zeros(weight.shape, dtype=sums) if self._needs(weight) else None
-        self.db = weight.new_zeros(len(weight), dtype=sums) if self._needs(bias) else None
+        self.dx = hidden.new_empty(M, hidden.shape[1]) if need_x else None
+        self.dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
+        self.db = weight.new_zeros(len(weight), dtype=sums) if need_b else None
         self.scratch = head.scratch(self.w, M)
         self.first = True
 
-    def _needs(self, tensor: Tensor | None) -> bool:
-        return self.trained and tensor is not None and tensor.requires_grad
+    def run(self) -> Tensor:
+        """(N, 2) log-probs; the gradients, if any, are then complete."""
+        offsets = self.table.host_offsets.tolist()
+        chunks = chunks_of_pairs(offsets, self.head.chunk_rows)
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            sums = [self.pairs(p, offsets[2 * p.start : 2 * p.stop + 1]) for p in chunks]
+        if self.first and self.dw is not None:  # no pair has a token
+            self.dw.zero_()
+        return torch.cat(sums) if sums else self.hidden.new_zeros(0, 2, dtype=self._wide)
 
     def pairs(self, pairs: slice, offsets: list[int]) -> Tensor:
         """(n, 2) log-probs of some whole pairs; adds their part of the gradients."""
@@ -291,8 +330,7 @@ class _Work:
         borders = self.table.seq_offsets[2 * pairs.start : 2 * pairs.stop + 1] - first
         weights = self.table.weights
         weights = None if weights is None else weights[first:last]
-        tokens = [logps for logps, _, _, _ in folded]
-        joined = torch.cat(tokens) if tokens else self.scratch.new_zeros(0, dtype=self._wide)
+        joined = torch.cat([logps for logps, _, _, _ in folded])
         add: Callable[..., Tensor] = (
             torch.ops.dpo_ext.segment_sum if self.head.kernels else twin.segment_sum
         )
@@ -314,7 +352,8 @@ class _Work:
     def _fold(self, piece: slice) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         x = self.rows.gather(self.hidden, piece, self.head.dtype)
         z = self.head.logits(x, self.w, self.b, self.scratch)
-        values, state = self.head.fold(z, self.rows.targets[piece], stats=False)
+        t = self.rows.targets[piece]
+        values, state = self.head.fold(z, t, False, self.head.exact(x, self.w, self.b, t))
         return values[0], state, x, z
 
     def _add(self, piece: slice, x: Tensor, z: Tensor, state: list[Tensor], g: Tensor) -> None:

@@ -18,14 +18,19 @@ from torch import Tensor, nn
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import pairwise
 from dpo_ext.torch.head import is_dtensor
-from dpo_ext.torch.linear import PLANS, linear_sequence_logps, linear_token_scores
+from dpo_ext.torch.linear import (
+    PLANS,
+    choose_plan,
+    linear_sequence_logps,
+    linear_token_scores,
+)
 from dpo_ext.torch.logps import STATS, TokenScores, check_is_table, only, sum_sequences
 from dpo_ext.torch.loss_checks import find_loss
 from dpo_ext.torch.losses import PreferenceLoss
 from dpo_ext.torch.masks import check_windows
 from dpo_ext.torch.table import ScoreTable
 
-_ORIGINAL, _PLAN, _LOSS = "_dpo_ext_forward", "_dpo_ext_plan", "_dpo_ext_loss"
+_ORIGINAL, _HEAD, _LOSS = "_dpo_ext_forward", "_dpo_ext_head", "_dpo_ext_loss"
 
 
 class ModelScores(NamedTuple):
@@ -36,16 +41,23 @@ class ModelScores(NamedTuple):
     - ``tokens``: `TokenScores` of the table's M tokens if ``score_stats`` names any, else None.
     - ``loss``: the scalar of ``preference``, where `attach_scoring` was given a loss.
     - ``preference``: `PreferenceLoss` with rewards and metrics, or None.
+    - ``plan``: of the head, as it was taken.
     """
 
     logps: Tensor
     tokens: TokenScores | None = None
     loss: Tensor | None = None
     preference: PreferenceLoss | None = None
+    plan: str | None = None
 
 
 def attach_scoring(
-    model: Any, *, plan: str = "auto", loss: str | Sequence[str] | Mapping[str, Any] | None = None
+    model: Any,
+    *,
+    plan: str = "auto",
+    loss: str | Sequence[str] | Mapping[str, Any] | None = None,
+    chunk_rows: int | None = None,
+    exact_target: bool = False,
 ) -> Any:
     """The model, whose forward pass also takes ``score_table=`` and then returns log-probs.
 
@@ -59,7 +71,7 @@ def attach_scoring(
     the hooks of DDP, FSDP2 and PEFT run: attach, then wrap (``ddp = DDP(attach_scoring(model))``).
     Backbone and head are looked up at each call, since PEFT and FSDP2 replace them. Without
     ``score_table`` the original forward runs, so generation and other losses are unchanged; its
-    signature is kept. Attaching again only sets the plan and the loss.
+    signature is kept. Attaching again only sets the options.
 
     With ``loss`` the loss is computed inside as well, so that the head needs no recompute (plan
     ``pairwise`` of `linear_preference_loss`)::
@@ -84,6 +96,7 @@ def attach_scoring(
         plan: as in `linear_sequence_logps`, with ``loss`` as in `linear_preference_loss`.
         loss: None, a name or several, or a dict of `linear_preference_loss`'s options: ``loss,
             beta, compat, loss_weights`` and parameters of the loss.
+        chunk_rows, exact_target: as in `linear_sequence_logps`.
 
     Returns:
         The same object. Its forward returns `ModelScores` for a score table.
@@ -115,7 +128,8 @@ def attach_scoring(
     options = _loss_options(loss)
     inner = _inner_model(model)
     _head(inner)
-    setattr(inner, _PLAN, plan)
+    how = {"plan": plan, "chunk_rows": chunk_rows, "exact_target": exact_target}
+    setattr(inner, _HEAD, how)
     setattr(inner, _LOSS, options)
     if _ORIGINAL in vars(inner):
         return model
@@ -282,17 +296,20 @@ def _score(
         )
     if hidden.device != weight.device:  # a model spread over devices
         hidden = hidden.to(weight.device)
-    how: dict[str, Any] = {**logit_transform(model.config), "plan": getattr(model, _PLAN)}
+    how: dict[str, Any] = {**logit_transform(model.config), **getattr(model, _HEAD)}
     if wanted:
         out = pairwise.linear_preference_loss(
             hidden, weight, table, bias=bias, **how, **step, **options
         )
-        return ModelScores(out._logps.detach(), None, out.loss, out)
+        return ModelScores(out._logps.detach(), None, out.loss, out, out.plan)
     if how["plan"] == "pairwise":
         how["plan"] = "auto"
+    taken = choose_plan(how["plan"], weight, bias)
     if not names:
-        return ModelScores(linear_sequence_logps(hidden, weight, table, bias=bias, **how))
+        logps = linear_sequence_logps(hidden, weight, table, bias=bias, **how)
+        return ModelScores(logps, plan=taken)
     asked = tuple(name for name in names if name != "logps")
     tokens = linear_token_scores(hidden, weight, table, bias=bias, stats=asked, **how)
     kernels = tokens.logps.dtype != torch.float64
-    return ModelScores(sum_sequences(tokens.logps, table, kernels), only(tokens, asked))
+    logps = sum_sequences(tokens.logps, table, kernels)
+    return ModelScores(logps, only(tokens, asked), plan=taken)
