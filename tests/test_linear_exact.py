@@ -19,10 +19,10 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def large_head(seed, dtype, M=64, H=256, V=512, logit=30.0):
-    """Hidden states and a head whose logits all lie near ``logit``, a few nats apart."""
+    """Hidden states and a head whose logits all lie near ``logit``, a nat apart."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(H, generator=generator)
-    weight = torch.randn(V, H, generator=generator) + common
+    weight = 0.3 * torch.randn(V, H, generator=generator) + common
     hidden = 0.05 * torch.randn(M, H, generator=generator) + common * (logit / common.dot(common))
     table = ScoreTable(
         logit_rows=torch.arange(M),
@@ -56,7 +56,7 @@ def test_log_probs_lose_what_rounding_the_target_costs(impl, plan, dtype, logit)
             assert (logps <= 0).all()
             errors.append(np.abs(logps.double().numpy() - truth))
         assert errors[0].max() > logit * torch.finfo(dtype).eps / 8  # half a unit of [16, 32) at 30
-        assert errors[1].mean() < 0.5 * errors[0].mean()  # the roundings of the others average out
+        assert errors[1].mean() < 0.3 * errors[0].mean()  # the roundings of the others average out
 
 
 @pytest.mark.parametrize("impl", IMPLS)
