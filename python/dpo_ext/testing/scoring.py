@@ -34,8 +34,10 @@ def check_logps(
     softmax)``.
     Drawn: flat, peaked, offset (3e4), +-1e4 and -inf logits, odd vocabularies, sequences without a
         token,
-    targets of -100, weights of 0, rows in any order, NaN and inf in the rows that nothing scores, a
-    random upstream.
+    targets of -100, weights of 0, rows in any order, NaN in the rows that nothing scores, a random
+    upstream. Exactly 0 must be: a sequence without a token, the gradient of a row that nothing
+    scores, every gradient for an upstream of 0. A row's gradient adds up to 0, and a second call
+    has the bits of the first.
 
     Args:
         function: ``(logits (R, V), table: ScoreTable) -> (S,) or (S / 2, 2)`` log-probs,
@@ -121,6 +123,8 @@ def _check_scores(
         slack = token_slack * max(int(tokens[i]), 1) + 2.0**-22 * abs(truth)
         if not (ours == truth or abs(ours - truth) <= slack):
             raise broken(f"the log-prob of sequence {i} must be {truth!r}, found {ours!r}")
+        if not int(tokens[i]) and ours != 0:
+            raise broken(f"sequence {i} has no scored token: it must be exactly 0, found {ours!r}")
     if not flat.requires_grad:
         if scored:
             raise broken("the log-probs have no gradient")
@@ -136,6 +140,26 @@ def _check_scores(
             f"{gradient[row, column].item():.9g}, found {grad[row, column].item():.9g} (upstream "
             f"{upstream.tolist()})"
         )
+    for row in spare.nonzero()[:, 0].tolist():
+        if grad[row].any() or grad[row].isnan().any():
+            raise broken(f"the gradient of row {row} must be exactly 0: nothing scores it")
+    if dtype not in (torch.bfloat16, torch.float16):
+        drift = grad.double().sum(1).abs()
+        moved = ~(drift <= 4e-6 * gradient.abs().sum(1) + 2e-6 * upstream.abs().max())
+        moved &= gradient.isfinite().all(1)
+        if moved.any():
+            row = int(moved.nonzero()[0])
+            raise broken(
+                f"the gradient of row {row} must add up to 0 over the vocabulary, found "
+                f"{drift[row].item():.3g}"
+            )
+    again = values.clone().requires_grad_()
+    repeated = function(again, table).reshape(-1)
+    if not torch.equal(repeated.detach().nan_to_num(7.5), flat.detach().nan_to_num(7.5)):
+        raise broken("the same logits must give the same bits: the function is random")
+    (nothing,) = torch.autograd.grad(repeated, again, torch.zeros_like(repeated))
+    if nothing.isnan().any() or nothing.any():
+        raise broken("an upstream gradient of 0 must give exactly 0")
 
 
 def _definition(
