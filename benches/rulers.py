@@ -21,7 +21,7 @@ from dpo_ext.torch.head import Head, add_product, product, wide
 from dpo_ext.torch.pairwise import chunks_of_pairs
 
 PRODUCTS = ("logits", "dx", "dw")
-KEPT_CHUNKS = 0
+KEPT_CHUNKS = 1
 """Chunks whose logits ``recompute`` keeps from forward to backward, the last ones: 6MHV, not 8."""
 READS_AND_WRITES = {"fold": 1, "dz": 2}  # passes over a chunk of logits
 
@@ -104,7 +104,8 @@ def other_bytes(
     """Bytes that the plan must move besides, which no bound counts: they explain a miss.
 
     Rows of hidden states read and written by each gather, float32 dX to the hidden dtype and to its
-    rows, zeros of the rows that are not scored, float32 dW rounded to the weight's dtype.
+    rows, zeros of the rows that are not scored, float32 dW rounded to the weight's dtype, and what
+    was made before its factor was known multiplied by it.
     """
     gathers = {"no gradient": 1, "frozen": 1, "pairwise": 1, "recompute": 2}[plan]
     total = gathers * 2 * tokens * hidden * itemsize
@@ -113,6 +114,8 @@ def other_bytes(
     total += tokens * hidden * (4 + itemsize) + (rows - tokens) * hidden * itemsize
     if plan in ("frozen", "pairwise"):  # kept unscaled, then scaled and put in place
         total += 2 * 2 * tokens * hidden * itemsize
+    if plan == "pairwise":
+        total += 2 * 4 * vocabulary * hidden
     if plan != "frozen" and itemsize < 4:
         total += vocabulary * hidden * (4 + itemsize)
     return total
