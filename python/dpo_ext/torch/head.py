@@ -102,7 +102,10 @@ class Head(NamedTuple):
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """At least one, which is empty where there is no token."""
-        for start in range(0, max(tokens, 1), self.chunk_rows):
+        if tokens <= self.chunk_rows:  # no loop: torch.compile has one graph for all these numbers
+            yield slice(0, tokens)
+            return
+        for start in range(0, tokens, self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, tokens))
 
     def scratch(self, weight: Tensor, tokens: int) -> Tensor:

@@ -306,7 +306,9 @@ def _backward_recompute(
             z = head.logits(x, w, b, scratch)
         else:
             z = last[: len(t)]
-        dz = head.gradient(z, t, [part[chunk] for part in state], g[chunk])
+        # a slice inside a comprehension would fix the sizes of a compiled graph
+        first, end = chunk.start, chunk.stop
+        dz = head.gradient(z, t, [part[first:end] for part in state], g[chunk])
         if dx is not None:
             dx.index_copy_(0, rows.place[chunk], product(dz, w).to(dx.dtype))
         if dw is not None:
