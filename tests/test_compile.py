@@ -1,0 +1,149 @@
+"""The log-probs and heads inside `torch.compile(fullgraph=True)`: one graph, eager's numbers, no copy of the logits."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dpo_ext.torch import (
+    ScoreTable,
+    linear_preference_loss,
+    linear_sequence_logps,
+    preference_loss,
+    sequence_logps,
+    token_scores,
+)
+
+H, V = 6, 11
+REF = torch.tensor([[-4.0, -6.0], [-5.0, -3.0]])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def labels_of(pairs, T=5):
+    labels = torch.randint(0, V, (2 * pairs, T), generator=torch.Generator().manual_seed(pairs))
+    labels[:, 0] = -100
+    labels[0, 2] = -100
+    return labels
+
+
+def given(inplace):
+    """Logits to loss, with the scores of each token beside it."""
+
+    def step(x, weight, labels, ref):
+        table = ScoreTable.from_labels(labels)
+        logits = torch.tanh(x) @ weight.T
+        scores = token_scores(logits, table, stats=("entropy", "is_top1"), softcap=9.0)
+        how = {"softcap": 9.0, "temperature": 0.7, "inplace_grad": inplace}
+        logps = sequence_logps(logits * 1.0, table, **how)
+        loss = preference_loss(logps, ref).loss
+        return loss + 0.1 * scores.logps.sum(), scores.entropy, scores.is_top1, logps
+
+    return step
+
+
+def headed(plan, chunk_rows=8):
+    def step(x, weight, labels, ref):
+        table = ScoreTable.from_labels(labels)
+        h = torch.tanh(x)
+        if plan == "pairwise":
+            out = linear_preference_loss(h, weight, table, ref, plan=plan, chunk_rows=chunk_rows)
+            return out.loss, out.per_pair
+        logps = linear_sequence_logps(
+            h, weight, table, plan=plan, chunk_rows=chunk_rows, softcap=9.0
+        )
+        return preference_loss(logps, ref).loss, logps
+
+    return step
+
+
+STEPS = {
+    "logits": given(False),
+    "logits in place": given(True),
+    **{plan: headed(plan) for plan in ("frozen", "recompute", "pairwise")},
+}
+
+
+def run(function, name, pairs=2, x=None):
+    generator = torch.Generator().manual_seed(pairs)
+    x = torch.randn(2 * pairs, 5, H, generator=generator) if x is None else x.detach().clone()
+    weight = torch.randn(V, H, generator=generator)
+    leaves = [x.requires_grad_()]
+    if name != "frozen":
+        leaves.append(weight.requires_grad_())
+    out = function(x, weight, labels_of(pairs), REF.repeat(pairs, 1)[:pairs])
+    grads = torch.autograd.grad(1.7 * out[0], leaves)
+    return [part.detach() for part in (*out, *grads)]
+
+
+EAGER = [("aot_eager", name) for name in STEPS if name != "pairwise"]
+SLOW = [("inductor", name) for name in ("logits in place", "frozen", "recompute")]
+
+
+@pytest.mark.fault("K11")
+@pytest.mark.parametrize(
+    ("backend", "name"), [*EAGER, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
+)
+def test_one_graph_gives_what_eager_gives(backend, name):
+    compiled = torch.compile(STEPS[name], fullgraph=True, backend=backend)
+    for a, b in zip(run(compiled, name), run(STEPS[name], name), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fault("K11")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_pairwise_plan_breaks_the_graph_and_gives_what_eager_gives():
+    """Its chunks are cut by the values of the offsets, which a graph does not know."""
+    step = STEPS["pairwise"]
+    compiled = torch.compile(step, backend="aot_eager")
+    for a, b in zip(run(compiled, "pairwise"), run(step, "pairwise"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
+        run(torch.compile(step, fullgraph=True, backend="aot_eager"), "pairwise")
+
+
+@pytest.mark.fault("K11")
+@pytest.mark.parametrize("name", ["logits", "logits in place", "frozen", "recompute"])
+def test_another_batch_size_needs_at_most_one_other_graph(name):
+    """The second size makes the sizes symbols; every later one of as many chunks runs in that graph."""
+    step = STEPS[name] if name.startswith("logits") else headed(name, chunk_rows=1000)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for pairs in (2, 3, 4, 7):
+        got = run(compiled, name, pairs)
+        for a, b in zip(got, run(step, name, pairs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.fault("K11")
+def test_compiled_in_place_gradients_need_no_second_buffer_of_logits():
+    """What functionalisation copies, inductor's re-inplacing takes out again: one buffer, the logits' own."""
+    from torch._inductor.utils import run_and_get_code
+
+    labels = labels_of(2, T=33)
+    x = torch.randn(4, 33, 8, requires_grad=True)
+    weight = torch.randn(512, 8, requires_grad=True)
+
+    def step(x, weight, inplace):
+        table = ScoreTable.from_labels(labels)
+        return sequence_logps(x @ weight.T, table, inplace_grad=inplace)
+
+    compiled = torch.compile(step, fullgraph=True)
+    for inplace in (True, False):
+
+        def train(inplace=inplace):
+            compiled(x, weight, inplace).sum().backward()
+
+        _, (forward, backward) = run_and_get_code(train)
+        assert forward.count("empty_strided_cpu((132, 512)") == 1
+        assert backward.count("empty_strided_cpu((132, 512)") == 0
+        # out of place the operator allocates its result; in place there is none
+        assert ("dpo_ext.logits_grad_.default(" in backward) is inplace
+        assert ("dpo_ext.logits_grad.default(" in backward) is not inplace
