@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-import dpo_ext.torch.loss_table  # noqa: F401 - its rows come first
+import dpo_ext.torch.loss_sides  # noqa: F401 - its rows come first
 from dpo_ext.torch.loss_forms import Number, Pairs, s, sp
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, finite, positive, u_row
 
