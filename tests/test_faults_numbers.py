@@ -80,11 +80,23 @@ def test_logits_that_the_product_rounded_cost_what_they_cost_torch(impl, dtype):
         log_p = (hidden.to(where) @ weight.to(where).T).float().log_softmax(-1).cpu()
         base = log_p[torch.arange(32), targets.long()]
         for plan in PLANS:
-            scores = linear_token_scores(
-                hidden.to(where), weight.to(where), table.to(where), plan=plan, impl=impl
-            )
-            assert (scores.logps <= 0).all()
-            assert_no_worse(scores.logps, base, truth, slack=1e-5)
+            errors = []
+            for exact in (False, True):
+                logps = linear_token_scores(
+                    *(hidden.to(where), weight.to(where), table.to(where)),
+                    plan=plan,
+                    impl=impl,
+                    exact_target=exact,
+                ).logps.cpu()
+                assert (logps <= 0).all()
+                errors.append(np.abs(logps.double().numpy() - truth).mean())
+                if not exact:
+                    assert_no_worse(logps, base, truth, slack=1e-5)
+            assert errors[0] != errors[1]
+            # exact, what is left is the rounding of the other columns, weighted by their shares
+            unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+            largest = float((hidden.double() @ weight.double().T).abs().max())
+            assert np.abs(logps.double().numpy() - truth).max() <= unit * largest
 
 
 @pytest.mark.fault("H5")

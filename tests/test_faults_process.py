@@ -305,12 +305,13 @@ def test_each_thread_launches_on_its_own_current_stream(monkeypatch):
     )
 
     def run(grid, block, arguments, *, stream):
-        launched.setdefault(threading.get_ident(), []).append(stream.ptr)
+        launched.setdefault(local.number, []).append(stream.ptr)
 
     monkeypatch.setattr(kernels, "_on_device", lambda *_: run)
     values, offsets = torch.ones(3), torch.tensor([0, 3], dtype=torch.int32)
 
     def work(stream):
+        local.number = stream  # a finished thread's own ident is given out again
         for n in range(50):
             local.stream = stream + n
             kernels.segment_sum(values, None, offsets)

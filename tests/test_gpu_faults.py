@@ -225,6 +225,10 @@ def test_a_half_precision_head_of_few_rows(plan, tokens):
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)[rows, table.targets.long()]
     base = z.float().log_softmax(-1)[rows, table.targets.long()]
     assert_no_worse(value.flatten(), base, exact, slack=1e-4)
+    by_exact, _, _ = scored_by_plan(hidden, weight, table, plan, exact_target=True)
+    assert (by_exact <= 0).all()
+    # what is left is the rounding of the other columns, weighted by their shares
+    assert (by_exact.flatten() - exact).abs().max() <= 2**-8 * z.abs().max()
     p = z.double().softmax(-1)
     truth = weight[table.targets.long()].double() - p @ weight.double()
     torch.testing.assert_close(dx.double(), truth, rtol=2**-7, atol=4e-3)
