@@ -65,7 +65,7 @@ def preference_loss(
         loss = -logsigmoid(beta * h).mean()
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7. The other names, with paper, parameters, defaults
-    and flags: ``dpo-ext losses``, or `loss_table.LOSSES`.
+    and flags: ``dpo-ext losses``, or `loss_row.LOSSES`.
 
     Args:
         logps: (N, 2) float32 or float64, chosen then rejected; summed over the completion's tokens.
