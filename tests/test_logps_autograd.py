@@ -98,6 +98,24 @@ def test_a_second_derivative_is_refused(impl):
 
 
 @pytest.mark.fault("K11")
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hooks_on_saved_tensors_and_on_gradients_are_honoured(impl, inplace):
+    """What is unpacked from elsewhere takes the gradient in place; the logits stay, and a hook may change it."""
+    z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))
+    plain = z.clone().requires_grad_()
+    sequence_logps(plain, table, impl=impl).sum().backward()
+    x = z.clone().requires_grad_()
+    logits = x * 1
+    logits.register_hook(lambda grad: 2.0 * grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        value = sequence_logps(logits, table, impl=impl, inplace_grad=inplace)
+    value.sum().backward()
+    assert torch.equal(x.grad, 2.0 * plain.grad)
+    assert torch.equal(logits, z)
+
+
+@pytest.mark.fault("K11")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_grad_and_inference_mode_and_frozen_logits(impl):
     z, table = on(impl, logits_like(), ScoreTable.from_labels(LABELS))

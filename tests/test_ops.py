@@ -463,3 +463,19 @@ def test_a_child_of_a_fork_computes_the_same():
         "assert os.waitpid(pid, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.fault("K4", "K11")
+def test_operators_pass_opcheck_for_strided_and_misaligned_views():
+    values, rows, targets, grad = batch(torch.bfloat16, 33, seed=0)
+    memory = torch.zeros(1 + 5 * 40, dtype=torch.bfloat16)
+    logits = memory[1:].view(5, 40)[:, 3:36]
+    logits.copy_(torch.nan_to_num(values))
+    apart = torch.stack([rows, rows], 1)[:, 0]  # a table of stride 2
+    saved = OPS.token_stats(logits, apart, targets, *PLAIN, False)[1:3]
+    spread = torch.stack([grad, grad], 1)[:, 1]
+    torch.library.opcheck(OPS.token_stats, (logits, apart, targets, 0.7, 5.0, 1.3, True))
+    torch.library.opcheck(OPS.logits_grad, (logits, apart, targets, *saved, spread, *PLAIN))
+    torch.library.opcheck(OPS.logits_grad_, (logits, apart, targets, *saved, spread, *PLAIN))
+    offsets = torch.tensor([0, 1, 3, 9, 4, 9], dtype=torch.int32)[::2]
+    torch.library.opcheck(OPS.segment_sum, (spread, spread.abs(), offsets))
