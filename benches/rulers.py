@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.head import Head, add_product, product, wide
+from dpo_ext.torch.head import Head
 from dpo_ext.torch.pairwise import chunks_of_pairs
+from dpo_ext.torch.products import add_product, product, wide
 
 PRODUCTS = ("logits", "dx", "dw")
 KEPT_CHUNKS = 1
@@ -157,7 +158,7 @@ class Products:
             elif kind == "dx":
                 product(self.dz[: len(x)], self.weight)
             elif kind == "dw":
-                add_product(self.dw, self.dz[: len(x)].t(), x, first=first)
+                add_product(self.dw, self.dz[: len(x)], x, first=first)
                 first = False
 
     @property

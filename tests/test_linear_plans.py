@@ -6,7 +6,7 @@ from test_linear import PLANS, random_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dpo_ext.torch import ScoreTable, linear_sequence_logps
+from dpo_ext.torch import ScoreTable, linear_sequence_logps, products
 from dpo_ext.torch.head import SCRATCH_BYTES, make_head
 from dpo_ext.torch.logps import Transform
 
@@ -135,3 +135,50 @@ def test_the_default_chunk_keeps_the_scratch_within_its_budget():
         head = make_head(hidden, torch.empty(V, 8, device="meta"), how, None, "torch")
         assert head.chunk_rows * V * dtype.itemsize <= SCRATCH_BYTES
         assert rows is None or head.chunk_rows == rows
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_width_on_the_cpu_are_rounded_once(monkeypatch, dtype, tiled):
+    """In tiles of the vocabulary or not: logits and dX within one rounding of float64, dW in float32."""
+    monkeypatch.setattr(products, "by_tiles", lambda a: tiled)
+    monkeypatch.setattr(products, "TILE", 5)
+    generator = torch.Generator().manual_seed(0)
+    C, H, V = 7, 16, 33
+    x, w, b = (torch.randn(*s, generator=generator).to(dtype) for s in ((C, H), (V, H), (V,)))
+    dz = torch.randn(C, V, generator=generator).to(dtype)
+    once = torch.finfo(dtype).eps / 2 + 1e-6
+    for bias in (None, b):
+        z = products.logits_into(torch.full((C, V), torch.nan, dtype=dtype), x, w, bias)
+        exact = x.double() @ w.double().t() + (0.0 if bias is None else b.double())
+        torch.testing.assert_close(z.double(), exact, rtol=once, atol=1e-5)
+    dx = products.product(dz, w)
+    torch.testing.assert_close(dx.double(), dz.double() @ w.double(), rtol=once, atol=1e-5)
+    dw = torch.full((V, H), torch.nan)
+    for first in (True, False):
+        products.add_product(dw, dz, x, first=first)
+    exact = 2 * dz.double().t() @ x.double()
+    torch.testing.assert_close(dw.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_widening_takes_a_tile_at_a_time():
+    """No float32 copy of the weight, the logits or their gradient."""
+    C, H, V = 64, 8, 4 * products.TILE
+    table = ScoreTable(
+        logit_rows=torch.arange(C),
+        targets=torch.randint(0, V, (C,), dtype=torch.int32),
+        seq_offsets=torch.tensor([0, 40, C], dtype=torch.int32),
+    )
+    hidden = torch.randn(C, H, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, H, dtype=torch.bfloat16, requires_grad=True)
+
+    class Wide(Watch):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            before, out = self.largest, super().__torch_dispatch__(func, types, args, kwargs)
+            if isinstance(out, torch.Tensor) and out.dtype != torch.float32:
+                self.largest = before
+            return out
+
+    with Wide() as watch:
+        linear_sequence_logps(hidden, weight, table, chunk_rows=C).sum().backward()
+    assert watch.largest <= max(C * products.TILE, V * H)

@@ -1,4 +1,4 @@
-"""The parts that every plan of the linear head is made of: rows, chunks, products, sums.
+"""The parts that every plan of the linear head is made of: rows, chunks, fold and gradient.
 
 Letters: R rows of hidden states, H hidden, V vocabulary, M tokens of the table, C rows of a chunk.
 """
@@ -15,6 +15,7 @@ from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
 from dpo_ext.torch.logps import Transform, check_table, is_dtensor, uses_kernels
 from dpo_ext.torch.ops import fresh
+from dpo_ext.torch.products import logits_into, wide
 from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
 
 SCRATCH_BYTES = 1_100_000_000
@@ -114,10 +115,7 @@ class Head(NamedTuple):
         return fresh((rows, weight.shape[0]), self.dtype, weight.device)
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-        z = scratch[: x.shape[0]]
-        if bias is None:
-            return torch.mm(x, weight.t(), out=z)
-        return torch.addmm(bias, x, weight.t(), out=z)
+        return logits_into(scratch[: x.shape[0]], x, weight, bias)
 
     def exact(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Exact:
         """(C,) logits of the targets, added and kept in float32, or None if not asked for."""
@@ -221,33 +219,3 @@ class Rows(NamedTuple):
     def new_gradient(self, like: Tensor) -> Tensor:
         """(R+1, H) zeros; the spare last row takes what belongs nowhere."""
         return like.new_zeros(self.height + 1, like.shape[1])
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` added in float32; on a GPU also given in float32, so that no split is rounded."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``total = a @ b`` or ``total += a @ b``, total in float32 (float64 for float64)."""
-    beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    else:  # the CPU has no product of one dtype into another
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
-
-
-def new_sum(shape: tuple[int, ...], like: torch.dtype, device: torch.device, tokens: int) -> Tensor:
-    """What `add_product` fills: zeros only where there is no token, since the first one writes."""
-    if not tokens:
-        return torch.zeros(shape, dtype=wide(like), device=device)
-    return fresh(shape, wide(like), device)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

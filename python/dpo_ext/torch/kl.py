@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
-from dpo_ext.torch.head import Head, Rows, add_product, check_head, make_head, product, wide
+from dpo_ext.torch.head import Head, Rows, check_head, make_head
 from dpo_ext.torch.logps import Transform, check_table, differentiable_once
+from dpo_ext.torch.products import add_product, product, wide
 from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
 
 DIRECTIONS = ("ref_policy", "policy_ref")
@@ -330,7 +331,7 @@ class _LinearTokenKL(torch.autograd.Function):
                 if dx is not None:
                     dx.index_copy_(0, place[part], product(dz, both.w).to(dx.dtype))
                 if dw is not None:
-                    add_product(dw, dz.t(), x, first=part.start == 0)
+                    add_product(dw, dz, x, first=part.start == 0)
                 if db is not None:
                     db += dz.sum(0, dtype=sums)
         grads = (

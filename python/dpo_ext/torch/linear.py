@@ -26,16 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.head import (
-    Head,
-    Rows,
-    add_product,
-    check_head,
-    make_head,
-    new_sum,
-    product,
-    wide,
-)
+from dpo_ext.torch.head import Head, Rows, check_head, make_head
 from dpo_ext.torch.logps import (
     TokenScores,
     Transform,
@@ -45,6 +36,7 @@ from dpo_ext.torch.logps import (
     only,
     sum_sequences,
 )
+from dpo_ext.torch.products import add_product, new_sum, product, wide
 from dpo_ext.torch.table import ScoreTable
 
 PLANS = ("auto", "frozen", "recompute")
@@ -312,7 +304,7 @@ def _backward_recompute(
         if dx is not None:
             dx.index_copy_(0, rows.place[chunk], product(dz, w).to(dx.dtype))
         if dw is not None:
-            add_product(dw, dz.t(), x, first=chunk is chunks[0])
+            add_product(dw, dz, x, first=chunk is chunks[0])
         if db is not None:
             db += dz.sum(0, dtype=sums)
     del scratch, last, z, dz

@@ -16,21 +16,13 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
-from dpo_ext.torch.head import (
-    Head,
-    Rows,
-    add_product,
-    check_head,
-    make_head,
-    new_sum,
-    product,
-    wide,
-)
+from dpo_ext.torch.head import Head, Rows, check_head, make_head
 from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
 from dpo_ext.torch.loss_checks import find_loss
 from dpo_ext.torch.loss_ranks import check_group, count_pairs
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss
+from dpo_ext.torch.products import add_product, new_sum, product, wide
 from dpo_ext.torch.table import ScoreTable
 
 PLANS = ("auto", "frozen", "pairwise", "recompute")
@@ -361,7 +353,7 @@ class _Work:
         if self.dx is not None:
             self.dx[piece] = product(dz, self.w)
         if self.dw is not None:
-            add_product(self.dw, dz.t(), x, first=self.first)
+            add_product(self.dw, dz, x, first=self.first)
         if self.db is not None:
             self.db += dz.sum(0, dtype=self._wide)
         self.first = False

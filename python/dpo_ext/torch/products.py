@@ -1,0 +1,84 @@
+"""The products of the linear head, added in float32 and rounded once.
+
+Letters: C rows of a chunk, H hidden, V vocabulary.
+
+A GPU multiplies half-width matrices into float32. A CPU without instructions for bfloat16 takes ten
+times as long for them as for float32, so there they are widened a tile of the vocabulary at a time:
+the same sums, rounded at the same place, in memory that does not grow with V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dpo_ext.torch.ops import fresh
+
+HALVES = (torch.bfloat16, torch.float16)
+TILE = 2048
+"""Rows of the weight that are widened at a time: 32 MB at H = 4096."""
+SLOW_HALVES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+
+
+def logits_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``z = x @ weight.t() + bias``, (C, V)."""
+    if not by_tiles(z):
+        if bias is None:
+            return torch.mm(x, weight.t(), out=z)
+        return torch.addmm(bias, x, weight.t(), out=z)
+    x = x.float()
+    for tile in tiles(weight.shape[0]):
+        part = torch.mm(x, weight[tile].float().t())
+        z[:, tile] = part if bias is None else part.add_(bias[tile])
+    return z
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of (C, V) and (V, H), added in float32; in half width also given in float32 where
+    that is how it is computed, so that no split is rounded."""
+    if a.is_cuda and a.dtype in HALVES:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if not by_tiles(a):
+        return torch.mm(a, b)
+    total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+    for tile in tiles(b.shape[0]):
+        torch.addmm(total, a[:, tile].float(), b[tile].float(), out=total)
+    return total
+
+
+def add_product(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    """``total = dz^T x`` or ``total += dz^T x``, (V, H), total in float32 (float64 for float64)."""
+    beta, a = 0 if first else 1, dz.t()
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, x, beta=beta, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, x, beta=beta, out_dtype=total.dtype, out=total)
+    else:  # the CPU has no product of one dtype into another
+        x = x.to(total.dtype)
+        for tile in tiles(total.shape[0]):
+            part = total[tile]
+            torch.addmm(part, a[tile].to(total.dtype), x, beta=beta, out=part)
+
+
+def by_tiles(a: Tensor) -> bool:
+    """Whether half-width matrices on this device are better widened."""
+    return SLOW_HALVES and a.device.type == "cpu" and a.dtype in HALVES
+
+
+def tiles(V: int) -> Iterator[slice]:
+    for start in range(0, V, TILE):
+        yield slice(start, min(start + TILE, V))
+
+
+def new_sum(shape: tuple[int, ...], like: torch.dtype, device: torch.device, tokens: int) -> Tensor:
+    """What `add_product` fills: zeros only where there is no token, since the first one writes."""
+    if not tokens:
+        return torch.zeros(shape, dtype=wide(like), device=device)
+    return fresh(shape, wide(like), device)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
