@@ -16,6 +16,7 @@ from dpo_ext.torch import (
     linear_sequence_logps,
     linear_token_scores,
     ops,
+    preference_loss,
     sequence_logps,
     token_kl,
     token_scores,
@@ -322,6 +323,23 @@ def test_dtensors_are_refused(tmp_path):
                 parts[i] = distribute_tensor(arguments[i].detach(), mesh, [placement])
                 with pytest.raises(TensorError, match="plain tensor, found a DTensor\nhint"):
                     call(*parts)
+        whole = -torch.ones(2, 2)
+        spread = distribute_tensor(whole, mesh, [Replicate()])
+        counts = distribute_tensor(torch.ones(2, 2, dtype=torch.int64), mesh, [Replicate()])
+        head = (torch.ones(4, 3), torch.ones(5, 3))
+        table = ScoreTable(
+            logit_rows=[0, 1, 2, 3], targets=[0, 1, 2, 3], seq_offsets=[0, 1, 2, 3, 4]
+        )
+        for call in (
+            lambda: preference_loss(spread, whole),
+            lambda: preference_loss(whole, spread),
+            lambda: preference_loss(whole, lengths=counts, loss="simpo"),
+            lambda: linear_preference_loss(*head, table, spread),
+            lambda: token_kl(spread, whole, table),
+            lambda: token_kl(whole, spread, table),
+        ):
+            with pytest.raises(TensorError, match=r"plain tensor, found a DTensor\nhint: use `"):
+                call()
     finally:
         dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.torch.logps import is_dtensor
 from dpo_ext.torch.loss_compat import ambiguous
 from dpo_ext.torch.loss_forms import Number
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, non_negative
@@ -59,9 +60,18 @@ def find_loss(name: str) -> LossRow:
     return row
 
 
+def check_plain(name: str, value: Any) -> None:
+    """A tensor that is whole on this rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch tensor, found {type(value).__name__}")
+    if is_dtensor(value):
+        raise TensorError(
+            f"`{name}` must be a plain tensor, found a DTensor\nhint: use `{name}.full_tensor()`"
+        )
+
+
 def check_log_probs(logps: Tensor) -> None:
-    if not isinstance(logps, Tensor):
-        raise TypeError(f"`logps` must be a torch tensor, found {type(logps).__name__}")
+    check_plain("logps", logps)
     if logps.dim() != 2 or logps.shape[1] != 2 or logps.dtype not in (torch.float32, torch.float64):
         hint = (
             "\nhint: use `logps.float()`" if logps.dtype in (torch.float16, torch.bfloat16) else ""
@@ -72,8 +82,7 @@ def check_log_probs(logps: Tensor) -> None:
 
 
 def check_reference(ref_logps: Tensor, logps: Tensor) -> None:
-    if not isinstance(ref_logps, Tensor):
-        raise TypeError(f"`ref_logps` must be a torch tensor, found {type(ref_logps).__name__}")
+    check_plain("ref_logps", ref_logps)
     if ref_logps.shape != logps.shape or ref_logps.dtype != logps.dtype:
         cast = ref_logps.shape == logps.shape and ref_logps.is_floating_point()
         hint = "\nhint: use `ref_logps.to(logps.dtype)`" if cast else ""
@@ -89,8 +98,7 @@ def check_reference(ref_logps: Tensor, logps: Tensor) -> None:
 
 
 def check_lengths(lengths: Tensor, logps: Tensor) -> None:
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"`lengths` must be a torch tensor, found {type(lengths).__name__}")
+    check_plain("lengths", lengths)
     if lengths.shape != logps.shape or lengths.dtype in (torch.bool, torch.complex64):
         raise TensorError(
             f"`lengths` must be integers of shape {tuple(logps.shape)}, found {describe(lengths)}"

@@ -19,7 +19,7 @@ from dpo_ext.torch import twin
 from dpo_ext.torch.head import Head, Rows, check_head, make_head
 from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
-from dpo_ext.torch.loss_checks import find_loss
+from dpo_ext.torch.loss_checks import check_plain, find_loss
 from dpo_ext.torch.loss_ranks import check_group, count_pairs
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss
 from dpo_ext.torch.products import add_product, new_sum, product, wide
@@ -96,6 +96,8 @@ def linear_preference_loss(
     check_is_table(table)
     if table.group_size != 2:
         raise TensorError(f"`table` must have groups of 2, found {table.group_size}")
+    if ref_logps is not None:
+        check_plain("ref_logps", ref_logps)
     if plan not in PLANS:
         raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}")
     if lengths is None and (isinstance(loss, str) or not callable(loss)):
