@@ -41,7 +41,7 @@ FAULTS = {
         "segment_sum.cu",
         "__syncthreads();  // (1)",
         "// (1)",
-        "WRONG: segment sum",
+        "WRONG: segment sum|WRONG: far segment sum",
     ),
     "half a mask": ("token_stats.cu", "0xffffffffu, part.max", "0xffffu, part.max", "mask"),
     "an exit before the shuffles": (
