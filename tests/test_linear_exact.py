@@ -154,6 +154,18 @@ def test_what_is_not_there_stays_nan_and_what_is_not_scored_stays_out(impl, plan
     assert dx[[0, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_empty_vocabulary_or_table_is_as_without_it(plan):
+    for V, M in ((0, 2), (5, 0)):
+        table = ScoreTable(logit_rows=list(range(M)), targets=[0] * M, seq_offsets=[0, M // 2, M])
+        hidden, weight = torch.ones(3, 4), torch.ones(V, 4)
+        results = [
+            linear_sequence_logps(hidden, weight, table, plan=plan, exact_target=exact)
+            for exact in (False, True)
+        ]
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
 def test_it_must_be_a_bool():
     hidden, weight, _, table = random_head(0, dtype=torch.float32)
     with pytest.raises(TypeError, match="`exact_target` must be a bool, found str"):

@@ -121,7 +121,10 @@ class Head(NamedTuple):
         """(C,) logits of the targets, added and kept in float32, or None if not asked for."""
         if not self.exact_target:
             return None
-        column, sums = targets.clamp(0, weight.shape[0] - 1).long(), wide(self.dtype)
+        V, sums = weight.shape[0], wide(self.dtype)
+        if not V:
+            return x.new_zeros(len(x), dtype=sums)
+        column = targets.clamp(0, V - 1).long()
         parts = [
             (a.to(sums) * weight[t].to(sums)).sum(1)
             for a, t in zip(x.split(EXACT_ROWS), column.split(EXACT_ROWS), strict=True)
