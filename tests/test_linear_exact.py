@@ -18,11 +18,11 @@ from dpo_ext.torch import (
 HALF = [torch.bfloat16, torch.float16]
 
 
-def large_head(seed, dtype, M=64, H=256, V=512, logit=30.0):
+def large_head(seed, dtype, M=64, H=256, V=512, logit=30.0, apart=0.3):
     """Hidden states and a head whose logits all lie near ``logit``, a nat apart."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(H, generator=generator)
-    weight = 0.3 * torch.randn(V, H, generator=generator) + common
+    weight = apart * torch.randn(V, H, generator=generator) + common
     hidden = 0.05 * torch.randn(M, H, generator=generator) + common * (logit / common.dot(common))
     table = ScoreTable(
         logit_rows=torch.arange(M),
@@ -96,6 +96,32 @@ def test_gradients_are_those_of_the_row_with_that_logit(impl, plan, how, dtype):
                 continue
             slack = (2**-18 if name == "value" else unit) * max(1.0, np.abs(b).max(initial=0.0))
             assert np.abs(a.double().numpy() - b).max(initial=0.0) <= slack, (name, seed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_follow_a_logit_that_rounding_moves_far(impl, plan):
+    """Logits near 200 are whole numbers in bfloat16: the target's exact one moves p by a third."""
+    hidden, weight, table = large_head(0, torch.bfloat16, M=16, H=64, V=7, logit=200.0, apart=0.03)
+    rounded = torch.mm(hidden, weight.t()).double()
+    exact = rounded.clone()
+    at = table.logit_rows, table.targets.long()
+    exact[at] = (hidden.double() @ weight.double().T)[at]
+    f, dx = fields(table), []
+    for z in (exact, rounded):
+        g = np.ones(table.n_tokens)
+        dz = reference.logits_grad(z.numpy(), f["logit_rows"], f["targets"], g)
+        dx.append(dz @ weight.double().numpy())
+    options = {"exact_target": True, "chunk_rows": 5}
+    got = run(hidden, weight, None, table, torch.ones(2, 2), plan, impl, **options)[1]
+    # What all columns share is 30 times larger, and multiplies a sum that is 0 but for roundings.
+    shared = weight.double().mean(0).numpy()
+    ours, near, far = (
+        d - np.outer(d @ shared, shared) / (shared @ shared) for d in (got.double().numpy(), *dx)
+    )
+    largest = np.abs(near).max()
+    assert np.abs(far - near).max() > 0.05 * largest
+    assert np.abs(ours - near).max() <= 0.01 * largest
 
 
 def test_float64_is_unchanged():
