@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_row_with_that_logit(impl, plan, how, dtype):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradients_follow_a_logit_that_rounding_moves_far(impl, plan):
-    """Logits near 200 are whole numbers in bfloat16: the target's exact one moves p by a third."""
+    """Logits near 200 are whole numbers in bfloat16: the target's exact one moves the gradient."""
     hidden, weight, table = large_head(0, torch.bfloat16, M=16, H=64, V=7, logit=200.0, apart=0.03)
     rounded = torch.mm(hidden, weight.t()).double()
     exact = rounded.clone()

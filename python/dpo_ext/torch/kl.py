@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
 from dpo_ext.torch.head import Head, Rows, check_head, make_head
-from dpo_ext.torch.logps import Transform, check_table, differentiable_once, is_dtensor
+from dpo_ext.torch.logps import Transform, check_plain, check_table, differentiable_once
 from dpo_ext.torch.products import add_product, product, wide
 from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
 
@@ -154,10 +154,7 @@ def _rows(name: str, logits: Tensor) -> Tensor:
     """(R, V) view or copy."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, found {type(logits).__name__}")
-    if is_dtensor(logits):
-        raise TensorError(
-            f"`{name}` must be a plain tensor, found a DTensor\nhint: use `{name}.full_tensor()`"
-        )
+    check_plain(name, logits)
     if logits.dim() not in (2, 3) or not logits.is_floating_point():
         found = f"{str(logits.dtype).removeprefix('torch.')} of shape {tuple(logits.shape)}"
         raise TensorError(

@@ -234,6 +234,16 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def check_plain(name: str, value: Any) -> None:
+    """A tensor that is whole on this rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch tensor, found {type(value).__name__}")
+    if is_dtensor(value):
+        raise TensorError(
+            f"`{name}` must be a plain tensor, found a DTensor\nhint: use `{name}.full_tensor()`"
+        )
+
+
 def check_is_table(table: ScoreTable) -> None:
     """TypeError for anything else, labels for example."""
     if not isinstance(table, ScoreTable):

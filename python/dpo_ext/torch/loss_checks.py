@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
-from dpo_ext.torch.logps import is_dtensor
+from dpo_ext.torch.logps import check_plain
 from dpo_ext.torch.loss_compat import ambiguous
 from dpo_ext.torch.loss_forms import Number
 from dpo_ext.torch.loss_row import LOSSES, LossRow, Parameter, non_negative
@@ -58,16 +58,6 @@ def find_loss(name: str) -> LossRow:
         meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(f"unknown loss {name!r}\nhint: {meant}`dpo-ext losses` lists them all")
     return row
-
-
-def check_plain(name: str, value: Any) -> None:
-    """A tensor that is whole on this rank."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a torch tensor, found {type(value).__name__}")
-    if is_dtensor(value):
-        raise TensorError(
-            f"`{name}` must be a plain tensor, found a DTensor\nhint: use `{name}.full_tensor()`"
-        )
 
 
 def check_log_probs(logps: Tensor) -> None:

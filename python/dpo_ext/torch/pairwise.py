@@ -18,8 +18,14 @@ from dpo_ext.errors import TensorError
 from dpo_ext.torch import twin
 from dpo_ext.torch.head import Head, Rows, check_head, make_head
 from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps import Transform, check_is_table, differentiable_once, token_grad
-from dpo_ext.torch.loss_checks import check_plain, find_loss
+from dpo_ext.torch.logps import (
+    Transform,
+    check_is_table,
+    check_plain,
+    differentiable_once,
+    token_grad,
+)
+from dpo_ext.torch.loss_checks import find_loss
 from dpo_ext.torch.loss_ranks import check_group, count_pairs
 from dpo_ext.torch.losses import PreferenceLoss, preference_loss
 from dpo_ext.torch.products import add_product, new_sum, product, wide

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import ops
-from dpo_ext.torch.head import Rows, is_dtensor
+from dpo_ext.torch.head import Rows
 from dpo_ext.torch.logps import (
     Transform,
     check_is_table,
     check_table,
     differentiable_once,
+    is_dtensor,
     sequence_logps,
     sum_sequences,
 )

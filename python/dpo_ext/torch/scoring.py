@@ -17,14 +17,20 @@ from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import pairwise
-from dpo_ext.torch.head import is_dtensor
 from dpo_ext.torch.linear import (
     PLANS,
     choose_plan,
     linear_sequence_logps,
     linear_token_scores,
 )
-from dpo_ext.torch.logps import STATS, TokenScores, check_is_table, only, sum_sequences
+from dpo_ext.torch.logps import (
+    STATS,
+    TokenScores,
+    check_is_table,
+    is_dtensor,
+    only,
+    sum_sequences,
+)
 from dpo_ext.torch.loss_checks import find_loss
 from dpo_ext.torch.losses import PreferenceLoss
 from dpo_ext.torch.masks import check_windows
