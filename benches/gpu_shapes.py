@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps, ops
+from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps
+from dpo_ext.torch.logps import ops
 
 assert ops.DTYPES  # importing registers the operators
 OPS = torch.ops.dpo_ext

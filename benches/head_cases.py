@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps
-from dpo_ext.torch.head import make_head
-from dpo_ext.torch.logps import Transform
+from dpo_ext.torch.logps.head import make_head
+from dpo_ext.torch.logps.logits import Transform
 
 BETA = 0.1
 SPREAD = 3.0  # standard deviation of the logits

@@ -14,7 +14,7 @@ from head_cases import SPREAD, WrongError
 from rulers import Job
 from torch import Tensor
 
-from dpo_ext.torch import ops
+from dpo_ext.torch.logps import ops
 
 assert ops.DTYPES  # importing registers the operators
 OPS = torch.ops.dpo_ext

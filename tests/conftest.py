@@ -82,7 +82,7 @@ def library():
 
 @pytest.fixture
 def emulator(library, monkeypatch):
-    """The emulator in the place of the device: `dpo_ext.kernels` takes CPU tensors."""
+    """The emulator in the place of the device: `dpo_ext.torch.logps.cuda` takes CPU tensors."""
     library.install(monkeypatch)
     library.processors = 1
     library.launched.clear()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from dpo_ext.columns import arrow
-from dpo_ext.data import PairDataset
-from dpo_ext.mapped import ROW
+from dpo_ext.data.tables import arrow
+from dpo_ext.data.dataset import PairDataset
+from dpo_ext.store.read import ROW
 from dpo_ext.report import Report
-from dpo_ext.store import Columns, record_batch
+from dpo_ext.store.write import Columns, record_batch
 
 if TYPE_CHECKING:
-    from dpo_ext.tokenizer import Tokenizer
+    from dpo_ext.data.tokenizer import Tokenizer
 
 # Of the schema's metadata: a report as JSON, `Report.to_dict`.
 REPORT_KEY = b"dpo_ext.report"

@@ -1,6 +1,6 @@
 """Runs the kernels of ``cuda/`` on the host: g++ builds them through ``cuda_emu.h`` once, ctypes calls them.
 
-``Emulator.launch`` stands in for ``dpo_ext.kernels.launch``, so a test runs the real launch layer on CPU tensors.
+``Emulator.launch`` stands in for ``dpo_ext.torch.logps.cuda.launch``, so a test runs the real launch layer on CPU tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from dpo_ext import kernels
+from dpo_ext.torch.logps import cuda as kernels
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -65,7 +65,7 @@ class Emulator:
         return self.library.parameter_bytes(name.encode()).decode()
 
     def launch(self, kernel, template, grid, arguments, device) -> None:
-        """As ``dpo_ext.kernels.launch``."""
+        """As ``dpo_ext.torch.logps.cuda.launch``."""
         converted = kernels.convert(kernel, arguments)
         values = [
             C_TYPES[t](a if t == "p" else a.item())

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dpo_ext.demo import charts, world
-from dpo_ext.demo.charts import Level, Series
-from dpo_ext.demo.page import page
+from dpo_ext.demo import world
+from dpo_ext.pages import charts
+from dpo_ext.pages.charts import Level, Series
+from dpo_ext.pages.page import page
 
 LOG_2 = math.log(2.0)
 SECTIONS = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.testing.search import hypothesis
-from dpo_ext.torch.table import ScoreTable
+from dpo_ext.layout.table import ScoreTable
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo_ext.batch import Batch
-from dpo_ext.data import PairDataset
+from dpo_ext.layout.batch import Batch
+from dpo_ext.data.dataset import PairDataset
 from dpo_ext.errors import TensorError
-from dpo_ext.torch.masks import layer_windows
+from dpo_ext.layout.masks import layer_windows
 
 LAYOUTS = ("packed", "shared")
 _LENGTHS = ((5, 4, 6), (3, 1, 7))  # (prompt, chosen, rejected) of the two pairs

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
-from dpo_ext.torch import twin
-from dpo_ext.torch.head import Head, Rows, check_head, make_head
-from dpo_ext.torch.linear import choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps import (
+from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
+from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
+from dpo_ext.torch.logps.logits import (
     Transform,
     check_is_table,
     check_plain,
     differentiable_once,
     token_grad,
 )
-from dpo_ext.torch.loss_checks import find_loss
-from dpo_ext.torch.loss_ranks import check_group, count_pairs
-from dpo_ext.torch.losses import PreferenceLoss, preference_loss
-from dpo_ext.torch.products import add_product, new_sum, product, wide
-from dpo_ext.torch.table import ScoreTable
+from dpo_ext.torch.losses.checks import find_loss
+from dpo_ext.torch.losses.ranks import check_group, count_pairs
+from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
+from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
+from dpo_ext.layout.table import ScoreTable
 
 PLANS = ("auto", "frozen", "pairwise", "recompute")
 

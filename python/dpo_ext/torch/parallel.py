@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
-from dpo_ext.torch import ops
-from dpo_ext.torch.head import Rows
-from dpo_ext.torch.logps import (
+from dpo_ext.torch.logps import ops
+from dpo_ext.torch.logps.head import Rows
+from dpo_ext.torch.logps.logits import (
     Transform,
     check_is_table,
     check_table,
@@ -25,8 +25,8 @@ from dpo_ext.torch.logps import (
     sequence_logps,
     sum_sequences,
 )
-from dpo_ext.torch.table import IGNORE_INDEX, ScoreTable
-from dpo_ext.torch.twin import transform
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.torch.logps.twin import transform
 
 
 def vocab_parallel_sequence_logps(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import pairwise
-from dpo_ext.torch.linear import (
+from dpo_ext.torch.logps.linear import (
     PLANS,
     choose_plan,
     linear_sequence_logps,
     linear_token_scores,
 )
-from dpo_ext.torch.logps import (
+from dpo_ext.torch.logps.logits import (
     STATS,
     TokenScores,
     check_is_table,
@@ -31,10 +31,10 @@ from dpo_ext.torch.logps import (
     only,
     sum_sequences,
 )
-from dpo_ext.torch.loss_checks import find_loss
-from dpo_ext.torch.losses import PreferenceLoss
-from dpo_ext.torch.masks import check_windows
-from dpo_ext.torch.table import ScoreTable
+from dpo_ext.torch.losses.checks import find_loss
+from dpo_ext.torch.losses.pairs import PreferenceLoss
+from dpo_ext.layout.masks import check_windows
+from dpo_ext.layout.table import ScoreTable
 
 _ORIGINAL, _HEAD, _LOSS = "_dpo_ext_forward", "_dpo_ext_head", "_dpo_ext_loss"
 

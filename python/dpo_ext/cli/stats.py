@@ -1,0 +1,258 @@
+"""`data_stats`: what a data set looks like to a model: lengths, waste by layout, boundaries, rows.
+
+The command `dpo-ext stats`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from json import dumps
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.options import Boundary, OnBad, Paths, Progress, Truncation
+from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+QUANTILES = (0, 25, 50, 75, 90, 99, 100)
+BATCHES = (4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """One way to lay the pairs out, in the order of seed 0.
+
+    Attributes:
+        layout: its name and what makes a batch.
+        real_tokens: ids, each prompt counted as often as the layout holds it.
+        slots: places, padding included.
+        fill: ``real_tokens / slots``.
+        relative: slots by those of ``padded`` with 64 pairs, or of all pairs if they are fewer.
+    """
+
+    layout: str
+    real_tokens: int
+    slots: int
+    fill: float
+    relative: float
+
+
+def data_stats(
+    files: Paths,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = 1024,
+    truncation: Truncation = "keep_start",
+    boundary: Boundary = "joint",
+    on_bad: OnBad = "skip",
+    rows: int = 0,
+    threads: int | None = None,
+    progress: Progress = False,
+    json: str | PathLike[str] | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Encodes files and says what is in them.
+
+    Args:
+        files, tokenizer, max_length, truncation, boundary, on_bad, threads, progress: as for
+            :meth:`PairDataset.from_files`, but that bad rows are skipped and counted by default.
+        rows: so many pairs, spread evenly over the data set, are spelt out token by token, not cut
+            to ``max_length``.
+        json: where to write the result as JSON.
+        show: print it; needs rich.
+
+    Returns:
+        dict: ``pairs``, ``lengths`` (``prompt``, ``chosen``, ``rejected``, ``longer side``,
+            ``both sides``: ``mean`` and the quantiles ``q0`` to ``q100``, in tokens), ``waste``
+            (list of :class:`Waste` as dicts), ``merged`` (pairs with a token across the end of the
+            prompt), ``report``, ``rows`` (list of dicts of token texts: ``prompt``, and for
+            ``chosen`` and ``rejected`` ``merged``, the tokens that begin in the prompt's text, and
+            ``rest``).
+
+    Raises:
+        ValueError: ``rows`` is negative.  Otherwise as :meth:`PairDataset.from_files`.
+    """
+    if rows < 0:
+        raise ValueError(f"`rows` must be at least 0, found {rows}")
+    options: dict[str, Any] = {
+        "max_length": max_length,
+        "truncation": truncation,
+        "on_bad": on_bad,
+        "threads": threads,
+    }
+    pairs = PairDataset.from_files(
+        files, tokenizer, **options, boundary=boundary, progress=progress
+    )
+    examples: list[dict[str, Any]] = []
+    if rows and len(pairs):
+        # Where a prompt was cut its own end is not known: the rows are shown in full.
+        whole = {**options, "max_length": None}
+        cut = "truncated" in pairs.report.warned
+        full = (
+            PairDataset.from_files(files, tokenizer, **whole, boundary=boundary) if cut else pairs
+        )
+        apart = PairDataset.from_files(files, tokenizer, **whole, boundary="separate")
+        examples = _examples(full, apart, tokenizer, rows)
+    lengths = {
+        "prompt": pairs.prompt_ids.lengths,
+        "chosen": pairs.chosen_ids.lengths,
+        "rejected": pairs.rejected_ids.lengths,
+        "longer side": pairs.longest,
+        "both sides": pairs.tokens,
+    }
+    result = {
+        "pairs": len(pairs),
+        "lengths": {name: _quantiles(values) for name, values in lengths.items()},
+        "waste": [vars(row) for row in _waste(pairs)],
+        "merged": pairs.report.warned.get("boundary_merge", 0),
+        "report": pairs.report.to_dict(),
+        "rows": examples,
+    }
+    if show:
+        _show(result, str(pairs.report), pairs.longest)
+    if json is not None:
+        Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _quantiles(values: NDArray[np.int64]) -> dict[str, float]:
+    if len(values) == 0:
+        return {"mean": 0.0, **{f"q{q}": 0.0 for q in QUANTILES}}
+    found = np.percentile(values, QUANTILES)
+    named = {f"q{q}": float(value) for q, value in zip(QUANTILES, found, strict=True)}
+    return {"mean": float(values.mean()), **named}
+
+
+def _waste(pairs: PairDataset) -> list[Waste]:
+    """Padded batches of several sizes, then packed and shared bins that hold the longest pair."""
+    if len(pairs) == 0:
+        return []
+    budget = max(8192, int(pairs.tokens.max()))
+    plans = {
+        f"padded, {size} pairs": pairs.plan(layout="padded", pairs_per_batch=size)
+        for size in BATCHES
+    }
+    for layout in (name for name in LAYOUTS if name != "padded"):
+        plans[f"{layout}, bins of {budget:,}"] = pairs.plan(layout=layout, tokens_per_batch=budget)
+    stats = {name: plan.stats for name, plan in plans.items()}
+    base = stats[f"padded, {BATCHES[-1]} pairs"].slots
+    return [
+        Waste(name, s.real_tokens, s.slots, s.fill, s.slots / base) for name, s in stats.items()
+    ]
+
+
+def _examples(
+    pairs: PairDataset, apart: PairDataset, tokenizer: Tokenizer, count: int
+) -> list[dict[str, Any]]:
+    """Pairs as texts of tokens. ``apart`` knows the prompt's own text, where its ids end apart."""
+    number = {int(row): i for i, row in enumerate(apart.rows)}
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int))
+    examples = []
+    for i in chosen.tolist():
+        pair = pairs[i]
+        prompt = pair["prompt_ids"]
+        alone = number.get(int(pairs.rows[i]))
+        ends = None if alone is None else len(tokenizer.decode(apart.prompt_ids[alone]))
+        example: dict[str, Any] = {
+            "pair": i,
+            "row": int(pairs.rows[i]) + 1,
+            "prompt": _pieces(tokenizer, prompt, 0),
+        }
+        for side in ("chosen", "rejected"):
+            ids = pair[f"{side}_ids"]
+            merged = 0 if ends is None else _begin_before(tokenizer, prompt, ids, ends)
+            pieces = _pieces(tokenizer, np.concatenate([prompt, ids]), len(prompt))
+            example[side] = {"merged": pieces[:merged], "rest": pieces[merged:]}
+        examples.append(example)
+    return examples
+
+
+def _pieces(tokenizer: Tokenizer, ids: NDArray[np.int32], start: int) -> list[str]:
+    """The text that each token from ``start`` on adds; one inside a character adds none."""
+    seen = tokenizer.decode(ids[:start])
+    pieces = []
+    for end in range(start + 1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        pieces.append(whole[len(seen) :] if len(whole) > len(seen) else "")
+        seen = max(seen, whole, key=len)
+    return pieces
+
+
+def _begin_before(
+    tokenizer: Tokenizer, prompt: NDArray[np.int32], ids: NDArray[np.int32], end: int
+) -> int:
+    """How many tokens of a completion begin before character ``end`` of the text."""
+    for k in range(len(ids)):
+        if len(tokenizer.decode(np.concatenate([prompt, ids[:k]]))) >= end:
+            return k
+    return len(ids)
+
+
+def _show(result: dict[str, Any], report: str, longest: NDArray[np.int64]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=120, highlight=False)
+    console.print(report, markup=False)
+    if not result["pairs"]:
+        return
+    table = Table(title="tokens a pair", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("mean", "least", *(f"{q} %" for q in QUANTILES[1:-1]), "most"):
+        table.add_column(name, justify="right")
+    for name, values in result["lengths"].items():
+        table.add_row(name, *(f"{value:,.0f}" for value in values.values()))
+    console.print(table)
+    _show_histogram(console, longest)
+    table = Table("layout", title="waste by layout, seed 0", title_justify="left")
+    for name in ("real tokens", "slots", "fill", "slots to padded"):
+        table.add_column(name, justify="right")
+    for row in result["waste"]:
+        numbers = (f"{row['real_tokens']:,}", f"{row['slots']:,}", f"{row['fill']:.3f}")
+        table.add_row(row["layout"], *numbers, f"{row['relative']:.2f}x")
+    console.print(table)
+    console.print(
+        f"{result['merged']:,} of {result['pairs']:,} pairs have a token across the end of the "
+        "prompt; it belongs to the completion"
+    )
+    for example in result["rows"]:
+        _show_example(console, example)
+
+
+def _show_histogram(console: Any, longest: NDArray[np.int64]) -> None:
+    """Ten bins of the longer side; a bar is the share of the fullest bin."""
+    edges = np.unique(np.linspace(0, int(longest.max()) + 1, 11).astype(int))
+    counts, _ = np.histogram(longest, edges)
+    for (start, stop), count in zip(pairwise(edges.tolist()), counts.tolist(), strict=True):
+        bar = "█" * round(40 * count / counts.max())
+        console.print(f"{start:>7,} to {stop - 1:>7,}  {count:>10,}  [blue]{bar}[/]")
+
+
+def _show_example(console: Any, example: dict[str, Any]) -> None:
+    """Tokens in two shades by turns, so that their borders show; the labels also without colour."""
+    from rich.text import Text
+
+    def line(label: str, pieces: list[str], colour: str) -> None:
+        text = Text(f"{label:>9}  ", style="bold")
+        for i, piece in enumerate(pieces):
+            shown = piece.replace("\n", "⏎")
+            text.append(shown, style=colour if i % 2 else f"{colour} reverse")
+        console.print(text)
+
+    console.print(f"\npair {example['pair']}, row {example['row']}", style="bold")
+    line("prompt", example["prompt"], "blue")
+    for side, colour in (("chosen", "green"), ("rejected", "red")):
+        if example[side]["merged"]:
+            line("merged", example[side]["merged"], "yellow")
+        line(side, example[side]["rest"], colour)

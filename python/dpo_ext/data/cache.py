@@ -1,0 +1,207 @@
+"""The cache of `from_files(cache_dir=)`: a saved data set for everything that its ids depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_ext import _core
+from dpo_ext.store import read as mapped
+from dpo_ext.data import encode as shards
+from dpo_ext.data.tables import arrow
+from dpo_ext.data.dataset import PairDataset
+from dpo_ext.errors import DataError
+from dpo_ext.store.folder import Folder, damaged, digest_of, typed_errors, writing
+from dpo_ext.data.options import Limits, Settings
+from dpo_ext.report import Report
+
+if TYPE_CHECKING:
+    from dpo_ext.data.options import Progress
+    from dpo_ext.data.tokenizer import Tokenizer
+
+# Of these options the ids do not depend, or only where `_now` and `_limits_allow` say so.
+APART = ("threads", "now", "limits")
+# A file that changed so recently could change again without its time of change telling.
+RACY_NS = 2_000_000_000
+
+
+def cached(
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    options: Settings,
+    cache_dir: str | os.PathLike[str],
+    progress: Progress,
+) -> PairDataset:
+    """The pairs of files, mapped from a cache that is filled first if need be.
+
+    What was encoded counts for the same bytes in files of the same endings, the same tokenizer,
+    template and options; for ``strftime_now`` in the template, the same time as far as it shows.
+    It counts whatever the folder of the files, ``threads``, and those limits that dropped no row.
+    """
+    arrow("`cache_dir`")
+    root = Path(cache_dir)
+    with typed_errors(root):
+        if not root.is_dir():
+            root.parent.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, exist_ok=True)
+        before = [_status(name) for name in files]
+        prints = [_fingerprint(root, name) for name in files]
+    facts = _facts(files, prints, tokenizer, options)
+    folders = [root / _key(facts), root / _key({**facts, "limits": asdict(options.limits)})]
+    damage = None
+    for folder in folders:
+        found, damage = _look(folder, files, options, damage)
+        if found is not None:
+            return found
+    # The first name is for the first limits that come; others get a name of their own.
+    folder = folders[1] if _is_sound(folders[0]) else folders[0]
+    made = {"limits": asdict(options.limits), "sources": list(files)}
+
+    def unchanged() -> None:
+        for name, status in zip(files, before, strict=True):
+            if _status(name) != status:
+                raise DataError(
+                    f"{name}: the file changed while it was read", path=name, reason="bad_input"
+                )
+
+    with writing(folder) as opened:
+        found, _ = _look(folder, files, options, None)
+        if found is not None:  # by another process, while this one waited
+            return found
+        opened.sweep(None)
+        shards.encode_into(opened, files, tokenizer, options, progress, made, unchanged)
+    pairs = mapped.load(folder, verify=False)
+    if damage is not None:
+        note = f"what the cache held was damaged and was encoded anew: {damage}"
+        pairs.report = replace(pairs.report, notes=(*pairs.report.notes, note))
+    return pairs
+
+
+def _look(
+    folder: Path, files: Sequence[str], options: Settings, damage: str | None
+) -> tuple[PairDataset | None, str | None]:
+    """What a folder of the cache holds for these limits, and what was wrong with it."""
+    try:
+        pairs, manifest = mapped.opened(folder, verify=True)
+    except FileNotFoundError:
+        return None, damage
+    except DataError as error:
+        return None, str(error).splitlines()[0]
+    made = manifest["made"]
+    if not _limits_allow(made["limits"], options.limits, pairs.report):
+        return None, damage
+    # The same files may have other names by now.
+    names = dict(zip(made["sources"], files, strict=True))
+    first = {
+        reason: replace(example, path=names.get(example.path, example.path))
+        for reason, example in pairs.report.first.items()
+    }
+    pairs.report = replace(pairs.report, first=first)
+    return pairs, damage
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        mapped.read_manifest(folder)
+    except (FileNotFoundError, DataError):
+        return False
+    return True
+
+
+def _limits_allow(made: Mapping[str, Any], limits: Limits, report: Report) -> bool:
+    """Whether rows encoded under ``made`` come out the same under ``limits``."""
+    wanted = asdict(limits)
+    if made == wanted:
+        return True
+    infinite = float("inf")
+    wider = all(
+        (infinite if wanted[name] is None else wanted[name])
+        >= (infinite if made.get(name, 0) is None else made.get(name, 0))
+        for name in wanted
+    )
+    return wider and "limit" not in report.dropped
+
+
+def _facts(
+    files: Sequence[str], prints: Sequence[str], tokenizer: Tokenizer, options: Settings
+) -> dict[str, Any]:
+    """All that ids depend on."""
+    state = tokenizer.__reduce__()[1][0]
+    return {
+        "format": mapped.VERSION,
+        "package": _core.__version__,
+        "tokenizer": hashlib.sha256(state).hexdigest(),
+        "now": _now(tokenizer.chat_template or "", options.now),
+        "files": [
+            ["".join(Path(name).suffixes[-2:]).lower(), print_]
+            for name, print_ in zip(files, prints, strict=True)
+        ],
+        "options": {
+            f.name: getattr(options, f.name) for f in fields(options) if f.name not in APART
+        },
+    }
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _now(template: str, now: Sequence[int]) -> list[Any]:
+    """The time as far as a template shows it: all of it, unless its formats can be read."""
+    calls = len(re.findall(r"strftime_now\s*\(", template))
+    formats = re.findall(r"""strftime_now\s*\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""", template)
+    if "strftime_now" not in template:
+        return []
+    if calls == 0 or calls != len(formats):
+        return list(now)
+    moment = time.struct_time((*now, -1))
+    return [time.strftime(double or single, moment) for double, single in formats]
+
+
+def _status(name: str) -> tuple[Any, ...]:
+    found = Path(name).stat()
+    one = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if stat.S_ISDIR(found.st_mode):
+        return (*one, *(_status(str(inner)) for inner in sorted(Path(name).iterdir())))
+    if not stat.S_ISREG(found.st_mode):
+        raise damaged(Path(name), "expected a regular file")
+    return one
+
+
+def _fingerprint(root: Path, name: str) -> str:
+    """The digest of what a file holds, or a folder; read once as long as the file stays as it is.
+
+    The time of change of a file moves with every write and cannot be set, so that a digest noted
+    for it stays right.
+    """
+    path = Path(name)
+    if path.is_dir():
+        inner = sorted(path.iterdir())
+        parts = [[part.name, _fingerprint(root, str(part))] for part in inner]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    status = _status(name)
+    notes = root / ".files"
+    note = notes / hashlib.sha256(json.dumps(status).encode()).hexdigest()
+    try:
+        noted = note.read_text()
+        if re.fullmatch(r"[0-9a-f]{64}", noted):
+            return noted
+    except (OSError, UnicodeDecodeError):
+        pass
+    with path.open("rb") as file:
+        digest = digest_of(file.fileno(), status[2])
+    if time.time_ns() - max(status[3:5]) > RACY_NS and _status(name) == status:
+        notes.mkdir(mode=0o700, exist_ok=True)
+        temporary = Folder(notes).temporary()
+        temporary.write_text(digest)
+        temporary.replace(note)
+    return digest

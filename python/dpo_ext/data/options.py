@@ -1,0 +1,137 @@
+"""The options of a data set: `Limits`, and what `from_files` and its kin take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any, Literal
+
+from dpo_ext.data.tokenizer import default_threads, local_time
+
+Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "error"]
+Boundary = Literal["joint", "separate", "trl"]
+OnBad = Literal["error", "skip"]
+SpecialTokensInText = Literal["special", "text", "error"]
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+Progress = bool | Callable[[int, int], Any]
+
+DEEPEST = 1024
+FIELDS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "tools",
+    "chat_template_kwargs",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes beyond which input is refused with :class:`LimitExceeded`, whose ``field`` names the
+    limit.
+
+    A row over one of the first six is a bad row with the reason ``limit``; a file over one of the
+    last two is a bad input, raised whatever ``on_bad`` says, as is a zstd frame that asks for a
+    window above 2**27 bytes (``zstd_window``, fixed).
+
+    Attributes:
+        max_line_bytes: of one line of text. A file without line ends costs at most about twice this
+            in memory.
+        max_rendered_bytes: of one rendered conversation; a template is somebody else's code.
+        max_depth: nesting of a row's JSON, also in fields that nobody reads; at most 1024.
+        max_keys: of one JSON object.
+        max_messages: of one conversation.
+        max_row_tokens: of one side with its prompt, before truncation.
+        max_expansion: unpacked bytes for each byte of a compressed file, looked at after 64 MiB.
+            Real data has 3 to 10, a gzip bomb 1,030, a zstd bomb 32,500.
+        max_unpacked_bytes: of one file's text; None for no limit.
+    """
+
+    max_line_bytes: int = 16 << 20
+    max_rendered_bytes: int = 16 << 20
+    max_depth: int = 64
+    max_keys: int = 1024
+    max_messages: int = 4096
+    max_row_tokens: int = 1 << 20
+    max_expansion: int = 200
+    max_unpacked_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{f.name}` must be at least 1, found {value}")
+        if self.max_depth > DEEPEST:
+            raise ValueError(f"`max_depth` must be at most {DEEPEST}, found {self.max_depth}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of `from_files`, `from_rows` and `from_arrow`; Rust reads them by attribute."""
+
+    max_length: int | None = 1024
+    truncation: Truncation = "keep_start"
+    boundary: Boundary = "joint"
+    on_bad: OnBad = "error"
+    special_tokens_in_text: SpecialTokensInText = "special"
+    prompt_key: str | None = None
+    chosen_key: str | None = None
+    rejected_key: str | None = None
+    columns: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    threads: int | None = None
+    now: tuple[int, ...] = field(default_factory=local_time)
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1 or None, found {self.max_length}")
+        choices = {
+            "truncation": Truncation,
+            "boundary": Boundary,
+            "on_bad": OnBad,
+            "special_tokens_in_text": SpecialTokensInText,
+        }
+        for name, literal in choices.items():
+            value, known = getattr(self, name), literal.__args__  # type: ignore[attr-defined]
+            if value not in known:
+                raise ValueError(
+                    f"unknown `{name}` {value!r}: there is {', '.join(map(repr, known))}"
+                )
+        if self.special_tokens_in_text == "text" and self.boundary == "trl":
+            raise ValueError(
+                '`special_tokens_in_text="text"` needs `boundary` "joint" or "separate": '
+                "TRL has no such rule"
+            )
+        names = [
+            key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None
+        ]
+        if len(set(names)) < len(names):
+            raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
+        self._check_columns()
+        object.__setattr__(self, "threads", default_threads(self.threads))
+
+    def _check_columns(self) -> None:
+        if isinstance(self.columns, str):
+            raise TypeError(f"`columns` must be a sequence of names, found {self.columns!r}")
+        columns = tuple(self.columns)
+        for name in columns:
+            if not isinstance(name, str):
+                raise TypeError(f"`columns` must hold names, found {type(name).__name__}")
+            if name in FIELDS or name in (self.prompt_key, self.chosen_key, self.rejected_key):
+                raise ValueError(f"`columns` names {name!r}, which is a field of its own")
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"`columns` must name every column once, found {list(columns)}")
+        object.__setattr__(self, "columns", columns)
+
+
+def settings(arguments: Mapping[str, Any]) -> Settings:
+    """The options among the arguments of a constructor."""
+    chosen = {f.name: arguments[f.name] for f in fields(Settings) if f.name in arguments}
+    chosen["limits"] = chosen["limits"] or Limits()
+    return Settings(**chosen)

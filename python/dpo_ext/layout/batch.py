@@ -1,0 +1,314 @@
+"""`Ragged`, `Batch`: lists of ids, and the arrays that a model and the log-prob head see.
+
+Shapes: N pairs, S = 2N sequences, T tokens of the longest row, M scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Sequence):
+    """Lists of different lengths in one array: list ``i`` is ``values[offsets[i]:offsets[i + 1]]``,
+    a view.
+
+    Attributes:
+        values: (sum of lengths,) int32.
+        offsets: (n + 1,) int64.
+
+    >>> import numpy as np
+    >>> lists = Ragged(np.array([1, 2, 3], np.int32), np.array([0, 2, 2, 3]))
+    >>> len(lists), lists[0].tolist(), lists[1].tolist()
+    (3, [1, 2], [])
+    """
+
+    values: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Any]) -> Ragged:
+        """Copies lists or arrays of whole numbers; values that int32 does not hold are an
+        OverflowError.
+        """
+        lengths = np.fromiter((len(ids) for ids in lists), np.int64, len(lists))
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.empty(int(offsets[-1]), np.int32)
+        for start, stop, ids in zip(offsets[:-1], offsets[1:], lists, strict=True):
+            values[start:stop] = _int32(ids)
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        k = int(i)
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"index {i} is out of range for {len(self)} lists")
+        k %= len(self)
+        return self.values[self.offsets[k] : self.offsets[k + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) int64."""
+        return np.diff(self.offsets)
+
+    def tolist(self) -> list[list[int]]:
+        return [ids.tolist() for ids in self]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Ragged)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.values, other.values)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _int32(ids: Any) -> NDArray[np.int32]:
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise TypeError(f"expected whole numbers, found {array.dtype} of shape {array.shape}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise OverflowError("expected ids of 32 bits")
+    return array.astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N pairs, ready for a model.
+
+    ``layout="padded"`` is TRL's collator, tensor for tensor. The pairs ([1, 2], [3, 4], [5]) and
+    ([6], [7], [8, 9]) of (prompt, chosen, rejected), padded with 0::
+
+        input_ids            completion_mask      attention_mask
+        [[1, 2, 3, 4],       [[0, 0, 1, 1],       [[1, 1, 1, 1],     chosen
+         [6, 7, 0, 0],        [0, 1, 0, 0],        [1, 1, 0, 0],     chosen
+         [1, 2, 5, 0],        [0, 0, 1, 0],        [1, 1, 1, 0],     rejected
+         [6, 8, 9, 0]]        [0, 1, 1, 0]]        [1, 1, 1, 0]]     rejected
+
+        logit_rows   [1, 2, 9, 4, 12, 13]   row r * T + t of the flattened logits
+        targets      [3, 4, 5, 7, 8, 9]     the token at t + 1, which that row predicts
+        seq_offsets  [0, 2, 3, 4, 6]        chosen 0, rejected 0, chosen 1, rejected 1
+
+    A sequence whose prompt has no token cannot score its first token.
+
+    ``layout="packed"`` puts whole pairs into rows, prompt + chosen and prompt + rejected as
+    segments of their own. The same pairs in one row of 14 slots::
+
+        input_ids     [[1, 2, 3, 4, 1, 2, 5, 6, 7, 6, 8, 9, 0, 0]]
+        position_ids  [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]    the tail is a segment too
+        cu_seq_lens_q, cu_seq_lens_k  [0, 4, 7, 9, 12, 14]            max_length_q, max_length_k  4
+        logit_rows    [1, 2, 5, 7, 9, 10]    targets  [3, 4, 5, 7, 8, 9]    seq_offsets as above
+
+    A packed batch has no attention mask: a Hugging Face model finds the segments by its positions,
+    and only without a mask and without a cache.
+
+    ``layout="shared"`` feeds each prompt once, without its last token, then both completions, each
+    behind the prompt's last token and without its own last one: P + C + R - 1 slots, and every row
+    behind the prefix predicts exactly one target. The same pairs in one row of 8 slots::
+
+        input_ids     [[1, 2, 3, 2, 6, 6, 8, 0]]
+        position_ids  [[0, 1, 2, 1, 0, 0, 1, 0]]    both completions go on from the prompt
+        doc           [[0, 0, 0, 0, 1, 1, 1, -1]]   the pair in the batch, -1 in the tail
+        seg           [[0, 1, 1, 2, 1, 2, 2, 0]]    0 prefix or tail, 1 chosen, 2 rejected
+        logit_rows    [1, 2, 3, 4, 5, 6]    targets  [3, 4, 5, 7, 8, 9]    seq_offsets as above
+        kv_rows         [0, 1, 2, 0, 3, 4, 5, 6, 7]
+        cu_seq_lens_q   [0, 3, 4, 5, 7, 8]    max_length_q  3
+        cu_seq_lens_k   [0, 3, 5, 6, 8, 9]    max_length_k  3
+        kv_num_blocks, q_num_blocks  [[[1]]]            kv_indices, q_indices  [[[[0]]]]
+        full_kv_num_blocks, full_q_num_blocks  [[[0]]]  full_kv_indices, full_q_indices  [[[[0]]]]
+
+    Slot q sees slot k if ``q >= k and doc[q] == doc[k] and (seg[k] == 0 or seg[k] == seg[q])``. No
+    model finds that by itself: it needs the mask of :meth:`inputs_for` or ``model_inputs``. A pair
+    whose prompt has no token shares nothing: its sides are two segments, without their last tokens.
+
+    ``kv_rows``, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` say the same to a varlen kernel that is
+    causal from the bottom right, as flash-attn's is: the queries as they stand, the keys and values
+    gathered, ``flash_attn_varlen_func(q, k[kv_rows], v[kv_rows], cu_seq_lens_q, cu_seq_lens_k,
+    max_length_q, max_length_k, causal=True)`` over the flattened rows: prefix and chosen with their
+    own keys, rejected with the prefix before its own. A window of W is ``window_size=(W - 1, 0)``.
+
+    Attributes:
+        layout: ``"padded"``, ``"packed"`` or ``"shared"``.
+        input_ids: padded (2N, T) int64, chosen rows first, padded on the right; packed and shared
+            (R, T) int64.
+        attention_mask, completion_mask: padded only, (2N, T) int64; the completion mask is not
+            shifted.
+        position_ids: packed and shared, (R, T) int64, from 0 in each sequence.
+        cu_seq_lens_q, cu_seq_lens_k: packed and shared, int32, where each segment of the flattened
+            rows (shared, keys: of ``kv_rows``) begins, and the end.
+        max_length_q, max_length_k: packed and shared, int, the longest segment.
+        doc, seg: shared only, (R, T) int32.
+        kv_rows: shared only, int64, rows of the flattened keys.
+        kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, q_num_blocks, q_indices,
+            full_q_num_blocks, full_q_indices: shared only, int32, (R, 1, B) and (R, 1, B, B) for
+            B = ceil(T / 128): the arguments of FlexAttention's ``BlockMask``, entry by entry those
+            of ``create_block_mask``.
+        logit_rows: (M,) int64.
+        targets: (M,) int32.
+        seq_offsets: (2N + 1,) int32.
+        pair_index: (N,) int64, positions in the data set.
+        ref_logps: (N, 2) float32, the dtype of log-probs, or None: sums under the reference, chosen
+            then rejected.
+        columns: the extra columns of the pairs by name: numbers and booleans (N,), strings a list.
+
+    All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
+    """
+
+    layout: str
+    input_ids: Any
+    logit_rows: Any
+    targets: Any
+    seq_offsets: Any
+    pair_index: Any
+    ref_logps: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    attention_mask: Any = None
+    completion_mask: Any = None
+    position_ids: Any = None
+    cu_seq_lens_q: Any = None
+    cu_seq_lens_k: Any = None
+    max_length_q: int | None = None
+    max_length_k: int | None = None
+    doc: Any = None
+    seg: Any = None
+    kv_rows: Any = None
+    kv_num_blocks: Any = None
+    kv_indices: Any = None
+    full_kv_num_blocks: Any = None
+    full_kv_indices: Any = None
+    q_num_blocks: Any = None
+    q_indices: Any = None
+    full_q_num_blocks: Any = None
+    full_q_indices: Any = None
+
+    @classmethod
+    def _filled(cls, layout: str, **arrays: Any) -> Batch:
+        """Same as ``Batch(layout, **arrays)``: a frozen class sets its fields one by one, which
+        costs as much as filling a small batch.
+        """
+        batch = cls.__new__(cls)
+        vars(batch).update(_DEFAULTS)
+        vars(batch).update(arrays, layout=layout)
+        return batch
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pair_index)
+
+    @cached_property
+    def table(self) -> Any:
+        """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
+        from dpo_ext.torch import ScoreTable
+
+        # What filled the arrays keeps every rule that ScoreTable's own check would look for.
+        offsets = _tensor(self.seq_offsets)
+        return ScoreTable._checked(
+            _tensor(self.logit_rows), _tensor(self.targets), offsets, None, 2, offsets
+        )
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a Hugging Face model, as torch tensors; never with a cache.
+
+        Shared batches bring a 4-D additive float32 mask, (R, 1, T, T), made on the batch's device.
+        It suits eager and SDPA attention in float32, and any model without sliding windows: a model
+        applies no window to a mask that it is given, and says nothing; `attach_scoring` and
+        `assert_packing_safe` refuse that. :meth:`inputs_for` knows the model.
+        """
+        if self.layout == "shared":
+            from dpo_ext.layout.masks import shared_inputs
+
+            return shared_inputs(self)
+        names = {
+            "padded": ("input_ids", "attention_mask"),
+            "packed": (
+                "input_ids",
+                "position_ids",
+                "cu_seq_lens_q",
+                "cu_seq_lens_k",
+                "max_length_q",
+                "max_length_k",
+            ),
+        }[self.layout]
+        inputs = {name: _tensor(getattr(self, name)) for name in names}
+        return {**inputs, "use_cache": False}
+
+    def inputs_for(self, model: Any) -> dict[str, Any]:
+        """Keyword arguments of this Hugging Face model: ``model(**batch.inputs_for(model))``.
+
+        Same as ``model_inputs`` for padded and packed batches. A shared batch gets the mask of the
+        model's attention: additive in the model's dtype for ``eager``, bool for ``sdpa``, a
+        FlexAttention ``BlockMask`` for ``flex_attention``; with the model's sliding windows,
+        counted in positions, and one mask for each kind of layer where kinds differ.
+
+        Raises:
+            TensorError: shared, and the model's attention takes no such mask, or its layers are of
+                a kind that no mask describes.
+        """
+        if self.layout != "shared":
+            return self.model_inputs
+        from dpo_ext.layout.masks import shared_inputs_for
+
+        return shared_inputs_for(self, model)
+
+    def block_mask(self, *, window: int | None = None) -> Any:
+        """A shared batch as FlexAttention's ``BlockMask``; see
+        :func:`dpo_ext.layout.masks.block_mask`.
+        """
+        from dpo_ext.layout.masks import block_mask
+
+        return block_mask(self, window=window)
+
+    def _map(self, change: Any) -> Batch:
+        table = change(self.table)
+        changed = {name: getattr(table, name) for name in ("logit_rows", "targets", "seq_offsets")}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            movable = isinstance(value, np.ndarray) or hasattr(value, "to")
+            if movable and f.name not in changed:
+                changed[f.name] = change(_tensor(value))
+        changed["columns"] = {
+            name: values if isinstance(values, list) else change(_tensor(values))
+            for name, values in self.columns.items()
+        }
+        moved = replace(self, **changed)
+        # Made anew from tensors on a device, the table would wait to learn its offsets.
+        moved.__dict__["table"] = table
+        return moved
+
+    def to(self, device: Any = None, *, non_blocking: bool = False) -> Batch:
+        """The batch as torch tensors on ``device``; imports torch."""
+        if device is None:
+            return self._map(lambda part: part)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self, device: Any = None) -> Batch:
+        """The batch as torch tensors in page-locked memory; DataLoader calls this by itself."""
+        return self._map(lambda part: part.pin_memory())
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        import torch
+
+        return torch.from_numpy(value)
+    return value

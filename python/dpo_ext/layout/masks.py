@@ -1,0 +1,199 @@
+"""What a model needs to read a shared batch: dense masks, FlexAttention's block masks, windows.
+
+Letters: R rows, T slots of a row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import TensorError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from dpo_ext.layout.batch import Batch
+
+_BLOCK_FIELDS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+
+# Marks a mask that knows no windows: nothing in its numbers tells.
+_PLAIN = "_dpo_ext_plain"
+
+
+def dense_mask(
+    batch: Batch, *, window: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The mask of a shared batch, slot against slot, on the batch's device.
+
+    Same as::
+
+        allowed[r, 0, q, k] = (
+            q >= k and doc[r, q] == doc[r, k] and (seg[r, k] == 0 or seg[r, k] == seg[r, q])
+            and position_ids[r, q] - position_ids[r, k] < window
+        )
+
+    Args:
+        batch: of ``layout="shared"``.
+        window: positions that a query sees, its own included; None for all before it.
+        dtype: None for True where attended; a floating dtype for what is added to the scores, 0
+            where attended and the least finite number elsewhere.
+
+    Returns:
+        (R, 1, T, T). Every slot sees itself, in the tail too, so that no row is empty.
+
+    Raises:
+        TensorError: another layout.
+
+    >>> from dpo_ext import PairDataset
+    >>> pairs = PairDataset.from_ids([[1, 2]], [[3, 4]], [[5]])
+    >>> batch = pairs.plan(layout="shared", pairs_per_batch=1)[0]
+    >>> dense_mask(batch)[0, 0].int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [1, 1, 1, 0],
+            [1, 0, 0, 1]], dtype=torch.int32)
+    """
+    doc, seg, positions = _ids(batch)
+    slot = torch.arange(doc.shape[1], device=doc.device)
+    allowed = slot[:, None] >= slot
+    allowed = allowed & (doc[:, :, None] == doc[:, None, :])
+    allowed &= (seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])
+    if window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
+    allowed = allowed[:, None]
+    if dtype is None:
+        return allowed
+    # Not -inf: the difference of two of them is NaN in some kernels.
+    added = torch.zeros(allowed.shape, dtype=dtype, device=doc.device)
+    return added.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def block_mask(batch: Batch, *, window: int | None = None) -> BlockMask:
+    """The mask of a shared batch for ``torch.nn.attention.flex_attention``.
+
+    Same as ``create_block_mask`` of the rule of :func:`dense_mask`, but nothing is evaluated on the
+    device: Rust counted the blocks of 128 x 128 when it built the batch. With a ``window``
+    ``create_block_mask`` runs on the batch's device.
+
+    Raises:
+        TensorError: another layout.  ValueError: the rows have no slot.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+    doc, seg, positions = _ids(batch)
+    rows, width = doc.shape
+    if width == 0:
+        raise ValueError("a block mask needs at least one slot in a row")
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (q >= k) & (doc[b, q] == doc[b, k])
+        same = same & ((seg[b, k] == 0) | (seg[b, k] == seg[b, q]))
+        return same if window is None else same & (positions[b, q] - positions[b, k] < window)
+
+    if window is not None:
+        return create_block_mask(
+            allowed, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=doc.device.type
+        )
+    blocks: dict[str, Any] = {name: torch.as_tensor(getattr(batch, name)) for name in _BLOCK_FIELDS}
+    return BlockMask(seq_lengths=(width, width), mask_mod=allowed, **blocks)
+
+
+def shared_inputs(batch: Batch) -> dict[str, Any]:
+    """``Batch.model_inputs`` of a shared batch."""
+    mask = dense_mask(batch, dtype=torch.float32)
+    setattr(mask, _PLAIN, True)
+    return {**_without_mask(batch), "attention_mask": mask}
+
+
+def check_windows(mask: Any, model: Any) -> None:
+    """Refuses the mask of ``Batch.model_inputs`` for a model whose windows are shorter than it.
+
+    Raises:
+        TensorError: the model has sliding windows, and the mask, which replaces them, has none.
+    """
+    if not getattr(mask, _PLAIN, False):
+        return
+    for window in layer_windows(model).values():
+        if window is not None and mask.shape[-1] > window:
+            raise TensorError(
+                f"the mask of a shared batch ignores the model's sliding window of {window}\n"
+                "hint: use batch.inputs_for(model) instead of batch.model_inputs"
+            )
+
+
+def shared_inputs_for(batch: Batch, model: Any) -> dict[str, Any]:
+    """``Batch.inputs_for`` of a shared batch."""
+    config = _config(model)
+    implementation = getattr(config, "_attn_implementation", None)
+
+    def mask(window: int | None) -> Any:
+        if implementation == "flex_attention":
+            return block_mask(batch, window=window)
+        # Eager attention adds its mask to the scores: a bool one would add 1.
+        dtype = model.dtype if implementation == "eager" else None
+        return dense_mask(batch, window=window, dtype=dtype)
+
+    if implementation not in ("eager", "sdpa", "flex_attention"):
+        raise TensorError(
+            f"the model's attention is {implementation!r}, which takes no mask of its own\n"
+            'hint: load it with attn_implementation="sdpa" or "flex_attention", or use '
+            'layout="packed"'
+        )
+    windows = layer_windows(model)
+    masks = {kind: mask(window) for kind, window in windows.items()}
+    only = next(iter(masks.values())) if len(masks) == 1 else None
+    return {**_without_mask(batch), "attention_mask": masks if only is None else only}
+
+
+def layer_windows(model: Any) -> dict[str, int | None]:
+    """The kinds of attention layers of a Hugging Face model and the window of each.
+
+    Raises:
+        TensorError: a kind of layer that no mask describes, such as a recurrent or a chunked one.
+    """
+    config = _config(model)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return {"full_attention" if window is None else "sliding_attention": window}
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise TensorError(
+            f"the model has layers of the kind {unknown[0]!r}, which a mask does not describe\n"
+            'hint: use layout="packed" or "padded"'
+        )
+    windows = {"full_attention": None, "sliding_attention": window}
+    return {kind: windows[kind] for kind in sorted(set(kinds))}
+
+
+def _config(model: Any) -> Any:
+    config = getattr(getattr(model, "module", model), "config", None)  # DDP hides it
+    if config is None:
+        raise TypeError(f"`model` must be a Hugging Face model, found {type(model).__name__}")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _without_mask(batch: Batch) -> dict[str, Any]:
+    names = ("input_ids", "position_ids")
+    return {**{n: torch.as_tensor(getattr(batch, n)) for n in names}, "use_cache": False}
+
+
+def _ids(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    if batch.layout != "shared":
+        raise TensorError(f'only layout="shared" has such a mask, found "{batch.layout}"')
+    doc, seg, positions = (
+        torch.as_tensor(getattr(batch, name)) for name in ("doc", "seg", "position_ids")
+    )
+    return doc, seg, positions

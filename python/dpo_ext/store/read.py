@@ -1,0 +1,304 @@
+"""Reading a saved data set: its manifest and its file, each number checked before it is used.
+
+n is the number of pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_ext.layout.batch import Ragged
+from dpo_ext.data.dataset import PairDataset
+from dpo_ext.errors import DataError
+from dpo_ext.store.folder import (
+    CHUNK_BYTES,
+    DATA,
+    MANIFEST,
+    damaged,
+    digest_of,
+    not_a_folder,
+    open_inside,
+    typed_errors,
+)
+from dpo_ext.report import Report
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT = "dpo_ext pairs"
+VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20
+# A list column of at most this many ids has 32-bit offsets.
+MAX_INT32 = 2**31 - 1
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+ROW = "row"
+NUMBERS = {"int64": np.dtype("<i8"), "float64": np.dtype("<f8")}
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """JSON that carries its own digest."""
+    manifest = {**manifest, "checksum": _checksum(manifest)}
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def current_file(folder: Path) -> str | None:
+    """The data file that the manifest of a folder names, so that no sweep takes it away.
+
+    Raises:
+        DataError: the manifest is not one of ours.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError:
+        return None
+    return manifest["file"]["name"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+        FileNotFoundError: there is none.  DataError: it is damaged, of another format or newer.
+    """
+    path = folder / MANIFEST
+    fd = open_inside(folder, MANIFEST)
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"the manifest is damaged: {type(error).__name__}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise damaged(path, f"expected the format {FORMAT!r}")
+    version = manifest.get("version")
+    if type(version) is not int or version != VERSION:
+        package = str(manifest.get("package"))[:20]
+        raise damaged(
+            path,
+            f"expected version {VERSION} of the format, found {str(version)[:20]}, written by "
+            f"dpo_ext {package!a}\nhint: load it with that version, or save the data set again",
+        )
+    try:
+        sound = manifest["checksum"] == _checksum(manifest)
+    except (KeyError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise damaged(path, "the manifest is damaged: its checksum differs")
+    file_ = manifest.get("file")
+    name = file_.get("name") if isinstance(file_, dict) else None
+    if not isinstance(name, str) or not DATA.fullmatch(name):
+        raise damaged(path, "`file`: expected 32 hexadecimal digits and .arrow")
+    return manifest
+
+
+def load(folder: str | PathLike[str], *, verify: bool = True) -> PairDataset:
+    """Maps a saved data set; see :meth:`PairDataset.load`."""
+    return opened(folder, verify)[0]
+
+
+def opened(folder: str | PathLike[str], verify: bool) -> tuple[PairDataset, dict[str, Any]]:
+    """Maps a saved data set; it and its manifest."""
+    path = Path(folder)
+    with typed_errors(path):
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise not_a_folder(path)
+        seen = None
+        while True:
+            manifest = read_manifest(path)
+            name = manifest["file"]["name"]
+            try:
+                fd = open_inside(path, name)
+                break
+            except FileNotFoundError as error:
+                # Replaced since its manifest was read: the new manifest names another file.
+                if name == seen:
+                    raise damaged(path / name, "the data file is missing") from error
+                seen = name
+        try:
+            return Mapped(path, manifest, fd, verify).pairs(), manifest
+        finally:
+            os.close(fd)
+
+
+class Mapped:
+    """One data file, mapped, with every number of its manifest checked before it is used."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], fd: int, verify: bool) -> None:
+        self.folder, self.manifest, self.verify = folder, manifest, verify
+        self.path = folder / manifest["file"]["name"]
+        self.size = os.fstat(fd).st_size
+        expected = manifest["file"].get("bytes")
+        if self.size != expected or self.size == 0:
+            raise damaged(self.path, f"expected {str(expected)[:20]} bytes, found {self.size}")
+        if verify and digest_of(fd, self.size) != manifest["file"].get("sha256_4mib"):
+            raise damaged(self.path, "the data file is damaged: its digest differs")
+        self.map = mmap.mmap(fd, self.size, access=mmap.ACCESS_READ)
+        self.n = self._count(manifest.get("n"), "n", MAX_MANIFEST_BYTES << 20)
+        self.pad_id = self._count(manifest.get("pad_id"), "pad_id", MAX_INT32)
+        vocab = manifest.get("vocab_size")
+        self.vocab_size = None if vocab is None else self._count(vocab, "vocab_size", 2**31)
+
+    def _wrong(self, what: str) -> DataError:
+        return damaged(self.folder / MANIFEST, what)
+
+    def _count(self, value: Any, name: str, most: int) -> int:
+        if type(value) is not int or not 0 <= value <= most:
+            raise self._wrong(f"`{name}`: expected a number in 0..={most}, found {str(value)[:40]}")
+        return value
+
+    def _buffer(self, column: Any, name: str, which: int, dtype: Any, n: int) -> NDArray[Any]:
+        """Buffer ``which`` of a column as an array of ``n`` items over the map."""
+        places = column.get("buffers")
+        place = places[which] if isinstance(places, list) and len(places) > which else None
+        if not isinstance(place, list) or len(place) != 2:
+            raise self._wrong(f"`{name}`: expected a first byte and a number of bytes")
+        start, size = (self._count(number, name, self.size) for number in place)
+        dtype = np.dtype(dtype)
+        if start % dtype.itemsize or n * dtype.itemsize > size or start + size > self.size:
+            raise self._wrong(f"`{name}`: a buffer does not lie in the file")
+        return np.frombuffer(self.map, dtype, n, start) if n else np.empty(0, dtype)
+
+    def _items(self, column: Any, name: str, which: int, itemsize: int) -> int:
+        places = column.get("buffers")
+        if isinstance(places, list) and len(places) > which and isinstance(places[which], list):
+            return self._count(places[which][-1], name, self.size) // itemsize
+        raise self._wrong(f"`{name}`: expected buffers")
+
+    def _offsets(self, column: Any, name: str, dtype: str, items: int) -> NDArray[np.int64]:
+        if self.n == 0:
+            return np.zeros(1, np.int64)
+        offsets = self._buffer(column, name, 0, dtype, self.n + 1).astype(np.int64, copy=False)
+        rises = bool((offsets[1:] >= offsets[:-1]).all())
+        if offsets[0] != 0 or not rises or offsets[-1] > items:
+            raise self._wrong(f"`{name}`: expected offsets that rise from 0 to at most {items}")
+        return offsets
+
+    def _ids(self, column: Any, name: str) -> Ragged:
+        items = self._items(column, name, 1, 4)
+        offsets = self._offsets(column, name, "<i8" if _is_wide(column) else "<i4", items)
+        values = self._buffer(column, name, 1, "<i4", int(offsets[-1]))
+        if self.verify:
+            most = self.vocab_size if self.vocab_size is not None else MAX_INT32 + 1
+            step = CHUNK_BYTES // 4
+            for start in range(0, len(values), step):
+                part = values[start : start + step].view(np.uint32)
+                if part.max() >= most:
+                    at = start + int((part >= most).argmax())
+                    row = int(np.searchsorted(offsets, at, "right"))
+                    raise DataError(
+                        f"{self.path}, row {row}, `{name}`: expected token ids in 0..{most}, "
+                        f"found {values[at]}",
+                        path=self.path,
+                        line=row,
+                        field=name,
+                        reason="bad_ids",
+                    )
+                self.map.madvise(mmap.MADV_DONTNEED)
+        return Ragged(values, offsets)
+
+    def column(self, column: Any, name: str) -> Any:
+        kind = column.get("kind")
+        if isinstance(kind, str) and kind in NUMBERS:
+            return self._buffer(column, name, 0, NUMBERS[kind], self.n)
+        if kind == "bool":
+            bits = self._buffer(column, name, 0, np.uint8, -(-self.n // 8))
+            return np.unpackbits(bits, count=self.n, bitorder="little").astype(bool)
+        if kind == "text":
+            size = self._items(column, name, 1, 1)
+            offsets = self._offsets(column, name, "<i8", size)
+            data = self._buffer(column, name, 1, np.uint8, int(offsets[-1])).tobytes()
+            ends = offsets.tolist()
+            try:
+                return [data[a:b].decode() for a, b in pairwise(ends)]
+            except UnicodeDecodeError as error:
+                raise damaged(self.path, f"`{name}`: expected UTF-8") from error
+        raise self._wrong(f"`{name}`: unknown kind {str(kind)[:20]!a}")
+
+    def pairs(self) -> PairDataset:
+        columns = self.manifest.get("columns")
+        if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):
+            raise self._wrong("`columns`: expected an object of objects")
+        missing = [name for name in IDS if name not in columns]
+        if missing:
+            raise self._wrong(f"`columns`: expected `{missing[0]}`")
+        lists = {name: self._ids(columns[name], name) for name in IDS}
+        others = {n: self.column(c, n) for n, c in columns.items() if n not in IDS}
+        ref = [others.pop(name, None) for name in REFERENCE]
+        ref_logps = None if ref[0] is None or ref[1] is None else np.stack(ref, axis=1)
+        if self.verify and ref_logps is not None and not np.isfinite(ref_logps).all():
+            raise damaged(self.path, "expected finite reference log-probs")
+        try:
+            report = Report.from_dict(self.manifest["report"])
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise self._wrong(f"`report`: {type(error).__name__}") from error
+        rows = others.pop(ROW, None)
+        if report.kept != self.n:
+            raise self._wrong(f"`report`: expected {self.n} kept, found {str(report.kept)[:20]}")
+        extra: dict[str, Any] = {"columns": others} if others else {}
+        try:
+            pairs = MappedPairs(
+                lists["prompt_ids"],
+                lists["chosen_ids"],
+                lists["rejected_ids"],
+                report=report,
+                pad_id=self.pad_id,
+                vocab_size=self.vocab_size,
+                ref_logps=ref_logps,
+                rows=rows,
+                **extra,
+            )
+        except ValueError as error:
+            raise self._wrong(str(error)) from error
+        pairs._place = (str(self.folder.absolute()), self.path.name)
+        pairs._lists = tuple(lists.values())
+        return pairs
+
+
+class MappedPairs(PairDataset):
+    """Pairs over a mapped file. A pickle of them names the file, which a worker maps again."""
+
+    _place: tuple[str, str]
+    _lists: tuple[Ragged, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = dict(vars(self))
+        for name in ("longest", "tokens"):  # cheap to count again
+            state.pop(name, None)
+        place, lists = state.pop("_place"), state.pop("_lists")
+        if any(state[name] is not ragged for name, ragged in zip(IDS, lists, strict=True)):
+            return _unmapped, (), state
+        return _again, place, {k: v for k, v in state.items() if k not in IDS}
+
+
+def _unmapped() -> PairDataset:
+    return PairDataset.__new__(PairDataset)
+
+
+def _again(folder: str, name: str) -> PairDataset:
+    """Maps the file that another process has mapped."""
+    pairs, manifest = opened(folder, verify=False)
+    if manifest["file"]["name"] != name:
+        raise damaged(Path(folder), "the data set was replaced since it was loaded")
+    return pairs
+
+
+def _is_wide(column: Mapping[str, Any]) -> bool:
+    return column.get("kind") == "large_lists"

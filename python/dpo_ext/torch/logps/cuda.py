@@ -1,0 +1,337 @@
+"""Launches the CUDA kernels of ``dpo_ext/cuda`` through CuPy; the only importer of CuPy.
+
+NVRTC compiles a kernel at its first use, for the device at hand; CuPy keeps the result in its cache
+folder, keyed by the source, into which the header is joined. Memory, streams and devices are
+torch's: a kernel runs on torch's current stream of the tensor's device, and CuPy gets addresses.
+
+Shapes: R rows of V logits, M tokens, S sequences. Callers have checked shapes, dtypes and devices
+(``dpo_ext.torch.logps.ops``). Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import KernelCompileError, KernelUnavailable, TensorError
+
+CUDA_FOLDER = Path(__file__).parent / "cuda"
+OPTIONS = ("-std=c++17",)  # CuPy adds -ftz=true, the architecture and the include folders
+THREADS = 256  # of every block; `THREADS` of reduce.cuh
+MAX_TILES = 64  # `MAX_TILES` of reduce.cuh
+MAX_GRID_X = 2**31 - 1
+PART_FLOATS = 6  # a `Part` of reduce.cuh
+ROW_GRAD_INTS = 4  # a `RowGrad` of logits_grad.cu
+
+TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+
+# Type of every parameter, in order: p pointer, l long long, i int, f float. CuPy checks nothing: an
+# int goes as 8 bytes and a float as a double, so each argument is converted by this table, and a
+# test reads the same list out of the .cu files.
+PARAMETERS = {
+    "token_stats": "ppppppppppplliiiff",
+    "token_stats_finish": "pppppppppppllliiff",
+    "grad_rows": "pppppppllliff",
+    "logits_grad": "pppllliiff",
+    "segment_sum": "ppppl",
+}
+FILES = {
+    "token_stats": "token_stats.cu",
+    "token_stats_finish": "token_stats.cu",
+    "grad_rows": "logits_grad.cu",
+    "logits_grad": "logits_grad.cu",
+    "segment_sum": "segment_sum.cu",
+}
+_CONVERT: dict[str, Any] = {"p": int, "l": np.int64, "i": np.int32, "f": np.float32}
+
+
+class Stream(NamedTuple):
+    """What CuPy reads of a stream."""
+
+    ptr: int
+
+
+def source(file: str) -> str:
+    """Text of a kernel file with the header joined in, so that CuPy's cache key covers both."""
+    include = '#include "reduce.cuh"\n'
+    header = (CUDA_FOLDER / "reduce.cuh").read_text().replace("#pragma once\n", "\n")
+    before, after = (CUDA_FOLDER / file).read_text().split(include)
+    line = before.count("\n") + 2
+    return f'{before}#line 1 "reduce.cuh"\n{header}#line {line} "{file}"\n{after}'
+
+
+def name_expression(kernel: str, template: tuple[str, ...]) -> str:
+    """The instantiation as NVRTC names it, for example ``token_stats<float, false, true>``."""
+    return f"{kernel}<{', '.join(template)}>" if template else kernel
+
+
+def require() -> Any:
+    """The module cupy; raises KernelUnavailable with what to install or change."""
+    if not torch.cuda.is_available():
+        raise KernelUnavailable(
+            "no CUDA device: torch sees none"
+            '\nhint: use impl="cpu" or impl="torch", or install a CUDA build of torch and a driver'
+        )
+    major = _torch_major()
+    try:
+        import cupy
+        import cupy.cuda.compiler
+    except ImportError as error:
+        raise KernelUnavailable(
+            f"the CUDA kernels need CuPy, which cannot be imported: {error}"
+            f"\nhint: pip install cupy-cuda{major}x, or dpo_ext[cuda{major}]"
+        ) from error
+    except OSError as error:
+        # Importing cupy creates its cache folder.
+        raise KernelUnavailable(
+            f"CuPy cannot create its cache folder: {error}"
+            "\nhint: set CUPY_CACHE_DIR to a folder that can be written, before Python starts"
+        ) from error
+    if cupy.cuda.runtime.is_hip:
+        raise KernelUnavailable(
+            f"this CuPy is built for ROCm\nhint: pip install cupy-cuda{major}x in its place"
+        )
+    # A runtime works with every driver of its own major version and of later ones. An older CuPy
+    # than torch therefore runs, if it finds an NVRTC; a newer one than the driver never does.
+    built, driver = cupy.cuda.runtime.runtimeGetVersion(), cupy.cuda.runtime.driverGetVersion()
+    if driver // 1000 < built // 1000:
+        raise KernelUnavailable(
+            f"this CuPy is built for CUDA {_version(built)}, "
+            f"the driver supports CUDA {_version(driver)} at most"
+            f"\nhint: {_other_cupy(built, major)}, or update the driver"
+        )
+    return cupy
+
+
+def _torch_major() -> str:
+    """Major version of the CUDA that torch brings."""
+    return (torch.version.cuda or "13").split(".")[0]
+
+
+def _version(number: int) -> str:
+    """13020 is 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _other_cupy(built: int, major: str) -> str:
+    return f"pip uninstall cupy-cuda{built // 1000}x, then pip install cupy-cuda{major}x"
+
+
+@functools.cache
+def _module(file: str, expressions: tuple[str, ...]) -> Any:
+    return require().RawModule(
+        code=source(file), options=OPTIONS, name_expressions=list(expressions)
+    )
+
+
+def _function(kernel: str, template: tuple[str, ...]) -> Any:
+    """The kernel for the current device: compiled, or loaded from CuPy's cache, at first use."""
+    cupy = require()
+    family = [name for name, file in FILES.items() if file == FILES[kernel]]
+    # The kernels of one file share their last template arguments; `grad_rows` and `logits_grad`,
+    # `token_stats` and `token_stats_finish` always run together.
+    module = _module(FILES[kernel], tuple(name_expression(name, template) for name in family))
+    expression = name_expression(kernel, template)
+    try:
+        return module.get_function(expression)
+    except cupy.cuda.compiler.CompileException as error:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        options, log = " ".join(error.options), error.get_message()
+        hint = ""
+        if "open source file" in log:
+            hint = (
+                f"\nhint: CUDA's headers are missing: pip install 'cupy-cuda{_torch_major()}x[ctk]'"
+            )
+        raise KernelCompileError(
+            f"NVRTC refused {expression} for {arch}, options {options}:\n{log}{hint}"
+        ) from error
+    except RuntimeError as error:
+        if "nvrtc" not in str(error).lower():
+            raise
+        major, built = _torch_major(), cupy.cuda.runtime.runtimeGetVersion()
+        if str(built // 1000) != major:
+            raise KernelUnavailable(
+                f"this CuPy is built for CUDA {_version(built)}, torch for CUDA "
+                f"{torch.version.cuda}, and no NVRTC can be loaded: {error}"
+                f"\nhint: {_other_cupy(built, major)}"
+            ) from error
+        raise KernelUnavailable(
+            f"CuPy cannot load NVRTC, which compiles the kernels: {error}"
+            f"\nhint: install a CUDA build of torch, or pip install 'cupy-cuda{major}x[ctk]'"
+        ) from error
+
+
+@functools.cache
+def _on_device(kernel: str, template: tuple[str, ...], index: int | None) -> Any:
+    """The kernel of device ``index``, the current one: found once, since looking costs more than
+    launching."""
+    return _function(kernel, template)
+
+
+def launch(
+    kernel: str,
+    template: tuple[str, ...],
+    grid: tuple[int, int],
+    arguments: tuple[Any, ...],
+    device: torch.device,
+) -> None:
+    """Runs ``grid`` blocks of ``THREADS`` threads on torch's current stream of ``device``."""
+    converted = convert(kernel, arguments)
+    with torch.cuda.device(device):
+        # Asked at every launch: autograd runs backward on a thread with a stream of its own.
+        stream = Stream(torch.cuda.current_stream(device).cuda_stream)
+        run = _on_device(kernel, template, device.index)
+        run(grid, (THREADS,), converted, stream=stream)
+
+
+def convert(kernel: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments as CuPy must get them: tensors as addresses, numbers at the parameter's width."""
+    types = PARAMETERS[kernel]
+    if len(types) != len(arguments):
+        raise TypeError(f"{kernel} takes {len(types)} arguments, found {len(arguments)}")
+    addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    return tuple(_CONVERT[t](0 if a is None else a) for t, a in zip(types, addresses, strict=True))
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Tiles(NamedTuple):
+    """How a row is cut, by V alone: ``number`` tiles of ``groups`` groups of 8 columns."""
+
+    groups: int
+    number: int
+
+
+def tiles(columns: int) -> Tiles:
+    """Tiles of 32768 columns; of a multiple of that where there would be more than 64."""
+    groups = -(-columns // 8)
+    per_tile = 4096 * max(1, -(-groups // (4096 * MAX_TILES)))
+    return Tiles(per_tile, max(1, -(-groups // per_tile)))
+
+
+def transform_arguments(
+    logit_scale: float, softcap: float, temperature: float
+) -> tuple[bool, float, float]:
+    """(CAP, scale, cap): y = scale * z, or cap * tanh(scale * z)."""
+    if softcap == 0:
+        return False, logit_scale / temperature, 1.0
+    return True, logit_scale / softcap, softcap / temperature
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _stride(logits: Tensor) -> int:
+    return logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
+
+
+def _check_grid(name: str, blocks: int) -> None:
+    if blocks > MAX_GRID_X:  # CuPy would cut it to 32 bits
+        raise TensorError(f"`{name}` must have at most {MAX_GRID_X} elements, found {blocks}")
+
+
+def token_stats(
+    logits: Tensor,
+    logit_rows: Tensor,
+    targets: Tensor,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    stats: bool,
+) -> tuple[Tensor, ...]:
+    """``dpo_ext::token_stats``: one block a row, or one a tile where the rows are few."""
+    tokens, (rows, columns) = logit_rows.shape[0], logits.shape
+    three = [logits.new_empty(tokens, dtype=torch.float32) for _ in range(3)]
+    kept = tokens if stats else 0
+    more = [logits.new_empty(kept, dtype=torch.float32) for _ in range(3)]
+    out = (*three, *more, logits.new_empty(kept, dtype=torch.bool))
+    if tokens == 0:
+        return out
+    _check_grid("logit_rows", tokens)
+    cap, scale, factor = transform_arguments(logit_scale, softcap, temperature)
+    template = (TYPES[logits.dtype], _bool(cap), _bool(stats))
+    cut = tiles(columns)
+    device, stride = logits.device, _stride(logits)
+    table = (logit_rows.contiguous(), targets.contiguous())
+    few = cut.number > 1 and tokens < 2 * processors(device)
+    parts = (
+        logits.new_empty(tokens * cut.number * PART_FLOATS, dtype=torch.float32) if few else None
+    )
+    first = (logits, *table, *out, parts)
+    launch(
+        "token_stats",
+        template,
+        (tokens, cut.number if few else 1),
+        (*first, rows, stride, columns, cut.groups, cut.number, scale, factor),
+        device,
+    )
+    if few:
+        launch(
+            "token_stats_finish",
+            template,
+            (-(-tokens // THREADS), 1),
+            (*first, tokens, rows, stride, columns, cut.number, scale, factor),
+            device,
+        )
+    return out
+
+
+def logits_grad(
+    logits: Tensor,
+    logit_rows: Tensor,
+    targets: Tensor,
+    row_max: Tensor,
+    row_rest: Tensor,
+    grad: Tensor,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """``dpo_ext::logits_grad`` into ``out``, which may be ``logits``."""
+    tokens, (rows, columns) = logit_rows.shape[0], logits.shape
+    if rows == 0 or columns == 0:
+        return
+    _check_grid("logits", rows)
+    _check_grid("logit_rows", tokens)
+    device, stride = logits.device, _stride(logits)
+    cap, scale, factor = transform_arguments(logit_scale, softcap, temperature)
+    template = (TYPES[logits.dtype], _bool(cap))
+    # Allocated before the first write: a failure leaves the logits as they were.
+    table = torch.full((rows, ROW_GRAD_INTS), -1, dtype=torch.int32, device=device)
+    if tokens:
+        saved = (t.contiguous() for t in (logit_rows, targets, row_max, row_rest, grad))
+        arguments = (logits, *saved, table, tokens, rows, stride, columns, scale, factor)
+        launch("grad_rows", template, (-(-tokens // THREADS), 1), arguments, device)
+    # Where rows are few, each is cut into pieces of 8192 columns or more.
+    groups = -(-columns // 8)
+    pieces = min(64, -(-groups // 1024)) if rows < 2 * processors(device) else 1
+    piece = -(-groups // pieces)
+    launch(
+        "logits_grad",
+        template,
+        (rows, -(-groups // piece)),
+        (logits, out, table, rows, stride, _stride(out), columns, piece, scale, factor),
+        device,
+    )
+
+
+def segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> Tensor:
+    """``dpo_ext::segment_sum``: one block a sequence."""
+    sequences = seq_offsets.shape[0] - 1
+    sums = values.new_empty(sequences, dtype=torch.float32)
+    if sequences:
+        _check_grid("seq_offsets", sequences)
+        weights = None if weights is None else weights.contiguous()
+        arguments = (values.contiguous(), weights, seq_offsets.contiguous(), sums, values.shape[0])
+        launch("segment_sum", (), (sequences, 1), arguments, values.device)
+    return sums

@@ -1,0 +1,224 @@
+"""The parts that every plan of the linear head is made of: rows, chunks, fold and gradient.
+
+Letters: R rows of hidden states, H hidden, V vocabulary, M tokens of the table, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import TensorError
+from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps.logits import Transform, check_table, is_dtensor, uses_kernels
+from dpo_ext.torch.logps.ops import fresh
+from dpo_ext.torch.logps.products import logits_into, wide
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+
+SCRATCH_BYTES = 1_100_000_000
+"""Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""
+EXACT_ROWS = 512
+"""Rows whose exact target logits are computed at a time: 8 MB of float32 at H = 4096."""
+Exact = Tensor | None
+_NO_ROW = -1  # target of a token whose row does not exist: the fold answers NaN
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: ScoreTable) -> Tensor:
+    """(R, H) view of ``hidden`` after comparing everything's shape, dtype and device."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"`{name}` must be a torch.Tensor, found {type(value).__name__}")
+        if is_dtensor(value):
+            raise TensorError(
+                f"`{name}` must be a plain tensor, found a DTensor\n"
+                "hint: score inside the wrapped model: model = wrap(attach_scoring(model))"
+            )
+    if hidden.dim() not in (2, 3):
+        raise TensorError(
+            f"`hidden` must have shape (R, H) or (B, T, H), found {tuple(hidden.shape)}"
+        )
+    if hidden.is_meta:
+        raise TensorError("`hidden` must hold values, found a tensor on the meta device")
+    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() == 3 else hidden
+    H = rows.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != H:
+        raise TensorError(f"`weight` must have shape (V, {H}), found {tuple(weight.shape)}")
+    V = weight.shape[0]
+    if bias is not None and tuple(bias.shape) != (V,):
+        raise TensorError(f"`bias` must have shape ({V},), found {tuple(bias.shape)}")
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise TensorError(f"`{name}` must be on {hidden.device}, found {value.device}")
+        if value.dtype != hidden.dtype and not autocast:
+            ours, theirs = (str(t.dtype).removeprefix("torch.") for t in (hidden, value))
+            raise TensorError(f"`{name}` must be {ours}, as `hidden` is, found {theirs}")
+    check_table(table, rows, "hidden")
+    return rows
+
+
+def make_head(
+    rows: Tensor,
+    weight: Tensor,
+    how: Transform,
+    chunk_rows: int | None,
+    impl: str,
+    exact_target: bool = False,
+) -> Head:
+    """The dtype of the products, kernels or twin, and the size of a chunk."""
+    if not isinstance(exact_target, bool):
+        raise TypeError(f"`exact_target` must be a bool, found {type(exact_target).__name__}")
+    if not rows.is_floating_point():
+        found = str(rows.dtype).removeprefix("torch.")
+        raise TensorError(f"`hidden` must have a floating-point dtype, found {found}")
+    dtype, where = rows.dtype, rows.device.type
+    if torch.is_autocast_enabled(where) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(where)
+    kernels = uses_kernels(torch.empty(0, dtype=dtype, device=rows.device), impl, "hidden")
+    if chunk_rows is None:
+        fit = SCRATCH_BYTES // max(weight.shape[0] * dtype.itemsize, 1)
+        chunk_rows = max(fit // 256 * 256 or fit, 1)
+    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+        raise TypeError(f"`chunk_rows` must be an int or None, found {type(chunk_rows).__name__}")
+    elif chunk_rows < 1:
+        raise ValueError(f"`chunk_rows` must be at least 1, found {chunk_rows}")
+    return Head(how, kernels, dtype, chunk_rows, exact_target)
+
+
+class Head(NamedTuple):
+    """How one call computes: what does not change from chunk to chunk."""
+
+    how: Transform
+    kernels: bool
+    dtype: torch.dtype
+    """Of the products: that of ``hidden``, or autocast's."""
+    chunk_rows: int
+    exact_target: bool = False
+    """Whether the target's logit is a product of its own, not rounded to ``dtype``."""
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """At least one, which is empty where there is no token."""
+        if tokens <= self.chunk_rows:  # no loop: torch.compile has one graph for all these numbers
+            yield slice(0, tokens)
+            return
+        for start in range(0, tokens, self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, tokens))
+
+    def scratch(self, weight: Tensor, tokens: int) -> Tensor:
+        """(C, V) that every chunk's logits are written into."""
+        rows = min(self.chunk_rows, tokens)
+        return fresh((rows, weight.shape[0]), self.dtype, weight.device)
+
+    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
+        return logits_into(scratch[: x.shape[0]], x, weight, bias)
+
+    def exact(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Exact:
+        """(C,) logits of the targets, added and kept in float32, or None if not asked for."""
+        if not self.exact_target:
+            return None
+        V, sums = weight.shape[0], wide(self.dtype)
+        if not V:
+            return x.new_zeros(len(x), dtype=sums)
+        column = targets.clamp(0, V - 1).long()
+        parts = [
+            (a.to(sums) * weight[t].to(sums)).sum(1)
+            for a, t in zip(x.split(EXACT_ROWS), column.split(EXACT_ROWS), strict=True)
+        ]
+        y = torch.cat(parts)
+        return y if bias is None else y + bias[column]
+
+    def fold(
+        self, z: Tensor, targets: Tensor, stats: bool, exact: Exact = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probs and statistics of each row, and what `gradient` needs of them."""
+        rows = torch.arange(z.shape[0], device=z.device)
+        if self.kernels:
+            out = torch.ops.dpo_ext.token_stats(z, rows, targets, *self.how, stats)
+            values, state = [out[0], *out[3:]], [out[1], out[2]]
+            if exact is not None:
+                values[0], factor = self._replace_target(z, targets, values[0], state, exact)
+                state.append(factor)
+            return values, state
+        values = list(twin.token_stats(z, rows, targets, *self.how, stats))
+        if exact is not None:
+            replaced = self._with_target(z, targets, exact)
+            values[0] = twin.token_stats(replaced, rows, targets, *self.how, False)[0]
+            return values, [exact]
+        return values, []
+
+    def gradient(self, z: Tensor, targets: Tensor, kept: list[Tensor], g: Tensor) -> Tensor:
+        """dz; the kernels write it over z."""
+        rows = torch.arange(z.shape[0], device=z.device)
+        if self.kernels:
+            if self.exact_target:
+                *kept, factor = kept
+                g = torch.where(g != 0, g * factor, 0.0)
+            torch.ops.dpo_ext.logits_grad_(z, rows, targets, *kept, g, *self.how)
+            return z
+        leaf = self._with_target(z, targets, kept[0]) if self.exact_target else z
+        with torch.enable_grad():
+            leaf = leaf.detach().requires_grad_()
+            logps = twin.token_stats(leaf, rows, targets, *self.how, False)[0]
+            (dz,) = torch.autograd.grad(logps, leaf, g.to(logps.dtype))
+        return torch.where(g[:, None] != 0, dz, 0.0).to(z.dtype)  # as the kernels: 0 of NaN is 0
+
+    def _with_target(self, z: Tensor, targets: Tensor, exact: Tensor) -> Tensor:
+        column = targets.clamp(0, z.shape[1] - 1).long()[:, None]
+        return z.to(exact.dtype).scatter(1, column, exact[:, None])
+
+    def _replace_target(
+        self, z: Tensor, targets: Tensor, logps: Tensor, state: list[Tensor], exact: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs with another logit of the target, and the factor of g for their gradient.
+
+        With ``rest`` the sum without the target and ``e = exp(y_t - m)``, every element of dz has
+        the factor ``1 / (rest + e)`` and none but the target's another place for y_t: a g times
+        ``(rest + e_rounded) / (rest + e_exact)`` is all that the kernel must be given.
+        """
+        V = z.shape[1]
+        if not V or not len(targets):
+            return logps, torch.ones_like(logps)
+        rounded = z.gather(1, targets.clamp(0, V - 1).long()[:, None])[:, 0]
+        largest, rest = (part.double() for part in state)
+        d, d_rounded = (twin.transform(y.double(), *self.how) - largest for y in (exact, rounded))
+        total = rest + d.exp()
+        # -log1p keeps the digits of a target that is nearly certain, and log those of another
+        value = torch.where(d > -1.0, -torch.log1p(rest * torch.exp(-d)), d - total.log())
+        valid = (targets >= 0) & (targets < V)
+        factor = (rest + d_rounded.exp()) / total
+        return torch.where(valid, value.to(logps.dtype), logps), factor.to(logps.dtype)
+
+
+class Rows(NamedTuple):
+    """The rows of a table within hidden states (R, H); nothing here waits for the device."""
+
+    place: Tensor
+    """(M,) int64, the token's row; R for a token that is not scored or whose row does not exist."""
+    targets: Tensor
+    """(M,) int32; outside [0, V) where the row does not exist, so that its log-prob is NaN."""
+    height: int
+
+    @staticmethod
+    def of(logit_rows: Tensor, targets: Tensor, height: int) -> Rows:
+        scored = targets != IGNORE_INDEX
+        exists = (logit_rows >= 0) & (logit_rows < height)
+        place = torch.where(scored & exists, logit_rows, height)
+        return Rows(place, targets.masked_fill(scored & ~exists, _NO_ROW), height)
+
+    def gather(self, hidden: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
+        """(C, H): zeros where there is no row, whatever lies in the rows that are not scored."""
+        place = self.place[chunk]
+        missing = (place == self.height)[:, None]
+        if not self.height:
+            return hidden.new_zeros(place.shape[0], hidden.shape[1], dtype=dtype)
+        x = hidden.index_select(0, place.clamp(max=self.height - 1))
+        return x.to(dtype).masked_fill_(missing, 0)
+
+    def new_gradient(self, like: Tensor) -> Tensor:
+        """(R+1, H) zeros; the spare last row takes what belongs nowhere."""
+        return like.new_zeros(self.height + 1, like.shape[1])

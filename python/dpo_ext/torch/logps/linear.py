@@ -1,0 +1,316 @@
+"""Log-probs from hidden states: the head's product inside, no (M, V) logits kept.
+
+Letters: R rows of hidden states, H hidden, V vocabulary, M tokens of the table, C rows of a chunk.
+``g`` = dL/dlogp of a token, ``dz = g * (onehot - p) * dy/dz`` of its row of logits.
+
+The plans differ in what the forward pass keeps; a product of M rows costs 2MHV:
+
+=============  ======================================  ==================================  =======
+plan           forward, per chunk                      backward, per chunk                 cost
+=============  ======================================  ==================================  =======
+(no gradient)  logits, fold                                                                2MHV
+frozen         logits, fold, dz for g = 1, E = dz W    dX = g * E                          4MHV
+recompute      logits, fold                            logits, dz, dX = dz W, dW += dz^T X 8MHV
+=============  ======================================  ==================================  =======
+
+Scratch is one chunk of logits, C * V; ``frozen`` keeps E (M, H) and ``recompute`` two floats a row
+and that scratch, which still holds the logits of the last chunk when backward begins: 2CHV less,
+and with a single chunk 6MHV, what autograd needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
+from dpo_ext.torch.logps.logits import (
+    TokenScores,
+    Transform,
+    check_is_table,
+    check_stats,
+    differentiable_once,
+    only,
+    sum_sequences,
+)
+from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
+from dpo_ext.layout.table import ScoreTable
+
+PLANS = ("auto", "frozen", "recompute")
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    table: ScoreTable,
+    *,
+    bias: Tensor | None = None,
+    plan: str = "auto",
+    chunk_rows: int | None = None,
+    exact_target: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-prob of each sequence from hidden states and the head's weight.
+
+    Same as::
+
+        sequence_logps(hidden @ weight.T + bias, table, ...)        # temperature and the like
+
+    but only rows of the table reach the product, and logits exist one chunk of rows at a time.
+    With ``z = x W^T + b`` and dz as in `sequence_logps`: ``dX = dz W``, ``dW = dz^T X``, ``db`` the
+    column sums of dz (plans and costs: head of this module).
+
+    Args:
+        hidden: (R, H) or (B, T, H) with R = B * T; float32, bfloat16, float16 or float64.
+        weight: (V, H), the dtype of ``hidden`` (any under autocast); may be tied to the embedding.
+        table: rows of ``hidden``, targets, sequences; on the device of ``hidden``. A table from
+            ``from_labels`` multiplies its ignored rows too: ``.compact()`` drops them (one wait).
+        bias: (V,) or None.
+        plan: ``"frozen"`` (neither weight nor bias needs a gradient), ``"recompute"``, or
+            ``"auto"``, the first that serves.
+        chunk_rows: rows of one chunk, >= 1; default: as many as keep one chunk of logits within
+            1.1 GB (4096 rows of 128k bfloat16).
+        exact_target: the logit of each target is a product of its own, added and kept in float32,
+            and takes the place of the rounded one in the log-prob, its sum and its gradient (not in
+            the statistics). A bfloat16 logit near 30 is off by up to 0.06 nats, and a sequence adds
+            up what its targets are off by; the other logits' roundings average out. Costs two
+            reads of C * H.
+        temperature, softcap, logit_scale, impl: as in `sequence_logps`.
+
+    Returns:
+        (n_groups, group_size), float32 (float64 for float64), differentiable once in ``hidden``,
+        ``weight`` and ``bias``.
+
+    Raises:
+        TensorError: shape, dtype or device is not as above; ``weight`` is a DTensor.
+        ValueError: ``plan``, ``chunk_rows`` or a scalar out of its range; ``plan="frozen"`` with a
+            weight that needs a gradient.
+        KernelUnavailable: as `sequence_logps`.
+
+    Numerics: logits are rounded to the dtype of the product, as a model's are; all else is float32.
+    dW and db are added over chunks in float32 and rounded once. Hidden rows that are not scored
+    are never used: NaN there changes nothing and their gradient is 0. The same call gives the same
+    bits; those of a product depend on its shape, so ``chunk_rows`` may change the last ones.
+    Nothing is computed for a gradient under ``no_grad``.
+
+    >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)      # V = 4
+    >>> labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])
+    >>> linear_sequence_logps(hidden, weight, ScoreTable.from_labels(labels))
+    tensor([[-2.7726, -1.3863]])
+    """
+    how = Transform.of(logit_scale, softcap, temperature)
+    check_is_table(table)
+    scored, chunks = table.without_zero_weights(), (chunk_rows, exact_target)
+    scores, kernels = _score(hidden, weight, bias, scored, plan, chunks, how, False, impl)
+    return sum_sequences(scores.logps, table, kernels)
+
+
+def linear_token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    table: ScoreTable,
+    *,
+    stats: Iterable[str] = (),
+    bias: Tensor | None = None,
+    plan: str = "auto",
+    chunk_rows: int | None = None,
+    exact_target: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> TokenScores:
+    """Log-prob and, on request, statistics of each token, from hidden states.
+
+    Same as ``token_scores(hidden @ weight.T + bias, table, stats=stats, ...)``; the statistics come
+    from the same read of each chunk.
+
+    Args:
+        stats: any of ``"entropy"``, ``"mean_logit"``, ``"log_sum_sq"``, ``"is_top1"``.
+        hidden, weight, table, bias, plan, chunk_rows, exact_target: as in `linear_sequence_logps`;
+            the table's weights are not applied here.
+        temperature, softcap, logit_scale, impl: as in `sequence_logps`.
+
+    Returns:
+        TokenScores: ``logps`` (M,) differentiable, the asked-for statistics (M,), else None.
+
+    Raises:
+        As `linear_sequence_logps`. ValueError: an unknown name in ``stats``.
+
+    Numerics: as `linear_sequence_logps`.
+
+    >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1], [-100, 3]]))
+    >>> hidden, weight = torch.zeros(2, 2, 8), torch.zeros(4, 8)
+    >>> linear_token_scores(hidden, weight, table, stats=["entropy"]).entropy
+    tensor([1.3863, 1.3863])
+    """
+    names = check_stats(stats)
+    how = Transform.of(logit_scale, softcap, temperature)
+    chunks = (chunk_rows, exact_target)
+    scores, _ = _score(hidden, weight, bias, table, plan, chunks, how, bool(names), impl)
+    return only(scores, names)
+
+
+def _score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: ScoreTable,
+    plan: str,
+    chunks: tuple[int | None, bool],
+    how: Transform,
+    stats: bool,
+    impl: str,
+) -> tuple[TokenScores, bool]:
+    """All statistics or none of each token, and whether the kernels computed them."""
+    rows = check_head(hidden, weight, bias, table)
+    frozen = choose_plan(plan, weight, bias) == "frozen"
+    chunk_rows, exact_target = chunks
+    head = make_head(rows, weight, how, chunk_rows, impl, exact_target)
+    inputs = (rows,) if frozen else (rows, weight, bias)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out = _LinearLogps.apply(
+        rows, weight, bias, table.logit_rows, table.targets, head, stats, frozen, trained
+    )
+    return TokenScores(*out), head.kernels
+
+
+def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> str:
+    """``"frozen"`` or ``"recompute"``; ValueError for a plan that cannot serve."""
+    if plan not in PLANS:
+        hint = "\nhint: that is the plan of linear_preference_loss" if plan == "pairwise" else ""
+        raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}{hint}")
+    trained = torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if plan == "frozen" and trained:
+        raise ValueError(
+            '`plan="frozen"` needs a weight and a bias without gradient\n'
+            'hint: use plan="recompute", or plan="auto" to choose'
+        )
+    return "recompute" if trained or plan == "recompute" else "frozen"
+
+
+class _LinearLogps(torch.autograd.Function):
+    """Log-probs (M,) and statistics, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_rows: Tensor,
+        targets: Tensor,
+        head: Head,
+        stats: bool,
+        frozen: bool,
+        trained: bool,
+    ) -> tuple[Tensor, ...]:
+        rows, M = Rows.of(logit_rows, targets, hidden.shape[0]), targets.shape[0]
+        parts: list[list[Tensor]] = []
+        kept: list[list[Tensor]] = []
+        e = hidden.new_empty(M, hidden.shape[1]) if frozen and trained else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(head.dtype)
+            b = None if bias is None else bias.to(head.dtype)
+            scratch = head.scratch(w, M)
+            for chunk in head.chunks(M):
+                t, x = rows.targets[chunk], rows.gather(hidden, chunk, head.dtype)
+                z = head.logits(x, w, b, scratch)
+                values, state = head.fold(z, t, stats, head.exact(x, w, b, t))
+                parts.append(values)
+                kept.append(state)
+                if e is not None:
+                    dz = head.gradient(z, t, state, torch.ones_like(values[0]))
+                    e[chunk] = product(dz, w)
+        out = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        state = [torch.cat(column) for column in zip(*kept, strict=True)]
+        ctx.head, ctx.frozen, ctx.count = head, frozen, hidden.shape[0]
+        # Not a saved tensor: backward overwrites it, and hooks that move those need not see it.
+        keep = trained and not frozen and not torch.compiler.is_compiling()
+        ctx.last_logits = scratch if keep else None
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.set_materialize_grads(False)
+        if frozen:
+            ctx.save_for_backward(rows.place, rows.targets, e)
+        else:
+            ctx.save_for_backward(rows.place, rows.targets, hidden, weight, bias, *state)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 9
+        place, targets, *saved = ctx.saved_tensors
+        rows = Rows(place, targets, ctx.count)
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            backward = _backward_frozen if ctx.frozen else _backward_recompute
+            grads: tuple[Tensor | None, ...] = backward(ctx, rows, g.contiguous(), *saved)
+        once = [None if d is None else differentiable_once(d, g) for d in grads]
+        return (*once, *(None for _ in range(6)))
+
+
+def _backward_frozen(
+    ctx: Any, rows: Rows, g: Tensor, e: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """dX = g * E: the only thing that the upstream gradient changes is a factor of each row."""
+    if e is None:
+        return None, None, None
+    column = g[:, None]
+    scaled = torch.where(column != 0, column * e, 0.0).to(e.dtype)
+    grad = rows.new_gradient(e).index_copy_(0, rows.place, scaled)
+    return grad[: rows.height], None, None
+
+
+def _backward_recompute(
+    ctx: Any,
+    rows: Rows,
+    g: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *state: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Logits of each chunk again, then dz and its products."""
+    head: Head = ctx.head
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    M, sums = rows.targets.shape[0], wide(head.dtype)
+    w, b = weight.to(head.dtype), None if bias is None else bias.to(head.dtype)
+    dx = rows.new_gradient(hidden) if need_x else None
+    dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
+    db = torch.zeros(weight.shape[0], dtype=sums, device=weight.device) if need_b else None
+    last = ctx.last_logits
+    if last is not None:
+        ctx.last_logits = None  # written over below: a second backward pass multiplies again
+    scratch = head.scratch(w, M) if last is None else last
+    chunks = list(head.chunks(M))[::-1]
+    for chunk in chunks:
+        x, t = rows.gather(hidden, chunk, head.dtype), rows.targets[chunk]
+        if last is None or chunk is not chunks[0]:
+            z = head.logits(x, w, b, scratch)
+        else:
+            z = last[: len(t)]
+        # a slice inside a comprehension would fix the sizes of a compiled graph
+        first, end = chunk.start, chunk.stop
+        dz = head.gradient(z, t, [part[first:end] for part in state], g[chunk])
+        if dx is not None:
+            dx.index_copy_(0, rows.place[chunk], product(dz, w).to(dx.dtype))
+        if dw is not None:
+            add_product(dw, dz, x, first=chunk is chunks[0])
+        if db is not None:
+            db += dz.sum(0, dtype=sums)
+    del scratch, last, z, dz
+    dtypes = ctx.dtypes
+    return (
+        None if dx is None else dx[: rows.height],
+        None if dw is None else dw.to(dtypes[1]),
+        None if db is None else db.to(dtypes[2]),
+    )

@@ -1,0 +1,283 @@
+"""The four operators of the log-prob head: CPU in Rust, CUDA through CuPy.
+
+Importing this module declares ``torch.ops.dpo_ext.token_stats``, ``.logits_grad``,
+``.logits_grad_`` and ``.segment_sum`` with ``torch.library``. They know no autograd: the
+``autograd.Function`` that joins them is in ``dpo_ext.torch.logps.logits``.
+
+Shapes: R rows of V logits, M tokens, S sequences. Transform of a row: ``y = logit_scale * z``,
+then ``softcap * tanh(y / softcap)`` if ``softcap`` is not 0, then ``/ temperature``. Every check
+here looks at shapes, dtypes and devices alone, so that nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+from dpo_ext import _core
+from dpo_ext.torch.logps import cuda as kernels
+from dpo_ext.errors import TensorError
+
+# What the kernels read. The torch twin (`impl="torch"`) also takes float64.
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_HUGE = 1 << 24  # bytes from which a gradient asks for huge pages
+
+_LIBRARY = torch.library.Library("dpo_ext", "DEF")
+_TRANSFORM = "float logit_scale, float softcap, float temperature"
+_SAVED = "Tensor logit_rows, Tensor targets, Tensor row_max, Tensor row_rest, Tensor grad"
+_LIBRARY.define(
+    f"token_stats(Tensor logits, Tensor logit_rows, Tensor targets, {_TRANSFORM}, bool stats)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("segment_sum(Tensor values, Tensor? weights, Tensor seq_offsets) -> Tensor")
+_LIBRARY.define(f"logits_grad(Tensor logits, {_SAVED}, {_TRANSFORM}) -> Tensor")
+_LIBRARY.define(f"logits_grad_(Tensor(a!) logits, {_SAVED}, {_TRANSFORM}) -> ()")
+
+
+def _shape(shape: torch.Size | tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor):
+    if tensor.dtype != dtype or tensor.ndim != 1 or tuple(tensor.shape) != shape:
+        expected = f"{str(dtype).removeprefix('torch.')} of shape {_shape(shape)}"
+        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {_shape(tensor.shape)}"
+        raise TensorError(f"`{name}` must be {expected}, found {found}")
+    if tensor.device != like.device:
+        raise TensorError(f"`{name}` must be on {like.device}, found {tensor.device}")
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dtype not in DTYPES:
+        names = ", ".join(DTYPES.values())
+        hint = '\nhint: use impl="torch"' if logits.dtype == torch.float64 else ""
+        found = str(logits.dtype).removeprefix("torch.")
+        raise TensorError(f"`logits` must have one of the dtypes {names}, found {found}{hint}")
+    if logits.ndim != 2:
+        raise TensorError(f"`logits` must have shape (R, V), found {_shape(logits.shape)}")
+    rows, columns = logits.shape
+    if logits.stride(1) != 1 and columns > 1:
+        raise TensorError(
+            f"`logits` must have stride 1 along the vocabulary, found {logits.stride(1)}"
+            "\nhint: call .contiguous()"
+        )
+    if rows > 1 and logits.stride(0) < columns:
+        raise TensorError(
+            f"`logits` must have a row stride of at least V = {columns}, found {logits.stride(0)}"
+            "\nhint: rows that share memory cannot hold a gradient each; call .contiguous()"
+        )
+
+
+def _check_transform(logit_scale: float, softcap: float, temperature: float) -> None:
+    for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be finite and above 0, found {value}")
+    if softcap != 0 and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"`softcap` must be finite and above 0, or 0 for none, found {softcap}")
+
+
+def _check_token_stats(logits: Tensor, logit_rows: Tensor, targets: Tensor, *transform: float):
+    _check_logits(logits)
+    if logit_rows.ndim != 1:
+        raise TensorError(f"`logit_rows` must have shape (M,), found {_shape(logit_rows.shape)}")
+    shape = tuple(logit_rows.shape)
+    _check("logit_rows", logit_rows, torch.int64, shape, logits)
+    _check("targets", targets, torch.int32, shape, logits)
+    _check_transform(*transform)
+
+
+def _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform):
+    _check_token_stats(logits, logit_rows, targets, *transform)
+    shape = tuple(logit_rows.shape)
+    for name, tensor in (("row_max", row_max), ("row_rest", row_rest), ("grad", grad)):
+        _check(name, tensor, torch.float32, shape, logits)
+
+
+def _check_segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> None:
+    if values.ndim != 1:
+        raise TensorError(f"`values` must have shape (M,), found {_shape(values.shape)}")
+    _check("values", values, torch.float32, tuple(values.shape), values)
+    if weights is not None:
+        _check("weights", weights, torch.float32, tuple(values.shape), values)
+    if seq_offsets.ndim != 1 or seq_offsets.shape[0] == 0:
+        raise TensorError(
+            f"`seq_offsets` must have shape (S + 1,), found {_shape(seq_offsets.shape)}"
+        )
+    _check("seq_offsets", seq_offsets, torch.int32, tuple(seq_offsets.shape), values)
+
+
+# ---- CPU ------------------------------------------------------------
+
+
+def _stride(logits: Tensor) -> int:
+    """Row stride in elements; a single row may carry any."""
+    return logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
+
+
+def _flat(logits: Tensor):
+    """The memory from first to last logit as one array, half-width types as uint16; no copy."""
+    rows, columns = logits.shape
+    length = (rows - 1) * _stride(logits) + columns if rows and columns else 0
+    flat = logits.detach().as_strided((length,), (1,))
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+
+
+def _array(tensor: Tensor):
+    return tensor.detach().contiguous().numpy()
+
+
+def _shape_of(logits: Tensor) -> tuple[int, int, int]:
+    return logits.shape[0], logits.shape[1], _stride(logits)
+
+
+def _token_stats_cpu(logits, logit_rows, targets, logit_scale, softcap, temperature, stats):
+    transform = (logit_scale, softcap, temperature)
+    _check_token_stats(logits, logit_rows, targets, *transform)
+    columns = _core.token_stats(
+        _flat(logits),
+        DTYPES[logits.dtype],
+        _shape_of(logits),
+        _array(logit_rows),
+        _array(targets),
+        transform,
+        stats,
+        torch.get_num_threads(),
+    )
+    return tuple(torch.from_numpy(column) for column in columns)
+
+
+def _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform):
+    _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform)
+    table = (_array(t) for t in (logit_rows, targets, row_max, row_rest, grad))
+    return (_flat(logits), DTYPES[logits.dtype], _shape_of(logits), *table, transform)
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Contiguous memory that holds anything. On the CPU the first touch of its pages costs more
+    than computing a gradient, so large ones ask for huge pages."""
+    size = math.prod(shape) * dtype.itemsize
+    plain = device.type != "cpu" or size < _HUGE or torch.compiler.is_compiling()
+    if not plain and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=dtype).view(shape)
+        except OSError:
+            pass  # a kernel without huge pages, or too little memory: torch's allocator answers
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _logits_grad_cpu(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    transform = (logit_scale, softcap, temperature)
+    arguments = _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform)
+    out = fresh(logits.shape, logits.dtype, logits.device)
+    _core.logits_grad(*arguments, _flat(out), torch.get_num_threads())
+    return out
+
+
+def _logits_grad_in_place_cpu(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    transform = (logit_scale, softcap, temperature)
+    arguments = _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform)
+    _core.logits_grad_(*arguments, torch.get_num_threads())
+    _bump(logits)
+
+
+def _bump(logits: Tensor) -> None:
+    """Tells autograd of the write: the schema's ``Tensor(a!)`` alone does not."""
+    if not logits.is_inference():
+        torch.autograd.graph.increment_version(logits)
+
+
+def _segment_sum_cpu(values, weights, seq_offsets):
+    _check_segment_sum(values, weights, seq_offsets)
+    arrays = (_array(values), None if weights is None else _array(weights), _array(seq_offsets))
+    return torch.from_numpy(_core.segment_sum(*arrays))
+
+
+_LIBRARY.impl("token_stats", _token_stats_cpu, "CPU")
+_LIBRARY.impl("logits_grad", _logits_grad_cpu, "CPU")
+_LIBRARY.impl("logits_grad_", _logits_grad_in_place_cpu, "CPU")
+_LIBRARY.impl("segment_sum", _segment_sum_cpu, "CPU")
+
+
+# ---- CUDA ------------------------------------------------------------
+
+
+def _token_stats_cuda(logits, logit_rows, targets, logit_scale, softcap, temperature, stats):
+    transform = (logit_scale, softcap, temperature)
+    _check_token_stats(logits, logit_rows, targets, *transform)
+    return kernels.token_stats(logits, logit_rows, targets, *transform, stats)
+
+
+def _logits_grad_cuda(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    arguments = (logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature)
+    _check_logits_grad(logits, *arguments)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    kernels.logits_grad(logits, *arguments, out)
+    return out
+
+
+def _logits_grad_in_place_cuda(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    arguments = (logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature)
+    _check_logits_grad(logits, *arguments)
+    kernels.logits_grad(logits, *arguments, logits)
+    _bump(logits)
+
+
+def _segment_sum_cuda(values, weights, seq_offsets):
+    _check_segment_sum(values, weights, seq_offsets)
+    return kernels.segment_sum(values, weights, seq_offsets)
+
+
+_LIBRARY.impl("token_stats", _token_stats_cuda, "CUDA")
+_LIBRARY.impl("logits_grad", _logits_grad_cuda, "CUDA")
+_LIBRARY.impl("logits_grad_", _logits_grad_in_place_cuda, "CUDA")
+_LIBRARY.impl("segment_sum", _segment_sum_cuda, "CUDA")
+
+
+# ---- shapes alone: meta and fake tensors ------------------------------
+
+
+@torch.library.register_fake("dpo_ext::token_stats", lib=_LIBRARY)
+def _token_stats_fake(logits, logit_rows, targets, logit_scale, softcap, temperature, stats):
+    _check_token_stats(logits, logit_rows, targets, logit_scale, softcap, temperature)
+    tokens = logit_rows.shape[0]
+    three = [logits.new_empty(tokens, dtype=torch.float32) for _ in range(3)]
+    kept = tokens if stats else 0
+    more = [logits.new_empty(kept, dtype=torch.float32) for _ in range(3)]
+    return (*three, *more, logits.new_empty(kept, dtype=torch.bool))
+
+
+@torch.library.register_fake("dpo_ext::logits_grad", lib=_LIBRARY)
+def _logits_grad_fake(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    transform = (logit_scale, softcap, temperature)
+    _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform)
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.register_fake("dpo_ext::logits_grad_", lib=_LIBRARY)
+def _logits_grad_in_place_fake(
+    logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
+):
+    transform = (logit_scale, softcap, temperature)
+    _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform)
+
+
+@torch.library.register_fake("dpo_ext::segment_sum", lib=_LIBRARY)
+def _segment_sum_fake(values, weights, seq_offsets):
+    _check_segment_sum(values, weights, seq_offsets)
+    return values.new_empty(seq_offsets.shape[0] - 1, dtype=torch.float32)

@@ -1,0 +1,229 @@
+"""What a preference loss accepts: shapes, dtypes and devices always; values only where looking at
+them costs nothing.
+
+A value of a CUDA tensor is never looked at, because that waits for the device; neither is one under
+``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import TensorError
+from dpo_ext.torch.logps.logits import check_plain
+from dpo_ext.torch.losses.compat import ambiguous
+from dpo_ext.torch.losses.forms import Number
+from dpo_ext.torch.losses.row import LOSSES, LossRow, Parameter, non_negative
+
+_WEIGHT = non_negative()
+_ELSEWHERE = {
+    **dict.fromkeys(("kto", "bco", "apo_zero_unpaired"), "unpaired_loss"),
+    **dict.fromkeys(("plackett_luce", "s_dpo", "infonca", "nca"), "list_loss"),
+}
+
+
+def host_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def describe(value: Any) -> str:
+    """``float32 of shape (4, 2)`` of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def find_loss(name: str) -> LossRow:
+    """The row of a name.
+
+    Raises:
+        ValueError: there is none; the message has what was probably meant.
+    """
+    row = LOSSES.get(name)
+    if row is None:
+        if name in _ELSEWHERE:
+            raise ValueError(
+                f"loss {name!r} is not of pairs\nhint: dpo_ext.torch.{_ELSEWHERE[name]} has it"
+            )
+        why = ambiguous(name)
+        if why is not None:
+            raise ValueError(why)
+        close = difflib.get_close_matches(name, LOSSES, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise ValueError(f"unknown loss {name!r}\nhint: {meant}`dpo-ext losses` lists them all")
+    return row
+
+
+def check_log_probs(logps: Tensor) -> None:
+    check_plain("logps", logps)
+    if logps.dim() != 2 or logps.shape[1] != 2 or logps.dtype not in (torch.float32, torch.float64):
+        hint = (
+            "\nhint: use `logps.float()`" if logps.dtype in (torch.float16, torch.bfloat16) else ""
+        )
+        raise TensorError(
+            f"`logps` must be float32 or float64 of shape (N, 2), found {describe(logps)}{hint}"
+        )
+
+
+def check_reference(ref_logps: Tensor, logps: Tensor) -> None:
+    check_plain("ref_logps", ref_logps)
+    if ref_logps.shape != logps.shape or ref_logps.dtype != logps.dtype:
+        cast = ref_logps.shape == logps.shape and ref_logps.is_floating_point()
+        hint = "\nhint: use `ref_logps.to(logps.dtype)`" if cast else ""
+        raise TensorError(
+            f"`ref_logps` must be {describe(logps)} as `logps`, found {describe(ref_logps)}{hint}"
+        )
+    _check_device("ref_logps", ref_logps, logps)
+    if ref_logps.requires_grad:
+        raise TensorError(
+            "`ref_logps` asks for a gradient, and the reference is frozen\n"
+            "hint: compute it under `torch.no_grad()`, or pass `ref_logps.detach()`"
+        )
+
+
+def check_lengths(lengths: Tensor, logps: Tensor) -> None:
+    check_plain("lengths", lengths)
+    if lengths.shape != logps.shape or lengths.dtype in (torch.bool, torch.complex64):
+        raise TensorError(
+            f"`lengths` must be integers of shape {tuple(logps.shape)}, found {describe(lengths)}"
+        )
+    _check_device("lengths", lengths, logps)
+    if host_values(lengths):
+        # a sequence without a scored token has the sum 0 and the average 0
+        bad = (lengths < 1) & ((lengths < 0) | (logps.detach() != 0))
+        if bad.any():
+            pair, side = bad.nonzero()[0].tolist()
+            raise TensorError(
+                f"pair {pair}: `lengths` must be >= 1 for {_SIDES[side]} with log-prob "
+                f"{logps[pair, side].item():g}, found {lengths[pair, side].item():g}"
+            )
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def bind_parameters(
+    row: LossRow, beta: Any, given: Mapping[str, Any], logps: Tensor
+) -> dict[str, Number]:
+    """The parameters of a row: what was given, checked and converted, and the row's defaults.
+
+    Raises:
+        ValueError: a parameter is missing, unknown or outside its domain.
+        TensorError: an array of them has another shape than (N,), or is elsewhere.
+    """
+    if beta is not None:
+        given = {"beta": beta, **given}
+    bound: dict[str, Number] = {}
+    for name, parameter in row.parameters.items():
+        if name in given:
+            bound[name] = convert_parameter(name, given[name], parameter, logps, row.differentiable)
+        elif parameter.default is None:
+            raise ValueError(
+                f"loss {row.name!r} needs `{name}` ({parameter.domain}): {row.text or row.paper}"
+            )
+        else:
+            bound[name] = parameter.default
+    if len(given) != sum(name in given for name in row.parameters):
+        unknown = next(name for name in given if name not in row.parameters)
+        has = ", ".join(f"`{name}`" for name in row.parameters) or "no parameter"
+        raise ValueError(f"loss {row.name!r} has no parameter `{unknown}`\nhint: it has {has}")
+    return bound
+
+
+def convert_parameter(
+    name: str, value: Any, parameter: Parameter, logps: Tensor, differentiable: tuple[str, ...] = ()
+) -> Number:
+    """A float, or a tensor (N,) in the dtype and on the device of the log-probs."""
+    if isinstance(value, (float, int)):
+        if not parameter.contains(value):
+            raise ValueError(f"`{name}` must be {parameter.domain}, found {value!r}")
+        return float(value)
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value, dtype=logps.dtype, device=logps.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"`{name}` must be one number or {logps.shape[0]}, found {describe(value)}"
+            ) from error
+    if value.dim() == 0:
+        value = value.expand(logps.shape[0])
+    if not parameter.per_pair:
+        raise ValueError(f"`{name}` must be {parameter.domain} for all pairs, found an array")
+    if value.shape != logps.shape[:1] or value.is_complex():
+        raise TensorError(
+            f"`{name}` must be a number or of shape ({logps.shape[0]},), found {describe(value)}"
+        )
+    if value.requires_grad and name not in differentiable:
+        raise TensorError(
+            f"`{name}` asks for a gradient, which this loss does not give\n"
+            f"hint: pass `{name}.detach()`"
+        )
+    _check_device(name, value, logps)
+    value = value.to(logps.dtype)
+    if host_values(value):
+        inside = parameter.contains(value)
+        if not inside.all():
+            pair = int((~inside).nonzero()[0])
+            raise ValueError(
+                f"pair {pair}: `{name}` must be {parameter.domain}, found {value[pair].item():g}"
+            )
+    return value
+
+
+def check_weight(weight: Any, logps: Tensor) -> Tensor:
+    """The weight of each pair, (N,)."""
+    value = convert_parameter("weight", weight, _WEIGHT, logps)
+    return value if isinstance(value, Tensor) else logps.new_full((logps.shape[0],), value)
+
+
+def check_num_pairs(num_pairs: float | Tensor) -> float | Tensor:
+    if isinstance(num_pairs, Tensor):
+        if num_pairs.numel() != 1:
+            raise TensorError(f"`num_pairs` must be one number, found {describe(num_pairs)}")
+        num_pairs = num_pairs.detach().reshape(())
+        if not host_values(num_pairs):
+            return num_pairs
+        num_pairs = num_pairs.item()
+    if not num_pairs > 0:
+        raise ValueError(f"`num_pairs` must be > 0, found {num_pairs!r}")
+    return float(num_pairs)
+
+
+def explain_nan(
+    name: str,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    params: Mapping[str, Any],
+    per_pair: Tensor,
+) -> NoReturn:
+    """Raise the error of a loss that is NaN: which tensor of which pair is to blame."""
+    for tensor_name, tensor in (("logps", logps), ("ref_logps", ref_logps)):
+        if tensor is not None and tensor.isnan().any():
+            pair, side = tensor.isnan().nonzero()[0].tolist()
+            raise TensorError(
+                f"pair {pair}: `{tensor_name}` must not be NaN, found NaN for {_SIDES[side]}"
+            )
+    bad = per_pair.isnan().nonzero()
+    if not len(bad):
+        raise TensorError(
+            f"loss {name!r} of the batch is NaN, though that of no pair here is: some are +inf and "
+            "some -inf, or a pair of another rank is NaN"
+        )
+    pair = int(bad[0])
+    found = f"logps {logps[pair].tolist()}"
+    if ref_logps is not None:
+        found += f", ref_logps {ref_logps[pair].tolist()}"
+    raise TensorError(f"pair {pair}: loss {name!r} is NaN for {found}, parameters {dict(params)}")
+
+
+def _check_device(name: str, tensor: Tensor, logps: Tensor) -> None:
+    if tensor.device != logps.device:
+        raise TensorError(
+            f"`{name}` must be on {logps.device} as `logps`, found it on {tensor.device}"
+        )

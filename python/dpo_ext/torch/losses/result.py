@@ -1,0 +1,77 @@
+"""What `preference_loss` returns: the loss, and rewards and metrics made when they are read.
+
+N pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_ext.torch.losses.forms import Number
+
+
+class PreferenceLoss:
+    """What `preference_loss` returns.
+
+    Attributes:
+        loss: scalar in the dtype of the log-probs, differentiable.
+        per_pair: (N,), the loss of each pair before `weight`; differentiable unless the loss
+            couples the batch.
+        chosen_rewards, rejected_rewards: (N,) detached, ``beta * (log-prob - reference log-prob)``;
+            without reference log-probs, and without a beta, the missing factor is left out.
+            Computed when they are read.
+        metrics: TRL's keys, each a detached scalar tensor, a mean over the N pairs (0 for none):
+            ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (strict: 0 at exact
+            equality), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``. Computed when it
+            is read, without waiting for the device.
+        plan: that of the head which the loss came from (`linear_preference_loss`), else None.
+    """
+
+    __slots__ = ("_logps", "_ref_logps", "_scale", "loss", "per_pair", "plan")
+
+    def __init__(
+        self,
+        loss: Tensor,
+        per_pair: Tensor,
+        logps: Tensor,
+        ref_logps: Tensor | None,
+        scale: Number | None,
+    ) -> None:
+        self.loss = loss
+        self.per_pair = per_pair
+        self._logps = logps
+        self._ref_logps = ref_logps
+        self._scale = scale
+        self.plan: str | None = None
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        return self._rewards()[0]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        return self._rewards()[1]
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        chosen, rejected = self._rewards()
+        logps = self._logps.detach()
+        above = (chosen > rejected).to(logps.dtype)
+        columns = torch.stack(
+            (chosen, rejected, above, chosen - rejected, logps[:, 0], logps[:, 1])
+        )
+        means = (columns.sum(1) / max(logps.shape[0], 1)).unbind()
+        keys = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+        return dict(zip((*keys, "logps/chosen", "logps/rejected"), means, strict=True))
+
+    def _rewards(self) -> tuple[Tensor, Tensor]:
+        ratios = self._logps.detach()
+        if self._ref_logps is not None:
+            ratios = ratios - self._ref_logps
+        chosen, rejected = ratios.unbind(1)
+        scale = 1.0 if self._scale is None else self._scale
+        return chosen * scale, rejected * scale
+
+    def __repr__(self) -> str:
+        return f"PreferenceLoss(loss={self.loss!r}, {self.per_pair.shape[0]} pairs)"

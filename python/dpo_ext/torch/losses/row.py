@@ -1,0 +1,239 @@
+"""What a row of the loss table is, and the ways to write one.
+
+A formula reads a `Pairs` and its parameters and returns the loss of each pair with its derivatives
+by the summed log-probs of chosen and rejected: these two numbers a pair are all that training
+needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_ext.torch.losses.forms import Number, s, scaled_exp, sigmoid_times_exp, sp, times
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """Default (None: the caller must give it) and domain of one parameter of a loss."""
+
+    default: float | None
+    domain: str
+    contains: Callable[[Any], Any]
+    per_pair: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LossRow:
+    """One loss.
+
+    Attributes:
+        name: the explicit id; it means this formula and no other.
+        formula: ``(pairs, **parameters) -> (L, dL/dc, dL/dr)``, each (N,), or with a fourth entry
+            that maps the names in ``differentiable`` to their derivatives; a user's own row has the
+            signature of `register_loss`.
+        text: the formula as a person writes it.
+        paper: arXiv id and equation.
+        parameters: name to `Parameter`.
+        reference, lengths: the formula needs ``ref_logps``, ``lengths``.
+        statistics: parameters come from token statistics of the log-prob head.
+        constants: parameters are constants of each pair, such as a reward gap.
+        couples_batch: a pair's gradient depends on the other pairs: no gradient accumulation, no
+            `pairwise` plan.
+        only_margin: ``dL/dr == -dL/dc`` always; only ``c - r`` matters.
+        monotone: letters ``c`` (never increasing in c) and ``r`` (never decreasing in r).
+        convex: convex in (c, r).
+        differentiable: parameters through which the gradient also flows when they are tensors that
+            ask for it.
+        autograd: a user's function of ``(logps, ref_logps)``, differentiated by autograd.
+    """
+
+    name: str
+    formula: Callable[..., Any]
+    text: str
+    paper: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    reference: bool = True
+    lengths: bool = False
+    statistics: bool = False
+    constants: bool = False
+    couples_batch: bool = False
+    only_margin: bool = False
+    monotone: str = ""
+    convex: bool = False
+    differentiable: tuple[str, ...] = ()
+    autograd: bool = False
+
+
+LOSSES: dict[str, LossRow] = {}
+"""Every loss of pairs, by name."""
+
+
+def finite(default: float | None = None) -> Parameter:
+    return Parameter(default, "finite", lambda x: x - x == 0)
+
+
+def positive(default: float | None = None) -> Parameter:
+    return Parameter(default, "> 0", lambda x: (x > 0) & (x - x == 0))
+
+
+def non_negative(default: float | None = None) -> Parameter:
+    return Parameter(default, ">= 0", lambda x: (x >= 0) & (x - x == 0))
+
+
+def non_zero(default: float | None = None) -> Parameter:
+    return Parameter(default, "not 0", lambda x: (x != 0) & (x - x == 0))
+
+
+def open_unit(default: float | None = None) -> Parameter:
+    return Parameter(default, "in (0, 1)", lambda x: (x > 0) & (x < 1))
+
+
+def closed_unit(default: float | None = None) -> Parameter:
+    return Parameter(default, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+
+
+def below_half(default: float | None = None) -> Parameter:
+    return Parameter(default, "in [0, 0.5)", lambda x: (x >= 0) & (x < 0.5))
+
+
+def switch(default: float | None = None) -> Parameter:
+    return Parameter(default, "0 or 1", lambda x: (x == 0) | (x == 1), per_pair=False)
+
+
+MARGIN = Parameter(0.0, "finite", lambda x: x - x == 0)
+SMOOTHING = Parameter(0.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+
+
+def _flags(needs: str, shape: str) -> dict[str, Any]:
+    """Flags from the letters of the catalogue: needs R, L, T, C; shape M, c, r, X."""
+    return {
+        "reference": "R" in needs,
+        "lengths": "L" in needs,
+        "statistics": "T" in needs,
+        "constants": "C" in needs,
+        "only_margin": "M" in shape,
+        "monotone": "".join(letter for letter in "cr" if letter in shape.split()),
+        "convex": "X" in shape,
+    }
+
+
+Formula = Callable[..., Any]
+
+
+def _add(
+    name: str, formula: Formula, text: str, paper: str, needs: str, shape: str, **options: Any
+) -> None:
+    parameters = options.pop("parameters")
+    LOSSES[name] = LossRow(
+        name, formula, text, paper, parameters, **_flags(needs, shape), **options
+    )
+
+
+def u_row(
+    name: str,
+    text: str,
+    paper: str,
+    needs: str,
+    shape: str,
+    /,
+    differentiable: tuple[str, ...] = (),
+    **parameters: Parameter,
+):
+    """Register ``L = sp(-v) + label_smoothing*v``, ``v = u - margin``, from a formula of ``u,
+    du/dc, du/dr``.
+
+    The formula adds a dict of ``du/dparameter`` where parameters are differentiable.
+    """
+
+    def register(u_formula: Formula) -> Formula:
+        def formula(x, margin=0.0, label_smoothing=0.0, **p):
+            u, uc, ur, *others = u_formula(x, **p)
+            if _given(margin):
+                u = u - margin
+            loss, slope = sp(-u), s(-u)
+            if _given(label_smoothing):
+                loss, slope = loss + label_smoothing * u, slope - label_smoothing
+            if not others:
+                return loss, times(slope, -uc), times(slope, -ur)
+            return loss, slope * -uc, slope * -ur, {k: slope * -du for k, du in others[0].items()}
+
+        extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
+        _add(
+            name, formula, f"L = sp(-u), {text}", paper, needs, shape,
+            parameters={**parameters, **extra}, differentiable=differentiable,
+        )  # fmt: skip
+        return u_formula
+
+    return register
+
+
+def u_exp_row(name: str, text: str, paper: str, needs: str, shape: str, /, **parameters: Parameter):
+    """As `u_row`, where ``du/dc = kc*e^bc`` and ``du/dr = -kr*e^br``: the formula returns ``u, kc,
+    bc, kr, br``.
+    """
+
+    def register(u_formula: Formula) -> Formula:
+        def formula(x, margin=0.0, label_smoothing=0.0, **p):
+            u, kc, bc, kr, br = u_formula(x, **p)
+            if _given(margin):
+                u = u - margin
+            if not _given(label_smoothing):
+                return sp(-u), -sigmoid_times_exp(u, bc, kc), sigmoid_times_exp(u, br, kr)
+            u = u.clamp(torch.finfo(u.dtype).min, torch.finfo(u.dtype).max)  # inf - inf is NaN
+            loss, slope = sp(-u) + label_smoothing * u, s(-u) - label_smoothing
+            zero = torch.zeros_like(u)
+            gc = torch.where(slope == 0, zero, slope * scaled_exp(kc, bc))
+            gr = torch.where(slope == 0, zero, slope * scaled_exp(kr, br))
+            return loss, -gc, gr
+
+        extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
+        _add(
+            name,
+            formula,
+            f"L = sp(-u), {text}",
+            paper,
+            needs,
+            shape,
+            parameters={**parameters, **extra},
+        )
+        return u_formula
+
+    return register
+
+
+def m_row(name: str, text: str, paper: str, needs: str, shape: str, /, **parameters: Parameter):
+    """Register a loss of ``m = beta*D`` alone from a formula of ``L, dL/dm``."""
+
+    def register(m_formula: Formula) -> Formula:
+        def formula(x, beta, margin=0.0, **p):
+            m = x.m(beta)
+            if _given(margin):
+                m = m - margin
+            loss, slope = m_formula(m, **p)
+            slope = times(slope, beta)
+            return loss, slope, -slope
+
+        extra = {"margin": MARGIN} if name in ("cdpo", "robust", "wpo") else {}
+        _add(name, formula, text, paper, needs, shape, parameters={**parameters, **extra})
+        return m_formula
+
+    return register
+
+
+def g_row(name: str, text: str, paper: str, needs: str, shape: str, /, **parameters: Parameter):
+    """Register a loss from a formula of ``L, dL/dc, dL/dr``."""
+
+    def register(formula: Formula) -> Formula:
+        _add(name, formula, text, paper, needs, shape, parameters=parameters)
+        return formula
+
+    return register
+
+
+def _given(x: Number) -> bool:
+    return isinstance(x, Tensor) or x != 0.0

@@ -1,0 +1,173 @@
+"""Rows of the table that look at the two sides of a pair apart, not through one margin alone.
+
+They return ``L, dL/dc, dL/dr`` themselves; names and letters are those of `loss_table`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import dpo_ext.torch.losses.margin_rows  # noqa: F401 - its rows come first
+from dpo_ext.torch.losses.forms import (
+    below_zero,
+    ds,
+    exp_difference,
+    indicator,
+    log_odds,
+    relu,
+    s,
+    sp,
+)
+from dpo_ext.torch.losses.row import closed_unit, finite, g_row, non_negative, positive
+
+
+@g_row("ipo_sum", "L = (D - 1/(2*beta))**2", "2310.12036, eq. 17", "R", "M X", beta=positive(0.1))
+def _(x, beta):
+    e = x.D - 0.5 / beta
+    return e * e, 2 * e, -2 * e
+
+
+@g_row(
+    "ipo_avg",
+    "L = (xw/nw - xl/nl - 1/(2*beta))**2",
+    "2310.12036, averaged",
+    "R L",
+    "X",
+    beta=positive(0.1),
+)
+def _(x, beta):
+    nw, nl = x.nw, x.nl
+    e = x.xw / nw - x.xl / nl - 0.5 / beta
+    return e * e, 2 * e / nw, -2 * e / nl
+
+
+@g_row(
+    "slic", "L = max(0, delta - c + r) - lam*c", "2305.10425", "", "c r X",
+    delta=finite(1.0), lam=non_negative(0.1),
+)  # fmt: skip
+def _(x, delta, lam):
+    gap = delta - (x.c - x.r)
+    k = indicator(gap > 0, gap)
+    return relu(gap) - lam * x.c, -k - lam, k
+
+
+@g_row(
+    "nca_pair",
+    "L = sp(-a) + sp(a)/2 + sp(b)/2, a = beta*xw, b = beta*xl",
+    "2402.05369",
+    "R",
+    "r X",
+    beta=positive(0.1),
+)
+def _(x, beta):
+    a, b = beta * x.xw, beta * x.xl
+    return sp(-a) + 0.5 * sp(a) + 0.5 * sp(b), beta * (0.5 * s(a) - s(-a)), 0.5 * beta * s(b)
+
+
+@g_row(
+    "bco_pair", "L = sp(-(beta*xw - delta)) + sp(beta*xl - delta)", "2404.04656", "R C", "c r X",
+    beta=positive(0.1), delta=finite(),
+)  # fmt: skip
+def _(x, beta, delta):
+    a, b = beta * x.xw - delta, beta * x.xl - delta
+    return sp(-a) + sp(b), -beta * s(-a), beta * s(b)
+
+
+@g_row(
+    "kto_pair_z", "L = lam_d*s(-beta*(xw - z)) + lam_u*s(beta*(xl - z))",
+    "2402.01306, eq. 7", "R C", "c r",
+    beta=positive(0.1), z=finite(), lam_d=non_negative(1.0), lam_u=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, z, lam_d, lam_u):
+    a, b = beta * (x.xw - z), beta * (x.xl - z)
+    return lam_d * s(-a) + lam_u * s(b), -lam_d * beta * ds(a), lam_u * beta * ds(b)
+
+
+@g_row(
+    "sppo_hard", "L = (xw - h)**2 + (xl + h)**2, h = 1/(2*beta)", "2405.00675, eq. 4.7", "R", "X",
+    beta=positive(0.1),
+)  # fmt: skip
+def _(x, beta):
+    a, b = x.xw - 0.5 / beta, x.xl + 0.5 / beta
+    return a * a + b * b, 2 * a, 2 * b
+
+
+@g_row(
+    "sppo_soft", "L = ((xw - h)**2 + (xl + h)**2)/2, h = (p - 0.5)/beta", "2405.00675", "R C", "X",
+    beta=positive(0.001), p=closed_unit(),
+)  # fmt: skip
+def _(x, beta, p):
+    h = (p - 0.5) / beta
+    a, b = x.xw - h, x.xl + h
+    return 0.5 * (a * a + b * b), a, b
+
+
+@g_row(
+    "apo_zero", "L = s(-beta*xw) + s(beta*xl)", "2408.06266, eq. 7", "R", "c r", beta=positive(0.1)
+)
+def _(x, beta):
+    a, b = beta * x.xw, beta * x.xl
+    return s(-a) + s(b), -beta * ds(a), beta * ds(b)
+
+
+@g_row("apo_down", "L = s(beta*xw) + s(-beta*D)", "2408.06266, eq. 8", "R", "r", beta=positive(0.1))
+def _(x, beta):
+    a, m = beta * x.xw, x.m(beta)
+    slope = beta * ds(m)
+    return s(a) + s(-m), beta * ds(a) - slope, slope
+
+
+@g_row(
+    "cpo", "L = sp(-beta*(c - r)) - alpha*c/nw", "2401.08417, eq. 3", "L", "c r X",
+    beta=positive(0.1), alpha=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, alpha):
+    u = beta * (x.c - x.r)
+    slope, nw = beta * s(-u), x.nw
+    return sp(-u) - alpha * (x.c / nw), -slope - alpha / nw, slope
+
+
+@g_row(
+    "dpo_sft", "L = sp(-beta*D) - alpha*c/nw", "2404.19733 and 2405.16436", "R L", "c r X",
+    beta=positive(0.1), alpha=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, alpha):
+    m = x.m(beta)
+    slope, nw = beta * s(-m), x.nw
+    return sp(-m) - alpha * (x.c / nw), -slope - alpha / nw, slope
+
+
+@g_row(
+    "orpo", "L = -nll*cn + lam*sp(lo(rn) - lo(cn)), lo(a) = a - log(1 - e^a)",
+    "2403.07691, eq. 4 and 7", "L", "c r",
+    lam=non_negative(0.1), nll=non_negative(1.0),
+)  # fmt: skip
+def _(x, lam, nll):
+    nw, nl = x.nw, x.nl
+    cn, rn = below_zero(x.c / nw), below_zero(x.r / nl)
+    u = log_odds(cn) - log_odds(rn)
+    slope = lam * s(-u)
+    gc = (-nll + slope / torch.expm1(cn)) / nw
+    return -nll * (x.c / nw) + lam * sp(-u), gc, -slope / torch.expm1(rn) / nl
+
+
+@g_row(
+    "cal_dpo", "L = sp(-D) + k*((xw - h)**2 + (xl + h)**2), h = 1/(2*beta)", "2412.14516", "R", "X",
+    beta=positive(0.1), k=non_negative(1.0),
+)  # fmt: skip
+def _(x, beta, k):
+    a, b, slope = x.xw - 0.5 / beta, x.xl + 0.5 / beta, s(-x.D)
+    return sp(-x.D) + k * (a * a + b * b), -slope + 2 * k * a, slope + 2 * k * b
+
+
+@g_row("simper", "L = exp(r/nl) - exp(c/nw)", "2502.00883", "L", "c r")
+def _(x):
+    nw, nl = x.nw, x.nl
+    cn, rn = x.c / nw, x.r / nl
+    return exp_difference(rn, cn), -torch.exp(cn) / nw, torch.exp(rn) / nl
+
+
+@g_row("sft", "L = -c/nw", "maximum likelihood of the chosen completion", "L", "c r X")
+def _(x):
+    nw = x.nw
+    return -x.c / nw, -1 / nw, torch.zeros_like(nw)

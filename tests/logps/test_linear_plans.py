@@ -1,0 +1,185 @@
+"""What a plan of the head costs and keeps: products, memory, and what autograd may ask of it."""
+
+import pytest
+import torch
+from test_linear import PLANS, random_head
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from dpo_ext.torch import ScoreTable, linear_sequence_logps
+from dpo_ext.torch.logps import products
+from dpo_ext.torch.logps.head import SCRATCH_BYTES, make_head
+from dpo_ext.torch.logps.logits import Transform
+
+
+class Watch(TorchDispatchMode):
+    """Counts products and remembers the largest tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and not func.is_view:
+                self.largest = max(self.largest, value.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("plan", "forward", "backward"), [("frozen", 2, 0), ("recompute", 1, 3)], ids=PLANS
+)
+def test_products_and_memory_are_those_of_the_plan(plan, forward, backward):
+    """4MHV and 8MHV less the last chunk's logits, which are still there; nothing larger than a chunk
+    of logits, the weight's gradient or the hidden states."""
+    R, H, V, C = 64, 4, 1000, 8
+    table = ScoreTable(
+        logit_rows=torch.randperm(R),
+        targets=torch.randint(0, V, (R,), dtype=torch.int32),
+        seq_offsets=torch.tensor([0, 40, R], dtype=torch.int32),
+    )
+    hidden = torch.randn(R, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=plan == "recompute")
+    kept = []
+    with (
+        Watch() as watch,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        value = linear_sequence_logps(hidden, weight, table, plan=plan, chunk_rows=C)
+    assert watch.products == forward * R // C
+    assert watch.largest <= C * V
+    known = {hidden.data_ptr(), weight.data_ptr()}
+    assert sum(t.numel() for t in kept if t.data_ptr() not in known) <= R * H + 8 * R
+    with Watch() as watch:
+        value.sum().backward()
+    assert watch.products == backward * R // C - (plan == "recompute")
+    assert watch.largest <= C * V
+    for off in (torch.no_grad, torch.inference_mode):  # 2MHV: nothing for a gradient
+        with off(), Watch() as watch:
+            linear_sequence_logps(hidden, weight.detach(), table, plan=plan, chunk_rows=C)
+        assert watch.products == R // C
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 5, None])
+def test_a_second_backward_pass_multiplies_again(chunk_rows):
+    """The first one has written over the logits of the last chunk."""
+    hidden, weight, bias, table = random_head(7, dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    value = linear_sequence_logps(hidden, weight, table, bias=bias, chunk_rows=chunk_rows)
+    g = torch.randn_like(value)
+    first = torch.autograd.grad(value, inputs, g, retain_graph=True)
+    again = torch.autograd.grad(value, inputs, -2 * g, retain_graph=True)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(b, -2 * a)
+
+
+def test_auto_is_frozen_for_a_frozen_weight_and_recompute_otherwise():
+    hidden, weight, bias, table = random_head(0, dtype=torch.float32)
+    hidden.requires_grad_()
+    for w, b, per_chunk in (
+        (weight, bias, 2),
+        (weight.clone().requires_grad_(), bias, 1),
+        (weight, bias.clone().requires_grad_(), 1),
+    ):
+        with Watch() as watch:
+            linear_sequence_logps(hidden, w, table, bias=b, chunk_rows=1)
+        assert watch.products == per_chunk * table.n_tokens
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(plan, reentrant):
+    hidden, weight, _, table = random_head(6, dtype=torch.float32)
+    weight.requires_grad_(plan == "recompute")
+    grads = []
+    for wrap in (False, True):
+        x = hidden.clone().requires_grad_()
+
+        def score(x):
+            return linear_sequence_logps(x, weight, table, plan=plan)
+
+        value = checkpoint(score, x, use_reentrant=reentrant) if wrap else score(x)
+        value.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_compile_fullgraph(plan):
+    torch._dynamo.reset()
+    hidden, weight, _, table = random_head(9, dtype=torch.float32)
+    weight.requires_grad_(plan == "recompute")
+
+    def score(x):
+        return linear_sequence_logps(x.tanh(), weight, table, plan=plan, chunk_rows=4)
+
+    results = []
+    for function in (score, torch.compile(score, fullgraph=True, backend="aot_eager")):
+        x = hidden.clone().requires_grad_()
+        value = function(x)
+        value.sum().backward()
+        results.append((value.detach(), x.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_default_chunk_keeps_the_scratch_within_its_budget():
+    how = Transform.of(1.0, None, 1.0)
+    for V, dtype, rows in (
+        (128256, torch.bfloat16, 4096),
+        (256000, torch.bfloat16, 2048),
+        (7, torch.float32, None),
+    ):
+        hidden = torch.empty(1, 8, dtype=dtype)
+        head = make_head(hidden, torch.empty(V, 8, device="meta"), how, None, "torch")
+        assert head.chunk_rows * V * dtype.itemsize <= SCRATCH_BYTES
+        assert rows is None or head.chunk_rows == rows
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_width_on_the_cpu_are_rounded_once(monkeypatch, dtype, tiled):
+    """In tiles of the vocabulary or not: logits and dX within one rounding of float64, dW in float32."""
+    monkeypatch.setattr(products, "by_tiles", lambda a: tiled)
+    monkeypatch.setattr(products, "TILE", 5)
+    generator = torch.Generator().manual_seed(0)
+    C, H, V = 7, 16, 33
+    x, w, b = (torch.randn(*s, generator=generator).to(dtype) for s in ((C, H), (V, H), (V,)))
+    dz = torch.randn(C, V, generator=generator).to(dtype)
+    once = torch.finfo(dtype).eps / 2 + 1e-6
+    for bias in (None, b):
+        z = products.logits_into(torch.full((C, V), torch.nan, dtype=dtype), x, w, bias)
+        exact = x.double() @ w.double().t() + (0.0 if bias is None else b.double())
+        torch.testing.assert_close(z.double(), exact, rtol=once, atol=1e-5)
+    dx = products.product(dz, w)
+    torch.testing.assert_close(dx.double(), dz.double() @ w.double(), rtol=once, atol=1e-5)
+    dw = torch.full((V, H), torch.nan)
+    for first in (True, False):
+        products.add_product(dw, dz, x, first=first)
+    exact = 2 * dz.double().t() @ x.double()
+    torch.testing.assert_close(dw.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_widening_takes_a_tile_at_a_time():
+    """No float32 copy of the weight, the logits or their gradient."""
+    C, H, V = 64, 8, 4 * products.TILE
+    table = ScoreTable(
+        logit_rows=torch.arange(C),
+        targets=torch.randint(0, V, (C,), dtype=torch.int32),
+        seq_offsets=torch.tensor([0, 40, C], dtype=torch.int32),
+    )
+    hidden = torch.randn(C, H, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, H, dtype=torch.bfloat16, requires_grad=True)
+
+    class Wide(Watch):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            before, out = self.largest, super().__torch_dispatch__(func, types, args, kwargs)
+            if isinstance(out, torch.Tensor) and out.dtype != torch.float32:
+                self.largest = before
+            return out
+
+    with Wide() as watch:
+        linear_sequence_logps(hidden, weight, table, chunk_rows=C).sum().backward()
+    assert watch.largest <= max(C * products.TILE, V * H)
