@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps
 from dpo_ext.torch.logps.head import make_head
-from dpo_ext.torch.logps.logits import Transform
+from dpo_ext.torch.logps.scores import Transform
 
 BETA = 0.1
 SPREAD = 3.0  # standard deviation of the logits

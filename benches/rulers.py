@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dpo_ext.torch.logps.head import Head
-from dpo_ext.torch.pairwise import chunks_of_pairs
 from dpo_ext.torch.logps.products import add_product, product, wide
+from dpo_ext.torch.pairwise import chunks_of_pairs
 
 PRODUCTS = ("logits", "dx", "dw")
 KEPT_CHUNKS = 1

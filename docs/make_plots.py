@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from dpo_ext.preference import kl_divergence, optimal_policy
-from dpo_ext.torch.losses.row import LOSSES
 from dpo_ext.torch.losses.pairs import preference_loss
+from dpo_ext.torch.losses.registry import LOSSES
 
 EXAMPLE = {
     "label_smoothing": 0.1, "score_gap": 2.5, "gamma": 0.7, "w_k": 0.5, "w_other": 0.5,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from dpo_ext.data.tables import arrow
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.store.read import ROW
+from dpo_ext.extras import arrow
 from dpo_ext.report import Report
-from dpo_ext.store.write import Columns, record_batch
+from dpo_ext.store.columns import Columns, record_batch
+from dpo_ext.store.manifest import ROW
 
 if TYPE_CHECKING:
     from dpo_ext.data.tokenizer import Tokenizer

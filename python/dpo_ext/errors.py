@@ -19,6 +19,9 @@ they fit.
 from __future__ import annotations
 
 from os import PathLike, fspath
+from typing import Any
+
+from torch import Tensor
 
 
 class DpoExtError(Exception):
@@ -79,3 +82,10 @@ class KernelCompileError(DpoExtError, RuntimeError):
 
 class RefLogpsError(DpoExtError, RuntimeError):
     """The store of reference log-probs is missing, damaged or stale."""
+
+
+def describe(value: Any) -> str:
+    """``float32 of shape (4, 2)`` of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os import fspath
 from typing import Any
 
 NO_LINES = (".parquet", ".arrow", ".feather")
@@ -54,6 +55,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], notes: Sequence[str]) -> Report:
+        """The report of what an encoder counted, and ``notes`` on what encoded it."""
+        kept, with_ref = raw["kept"], raw["with_ref"]
+        notes = (*notes, *uncarried(with_ref, kept))
+        first = {
+            name: Example(None if path is None else fspath(path), line, where, message)
+            for name, (path, line, where, message) in raw["first"].items()
+        }
+        return cls(raw["read"], kept, raw["dropped"], raw["warned"], first, notes, raw["bytes"])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -113,6 +125,13 @@ class Report:
         unit = "row" if path is None or path.lower().endswith(NO_LINES) else "line"
         place = f"{unit} {example.line}" if path is None else f"{path}, {unit} {example.line}"
         return f" (first: {place}{f', `{example.field}`' if example.field else ''})"
+
+
+def uncarried(with_ref: int, kept: int) -> list[str]:
+    """A note where some pairs alone have reference log-probs, which are then dropped."""
+    if with_ref in (0, kept):
+        return []
+    return [f"reference log-probs stand in {with_ref} of {kept} pairs and were not carried"]
 
 
 def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 from byte_tokenizer import tokenizer
 
 from dpo_ext import DataError, LimitExceeded, Limits, PairDataset
-from dpo_ext.data.files import is_shown
+from dpo_ext.data.progress import is_shown
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

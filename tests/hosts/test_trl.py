@@ -34,8 +34,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import dpo_ext.trl
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.errors import DataError, TensorError
 from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.errors import DataError, TensorError
 from dpo_ext.torch import scoring
 from dpo_ext.torch.logps import linear
 from dpo_ext.torch.logps import logits as logps

@@ -8,7 +8,6 @@ import pytest
 import torch
 from logps_cases import HOWS, IMPLS, device_of, random_case
 
-from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch import (
     ScoreTable,
     linear_preference_loss,
@@ -16,6 +15,7 @@ from dpo_ext.torch import (
     preference_loss,
     sequence_logps,
 )
+from dpo_ext.torch.logps import cuda as kernels
 
 DEEPER = max(1, int(os.environ.get("DPO_EXT_EXAMPLES", "0")) // 500)
 PLANS = ["frozen", "recompute"]

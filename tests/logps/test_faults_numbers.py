@@ -10,7 +10,6 @@ from conftest import assert_no_worse
 from logps_cases import IMPLS, device_of, oracle
 from test_cuda_host import place
 
-from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch import (
     ScoreTable,
     linear_preference_loss,
@@ -20,6 +19,7 @@ from dpo_ext.torch import (
     sequence_logps,
     token_scores,
 )
+from dpo_ext.torch.logps import cuda as kernels
 
 PLAIN = (1.0, 0.0, 1.0)
 PLANS = ["frozen", "recompute"]

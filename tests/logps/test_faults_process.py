@@ -10,8 +10,8 @@ import torch
 from logps_cases import KERNELS, device_of, random_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch import linear_preference_loss, linear_sequence_logps, sequence_logps
+from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch.logps import ops
 
 PLAIN = (1.0, 0.0, 1.0)

@@ -10,8 +10,17 @@ from conftest import assert_no_worse
 from logps_cases import DTYPES, IMPLS, device_of, oracle, ordinary
 
 from dpo_ext import KernelUnavailable, TensorError
+from dpo_ext.torch import (
+    ScoreTable,
+    linear_preference_loss,
+    linear_sequence_logps,
+    linear_token_scores,
+    preference_loss,
+    sequence_logps,
+    token_kl,
+    token_scores,
+)
 from dpo_ext.torch.logps import cuda as kernels
-from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps, linear_token_scores, preference_loss, sequence_logps, token_kl, token_scores
 from dpo_ext.torch.logps import ops
 
 OPS = torch.ops.dpo_ext

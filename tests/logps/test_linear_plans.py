@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from dpo_ext.torch import ScoreTable, linear_sequence_logps
 from dpo_ext.torch.logps import products
 from dpo_ext.torch.logps.head import SCRATCH_BYTES, make_head
-from dpo_ext.torch.logps.logits import Transform
+from dpo_ext.torch.logps.scores import Transform
 
 
 class Watch(TorchDispatchMode):

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_ext.torch.losses.catalogue import FAMILIES, losses_table, page
 from dpo_ext.torch.losses.catalogue import main as write_pages
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.registry import LOSSES
 
 DRAWN = [name for name, row in LOSSES.items() if not (row.couples_batch or row.autograd)]
 DOCS = Path(__file__).resolve().parent.parent / "docs"

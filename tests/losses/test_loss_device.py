@@ -7,10 +7,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dpo_ext.torch import ScoreTable, kto_z, ld_table, list_loss, preference_loss, tdpo_kls, token_scores, unpaired_loss, wpo_averages
+from dpo_ext.torch import (
+    ScoreTable,
+    kto_z,
+    ld_table,
+    list_loss,
+    preference_loss,
+    tdpo_kls,
+    token_scores,
+    unpaired_loss,
+    wpo_averages,
+)
 from dpo_ext.torch.losses import checks as loss_checks
-from dpo_ext.torch.losses import single as loss_groups
 from dpo_ext.torch.losses import pairs as losses
+from dpo_ext.torch.losses import single as loss_groups
 
 PAIRS = 5
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal", "item")

@@ -153,7 +153,7 @@ def test_bad_input_is_a_typed_error(call, kind, message):
 
 
 def test_all_structured_losses_of_the_golden_file_are_somewhere():
-    from dpo_ext.torch.losses.row import LOSSES
+    from dpo_ext.torch.losses.registry import LOSSES
 
     names = set(GOLDEN) - {"listwise"} | set(GOLDEN["listwise"]) - {
         "lists",

@@ -15,8 +15,8 @@ from dpo_ext.torch import (
     preference_loss,
     unpaired_loss,
 )
+from dpo_ext.torch.losses.registry import LOSSES
 from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
-from dpo_ext.torch.losses.row import LOSSES
 
 PAIRS = 3
 OUTSIDE = {

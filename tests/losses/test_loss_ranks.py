@@ -18,7 +18,7 @@ from dpo_ext.torch import (
     register_loss,
 )
 from dpo_ext.torch.losses.ranks import check_group
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.registry import LOSSES
 
 COUPLED = sorted(name for name, row in LOSSES.items() if row.couples_batch)
 PARTS = (slice(0, 3), slice(3, 8))  # unequal on purpose

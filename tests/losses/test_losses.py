@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid, softplus
 from dpo_ext import TensorError
 from dpo_ext.testing import pair_logps
 from dpo_ext.torch import preference_loss, register_loss
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.registry import LOSSES
 
 LOGPS = torch.tensor([[-10.0, -12.0], [-7.5, -3.25], [-4.0, -4.0]])
 REF = torch.tensor([[-11.0, -11.5], [-7.5, -3.25], [-5.0, -4.5]])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dpo_ext.torch import preference_loss
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.registry import LOSSES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_losses.json").read_text())
 ROWS = GOLDEN["rows"]

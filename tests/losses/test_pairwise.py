@@ -14,7 +14,7 @@ from dpo_ext.torch import (
     linear_sequence_logps,
     preference_loss,
 )
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.registry import LOSSES
 from dpo_ext.torch.pairwise import chunks_of_pairs
 
 OPTIONS = [

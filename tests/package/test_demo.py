@@ -18,8 +18,8 @@ pytest.importorskip("tokenizers")
 
 from dpo_ext import DataError, DpoExtError, cli, demo
 from dpo_ext.demo import measure, report, source, train, world
-from dpo_ext.pages import charts
 from dpo_ext.demo.live import PlainShow  # noqa: E402
+from dpo_ext.pages import charts
 
 LOG_2 = math.log(2.0)
 

@@ -139,7 +139,7 @@ def test_f11_the_variable_and_the_affinity_bound_the_threads(tmp_path):
 def test_f11_one_thread_inside_a_worker_of_torchs_loader(monkeypatch):
     import types
 
-    from dpo_ext.data.tokenizer import default_threads
+    from dpo_ext.data.options import default_threads
 
     inside = types.SimpleNamespace(get_worker_info=lambda: object())
     monkeypatch.setitem(sys.modules, "torch.utils.data", inside)

@@ -27,7 +27,7 @@ from dpo_ext.testing import (
     texts,
 )
 from dpo_ext.torch import ScoreTable, preference_loss, sequence_logps
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.registry import LOSSES
 
 WORLD = json.loads((Path(__file__).parent / "golden" / "golden_world.json").read_text())
 

@@ -16,11 +16,11 @@ import pytest
 import tiny
 
 from dpo_ext import DataError, Limits, PairDataset, Tokenizer, _core
-from dpo_ext.store import read as mapped
-from dpo_ext.data import encode as shards
-from dpo_ext.store import write as store
 from dpo_ext.data import cache as caching
+from dpo_ext.data import encode as shards
 from dpo_ext.data.options import settings
+from dpo_ext.store import read as mapped
+from dpo_ext.store import write as store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 

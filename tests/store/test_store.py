@@ -138,7 +138,8 @@ def test_offsets_grow_to_64_bits_where_32_do_not_reach(tmp_path, monkeypatch):
 
 
 def test_extra_columns_come_back(tmp_path):
-    from dpo_ext.store.write import Columns, write
+    from dpo_ext.store.columns import Columns
+    from dpo_ext.store.write import write
 
     columns = Columns.of(made(9))
     columns.add("weight", [0.5] * 9)

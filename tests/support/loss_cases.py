@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from dpo_ext.torch.losses.registry import LOSSES
 from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
-from dpo_ext.torch.losses.row import LOSSES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_losses.json").read_text())
 BUILT_IN = sorted(name for name, row in LOSSES.items() if not row.autograd)

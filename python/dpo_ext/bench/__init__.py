@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.pages import bench_page as page
 from dpo_ext.bench.peers import same_ids, tokenizers_peer, trl_times
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.data.options import Limits, Paths, Settings
-from dpo_ext.layout.plan import LAYOUTS
 from dpo_ext.data.files import opened_up
-from dpo_ext.data.tokenizer import Tokenizer, default_threads
+from dpo_ext.data.options import Limits, Paths, Settings, default_threads
+from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.pages import bench_page as page
 
 PAIRS_PER_BATCH = 64
 BIN_LENGTH = 8192

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ext.layout.batch import Ragged
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.errors import DpoExtError
 from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.errors import DpoExtError
+from dpo_ext.pairs import Ragged
 
 Encode = Callable[[Sequence[str]], list[Any]]
 

@@ -158,7 +158,7 @@ def _app() -> Any:
         threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default all.")] = None,
     ) -> None:
         """Encode files into a saved data set, in bounded memory; PairDataset.load maps it."""
-        from dpo_ext.store.write import prepare as prepare_files
+        from dpo_ext.data.encode import prepare as prepare_files
         from dpo_ext.data.tokenizer import Tokenizer
 
         report = prepare_files(

@@ -1,0 +1,1 @@
+"""From files, rows and tables to ids; NumPy alone."""

@@ -11,21 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_ext import _core
-from dpo_ext.store import read as mapped
-from dpo_ext.data import encode as shards
-from dpo_ext.data.tables import arrow
-from dpo_ext.data.dataset import PairDataset
-from dpo_ext.errors import DataError
-from dpo_ext.store.folder import Folder, damaged, digest_of, typed_errors, writing
+from dpo_ext.data.encode import Job, encode_into
 from dpo_ext.data.options import Limits, Settings
+from dpo_ext.errors import DataError
+from dpo_ext.extras import arrow
 from dpo_ext.report import Report
-
-if TYPE_CHECKING:
-    from dpo_ext.data.options import Progress
-    from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.store.folder import Folder, damaged, digest_of, typed_errors, writing
+from dpo_ext.store.manifest import VERSION, read_manifest
+from dpo_ext.store.read import Saved, opened
 
 # Of these options the ids do not depend, or only where `_now` and `_limits_allow` say so.
 APART = ("threads", "now", "limits")
@@ -33,13 +29,7 @@ APART = ("threads", "now", "limits")
 RACY_NS = 2_000_000_000
 
 
-def cached(
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    options: Settings,
-    cache_dir: str | os.PathLike[str],
-    progress: Progress,
-) -> PairDataset:
+def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
     """The pairs of files, mapped from a cache that is filled first if need be.
 
     What was encoded counts for the same bytes in files of the same endings, the same tokenizer,
@@ -49,68 +39,67 @@ def cached(
     arrow("`cache_dir`")
     root = Path(cache_dir)
     with typed_errors(root):
-        if not root.is_dir():
-            root.parent.mkdir(parents=True, exist_ok=True)
-            root.mkdir(mode=0o700, exist_ok=True)
-        before = [_status(name) for name in files]
-        prints = [_fingerprint(root, name) for name in files]
-    facts = _facts(files, prints, tokenizer, options)
-    folders = [root / _key(facts), root / _key({**facts, "limits": asdict(options.limits)})]
+        root.mkdir(parents=True, exist_ok=True)
+        before = [_status(name) for name in job.files]
+        prints = [_fingerprint(root, name) for name in job.files]
+    facts = _facts(job, prints)
+    limits = asdict(job.settings.limits)
+    folders = [root / _key(facts), root / _key({**facts, "limits": limits})]
     damage = None
     for folder in folders:
-        found, damage = _look(folder, files, options, damage)
+        found, said = _look(folder, job)
         if found is not None:
             return found
+        damage = said or damage
     # The first name is for the first limits that come; others get a name of their own.
     folder = folders[1] if _is_sound(folders[0]) else folders[0]
-    made = {"limits": asdict(options.limits), "sources": list(files)}
 
-    def unchanged() -> None:
-        for name, status in zip(files, before, strict=True):
+    def unchanged(_: Report) -> None:
+        for name, status in zip(job.files, before, strict=True):
             if _status(name) != status:
                 raise DataError(
                     f"{name}: the file changed while it was read", path=name, reason="bad_input"
                 )
 
-    with writing(folder) as opened:
-        found, _ = _look(folder, files, options, None)
+    with writing(folder) as opened_folder:
+        found, _ = _look(folder, job)
         if found is not None:  # by another process, while this one waited
             return found
-        opened.sweep(None)
-        shards.encode_into(opened, files, tokenizer, options, progress, made, unchanged)
-    pairs = mapped.load(folder, verify=False)
+        opened_folder.sweep(None)
+        made = {"limits": limits, "sources": list(job.files)}
+        encode_into(opened_folder, job, made, unchanged)
+    saved = opened(folder, verify=False)
     if damage is not None:
         note = f"what the cache held was damaged and was encoded anew: {damage}"
-        pairs.report = replace(pairs.report, notes=(*pairs.report.notes, note))
-    return pairs
+        report = saved.pairs.report
+        saved.pairs.report = replace(report, notes=(*report.notes, note))
+    return saved
 
 
-def _look(
-    folder: Path, files: Sequence[str], options: Settings, damage: str | None
-) -> tuple[PairDataset | None, str | None]:
+def _look(folder: Path, job: Job) -> tuple[Saved | None, str | None]:
     """What a folder of the cache holds for these limits, and what was wrong with it."""
     try:
-        pairs, manifest = mapped.opened(folder, verify=True)
+        saved = opened(folder, verify=True)
     except FileNotFoundError:
-        return None, damage
+        return None, None
     except DataError as error:
         return None, str(error).splitlines()[0]
-    made = manifest["made"]
-    if not _limits_allow(made["limits"], options.limits, pairs.report):
-        return None, damage
+    made, pairs = saved.manifest["made"], saved.pairs
+    if not _limits_allow(made["limits"], job.settings.limits, pairs.report):
+        return None, None
     # The same files may have other names by now.
-    names = dict(zip(made["sources"], files, strict=True))
+    names = dict(zip(made["sources"], job.files, strict=True))
     first = {
         reason: replace(example, path=names.get(example.path, example.path))
         for reason, example in pairs.report.first.items()
     }
     pairs.report = replace(pairs.report, first=first)
-    return pairs, damage
+    return saved, None
 
 
 def _is_sound(folder: Path) -> bool:
     try:
-        mapped.read_manifest(folder)
+        read_manifest(folder)
     except (FileNotFoundError, DataError):
         return False
     return True
@@ -130,22 +119,20 @@ def _limits_allow(made: Mapping[str, Any], limits: Limits, report: Report) -> bo
     return wider and "limit" not in report.dropped
 
 
-def _facts(
-    files: Sequence[str], prints: Sequence[str], tokenizer: Tokenizer, options: Settings
-) -> dict[str, Any]:
+def _facts(job: Job, prints: Sequence[str]) -> dict[str, Any]:
     """All that ids depend on."""
-    state = tokenizer.__reduce__()[1][0]
+    state = job.tokenizer.__reduce__()[1][0]
     return {
-        "format": mapped.VERSION,
+        "format": VERSION,
         "package": _core.__version__,
         "tokenizer": hashlib.sha256(state).hexdigest(),
-        "now": _now(tokenizer.chat_template or "", options.now),
+        "now": _now(job.tokenizer.chat_template or "", job.settings.now),
         "files": [
             ["".join(Path(name).suffixes[-2:]).lower(), print_]
-            for name, print_ in zip(files, prints, strict=True)
+            for name, print_ in zip(job.files, prints, strict=True)
         ],
         "options": {
-            f.name: getattr(options, f.name) for f in fields(options) if f.name not in APART
+            f.name: getattr(job.settings, f.name) for f in fields(Settings) if f.name not in APART
         },
     }
 

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.layout.batch import Ragged
+from dpo_ext.data.cache import cached
+from dpo_ext.data.encode import Job
+from dpo_ext.data.files import feed_files, feed_table
+from dpo_ext.data.options import Options, Paths, Progress, Settings, settings
+from dpo_ext.data.progress import Bar
 from dpo_ext.data.tables import is_arrow, rows_instead
+from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
 from dpo_ext.errors import DataError
-from dpo_ext.data.options import (
-    Boundary,
-    Limits,
-    OnBad,
-    Paths,
-    Progress,
-    SpecialTokensInText,
-    Truncation,
-    settings,
-)
+from dpo_ext.extras import arrow
+from dpo_ext.layout.batch import Layout
 from dpo_ext.layout.plan import BatchPlan
-from dpo_ext.report import Example, Report
-from dpo_ext.data.files import Bar, feed_files, feed_table, opened_up
-from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.pairs import IDS, Pairs, Ragged
+from dpo_ext.report import Report
+from dpo_ext.store.columns import Columns, record_batch
+from dpo_ext.store.folder import damaged
+from dpo_ext.store.read import Saved, opened
+from dpo_ext.store.write import save
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
 
-class PairDataset(Sequence):
+class PairDataset(Pairs):
     """Preference pairs as token ids, with a report of what became of every row.
 
     Rows hold ``prompt``, ``chosen``, ``rejected`` as strings or as lists of messages (``prompt``
@@ -61,30 +61,9 @@ class PairDataset(Sequence):
     [[1, 2, 3, 0], [1, 2, 4, 5]]
     """
 
-    def __init__(
-        self,
-        prompt_ids: Ragged,
-        chosen_ids: Ragged,
-        rejected_ids: Ragged,
-        *,
-        report: Report,
-        pad_id: int,
-        vocab_size: int | None,
-        ref_logps: NDArray[np.float64] | None = None,
-        rows: NDArray[np.int64] | None = None,
-        columns: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self.chosen_ids = chosen_ids
-        self.rejected_ids = rejected_ids
-        self.report = report
-        self.pad_id = pad_id
-        self.vocab_size = vocab_size
-        self.ref_logps = ref_logps
-        self.rows = np.arange(len(prompt_ids)) if rows is None else rows
-        self.columns = {
-            name: _column(name, values, len(prompt_ids)) for name, values in (columns or {}).items()
-        }
+    @property
+    def _kind(self) -> type[PairDataset]:
+        return PairDataset
 
     @classmethod
     def from_files(
@@ -92,20 +71,10 @@ class PairDataset(Sequence):
         paths: Paths,
         tokenizer: Tokenizer,
         *,
-        max_length: int | None = 1024,
-        truncation: Truncation = "keep_start",
-        boundary: Boundary = "joint",
-        on_bad: OnBad = "error",
-        special_tokens_in_text: SpecialTokensInText = "special",
-        prompt_key: str | None = None,
-        chosen_key: str | None = None,
-        rejected_key: str | None = None,
-        columns: Sequence[str] = (),
-        limits: Limits | None = None,
-        threads: int | None = None,
-        progress: Progress = False,
         cache_dir: str | PathLike[str] | None = None,
-    ) -> PairDataset:
+        progress: Progress = False,
+        **options: Unpack[Options],
+    ) -> Self:
         """Reads JSONL, plain, gzip or zstd (all members, all frames), in Rust and without the GIL;
         and Parquet, Arrow files and streams, and folders of ``save_to_disk``, through pyarrow.
 
@@ -150,16 +119,13 @@ class PairDataset(Sequence):
 
         Numerics: ids and their order do not depend on ``threads``.
         """
-        files = opened_up(paths)
-        options = settings(locals())
+        job = Job.of(paths, tokenizer, options, progress)
         if cache_dir is not None:
-            from dpo_ext.data import cache
-
-            return cache.cached(files, _checked(tokenizer), options, cache_dir, progress)
-        with Bar(progress, files) as callback:
-            encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
-            feed_files(encoder, files, options.limits)
-        return cls._from_raw(encoder.finish(), tokenizer, options.columns)
+            return cls._mapped(cached(job, cache_dir))
+        with Bar(progress, job.files) as callback:
+            encoder = _core.PairEncoder(tokenizer._core, job.settings, callback)
+            feed_files(encoder, job.files, job.settings.limits)
+        return cls._from_raw(encoder.finish(), tokenizer, job.settings)
 
     @classmethod
     def from_rows(
@@ -167,19 +133,9 @@ class PairDataset(Sequence):
         rows: Iterable[Mapping[str, Any]],
         tokenizer: Tokenizer,
         *,
-        max_length: int | None = 1024,
-        truncation: Truncation = "keep_start",
-        boundary: Boundary = "joint",
-        on_bad: OnBad = "error",
-        special_tokens_in_text: SpecialTokensInText = "special",
-        prompt_key: str | None = None,
-        chosen_key: str | None = None,
-        rejected_key: str | None = None,
-        columns: Sequence[str] = (),
-        limits: Limits | None = None,
-        threads: int | None = None,
         progress: Progress = False,
-    ) -> PairDataset:
+        **options: Unpack[Options],
+    ) -> Self:
         """Same as :meth:`from_files` for any iterable of dicts, read once and in batches.
 
         In a :class:`DataError` ``path`` is None and ``line`` the 1-based row. A table or a data set
@@ -187,14 +143,13 @@ class PairDataset(Sequence):
         """
         if isinstance(rows, str | bytes | Mapping):
             raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
-        options = settings(locals())
+        if is_arrow(rows) and not rows_instead(rows):
+            return cls.from_arrow(rows, tokenizer, progress=progress, **options)
+        checked = settings(options)
         with Bar(progress, []) as callback:
-            encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
-            if is_arrow(rows) and not rows_instead(rows):
-                feed_table(encoder, rows, options.limits)
-            else:
-                encoder.add_rows(rows)
-        return cls._from_raw(encoder.finish(), tokenizer, options.columns)
+            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
+            encoder.add_rows(rows)
+        return cls._from_raw(encoder.finish(), tokenizer, checked)
 
     @classmethod
     def from_arrow(
@@ -202,19 +157,9 @@ class PairDataset(Sequence):
         table: Any,
         tokenizer: Tokenizer,
         *,
-        max_length: int | None = 1024,
-        truncation: Truncation = "keep_start",
-        boundary: Boundary = "joint",
-        on_bad: OnBad = "error",
-        special_tokens_in_text: SpecialTokensInText = "special",
-        prompt_key: str | None = None,
-        chosen_key: str | None = None,
-        rejected_key: str | None = None,
-        columns: Sequence[str] = (),
-        limits: Limits | None = None,
-        threads: int | None = None,
         progress: Progress = False,
-    ) -> PairDataset:
+        **options: Unpack[Options],
+    ) -> Self:
         """Encodes a table in place: no Python object a row, and text is not copied.
 
         Same as ``from_rows(table.to_pylist(), ...)``, in threads and without the GIL.
@@ -233,14 +178,14 @@ class PairDataset(Sequence):
                 input.
             ModuleNotFoundError: pyarrow is not installed.  TypeError: ``table`` is not one.
         """
-        options = settings(locals())
+        checked = settings(options)
         with Bar(progress, []) as callback:
-            encoder = _core.PairEncoder(_checked(tokenizer)._core, options, callback)
+            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
             if rows_instead(table):
                 encoder.add_rows(table)
             else:
-                feed_table(encoder, table, options.limits)
-        return cls._from_raw(encoder.finish(), tokenizer, options.columns)
+                feed_table(encoder, table, checked.limits)
+        return cls._from_raw(encoder.finish(), tokenizer, checked)
 
     @classmethod
     def from_ids(
@@ -251,7 +196,7 @@ class PairDataset(Sequence):
         *,
         pad_id: int = 0,
         vocab_size: int | None = None,
-    ) -> PairDataset:
+    ) -> Self:
         """Pairs from ids that exist already, kept as they are: no truncation, no row dropped.
 
         Args:
@@ -274,7 +219,7 @@ class PairDataset(Sequence):
         columns = []
         for name, ids in lists.items():
             try:
-                ragged = _contiguous(ids) if isinstance(ids, Ragged) else Ragged.from_lists(ids)
+                ragged = ids.contiguous() if isinstance(ids, Ragged) else Ragged.from_lists(ids)
             except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"`{name}`: {error}", field=name, reason="bad_ids") from error
             _core.check_ids(name, ragged.values, ragged.offsets, vocab_size)
@@ -283,40 +228,18 @@ class PairDataset(Sequence):
         return cls(*columns, report=Report(n, n), pad_id=pad_id, vocab_size=vocab_size)
 
     @classmethod
-    def _from_raw(
-        cls, raw: dict[str, Any], tokenizer: Tokenizer, columns: Sequence[str] = ()
-    ) -> PairDataset:
-        kept, with_ref = raw["kept"], raw["with_ref"]
-        notes = list(tokenizer.notes)
-        ref_logps = None
-        if kept and with_ref == kept:
-            ref_logps = raw["ref_logps"].reshape(-1, 2)
-        elif with_ref:
-            notes.append(
-                f"reference log-probs stand in {with_ref} of {kept} pairs and were not carried"
-            )
-        report = Report(
-            read=raw["read"],
-            kept=kept,
-            dropped=raw["dropped"],
-            warned=raw["warned"],
-            first={
-                name: Example(None if path is None else fspath(path), line, where, message)
-                for name, (path, line, where, message) in raw["first"].items()
-            },
-            notes=tuple(notes),
-            bytes=raw["bytes"],
-        )
+    def _from_raw(cls, raw: dict[str, Any], tokenizer: Tokenizer, checked: Settings) -> Self:
+        known = raw["kept"] > 0 and raw["with_ref"] == raw["kept"]
         return cls(
             Ragged(*raw["prompt"]),
             Ragged(*raw["chosen"]),
             Ragged(*raw["rejected"]),
-            report=report,
+            report=Report.of(raw, tokenizer.notes),
             pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
             vocab_size=tokenizer.vocab_size,
-            ref_logps=ref_logps,
+            ref_logps=raw["ref_logps"].reshape(-1, 2) if known else None,
             rows=raw["rows"],
-            columns=dict(zip(columns, raw["columns"], strict=True)),
+            columns=dict(zip(checked.columns, raw["columns"], strict=True)),
         )
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -343,9 +266,7 @@ class PairDataset(Sequence):
         ...     PairDataset.load(folder)[0]["rejected_ids"].tolist()
         [4, 5]
         """
-        from dpo_ext.store import write as store
-
-        store.save(self, folder)
+        save(self, folder)
 
     @classmethod
     def load(cls, folder: str | PathLike[str], *, verify: bool = True) -> PairDataset:
@@ -362,42 +283,13 @@ class PairDataset(Sequence):
             FileNotFoundError: nothing is saved there.
             DataError: the manifest or the file is damaged, of a newer format, or no data set.
         """
-        from dpo_ext.store import write as store
+        return cls._mapped(opened(folder, verify=verify))
 
-        return store.load(folder, verify=verify)
+    @classmethod
+    def _mapped(cls, saved: Saved) -> Any:
+        return MappedPairs.of(saved)
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        return {
-            "prompt_ids": self.prompt_ids[i],
-            "chosen_ids": self.chosen_ids[i],
-            "rejected_ids": self.rejected_ids[i],
-            **{name: values[i] for name, values in self.columns.items()},
-        }
-
-    def __iter__(self) -> Iterator[dict[str, NDArray[np.int32]]]:
-        return (self[i] for i in range(len(self)))
-
-    def __repr__(self) -> str:
-        return f"PairDataset({len(self)} pairs)"
-
-    @cached_property
-    def longest(self) -> NDArray[np.int64]:
-        """(n,) int64: tokens of the longer side of each pair, prompt included."""
-        return self.prompt_ids.lengths + np.maximum(
-            self.chosen_ids.lengths, self.rejected_ids.lengths
-        )
-
-    @cached_property
-    def tokens(self) -> NDArray[np.int64]:
-        """(n,) int64: tokens of both sides of each pair, the prompt counted twice."""
-        return 2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
-
-    def with_ref_logps(self, values: ArrayLike) -> PairDataset:
+    def with_ref_logps(self, values: ArrayLike) -> Self:
         """The same pairs, with log-probs under the reference, (n, 2), chosen then rejected, on
         every batch.
 
@@ -413,22 +305,121 @@ class PairDataset(Sequence):
         if not finite.all():
             worst = int(np.argmin(finite))
             raise ValueError(f"`values` must be finite, found {ref_logps[worst]} at pair {worst}")
-        return PairDataset(
-            self.prompt_ids,
-            self.chosen_ids,
-            self.rejected_ids,
-            report=self.report,
-            pad_id=self.pad_id,
-            vocab_size=self.vocab_size,
-            ref_logps=ref_logps,
-            rows=self.rows,
-            columns=self.columns,
+        return self._made(self.prompt_ids, self.chosen_ids, self.rejected_ids, ref_logps=ref_logps)
+
+    def filter(self, keep: Callable[[dict[str, Any]], Any]) -> Self:
+        """The pairs for which ``keep(pairs[i])`` is true, in their order.
+
+        >>> pairs = PairDataset.from_ids([[1], [2]], [[3], [4]], [[5], [6, 7]])
+        >>> len(pairs.filter(lambda pair: len(pair["rejected_ids"]) > 1))
+        1
+        """
+        return self.select(np.fromiter((bool(keep(pair)) for pair in self), bool, len(self)))
+
+    def split(self, fraction: float, *, seed: int = 0, by_prompt: bool = True) -> tuple[Self, Self]:
+        """The pairs in two parts, for training and for evaluation, each in the order of the whole.
+
+        Args:
+            fraction: of the pairs that go into the second part, as near as whole prompts allow.
+            seed: chooses which ones; the same pairs and seed give the same parts.
+            by_prompt: all pairs of one prompt go to one side, so that none is on both. Pairs
+                without a prompt are apart.
+
+        Returns:
+            ``(rest, held_out)``.
+
+        Raises:
+            ValueError: ``fraction`` is not in [0, 1].
+
+        >>> pairs = PairDataset.from_ids([[1], [1], [2], [3]], [[4]] * 4, [[5]] * 4)
+        >>> train, held_out = pairs.split(0.5, seed=0)
+        >>> {*train.prompt_ids.values} & {*held_out.prompt_ids.values}
+        set()
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"`fraction` must be in [0, 1], found {fraction}")
+        n = len(self)
+        if by_prompt:
+            first: dict[bytes, int] = {}
+            prompts = (ids.tobytes() for ids in self.prompt_ids)
+            group = np.fromiter(
+                (first.setdefault(ids, i) if ids else i for i, ids in enumerate(prompts)), int, n
+            )
+            names, group = np.unique(group, return_inverse=True)
+            sizes = np.bincount(group, minlength=len(names))
+        else:
+            group, sizes = np.arange(n), np.ones(n, np.int64)
+        order = np.random.default_rng(seed).permutation(len(sizes))
+        # The nearest to the fraction that whole groups, in this order, come.
+        ends = np.cumsum(np.concatenate(([0], sizes[order])))
+        taken = int(np.abs(ends - fraction * n).argmin())
+        held_out = np.zeros(len(sizes), bool)
+        held_out[order[:taken]] = True
+        is_held_out = held_out[group]
+        return self.select(~is_held_out), self.select(is_held_out)
+
+    def concat(self, *others: PairDataset) -> Self:
+        """These pairs, then those of ``others``: with ``rows`` and report as if read in one go.
+
+        Raises:
+            ValueError: they differ in ``pad_id``, ``vocab_size`` or columns, or some have reference
+                log-probs and some have none.
+
+        >>> pairs = PairDataset.from_ids([[1]], [[2]], [[3]])
+        >>> len(pairs.concat(pairs, pairs))
+        3
+        """
+        parts = (self, *others)
+        for other in others:
+            for name in ("pad_id", "vocab_size"):
+                mine, theirs = getattr(self, name), getattr(other, name)
+                if mine != theirs:
+                    raise ValueError(
+                        f"`{name}` differs, {mine} and {theirs}: the pairs are of two tokenizers"
+                    )
+            if list(self.columns) != list(other.columns):
+                raise ValueError(
+                    f"expected the columns {list(self.columns)}, found {list(other.columns)}"
+                )
+            if (self.ref_logps is None) != (other.ref_logps is None):
+                raise ValueError(
+                    "some pairs have reference log-probs and some have none\n"
+                    "hint: give them to all, by `with_ref_logps`"
+                )
+        for name in self.columns:
+            kinds = {part.columns[name].dtype.kind for part in parts if len(part)}
+            if len(kinds) > 1 and not kinds <= {"i", "u", "f"}:
+                raise ValueError(f"column `{name}` is of several kinds: {sorted(kinds)}")
+        before = np.cumsum([0, *(part.report.read for part in parts[:-1])])
+        return self._made(
+            *(Ragged.joined([getattr(part, name) for part in parts]) for name in IDS),
+            report=Report.merged([part.report for part in parts]),
+            ref_logps=None
+            if self.ref_logps is None
+            else np.concatenate([part.ref_logps for part in parts]),
+            rows=np.concatenate([p.rows + start for p, start in zip(parts, before, strict=True)]),
+            columns={
+                name: np.concatenate([part.columns[name] for part in parts])
+                for name in self.columns
+            },
         )
+
+    def to_arrow(self) -> Any:
+        """The pairs as a pyarrow Table over the same ids, with the columns that :meth:`save` writes.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is not installed.
+
+        >>> PairDataset.from_ids([[1]], [[2]], [[3]]).to_arrow().column_names
+        ['prompt_ids', 'chosen_ids', 'rejected_ids']
+        """
+        pa = arrow("to_arrow")
+        return pa.Table.from_batches([record_batch(pa, Columns.of(self), {})])
 
     def plan(
         self,
         *,
-        layout: str,
+        layout: Layout,
         pairs_per_batch: int | None = None,
         tokens_per_batch: int | None = None,
         seed: int = 0,
@@ -475,28 +466,38 @@ class PairDataset(Sequence):
         )
 
 
-def _checked(tokenizer: Any) -> Tokenizer:
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError(
-            f"`tokenizer` must be a dpo_ext.Tokenizer, found {type(tokenizer).__name__}\n"
-            "hint: use Tokenizer.from_pretrained(tokenizer)"
-        )
-    return tokenizer
+class MappedPairs(PairDataset):
+    """Pairs over a mapped file. A pickle of them names the file, which a worker maps again."""
+
+    _place: tuple[str, str]
+    _lists: tuple[Ragged, ...]
+
+    @classmethod
+    def of(cls, saved: Saved) -> MappedPairs:
+        """A saved data set with all the ways of one."""
+        pairs = cls.__new__(cls)
+        vars(pairs).update(vars(saved.pairs))
+        pairs._place = (saved.folder, saved.name)
+        pairs._lists = tuple(getattr(pairs, name) for name in IDS)
+        return pairs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = dict(vars(self))
+        for name in ("longest", "tokens"):  # cheap to count again
+            state.pop(name, None)
+        place, lists = state.pop("_place"), state.pop("_lists")
+        if any(state[name] is not ragged for name, ragged in zip(IDS, lists, strict=True)):
+            return _unmapped, (), state
+        return _again, place, {k: v for k, v in state.items() if k not in IDS}
 
 
-def _column(name: str, values: Any, n: int) -> NDArray[Any]:
-    """An extra column: numbers and booleans as they are, strings as objects."""
-    column: NDArray[Any] = np.asarray(values)
-    if column.dtype.kind not in "iufb":
-        column = np.empty(len(values), object)
-        column[:] = values
-    if column.shape != (n,):
-        raise ValueError(f"column `{name}` must have the shape {(n,)}, found {column.shape}")
-    return column
+def _unmapped() -> PairDataset:
+    return PairDataset.__new__(PairDataset)
 
 
-def _contiguous(ragged: Ragged) -> Ragged:
-    values = np.ascontiguousarray(ragged.values)
-    if values.dtype != np.int32:
-        raise TypeError(f"expected int32, found {values.dtype}")
-    return Ragged(values, np.ascontiguousarray(ragged.offsets, np.int64))
+def _again(folder: str, name: str) -> MappedPairs:
+    """Maps the file that another process has mapped."""
+    saved = opened(folder, verify=False)
+    if saved.name != name:
+        raise damaged(Path(folder), "the data set was replaced since it was loaded")
+    return MappedPairs.of(saved)

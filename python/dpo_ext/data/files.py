@@ -1,4 +1,4 @@
-"""Where rows come from: files of every kind and tables, fed to Rust; and the progress of it."""
+"""Paths, globs and kinds of files, and tables, fed to Rust."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import stat
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from os import PathLike, fspath
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_ext import _core
-from dpo_ext.data import tables as columns
+from dpo_ext.data import tables
 from dpo_ext.errors import DataError, LimitExceeded
+from dpo_ext.extras import arrow
 
 if TYPE_CHECKING:
-    from dpo_ext.data.options import Limits, Paths, Progress, Settings
-    from dpo_ext.data.tokenizer import Tokenizer
+    from dpo_ext.data.options import Limits, Paths
 
 Kind = Literal["lines", "parquet", "arrow", "saved"]
 
@@ -92,62 +92,22 @@ def feed_files(encoder: _core.PairEncoder, files: Sequence[str], limits: Limits)
             encoder.add_files(list(group))
             continue
         for path in group:
-            for part in _saved_files(path) if kind == "saved" else [path]:
-                for _ in _feed_arrow_file(encoder, part, kind, limits):
+            for part in saved_files(path) if kind == "saved" else [path]:
+                for _ in feed_arrow_file(encoder, part, kind, limits):
                     pass
-
-
-def parts(
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    options: Settings,
-    callback: Callable[[int, int], Any] | None,
-    pairs: int,
-) -> Iterator[dict[str, Any]]:
-    """What `feed_files` would encode at once, in parts of at least ``pairs``."""
-    read = done = 0
-
-    def shifted(raw: dict[str, Any]) -> dict[str, Any]:
-        nonlocal read
-        raw["rows"] += read
-        read += raw["read"]
-        return raw
-
-    def told(progress: int, rows: int) -> Any:
-        return callback(before[0] + progress, before[1] + rows) if callback else None
-
-    for kind, group in groupby(files, kind_of):
-        names = list(group)
-        before = (done, read)
-        done += sum(map(size_of, names))
-        if kind == "lines":
-            lines = _core.FileEncoder(names, tokenizer._core, options)
-            start = read
-            while (raw := lines.next(pairs, callback and told)) is not None:
-                raw["rows"] += start
-                read += raw["read"]
-                yield raw
-            continue
-        encoder = _core.PairEncoder(tokenizer._core, options, callback and told)
-        for path in names:
-            for part in _saved_files(path) if kind == "saved" else [path]:
-                for _ in _feed_arrow_file(encoder, part, kind, options.limits):
-                    if encoder.kept >= pairs:
-                        yield shifted(encoder.finish())
-        yield shifted(encoder.finish())
 
 
 def feed_table(encoder: _core.PairEncoder, source: Any, limits: Limits) -> None:
     """Encodes a table, a stream or a data set."""
     names = encoder.names
-    batches = columns.record_batches(source, names)
+    batches = tables.record_batches(source, names)
     first = 0
     while (batch := _next(batches, None)) is not None:
         first, _ = _feed_batch(encoder, batch, None, first, 0, limits)
 
 
 def _next(batches: Iterator[Any], path: str | None) -> Any:
-    with columns.typed_errors(path):
+    with tables.pyarrow_errors(path):
         return next(batches, None)
 
 
@@ -156,11 +116,11 @@ def _feed_batch(
 ) -> tuple[int, int]:
     """Encodes a record batch: the number of rows up to its end, and the bytes that were decoded."""
     names, bytes_decoded = encoder.names, 0
-    with columns.typed_errors(path):
-        parts = list(columns.slices(batch))
+    with tables.pyarrow_errors(path):
+        parts = list(tables.slices(batch))
     for part in parts:
-        with columns.typed_errors(path):
-            described, buffers, size = columns.describe(part, names, limits.max_depth, path)
+        with tables.pyarrow_errors(path):
+            described, buffers, size = tables.tree_of(part, names, limits.max_depth, path)
         bytes_decoded += size
         encoder.add_columns(part.num_rows, described, buffers, path, first, 0)
         first += part.num_rows
@@ -169,7 +129,7 @@ def _feed_batch(
     return first, bytes_decoded
 
 
-def _feed_arrow_file(
+def feed_arrow_file(
     encoder: _core.PairEncoder, path: str, kind: Kind, limits: Limits
 ) -> Iterator[None]:
     """Encodes a file, with a stop behind each record batch."""
@@ -211,7 +171,7 @@ def _check_expansion(path: str, unpacked: int, packed: int, limits: Limits) -> N
 
 def _parquet(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], None, None]:
     """The record batches of a Parquet file, and which share of its rows is read with each."""
-    pa = columns.arrow("reading Parquet")
+    pa = arrow("reading Parquet")
     import pyarrow.parquet as pq
 
     # User input is never mapped: a file that shrinks would kill the process.
@@ -236,7 +196,7 @@ def _parquet(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], No
 
 def _ipc(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], None, None]:
     """The record batches of an Arrow file or stream, and which share of it is read with each."""
-    pa = columns.arrow("reading Arrow files")
+    pa = arrow("reading Arrow files")
     size = max(1, Path(path).stat().st_size)
     with pa.OSFile(path) as file:
         is_file = file.read(6) == b"ARROW1"
@@ -253,7 +213,7 @@ def _ipc(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], None, 
             raise ValueError("expected the end of the file behind the stream, found other bytes")
 
 
-def _saved_files(folder: str) -> list[str]:
+def saved_files(folder: str) -> list[str]:
     """The Arrow files of a folder of `save_to_disk`, which must lie in it."""
     path = Path(folder) / "state.json"
 
@@ -273,48 +233,3 @@ def _saved_files(folder: str) -> list[str]:
     if len(set(names)) < len(names):
         raise bad("expected every file once")
     return [fspath(path.parent / name) for name in names]
-
-
-def size_of(path: str) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    found = Path(path)
-    if found.is_dir():
-        return sum(part.stat().st_size for part in found.glob("*.arrow"))
-    return found.stat().st_size
-
-
-def is_shown(variables: Any = os.environ) -> bool:
-    """Whether this process shows progress: of several ranks the first one does."""
-    return str(variables.get("RANK", variables.get("LOCAL_RANK", "0"))) == "0"
-
-
-class Bar:
-    """What Rust calls with (bytes, rows) done so far: nothing, the caller's function, or a bar."""
-
-    def __init__(self, progress: Progress, files: Sequence[str]) -> None:
-        self._progress, self._files = progress, files
-        self._bar: Any = None
-
-    def __enter__(self) -> Callable[[int, int], Any] | None:
-        if callable(self._progress):
-            return self._progress
-        if not self._progress or not is_shown():
-            return None
-        import rich.progress as rich
-
-        total = sum(map(size_of, self._files)) or None
-        parts = (
-            rich.TextColumn("{task.description}"),
-            rich.BarColumn(),
-            rich.TextColumn("{task.fields[rows]:,} rows"),
-        )
-        bar = rich.Progress(*parts, rich.TimeElapsedColumn())
-        bar.disable = not bar.console.is_terminal
-        task = bar.add_task("encoding pairs", total=total, rows=0)
-        self._bar = bar
-        bar.start()
-        return lambda done, rows: bar.update(task, completed=done, rows=rows)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
+from difflib import get_close_matches
 from os import PathLike
-from typing import Any, Literal
-
-from dpo_ext.data.tokenizer import default_threads, local_time
+from typing import Any, Literal, TypedDict
 
 Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "error"]
 Boundary = Literal["joint", "separate", "trl"]
@@ -71,9 +72,45 @@ class Limits:
             raise ValueError(f"`max_depth` must be at most {DEEPEST}, found {self.max_depth}")
 
 
+def local_time() -> tuple[int, int, int, int, int, int, int, int]:
+    """What templates see as now, taken once a data set."""
+    t = datetime.now().timetuple()
+    return (t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec, t.tm_wday, t.tm_yday)
+
+
+def default_threads(threads: int | None) -> int | None:
+    """``threads``, or 1 inside a worker of torch's DataLoader, where all cores are taken
+    already.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"`threads` must be at least 1, found {threads}")
+        return threads
+    data = sys.modules.get("torch.utils.data")
+    if data is not None and data.get_worker_info() is not None:
+        return 1
+    return None
+
+
+class Options(TypedDict, total=False):
+    """What every way into a data set takes, as `PairDataset.from_files` documents it."""
+
+    max_length: int | None
+    truncation: Truncation
+    boundary: Boundary
+    on_bad: OnBad
+    special_tokens_in_text: SpecialTokensInText
+    prompt_key: str | None
+    chosen_key: str | None
+    rejected_key: str | None
+    columns: Sequence[str]
+    limits: Limits | None
+    threads: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of `from_files`, `from_rows` and `from_arrow`; Rust reads them by attribute."""
+    """The :class:`Options`, checked, with their defaults; Rust reads them by attribute."""
 
     max_length: int | None = 1024
     truncation: Truncation = "keep_start"
@@ -130,8 +167,20 @@ class Settings:
         object.__setattr__(self, "columns", columns)
 
 
-def settings(arguments: Mapping[str, Any]) -> Settings:
-    """The options among the arguments of a constructor."""
-    chosen = {f.name: arguments[f.name] for f in fields(Settings) if f.name in arguments}
-    chosen["limits"] = chosen["limits"] or Limits()
-    return Settings(**chosen)
+def settings(options: Mapping[str, Any]) -> Settings:
+    """The options of a caller, checked.
+
+    Raises:
+        TypeError: there is no such option.  ValueError: it has no such value.
+    """
+    unknown = [name for name in options if name not in Options.__annotations__]
+    if unknown:
+        close = get_close_matches(unknown[0], Options.__annotations__, n=1)
+        raise TypeError(
+            f"unknown option `{unknown[0]}`: there is {', '.join(sorted(Options.__annotations__))}"
+            + (f"\nhint: did you mean `{close[0]}`?" if close else "")
+        )
+    given = dict(options)
+    if given.get("limits", Limits) is None:
+        del given["limits"]
+    return Settings(**given)

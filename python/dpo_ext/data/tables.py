@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext.errors import DataError, DpoExtError
+from dpo_ext.extras import arrow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,23 +24,8 @@ ROWS = 8192
 NOTHING = np.empty(0, np.uint8)
 
 
-def arrow(what: str) -> Any:
-    """The module pyarrow, which ``what`` needs.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
-        import pyarrow
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{what} needs pyarrow\nhint: pip install "dpo_ext[arrow]"', name="pyarrow"
-        ) from error
-    return pyarrow
-
-
 @contextmanager
-def typed_errors(path: str | None) -> Iterator[None]:
+def pyarrow_errors(path: str | None) -> Iterator[None]:
     """Every failure of pyarrow as a :class:`DataError`; those of the system pass."""
     try:
         yield
@@ -131,7 +117,7 @@ def slices(batch: Any) -> Iterator[Any]:
         yield batch.slice(start, ROWS)
 
 
-def describe(
+def tree_of(
     batch: Any, names: Sequence[str], max_depth: int, path: str | None
 ) -> tuple[list[tuple[Any, ...] | None], list[NDArray[np.uint8]], int]:
     """The named columns of a record batch for ``PairEncoder.add_columns``, their buffers, and how
@@ -254,3 +240,40 @@ class _Tree:
                 return array, is_json
             array.validate(full=True)
             array = array.cast(target)
+
+
+def text_buffers(texts: Any) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """The bytes and the offsets of each chunk of a column of Arrow strings."""
+    import pyarrow as pa
+
+    if isinstance(texts, pa.Array):
+        texts = pa.chunked_array([texts])
+    elif hasattr(texts, "__arrow_c_stream__"):
+        if not isinstance(texts, pa.ChunkedArray):
+            texts = pa.chunked_array(texts)
+    else:
+        texts = pa.chunked_array([pa.array(texts)])
+    kind = texts.type.value_type if pa.types.is_dictionary(texts.type) else texts.type
+    if not any(is_kind(kind) for is_kind in _is_text()):
+        raise TypeError(f"`texts` must be strings, found a column of {texts.type}")
+    buffers, before = [], 0
+    for chunk in texts.chunks:
+        if chunk.null_count:
+            row = before + chunk.is_null().index(True).as_py() + 1
+            raise DataError(
+                f"row {row}: expected a string, found null", line=row, reason="wrong_type"
+            )
+        before += len(chunk)
+        if len(chunk):
+            chunk = chunk.cast(pa.large_string())
+            _, offsets, data = chunk.buffers()
+            places = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            bytes_ = np.frombuffer(b"" if data is None else data, np.uint8)
+            buffers.append((bytes_, places))
+    return buffers
+
+
+def _is_text() -> tuple[Any, ...]:
+    from pyarrow import types
+
+    return types.is_string, types.is_large_string, types.is_string_view

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,25 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.layout.batch import Ragged
-from dpo_ext.errors import DataError, TokenizerError
-from dpo_ext.data.templates import Fallback, choose
+from dpo_ext.data.options import default_threads, local_time
+from dpo_ext.data.pretrained import (
+    MAX_TOKENIZER_BYTES,
+    read_bytes,
+    state_of,
+    state_of_folder,
+    state_of_live,
+)
+from dpo_ext.data.tables import text_buffers
+from dpo_ext.data.templates import Fallback
+from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-MAX_TOKENIZER_BYTES = 256 << 20
-MAX_TEMPLATE_BYTES = 1 << 20
-
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class Tokenizer:
@@ -95,8 +88,8 @@ class Tokenizer:
                 vocabulary.
         """
         return cls(
-            _state(
-                _read_bytes(Path(tokenizer_json), MAX_TOKENIZER_BYTES),
+            state_of(
+                read_bytes(Path(tokenizer_json), MAX_TOKENIZER_BYTES),
                 ids=(bos_id, eos_id, pad_id),
                 template=chat_template,
             )
@@ -126,8 +119,8 @@ class Tokenizer:
                 return source
             return cls(source._state | {"template": chat_template, "tool_template": None})
         if isinstance(source, str | PathLike):
-            return cls(_from_folder(Path(source), chat_template))
-        return cls(_from_live(source, chat_template))
+            return cls(state_of_folder(Path(source), chat_template))
+        return cls(state_of_live(source, chat_template))
 
     @property
     def engine(self) -> Literal["bpe", "tokenizers"]:
@@ -220,7 +213,7 @@ class Tokenizer:
             raise TypeError("`texts` must be an iterable of strings, found one string")
         if hasattr(texts, "__arrow_c_stream__") or hasattr(texts, "__arrow_c_array__"):
             values, offsets = self._core.encode_arrow(
-                _arrow_buffers(texts), add_special_tokens, default_threads(threads)
+                text_buffers(texts), add_special_tokens, default_threads(threads)
             )
             return Ragged(values, offsets)
         values, offsets = self._core.encode_batch(
@@ -266,178 +259,15 @@ class Tokenizer:
         return f"Tokenizer(engine={self.engine!r}, vocab_size={self.vocab_size})"
 
 
-def _arrow_buffers(texts: Any) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """The bytes and the offsets of each chunk of a column of Arrow strings."""
-    import pyarrow as pa
-
-    if isinstance(texts, pa.Array):
-        texts = pa.chunked_array([texts])
-    elif hasattr(texts, "__arrow_c_stream__"):
-        if not isinstance(texts, pa.ChunkedArray):
-            texts = pa.chunked_array(texts)
-    else:
-        texts = pa.chunked_array([pa.array(texts)])
-    kind = texts.type.value_type if pa.types.is_dictionary(texts.type) else texts.type
-    if not any(is_kind(kind) for is_kind in _arrow_strings()):
-        raise TypeError(f"`texts` must be strings, found a column of {texts.type}")
-    buffers, before = [], 0
-    for chunk in texts.chunks:
-        if chunk.null_count:
-            row = before + chunk.is_null().index(True).as_py() + 1
-            raise DataError(
-                f"row {row}: expected a string, found null", line=row, reason="wrong_type"
-            )
-        before += len(chunk)
-        if len(chunk):
-            chunk = chunk.cast(pa.large_string())
-            _, offsets, data = chunk.buffers()
-            places = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-            bytes_ = np.frombuffer(b"" if data is None else data, np.uint8)
-            buffers.append((bytes_, places))
-    return buffers
-
-
-def _arrow_strings() -> tuple[Any, ...]:
-    from pyarrow import types
-
-    return types.is_string, types.is_large_string, types.is_string_view
-
-
 def _restore(state: bytes) -> Tokenizer:
     loaded = json.loads(state)
     return Tokenizer({**loaded, "json": loaded["json"].encode()})
 
 
-def _state(
-    tokenizer_json: bytes,
-    *,
-    named: Sequence[tuple[str, str]] = (),
-    added: Sequence[tuple[str, bool, bool, bool, bool, bool]] = (),
-    ids: tuple[int | None, int | None, int | None] = (None, None, None),
-    template: str | None = None,
-    tool_template: str | None = None,
-) -> dict[str, Any]:
-    for name, value in zip(("bos_id", "eos_id", "pad_id"), ids, strict=True):
-        if value is not None and not 0 <= value < 2**31:
-            raise ValueError(f"`{name}` must be in 0..2**31, found {value}")
-    for text in (template, tool_template):
-        if text is not None and len(text) > MAX_TEMPLATE_BYTES:
-            raise TokenizerError(f"the chat template has more than {MAX_TEMPLATE_BYTES} bytes")
-    return {
-        "json": tokenizer_json,
-        "named": [list(pair) for pair in named],
-        "added": [list(token) for token in added],
-        "ids": list(ids),
-        "template": template,
-        "tool_template": tool_template,
-    }
-
-
-def _read_bytes(path: Path, most: int) -> bytes:
-    size = path.stat().st_size
-    if size > most:
-        raise TokenizerError(f"{path}: expected at most {most} bytes, found {size}")
-    return path.read_bytes()
-
-
-def _read(path: Path, most: int) -> str:
-    try:
-        return _read_bytes(path, most).decode()
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: expected UTF-8: {error}") from error
-
-
-def _token(value: Any, *, special: bool = True) -> tuple[str, bool, bool, bool, bool, bool] | None:
-    """(content, lstrip, rstrip, single word, normalized, special) of a token in
-    tokenizer_config.json.
-    """
-    if isinstance(value, str):
-        return (value, False, False, False, not special, special)
-    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
-        flags = (bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word"))
-        lstrip, rstrip, single_word = flags
-        normalized = bool(value.get("normalized", not special))
-        return (value["content"], lstrip, rstrip, single_word, normalized, special)
-    return None
-
-
-def _from_folder(folder: Path, chosen: str | None) -> dict[str, Any]:
-    tokenizer_json = _read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
-    config: dict[str, Any] = {}
-    config_file = folder / "tokenizer_config.json"
-    if config_file.exists():
-        try:
-            config = json.loads(_read(config_file, MAX_TOKENIZER_BYTES))
-        except ValueError as error:
-            raise TokenizerError(f"{config_file}: {error}") from error
-        if not isinstance(config, dict):
-            raise TokenizerError(f"{config_file}: expected an object")
-    named, added = [], []
-    extra = [
-        *(config.get("extra_special_tokens") or []),
-        *(config.get("additional_special_tokens") or []),
-    ]
-    for name, value in [*((name, config.get(name)) for name in _NAMED), *(("", v) for v in extra)]:
-        token = _token(value)
-        if token is None:
-            continue
-        if name:
-            named.append((name, token[0]))
-        added.append(token)
-    # As in transformers, `add_bos_token` changes nothing: tokenizer.json's post-processor wins.
-    template_file = folder / "chat_template.jinja"
-    templates = config.get("chat_template")
-    if template_file.exists():
-        templates = _read(template_file, MAX_TEMPLATE_BYTES)
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        if more:
-            named_ones = {path.stem: _read(path, MAX_TEMPLATE_BYTES) for path in more}
-            templates = {"default": templates} | named_ones
-    template, tool_template = choose(templates, chosen)
-    return _state(
-        tokenizer_json,
-        named=named,
-        added=list(dict.fromkeys(added)),
-        template=template,
-        tool_template=tool_template,
-    )
-
-
-def _from_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
-    # A processor of a multi-modal model carries its tokenizer along.
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        found = type(tokenizer).__name__
-        raise TokenizerError(
-            f"expected a folder or a transformers tokenizer with a Rust backend, found {found}"
+def checked_tokenizer(tokenizer: Any) -> Tokenizer:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"`tokenizer` must be a dpo_ext.Tokenizer, found {type(tokenizer).__name__}\n"
+            "hint: use Tokenizer.from_pretrained(tokenizer)"
         )
-    named = []
-    for name in _NAMED:
-        token = getattr(tokenizer, name, None)
-        if token is not None:
-            named.append((name, str(token)))
-    template, tool_template = choose(getattr(tokenizer, "chat_template", None), chosen)
-    return _state(
-        backend.to_str().encode(), named=named, template=template, tool_template=tool_template
-    )
-
-
-def local_time() -> tuple[int, int, int, int, int, int, int, int]:
-    """What templates see as now, taken once a data set."""
-    t = datetime.now().timetuple()
-    return (t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec, t.tm_wday, t.tm_yday)
-
-
-def default_threads(threads: int | None) -> int | None:
-    """``threads``, or 1 inside a worker of torch's DataLoader, where all cores are taken
-    already.
-    """
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"`threads` must be at least 1, found {threads}")
-        return threads
-    data = sys.modules.get("torch.utils.data")
-    if data is not None and data.get_worker_info() is not None:
-        return 1
-    return None
+    return tokenizer

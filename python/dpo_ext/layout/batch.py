@@ -5,87 +5,18 @@ Shapes: N pairs, S = 2N sequences, T tokens of the longest row, M scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 
-@dataclass(frozen=True, eq=False)
-class Ragged(Sequence):
-    """Lists of different lengths in one array: list ``i`` is ``values[offsets[i]:offsets[i + 1]]``,
-    a view.
-
-    Attributes:
-        values: (sum of lengths,) int32.
-        offsets: (n + 1,) int64.
-
-    >>> import numpy as np
-    >>> lists = Ragged(np.array([1, 2, 3], np.int32), np.array([0, 2, 2, 3]))
-    >>> len(lists), lists[0].tolist(), lists[1].tolist()
-    (3, [1, 2], [])
-    """
-
-    values: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-
-    @classmethod
-    def from_lists(cls, lists: Sequence[Any]) -> Ragged:
-        """Copies lists or arrays of whole numbers; values that int32 does not hold are an
-        OverflowError.
-        """
-        lengths = np.fromiter((len(ids) for ids in lists), np.int64, len(lists))
-        offsets = np.zeros(len(lists) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        values = np.empty(int(offsets[-1]), np.int32)
-        for start, stop, ids in zip(offsets[:-1], offsets[1:], lists, strict=True):
-            values[start:stop] = _int32(ids)
-        return cls(values, offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        k = int(i)
-        if not -len(self) <= k < len(self):
-            raise IndexError(f"index {i} is out of range for {len(self)} lists")
-        k %= len(self)
-        return self.values[self.offsets[k] : self.offsets[k + 1]]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(n,) int64."""
-        return np.diff(self.offsets)
-
-    def tolist(self) -> list[list[int]]:
-        return [ids.tolist() for ids in self]
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Ragged)
-            and np.array_equal(self.offsets, other.offsets)
-            and np.array_equal(self.values, other.values)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _int32(ids: Any) -> NDArray[np.int32]:
-    array = np.asarray(ids)
-    if array.size == 0:
-        return np.empty(0, np.int32)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise TypeError(f"expected whole numbers, found {array.dtype} of shape {array.shape}")
-    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
-        raise OverflowError("expected ids of 32 bits")
-    return array.astype(np.int32)
+Layout = Literal["padded", "packed", "shared"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +101,7 @@ class Batch:
     All are NumPy arrays from a plan, torch tensors after ``.to(device)``.
     """
 
-    layout: str
+    layout: Layout
     input_ids: Any
     logit_rows: Any
     targets: Any

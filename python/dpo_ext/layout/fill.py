@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.layout.batch import Batch
 from dpo_ext.errors import LimitExceeded
+from dpo_ext.layout.batch import Batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dpo_ext.data.dataset import PairDataset
+    from dpo_ext.pairs import Pairs
 
     # Gives a flat array of so many places of a dtype; what is in it does not matter.
     Take = Callable[[int, Any], NDArray[Any]]
@@ -32,7 +32,7 @@ _BLOCK_FIELDS = (
 )
 
 
-def shared_lengths(pairs: PairDataset) -> NDArray[np.int64]:
+def shared_lengths(pairs: Pairs) -> NDArray[np.int64]:
     """(n,) int64: slots of each pair in a shared row, P + C + R - 1.
 
     Without a prompt nothing is shared, and each side goes without its last token.
@@ -44,7 +44,7 @@ def shared_lengths(pairs: PairDataset) -> NDArray[np.int64]:
     return np.where(prompt > 0, prompt - 1 + chosen + rejected, alone)
 
 
-def _lists(pairs: PairDataset) -> dict[str, Any]:
+def _lists(pairs: Pairs) -> dict[str, Any]:
     columns = {
         "prompt": pairs.prompt_ids,
         "chosen": pairs.chosen_ids,
@@ -53,7 +53,7 @@ def _lists(pairs: PairDataset) -> dict[str, Any]:
     return {name: (ids.values, ids.offsets) for name, ids in columns.items()}
 
 
-def _of_pairs(pairs: PairDataset, index: NDArray[np.int64], take: Take) -> dict[str, Any]:
+def _of_pairs(pairs: Pairs, index: NDArray[np.int64], take: Take) -> dict[str, Any]:
     """What a batch of the pairs ``index`` holds in every layout."""
     own = take(len(index), np.int64)
     own[:] = index
@@ -77,9 +77,7 @@ def _table(scored: int, n: int, take: Take) -> dict[str, Any]:
     }
 
 
-def padded(
-    pairs: PairDataset, index: NDArray[np.int64], multiple: int, take: Take = np.empty
-) -> Batch:
+def padded(pairs: Pairs, index: NDArray[np.int64], multiple: int, take: Take = np.empty) -> Batch:
     """The pairs ``index``, one row a side."""
     lists, n = _lists(pairs), len(index)
     longest, scored, _ = _core.batch_sizes(**lists, index=index)
@@ -94,7 +92,7 @@ def padded(
 
 
 def packed(
-    pairs: PairDataset,
+    pairs: Pairs,
     index: NDArray[np.int64],
     bounds: NDArray[np.int64],
     width: int,
@@ -126,7 +124,7 @@ def packed(
 
 
 def shared(
-    pairs: PairDataset,
+    pairs: Pairs,
     index: NDArray[np.int64],
     bounds: NDArray[np.int64],
     width: int,

@@ -6,22 +6,23 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, get_args, overload
 
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.layout.batch import Batch, Ragged
 from dpo_ext.errors import DataError
+from dpo_ext.layout.batch import Batch, Layout
 from dpo_ext.layout.fill import packed, padded, shared, shared_lengths
+from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dpo_ext.data.dataset import PairDataset
     from dpo_ext.layout.fill import Take
+    from dpo_ext.pairs import Pairs
 
-LAYOUTS = ("padded", "packed", "shared")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def pack_lengths(lengths: Any, capacity: int, *, seed: int = 0) -> Ragged:
     return Ragged(items, starts)
 
 
-class BatchPlan(Sequence):
+class BatchPlan(Sequence[Batch]):
     """Which pairs make which batch, for one rank; a map-style sequence of :class:`Batch`.
 
     The order is a function of (seed, epoch), the same for every world size and number of workers:
@@ -109,9 +110,9 @@ class BatchPlan(Sequence):
 
     def __init__(
         self,
-        pairs: PairDataset,
+        pairs: Pairs,
         *,
-        layout: str,
+        layout: Layout,
         pairs_per_batch: int | None,
         tokens_per_batch: int | None,
         seed: int,
@@ -233,6 +234,10 @@ class BatchPlan(Sequence):
             return self._items[start:stop]
         return _core.epoch_order(len(self._pairs), self.seed, self.epoch, self.shuffle, start, stop)
 
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> Batch: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Batch]: ...
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]

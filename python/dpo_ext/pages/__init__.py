@@ -1,0 +1,1 @@
+"""Self-contained HTML, for the demo and the bench."""

@@ -1,0 +1,27 @@
+"""The theory of preferences as functions: Bradley-Terry, Plackett-Luce, KL divergences, the optimal policy.
+
+NumPy alone, except for `reward_loss` and the divergences of tensors.
+"""
+
+from dpo_ext.preference.policy import (
+    implied_reward,
+    kl_divergence,
+    kl_from_samples,
+    log_partition,
+    optimal_policy,
+    reward_loss,
+)
+from dpo_ext.preference.strengths import StrengthFit, bt_fit, bt_probability, plackett_luce_fit
+
+__all__ = [
+    "StrengthFit",
+    "bt_fit",
+    "bt_probability",
+    "implied_reward",
+    "kl_divergence",
+    "kl_from_samples",
+    "log_partition",
+    "optimal_policy",
+    "plackett_luce_fit",
+    "reward_loss",
+]

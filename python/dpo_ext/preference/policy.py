@@ -73,8 +73,8 @@ def reward_loss(
     import torch
     from torch.nn.functional import logsigmoid
 
-    from dpo_ext.errors import TensorError
-    from dpo_ext.torch.losses.checks import describe, host_values
+    from dpo_ext.errors import TensorError, describe
+    from dpo_ext.torch.losses.checks import host_values
 
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, torch.Tensor):

@@ -1,0 +1,1 @@
+"""What is kept on disk, one state of a folder at a time."""

@@ -9,7 +9,6 @@ frees it. A file that was replaced lives on for those who have it mapped.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -242,6 +241,8 @@ def writing(path: Path) -> Iterator[Folder]:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path / LOCK, flags, 0o600)
         try:
+            import fcntl  # not on Windows, where nothing else here needs it
+
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError as error:

@@ -5,8 +5,6 @@ n is the number of pairs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
 import os
 import stat
@@ -14,16 +12,16 @@ from collections.abc import Mapping
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dpo_ext.layout.batch import Ragged
-from dpo_ext.data.dataset import PairDataset
 from dpo_ext.errors import DataError
+from dpo_ext.pairs import IDS, REFERENCE, Pairs, Ragged
+from dpo_ext.report import Report
+from dpo_ext.store.columns import MAX_INT32
 from dpo_ext.store.folder import (
     CHUNK_BYTES,
-    DATA,
     MANIFEST,
     damaged,
     digest_of,
@@ -31,91 +29,28 @@ from dpo_ext.store.folder import (
     open_inside,
     typed_errors,
 )
-from dpo_ext.report import Report
+from dpo_ext.store.manifest import MAX_MANIFEST_BYTES, ROW, read_manifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FORMAT = "dpo_ext pairs"
-VERSION = 1
-MAX_MANIFEST_BYTES = 16 << 20
-# A list column of at most this many ids has 32-bit offsets.
-MAX_INT32 = 2**31 - 1
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-ROW = "row"
 NUMBERS = {"int64": np.dtype("<i8"), "float64": np.dtype("<f8")}
 
 
-def sealed(manifest: dict[str, Any]) -> bytes:
-    """JSON that carries its own digest."""
-    manifest = {**manifest, "checksum": _checksum(manifest)}
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+class Saved(NamedTuple):
+    """A saved data set, mapped."""
+
+    pairs: Pairs
+    manifest: Mapping[str, Any]
+    folder: str
+    """Absolute."""
+    name: str
+    """Of the data file in it."""
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def current_file(folder: Path) -> str | None:
-    """The data file that the manifest of a folder names, so that no sweep takes it away.
-
-    Raises:
-        DataError: the manifest is not one of ours.
-    """
-    try:
-        manifest = read_manifest(folder)
-    except FileNotFoundError:
-        return None
-    return manifest["file"]["name"]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, checked.
-
-    Raises:
-        FileNotFoundError: there is none.  DataError: it is damaged, of another format or newer.
-    """
-    path = folder / MANIFEST
-    fd = open_inside(folder, MANIFEST)
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(MAX_MANIFEST_BYTES + 1)
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"the manifest is damaged: {type(error).__name__}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise damaged(path, f"expected the format {FORMAT!r}")
-    version = manifest.get("version")
-    if type(version) is not int or version != VERSION:
-        package = str(manifest.get("package"))[:20]
-        raise damaged(
-            path,
-            f"expected version {VERSION} of the format, found {str(version)[:20]}, written by "
-            f"dpo_ext {package!a}\nhint: load it with that version, or save the data set again",
-        )
-    try:
-        sound = manifest["checksum"] == _checksum(manifest)
-    except (KeyError, ValueError, RecursionError):
-        sound = False
-    if not sound:
-        raise damaged(path, "the manifest is damaged: its checksum differs")
-    file_ = manifest.get("file")
-    name = file_.get("name") if isinstance(file_, dict) else None
-    if not isinstance(name, str) or not DATA.fullmatch(name):
-        raise damaged(path, "`file`: expected 32 hexadecimal digits and .arrow")
-    return manifest
-
-
-def load(folder: str | PathLike[str], *, verify: bool = True) -> PairDataset:
-    """Maps a saved data set; see :meth:`PairDataset.load`."""
-    return opened(folder, verify)[0]
-
-
-def opened(folder: str | PathLike[str], verify: bool) -> tuple[PairDataset, dict[str, Any]]:
-    """Maps a saved data set; it and its manifest."""
+def opened(folder: str | PathLike[str], *, verify: bool) -> Saved:
+    """Maps a saved data set; see `PairDataset.load`."""
     path = Path(folder)
     with typed_errors(path):
         if not stat.S_ISDIR(path.stat().st_mode):
@@ -133,7 +68,8 @@ def opened(folder: str | PathLike[str], verify: bool) -> tuple[PairDataset, dict
                     raise damaged(path / name, "the data file is missing") from error
                 seen = name
         try:
-            return Mapped(path, manifest, fd, verify).pairs(), manifest
+            pairs = Mapped(path, manifest, fd, verify).pairs()
+            return Saved(pairs, manifest, str(path.absolute()), name)
         finally:
             os.close(fd)
 
@@ -232,7 +168,7 @@ class Mapped:
                 raise damaged(self.path, f"`{name}`: expected UTF-8") from error
         raise self._wrong(f"`{name}`: unknown kind {str(kind)[:20]!a}")
 
-    def pairs(self) -> PairDataset:
+    def pairs(self) -> Pairs:
         columns = self.manifest.get("columns")
         if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):
             raise self._wrong("`columns`: expected an object of objects")
@@ -254,7 +190,7 @@ class Mapped:
             raise self._wrong(f"`report`: expected {self.n} kept, found {str(report.kept)[:20]}")
         extra: dict[str, Any] = {"columns": others} if others else {}
         try:
-            pairs = MappedPairs(
+            return Pairs(
                 lists["prompt_ids"],
                 lists["chosen_ids"],
                 lists["rejected_ids"],
@@ -267,37 +203,6 @@ class Mapped:
             )
         except ValueError as error:
             raise self._wrong(str(error)) from error
-        pairs._place = (str(self.folder.absolute()), self.path.name)
-        pairs._lists = tuple(lists.values())
-        return pairs
-
-
-class MappedPairs(PairDataset):
-    """Pairs over a mapped file. A pickle of them names the file, which a worker maps again."""
-
-    _place: tuple[str, str]
-    _lists: tuple[Ragged, ...]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = dict(vars(self))
-        for name in ("longest", "tokens"):  # cheap to count again
-            state.pop(name, None)
-        place, lists = state.pop("_place"), state.pop("_lists")
-        if any(state[name] is not ragged for name, ragged in zip(IDS, lists, strict=True)):
-            return _unmapped, (), state
-        return _again, place, {k: v for k, v in state.items() if k not in IDS}
-
-
-def _unmapped() -> PairDataset:
-    return PairDataset.__new__(PairDataset)
-
-
-def _again(folder: str, name: str) -> PairDataset:
-    """Maps the file that another process has mapped."""
-    pairs, manifest = opened(folder, verify=False)
-    if manifest["file"]["name"] != name:
-        raise damaged(Path(folder), "the data set was replaced since it was loaded")
-    return pairs
 
 
 def _is_wide(column: Mapping[str, Any]) -> bool:

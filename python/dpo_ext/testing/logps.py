@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.layout.table import ScoreTable
 from dpo_ext.testing.search import Violation, hypothesis, literal, search
 from dpo_ext.testing.strategies import logits, pairs, score_tables
-from dpo_ext.layout.table import ScoreTable
 
 TOKEN_SLACK = 4e-6  # nats a token in float32, against float64
 CANARY = float("nan")

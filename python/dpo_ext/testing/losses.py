@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_ext.testing.properties import Claims, Subject, Trial, applicable, one
 from dpo_ext.testing.search import Violation, hypothesis, search
 from dpo_ext.testing.strategies import PairLogps, pair_logps
-from dpo_ext.torch.losses.checks import find_loss
+from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import preference_loss
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ext.testing.search import hypothesis
 from dpo_ext.layout.table import ScoreTable
+from dpo_ext.testing.search import hypothesis
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

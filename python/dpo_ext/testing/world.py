@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.losses.pairs import preference_loss
 from dpo_ext.layout.table import ScoreTable
+from dpo_ext.torch.losses.pairs import preference_loss
 
 
 @dataclass(frozen=True, slots=True)

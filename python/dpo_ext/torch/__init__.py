@@ -1,16 +1,19 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.attention import assert_packing_safe
+from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps.kl import linear_token_kl, token_kl
 from dpo_ext.torch.logps.linear import linear_sequence_logps, linear_token_scores
-from dpo_ext.torch.loader import PairLoader
-from dpo_ext.torch.logps.logits import TokenScores, sequence_logps, token_scores
-from dpo_ext.torch.losses.single import GroupLoss, RunningMean, kto_z, list_loss, unpaired_loss
+from dpo_ext.torch.logps.logits import sequence_logps, token_scores
+from dpo_ext.torch.logps.scores import TokenScores
+from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
+from dpo_ext.torch.losses.registry import register_loss
+from dpo_ext.torch.losses.result import GroupLoss
+from dpo_ext.torch.losses.single import RunningMean, kto_z, list_loss, unpaired_loss
 from dpo_ext.torch.losses.tokens import ld_table, tdpo_kls, wpo_averages
-from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss, register_loss
 from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring
-from dpo_ext.layout.table import ScoreTable
 
 __all__ = [
     "GroupLoss",

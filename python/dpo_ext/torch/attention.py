@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo_ext.layout.batch import Batch
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.batch import Batch
 from dpo_ext.layout.masks import layer_windows
 
 LAYOUTS = ("packed", "shared")

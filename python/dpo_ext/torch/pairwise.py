@@ -15,21 +15,16 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
 from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps.logits import (
-    Transform,
-    check_is_table,
-    check_plain,
-    differentiable_once,
-    token_grad,
-)
-from dpo_ext.torch.losses.checks import find_loss
-from dpo_ext.torch.losses.ranks import check_group, count_pairs
-from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
-from dpo_ext.layout.table import ScoreTable
+from dpo_ext.torch.logps.scores import Transform, check_is_table, check_plain, token_grad
+from dpo_ext.torch.losses.compat import find_loss
+from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
+from dpo_ext.torch.losses.ranks import check_group, count_pairs
+from dpo_ext.torch.once import differentiable_once
 
 PLANS = ("auto", "frozen", "pairwise", "recompute")
 

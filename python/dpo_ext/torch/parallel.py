@@ -14,19 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import ops
 from dpo_ext.torch.logps.head import Rows
-from dpo_ext.torch.logps.logits import (
+from dpo_ext.torch.logps.logits import sequence_logps
+from dpo_ext.torch.logps.scores import (
     Transform,
     check_is_table,
     check_table,
-    differentiable_once,
     is_dtensor,
-    sequence_logps,
     sum_sequences,
 )
-from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps.twin import transform
+from dpo_ext.torch.once import differentiable_once
 
 
 def vocab_parallel_sequence_logps(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.masks import check_windows
+from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch import pairwise
 from dpo_ext.torch.logps.linear import (
     PLANS,
@@ -23,7 +25,7 @@ from dpo_ext.torch.logps.linear import (
     linear_sequence_logps,
     linear_token_scores,
 )
-from dpo_ext.torch.logps.logits import (
+from dpo_ext.torch.logps.scores import (
     STATS,
     TokenScores,
     check_is_table,
@@ -31,10 +33,8 @@ from dpo_ext.torch.logps.logits import (
     only,
     sum_sequences,
 )
-from dpo_ext.torch.losses.checks import find_loss
+from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss
-from dpo_ext.layout.masks import check_windows
-from dpo_ext.layout.table import ScoreTable
 
 _ORIGINAL, _HEAD, _LOSS = "_dpo_ext_forward", "_dpo_ext_head", "_dpo_ext_loss"
 

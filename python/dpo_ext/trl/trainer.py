@@ -23,9 +23,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.report import Report
-from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.torch import assert_packing_safe, attach_scoring, preference_loss
 from dpo_ext.trl.collator import LAYOUTS, NUM_TOKENS, REF_COLUMNS, TABLE_KEY, PairCollator
 from dpo_ext.trl.options import (

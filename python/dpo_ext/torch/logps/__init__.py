@@ -1,0 +1,1 @@
+"""Log-probs from logits and from hidden states."""

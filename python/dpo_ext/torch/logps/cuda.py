@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo_ext.errors import KernelCompileError, KernelUnavailable, TensorError
 
-CUDA_FOLDER = Path(__file__).parent / "cuda"
+CUDA_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
 OPTIONS = ("-std=c++17",)  # CuPy adds -ftz=true, the architecture and the include folders
 THREADS = 256  # of every block; `THREADS` of reduce.cuh
 MAX_TILES = 64  # `MAX_TILES` of reduce.cuh

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
-from dpo_ext.torch.logps.logits import Transform, check_table, is_dtensor, uses_kernels
 from dpo_ext.torch.logps.ops import fresh
 from dpo_ext.torch.logps.products import logits_into, wide
-from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.torch.logps.scores import Transform, check_table, is_dtensor, uses_kernels
 
 SCRATCH_BYTES = 1_100_000_000
 """Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""

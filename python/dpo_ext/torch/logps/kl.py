@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
-from dpo_ext.torch.logps.logits import Transform, check_plain, check_table, differentiable_once
 from dpo_ext.torch.logps.products import add_product, product, wide
-from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.torch.logps.scores import Transform, check_plain, check_table
+from dpo_ext.torch.once import differentiable_once
 
 DIRECTIONS = ("ref_policy", "policy_ref")
 CHUNK_BYTES = 64 << 20

@@ -26,18 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
-from dpo_ext.torch.logps.logits import (
+from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
+from dpo_ext.torch.logps.scores import (
     TokenScores,
     Transform,
     check_is_table,
     check_stats,
-    differentiable_once,
     only,
     sum_sequences,
 )
-from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
-from dpo_ext.layout.table import ScoreTable
+from dpo_ext.torch.once import differentiable_once
 
 PLANS = ("auto", "frozen", "recompute")
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dpo_ext import _core
-from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.errors import TensorError
+from dpo_ext.torch.logps import cuda as kernels
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

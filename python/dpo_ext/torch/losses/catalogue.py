@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_ext.torch.losses.compat import COMPAT
-from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
-from dpo_ext.torch.losses.row import LOSSES, LossRow
 from dpo_ext.torch.losses.pairs import preference_loss
+from dpo_ext.torch.losses.row import LOSSES, LossRow
+from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,57 +7,23 @@ A value of a CUDA tensor is never looked at, because that waits for the device; 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
-from dpo_ext.torch.logps.logits import check_plain
-from dpo_ext.torch.losses.compat import ambiguous
+from dpo_ext.errors import TensorError, describe
+from dpo_ext.torch.logps.scores import check_plain
 from dpo_ext.torch.losses.forms import Number
-from dpo_ext.torch.losses.row import LOSSES, LossRow, Parameter, non_negative
+from dpo_ext.torch.losses.row import LossRow, Parameter, non_negative
 
 _WEIGHT = non_negative()
-_ELSEWHERE = {
-    **dict.fromkeys(("kto", "bco", "apo_zero_unpaired"), "unpaired_loss"),
-    **dict.fromkeys(("plackett_luce", "s_dpo", "infonca", "nca"), "list_loss"),
-}
 
 
 def host_values(tensor: Tensor) -> bool:
     """Whether the values of a tensor may be looked at."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def describe(value: Any) -> str:
-    """``float32 of shape (4, 2)`` of a tensor, the type of anything else."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    return type(value).__name__
-
-
-def find_loss(name: str) -> LossRow:
-    """The row of a name.
-
-    Raises:
-        ValueError: there is none; the message has what was probably meant.
-    """
-    row = LOSSES.get(name)
-    if row is None:
-        if name in _ELSEWHERE:
-            raise ValueError(
-                f"loss {name!r} is not of pairs\nhint: dpo_ext.torch.{_ELSEWHERE[name]} has it"
-            )
-        why = ambiguous(name)
-        if why is not None:
-            raise ValueError(why)
-        close = difflib.get_close_matches(name, LOSSES, n=3, cutoff=0.5)
-        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"unknown loss {name!r}\nhint: {meant}`dpo-ext losses` lists them all")
-    return row
 
 
 def check_log_probs(logps: Tensor) -> None:
@@ -227,3 +193,28 @@ def _check_device(name: str, tensor: Tensor, logps: Tensor) -> None:
         raise TensorError(
             f"`{name}` must be on {logps.device} as `logps`, found it on {tensor.device}"
         )
+
+
+def _find(table: Mapping[str, LossRow], name: str) -> LossRow:
+    if name not in table:
+        raise ValueError(f"`loss` must be one of {', '.join(map(repr, table))}, found {name!r}")
+    return table[name]
+
+
+def _check_pair_of(name: str, logps: Tensor, ref_logps: Tensor, dims: int) -> None:
+    shape = "(N,)" if dims == 1 else "(N, K)"
+    if logps.dim() != dims or logps.dtype not in (torch.float32, torch.float64):
+        raise TensorError(
+            f"`{name}` must be float32 or float64 of shape {shape}, found {describe(logps)}"
+        )
+    if (
+        ref_logps.shape != logps.shape
+        or ref_logps.dtype != logps.dtype
+        or ref_logps.device != logps.device
+    ):
+        raise TensorError(
+            f"the reference's `{name}` must be {describe(logps)} on {logps.device}, found "
+            f"{describe(ref_logps)} on {ref_logps.device}"
+        )
+    if ref_logps.requires_grad:
+        raise TensorError(f"the reference's `{name}` asks for a gradient: detach it")

@@ -11,12 +11,18 @@ Lengths are the caller's: TRL 1.16 counts the completion tokens of the unshifted
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_ext.torch.losses.row import LOSSES
+from dpo_ext.torch.losses.row import LOSSES, LossRow
+
+_ELSEWHERE = {
+    **dict.fromkeys(("kto", "bco", "apo_zero_unpaired"), "unpaired_loss"),
+    **dict.fromkeys(("plackett_luce", "s_dpo", "infonca", "nca"), "list_loss"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,3 +295,24 @@ def _f_divergence(
         value = default if coefficient is None else float(coefficient)
         own["alpha"] = 1 - value if compat == "trl-1.16" else value
     return rows[divergence]
+
+
+def find_loss(name: str) -> LossRow:
+    """The row of a name.
+
+    Raises:
+        ValueError: there is none; the message has what was probably meant.
+    """
+    row = LOSSES.get(name)
+    if row is None:
+        if name in _ELSEWHERE:
+            raise ValueError(
+                f"loss {name!r} is not of pairs\nhint: dpo_ext.torch.{_ELSEWHERE[name]} has it"
+            )
+        why = ambiguous(name)
+        if why is not None:
+            raise ValueError(why)
+        close = difflib.get_close_matches(name, LOSSES, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise ValueError(f"unknown loss {name!r}\nhint: {meant}`dpo-ext losses` lists them all")
+    return row

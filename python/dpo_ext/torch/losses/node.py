@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dpo_ext.errors import TensorError
+from dpo_ext.torch.losses.checks import check_num_pairs, check_weight, host_values
 from dpo_ext.torch.losses.forms import Pairs, over
+from dpo_ext.torch.losses.result import GroupLoss
+from dpo_ext.torch.once import _anchor, _Once
 
 
 class PairLoss(torch.autograd.Function):
@@ -71,21 +77,39 @@ class PairLoss(torch.autograd.Function):
         return grad, *(None,) * 7, *(g * factor for g in others)
 
 
-def _anchor() -> Tensor:
-    """Something that asks for a gradient, so that the node behind a gradient is kept."""
-    return torch.zeros((), requires_grad=True)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient whose own derivative is an error instead of silently missing."""
+class _Attach(torch.autograd.Function):
+    """Gives a value computed without a graph the gradient that was computed beside it."""
 
     @staticmethod
-    def forward(ctx, value, anchor):
+    def forward(ctx, logps, value, slope):
+        ctx.save_for_backward(slope)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "a preference loss can be differentiated once, not twice\n"
-            "hint: pass a function of the log-probs as `loss`; autograd differentiates it again"
-        )
+    def backward(ctx, upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError("a preference loss can be differentiated once, not twice")
+        (slope,) = ctx.saved_tensors
+        shape = (-1,) + (1,) * (slope.dim() - 1)
+        return upstream.reshape(shape) * slope, None, None
+
+
+def _finish(
+    logps: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    rewards: Tensor,
+    weight: Any,
+    count: float | Tensor | None,
+) -> GroupLoss:
+    per_example = _Attach.apply(logps, value, slope)
+    kept = per_example
+    if weight is not None:
+        factor = check_weight(weight, logps)
+        kept = torch.where(factor == 0, torch.zeros_like(kept), factor * kept)
+    divisor = max(len(logps), 1) if count is None else check_num_pairs(count)
+    total = kept.sum() / divisor
+    if host_values(total) and bool(total.isnan()):
+        example = int(value.isnan().nonzero()[0])
+        raise TensorError(f"example {example}: the loss is NaN for logps {logps[example].tolist()}")
+    return GroupLoss(total, per_example, rewards)

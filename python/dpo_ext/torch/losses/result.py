@@ -5,6 +5,8 @@ N pairs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -75,3 +77,19 @@ class PreferenceLoss:
 
     def __repr__(self) -> str:
         return f"PreferenceLoss(loss={self.loss!r}, {self.per_pair.shape[0]} pairs)"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLoss:
+    """What `unpaired_loss` and `list_loss` return.
+
+    Attributes:
+        loss: scalar, differentiable.
+        per_example: (N,) loss of each example or list before `weight`, differentiable.
+        rewards: ``beta * (log-prob - reference log-prob)``, detached, in the shape of the
+            log-probs.
+    """
+
+    loss: Tensor
+    per_example: Tensor
+    rewards: Tensor

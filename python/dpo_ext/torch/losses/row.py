@@ -69,10 +69,6 @@ class LossRow:
     autograd: bool = False
 
 
-LOSSES: dict[str, LossRow] = {}
-"""Every loss of pairs, by name."""
-
-
 def finite(default: float | None = None) -> Parameter:
     return Parameter(default, "finite", lambda x: x - x == 0)
 
@@ -104,6 +100,9 @@ def below_half(default: float | None = None) -> Parameter:
 def switch(default: float | None = None) -> Parameter:
     return Parameter(default, "0 or 1", lambda x: (x == 0) | (x == 1), per_pair=False)
 
+
+LOSSES: dict[str, LossRow] = {}
+"""Every loss of pairs, by name."""
 
 MARGIN = Parameter(0.0, "finite", lambda x: x - x == 0)
 SMOOTHING = Parameter(0.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))

@@ -7,41 +7,24 @@ completions of a list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.torch.losses.checks import (
+    _check_pair_of,
+    _find,
     bind_parameters,
-    check_num_pairs,
-    check_weight,
-    describe,
     host_values,
 )
 from dpo_ext.torch.losses.forms import ds, s, sp
+from dpo_ext.torch.losses.node import _finish
 from dpo_ext.torch.losses.ranks import check_group, check_parts, mean_over
+from dpo_ext.torch.losses.result import GroupLoss
 from dpo_ext.torch.losses.row import LossRow, finite, non_negative, positive
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLoss:
-    """What `unpaired_loss` and `list_loss` return.
-
-    Attributes:
-        loss: scalar, differentiable.
-        per_example: (N,) loss of each example or list before `weight`, differentiable.
-        rewards: ``beta * (log-prob - reference log-prob)``, detached, in the shape of the
-            log-probs.
-    """
-
-    loss: Tensor
-    per_example: Tensor
-    rewards: Tensor
-
 
 UNPAIRED: dict[str, LossRow] = {}
 """Losses of `unpaired_loss`: formulas of ``(x, is desirable, parameters) -> L, dL/dx``."""
@@ -342,68 +325,5 @@ class RunningMean:
         return self.mean
 
 
-class _Attach(torch.autograd.Function):
-    """Gives a value computed without a graph the gradient that was computed beside it."""
-
-    @staticmethod
-    def forward(ctx, logps, value, slope):
-        ctx.save_for_backward(slope)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        if torch.is_grad_enabled():
-            raise RuntimeError("a preference loss can be differentiated once, not twice")
-        (slope,) = ctx.saved_tensors
-        shape = (-1,) + (1,) * (slope.dim() - 1)
-        return upstream.reshape(shape) * slope, None, None
-
-
-def _finish(
-    logps: Tensor,
-    value: Tensor,
-    slope: Tensor,
-    rewards: Tensor,
-    weight: Any,
-    count: float | Tensor | None,
-) -> GroupLoss:
-    per_example = _Attach.apply(logps, value, slope)
-    kept = per_example
-    if weight is not None:
-        factor = check_weight(weight, logps)
-        kept = torch.where(factor == 0, torch.zeros_like(kept), factor * kept)
-    divisor = max(len(logps), 1) if count is None else check_num_pairs(count)
-    total = kept.sum() / divisor
-    if host_values(total) and bool(total.isnan()):
-        example = int(value.isnan().nonzero()[0])
-        raise TensorError(f"example {example}: the loss is NaN for logps {logps[example].tolist()}")
-    return GroupLoss(total, per_example, rewards)
-
-
 def _column(value: Any) -> Any:
     return value[:, None] if isinstance(value, Tensor) else value
-
-
-def _find(table: Mapping[str, LossRow], name: str) -> LossRow:
-    if name not in table:
-        raise ValueError(f"`loss` must be one of {', '.join(map(repr, table))}, found {name!r}")
-    return table[name]
-
-
-def _check_pair_of(name: str, logps: Tensor, ref_logps: Tensor, dims: int) -> None:
-    shape = "(N,)" if dims == 1 else "(N, K)"
-    if logps.dim() != dims or logps.dtype not in (torch.float32, torch.float64):
-        raise TensorError(
-            f"`{name}` must be float32 or float64 of shape {shape}, found {describe(logps)}"
-        )
-    if (
-        ref_logps.shape != logps.shape
-        or ref_logps.dtype != logps.dtype
-        or ref_logps.device != logps.device
-    ):
-        raise TensorError(
-            f"the reference's `{name}` must be {describe(logps)} on {logps.device}, found "
-            f"{describe(ref_logps)} on {ref_logps.device}"
-        )
-    if ref_logps.requires_grad:
-        raise TensorError(f"the reference's `{name}` asks for a gradient: detach it")

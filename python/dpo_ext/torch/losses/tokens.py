@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
-from dpo_ext.torch.logps import twin
-from dpo_ext.torch.logps.logits import TokenScores
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps.scores import TokenScores
 
 
 def ld_table(table: ScoreTable, ld_alpha: float) -> ScoreTable:

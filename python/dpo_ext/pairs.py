@@ -1,0 +1,273 @@
+"""`Ragged` and `Pairs`: lists of ids, and what is known of each pair; all that a plan, a batch and a store need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, SupportsIndex, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_ext.report import Report
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged(Sequence):
+    """Lists of different lengths in one array: list ``i`` is ``values[offsets[i]:offsets[i + 1]]``,
+    a view.
+
+    Attributes:
+        values: (sum of lengths,) int32.
+        offsets: (n + 1,) int64.
+
+    >>> import numpy as np
+    >>> lists = Ragged(np.array([1, 2, 3], np.int32), np.array([0, 2, 2, 3]))
+    >>> len(lists), lists[0].tolist(), lists[1].tolist()
+    (3, [1, 2], [])
+    """
+
+    values: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Any]) -> Ragged:
+        """Copies lists or arrays of whole numbers; values that int32 does not hold are an
+        OverflowError.
+        """
+        lengths = np.fromiter((len(ids) for ids in lists), np.int64, len(lists))
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.empty(int(offsets[-1]), np.int32)
+        for start, stop, ids in zip(offsets[:-1], offsets[1:], lists, strict=True):
+            values[start:stop] = _int32(ids)
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        k = int(i)
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"index {i} is out of range for {len(self)} lists")
+        k %= len(self)
+        return self.values[self.offsets[k] : self.offsets[k + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) int64."""
+        return np.diff(self.offsets)
+
+    def select(self, indices: NDArray[np.int64]) -> Ragged:
+        """The lists ``indices``, copied."""
+        lengths = self.lengths[indices]
+        offsets = np.zeros(len(indices) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        source = np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
+        return Ragged(self.values[source + np.arange(offsets[-1])], offsets)
+
+    def between(self, start: int, stop: int) -> Ragged:
+        """The lists ``start`` to ``stop``, over the same values."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return Ragged(self.values[first:last], self.offsets[start : stop + 1] - first)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The lists of all parts, one after the other, copied."""
+        before = np.cumsum([0, *(int(part.offsets[-1]) - int(part.offsets[0]) for part in parts)])
+        values = [part.values[part.offsets[0] : part.offsets[-1]] for part in parts]
+        offsets = [
+            part.offsets[:-1] - part.offsets[0] + start
+            for part, start in zip(parts, before[:-1], strict=True)
+        ]
+        return cls(np.concatenate(values), np.concatenate([*offsets, before[-1:]]))
+
+    def contiguous(self) -> Ragged:
+        """The same lists in contiguous arrays.
+
+        Raises:
+            TypeError: the values are not int32.
+        """
+        values = np.ascontiguousarray(self.values)
+        if values.dtype != np.int32:
+            raise TypeError(f"expected int32, found {values.dtype}")
+        return Ragged(values, np.ascontiguousarray(self.offsets, np.int64))
+
+    def tolist(self) -> list[list[int]]:
+        return [ids.tolist() for ids in self]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Ragged)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.values, other.values)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _int32(ids: Any) -> NDArray[np.int32]:
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise TypeError(f"expected whole numbers, found {array.dtype} of shape {array.shape}")
+    if array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min:
+        raise OverflowError("expected ids of 32 bits")
+    return array.astype(np.int32)
+
+
+def _column(name: str, values: Any, n: int) -> NDArray[Any]:
+    """An extra column: numbers and booleans as they are, strings as objects."""
+    column: NDArray[Any] = np.asarray(values)
+    if column.dtype.kind not in "iufb":
+        column = np.empty(len(values), object)
+        column[:] = values
+    if column.shape != (n,):
+        raise ValueError(f"column `{name}` must have the shape {(n,)}, found {column.shape}")
+    return column
+
+
+class Pairs(Sequence):
+    """Preference pairs as token ids, and what is known of each: all that a plan, a batch and a
+    store need.
+
+    Attributes:
+        prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
+            prompt.
+        report: :class:`Report`.
+        ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
+        rows: (n,) int64, the 0-based number of each pair's row among the rows read.
+        columns: extra columns by name: (n,) int64 if all are whole numbers, else float64; (n,)
+            bool; or (n,) object, strings.
+        pad_id: what batches are padded with.
+        vocab_size: every id is below it; None if unknown.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Ragged,
+        chosen_ids: Ragged,
+        rejected_ids: Ragged,
+        *,
+        report: Report,
+        pad_id: int,
+        vocab_size: int | None,
+        ref_logps: NDArray[np.float64] | None = None,
+        rows: NDArray[np.int64] | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.chosen_ids = chosen_ids
+        self.rejected_ids = rejected_ids
+        self.report = report
+        self.pad_id = pad_id
+        self.vocab_size = vocab_size
+        self.ref_logps = ref_logps
+        self.rows = np.arange(len(prompt_ids)) if rows is None else rows
+        self.columns = {
+            name: _column(name, values, len(prompt_ids)) for name, values in (columns or {}).items()
+        }
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> Self: ...
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            start, stop, step = i.indices(len(self))
+            return (
+                self._between(start, max(start, stop))
+                if step == 1
+                else self.select(range(start, stop, step))
+            )
+        return {
+            **{name: getattr(self, name)[i] for name in IDS},
+            **{name: values[i] for name, values in self.columns.items()},
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def select(self, indices: Any) -> Self:
+        """The pairs ``indices``, in that order, with all that is known of them; ids are copied.
+
+        Args:
+            indices: whole numbers, negative ones from the end, or a mask of (n,) booleans.
+
+        Raises:
+            IndexError: there is no such pair.  TypeError: these are no indices.
+        """
+        index = np.asarray(indices if hasattr(indices, "dtype") else list(indices))
+        if index.dtype == bool:
+            if index.shape != (len(self),):
+                raise IndexError(f"a mask must have the shape {(len(self),)}, found {index.shape}")
+            index = np.flatnonzero(index)
+        if index.size == 0:
+            index = np.empty(0, np.int64)
+        if index.ndim != 1 or index.dtype.kind not in "iu":
+            raise TypeError(
+                f"`indices` must be whole numbers or booleans of one dimension, found {index.dtype} "
+                f"of shape {index.shape}"
+            )
+        outside = (index < -len(self)) | (index >= len(self))
+        if outside.any():
+            found = index[outside][0]
+            raise IndexError(f"pair {found} is out of range for {len(self)} pairs")
+        index = index.astype(np.int64) % max(1, len(self))
+        return self._made(
+            *(getattr(self, name).select(index) for name in IDS),
+            report=self._report_of(len(index)),
+            ref_logps=None if self.ref_logps is None else self.ref_logps[index],
+            rows=self.rows[index],
+            columns={name: values[index] for name, values in self.columns.items()},
+        )
+
+    def _between(self, start: int, stop: int) -> Self:
+        part = slice(start, stop)
+        return self._made(
+            *(getattr(self, name).between(start, stop) for name in IDS),
+            report=self._report_of(stop - start),
+            ref_logps=None if self.ref_logps is None else self.ref_logps[part],
+            rows=self.rows[part],
+            columns={name: values[part] for name, values in self.columns.items()},
+        )
+
+    def _report_of(self, n: int) -> Report:
+        return Report(n, n, notes=(*self.report.notes, f"{n} of {len(self)} pairs were selected"))
+
+    def _made(self, *ids: Ragged, **changes: Any) -> Any:
+        """Pairs like these, with other ids."""
+        kept = {
+            name: getattr(self, name)
+            for name in ("report", "pad_id", "vocab_size", "ref_logps", "rows", "columns")
+        }
+        return self._kind(*ids, **(kept | changes))
+
+    @property
+    def _kind(self) -> type[Pairs]:
+        return Pairs
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} pairs)"
+
+    @cached_property
+    def longest(self) -> NDArray[np.int64]:
+        """(n,) int64: tokens of the longer side of each pair, prompt included."""
+        return self.prompt_ids.lengths + np.maximum(
+            self.chosen_ids.lengths, self.rejected_ids.lengths
+        )
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """(n,) int64: tokens of both sides of each pair, the prompt counted twice."""
+        return 2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths

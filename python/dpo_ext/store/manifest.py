@@ -1,0 +1,78 @@
+"""The manifest of a saved data set: JSON that carries its own digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_ext.store.folder import DATA, MANIFEST, damaged, open_inside
+
+FORMAT = "dpo_ext pairs"
+VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20
+ROW = "row"
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """JSON that carries its own digest."""
+    manifest = {**manifest, "checksum": _checksum(manifest)}
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def current_file(folder: Path) -> str | None:
+    """The data file that the manifest of a folder names, so that no sweep takes it away.
+
+    Raises:
+        DataError: the manifest is not one of ours.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError:
+        return None
+    return manifest["file"]["name"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, checked.
+
+    Raises:
+        FileNotFoundError: there is none.  DataError: it is damaged, of another format or newer.
+    """
+    path = folder / MANIFEST
+    fd = open_inside(folder, MANIFEST)
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"the manifest is damaged: {type(error).__name__}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise damaged(path, f"expected the format {FORMAT!r}")
+    version = manifest.get("version")
+    if type(version) is not int or version != VERSION:
+        package = str(manifest.get("package"))[:20]
+        raise damaged(
+            path,
+            f"expected version {VERSION} of the format, found {str(version)[:20]}, written by "
+            f"dpo_ext {package!a}\nhint: load it with that version, or save the data set again",
+        )
+    try:
+        sound = manifest["checksum"] == _checksum(manifest)
+    except (KeyError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise damaged(path, "the manifest is damaged: its checksum differs")
+    file_ = manifest.get("file")
+    name = file_.get("name") if isinstance(file_, dict) else None
+    if not isinstance(name, str) or not DATA.fullmatch(name):
+        raise damaged(path, "`file`: expected 32 hexadecimal digits and .arrow")
+    return manifest

@@ -1,0 +1,183 @@
+"""What every way to log-probs shares: its result, its options, its checks, and the sums of sequences."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_ext.errors import KernelUnavailable, TensorError
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.torch.logps import ops, twin
+
+IMPLS = ("auto", "cuda", "cpu", "torch")
+STATS = ("entropy", "mean_logit", "log_sum_sq", "is_top1")
+
+
+class TokenScores(NamedTuple):
+    """Scores of the M tokens of a table; what was not asked for is None.
+
+    Of a row ``y`` (after scale, cap and temperature) with ``p = softmax(y)`` and target t:
+
+    - ``logps``: (M,) float32 or float64, ``log p_t``; differentiable.
+    - ``entropy``: (M,), ``-sum p log p``, nats.
+    - ``mean_logit``: (M,), ``mean(y)``.
+    - ``log_sum_sq``: (M,), ``log sum p^2`` (the collision entropy negated; WPO's weight).
+    - ``is_top1``: (M,) bool, whether the lowest index of ``max(y)`` is t.
+
+    All but ``logps`` carry no gradient. Tokens that are not scored hold 0 and False.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+class Transform(NamedTuple):
+    """What is done to raw logits before the softmax; ``softcap`` 0 = none."""
+
+    logit_scale: float
+    softcap: float
+    temperature: float
+
+    @staticmethod
+    def of(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
+        """Checked: each is finite and above 0; ``softcap=None`` is none."""
+        named = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+        for name, value in named.items():
+            if value is None and name == "softcap":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be finite and above 0, found {value}")
+        return Transform(float(logit_scale), float(softcap or 0.0), float(temperature))
+
+
+def check_stats(stats: Iterable[str]) -> tuple[str, ...]:
+    """The names of statistics, as a tuple; ValueError for one that does not exist."""
+    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    for name in names:
+        if name not in STATS:
+            raise ValueError(f"`stats` must be among {', '.join(STATS)}, found {name!r}")
+    return names
+
+
+def only(scores: TokenScores, names: tuple[str, ...]) -> TokenScores:
+    """Log-probs and the statistics that were asked for; the kernels compute all or none."""
+    return TokenScores(scores.logps, *(getattr(scores, s) if s in names else None for s in STATS))
+
+
+def sum_sequences(logps: Tensor, table: ScoreTable, kernels: bool) -> Tensor:
+    """(n_groups, group_size) weighted sums of token log-probs (M,), added in float64."""
+    add: Callable[..., Any] = _SegmentSum.apply if kernels else twin.segment_sum
+    return add(logps, table.weights, table.seq_offsets).reshape(-1, table.group_size)
+
+
+def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
+    """Whether ``impl`` means the kernels (or the twin) for this tensor; raises if it cannot."""
+    if impl not in IMPLS:
+        raise ValueError(f"`impl` must be one of {', '.join(IMPLS)}, found {impl!r}")
+    if not values.is_floating_point():
+        found = str(values.dtype).removeprefix("torch.")
+        raise TensorError(f"`{name}` must have a floating-point dtype, found {found}")
+    where = values.device.type
+    if values.dtype not in ops.DTYPES and values.dtype != torch.float64:
+        found = str(values.dtype).removeprefix("torch.")
+        accepted = ", ".join((*ops.DTYPES.values(), "float64"))
+        raise TensorError(f"`{name}` must be {accepted}, found {found}")
+    if impl == "torch":
+        return False
+    if impl == "auto":
+        return where in ("cpu", "cuda") and values.dtype in ops.DTYPES
+    if impl == "cuda" and not torch.cuda.is_available():
+        raise KernelUnavailable(
+            'no CUDA device: `impl="cuda"` needs one\n'
+            'hint: use impl="torch", or impl="auto" to choose by device'
+        )
+    if impl != where:
+        raise TensorError(
+            f'`{name}` must be on a {impl} device for impl="{impl}", found {where}\n'
+            'hint: use impl="auto" to choose by device'
+        )
+    if values.dtype not in ops.DTYPES:
+        found = str(values.dtype).removeprefix("torch.")
+        accepted = ", ".join(ops.DTYPES.values())
+        raise TensorError(
+            f'`{name}` must be {accepted} for impl="{impl}", found {found}\nhint: use impl="torch"'
+        )
+    return True
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a DTensor, without importing torch.distributed for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def check_plain(name: str, value: Any) -> None:
+    """A tensor that is whole on this rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch tensor, found {type(value).__name__}")
+    if is_dtensor(value):
+        raise TensorError(
+            f"`{name}` must be a plain tensor, found a DTensor\nhint: use `{name}.full_tensor()`"
+        )
+
+
+def check_is_table(table: ScoreTable) -> None:
+    """TypeError for anything else, labels for example."""
+    if not isinstance(table, ScoreTable):
+        raise TypeError(f"`table` must be a ScoreTable, found {type(table).__name__}")
+
+
+def check_table(table: ScoreTable, values: Tensor, name: str) -> None:
+    """Table and (R, ...) values fit: same device and, if that is the CPU, rows below R."""
+    check_is_table(table)
+    if table.device != values.device:
+        raise TensorError(
+            f"`table` must be on {values.device}, as `{name}` is, found {table.device}\n"
+            f"hint: use table.to({name}.device)"
+        )
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    R = values.shape[0]
+    beyond = (table.logit_rows >= R) & (table.targets != IGNORE_INDEX)
+    if bool(beyond.any()):
+        i = int(beyond.nonzero()[0])
+        raise TensorError(
+            f"`logit_rows` must be below {R}, the rows of `{name}`, "
+            f"found {int(table.logit_rows[i])} at token {i}"
+        )
+
+
+class _SegmentSum(torch.autograd.Function):
+    """The kernels' weighted sums over sequences."""
+
+    @staticmethod
+    def forward(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> Tensor:
+        return torch.ops.dpo_ext.segment_sum(values, weights, seq_offsets)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, weights, seq_offsets = inputs
+        ctx.tokens = values.shape[0]
+        ctx.save_for_backward(weights, seq_offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, seq_offsets = ctx.saved_tensors
+        return (token_grad(grad, weights, seq_offsets, ctx.tokens), None, None)
+
+
+def token_grad(grad: Tensor, weights: Tensor | None, seq_offsets: Tensor, tokens: int) -> Tensor:
+    """(M,) gradients of the tokens' log-probs from those of sequences (S,): ``w * grad[seq]``."""
+    place = torch.arange(tokens, dtype=torch.int32, device=grad.device)
+    g = grad[torch.bucketize(place, seq_offsets[1:], right=True)]
+    return g if weights is None else torch.where(weights != 0, g * weights, 0.0)
