@@ -1,7 +1,15 @@
-"""From a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone."""
+"""From a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone.
+
+Further: `dpo_ext.torch` (log-probs, losses, loader), `dpo_ext.trl` (the trainer), `dpo_ext.arrow`,
+`dpo_ext.preference` (the theory), `dpo_ext.testing`; each is imported when it is first named.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from dpo_ext._core import __version__
 from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.encode import prepare
 from dpo_ext.data.options import Limits
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import (
@@ -38,4 +46,15 @@ __all__ = [
     "TokenizerError",
     "__version__",
     "pack_lengths",
+    "prepare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("arrow", "preference", "testing", "torch", "trl"):
+        return import_module(f"dpo_ext.{name}")
+    raise AttributeError(f"module 'dpo_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "arrow", "preference", "testing", "torch", "trl"]

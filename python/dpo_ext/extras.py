@@ -1,4 +1,4 @@
-"""Optional packages: which extra brings each; the one place that says what is missing and how to install it."""
+"""Optional packages: which extra brings each, and what to say where one is missing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""`Ragged` and `Pairs`: lists of ids, and what is known of each pair; all that a plan, a batch and a store need."""
+"""`Ragged` and `Pairs`: lists of ids, and what is known of each pair.
+
+That is all that a plan, a batch and a store need; the ways in and out are `data/dataset.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, SupportsIndex, overload
@@ -10,6 +13,7 @@ from typing import Any, Self, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_ext.errors import describe
 from dpo_ext.report import Report
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -216,8 +220,8 @@ class Pairs(Sequence):
             index = np.empty(0, np.int64)
         if index.ndim != 1 or index.dtype.kind not in "iu":
             raise TypeError(
-                f"`indices` must be whole numbers or booleans of one dimension, found {index.dtype} "
-                f"of shape {index.shape}"
+                "`indices` must be whole numbers or booleans of one dimension, found "
+                f"{describe(index)}"
             )
         outside = (index < -len(self)) | (index >= len(self))
         if outside.any():
@@ -230,6 +234,87 @@ class Pairs(Sequence):
             ref_logps=None if self.ref_logps is None else self.ref_logps[index],
             rows=self.rows[index],
             columns={name: values[index] for name, values in self.columns.items()},
+        )
+
+    def filter(self, keep: Callable[[dict[str, Any]], Any]) -> Self:
+        """The pairs for which ``keep(pairs[i])`` is true, in their order.
+
+        >>> from dpo_ext import PairDataset
+        >>> pairs = PairDataset.from_ids([[1], [2]], [[3], [4]], [[5], [6, 7]])
+        >>> len(pairs.filter(lambda pair: len(pair["rejected_ids"]) > 1))
+        1
+        """
+        return self.select(np.fromiter((bool(keep(pair)) for pair in self), bool, len(self)))
+
+    def split(self, fraction: float, *, seed: int = 0, by_prompt: bool = True) -> tuple[Self, Self]:
+        """The pairs in two parts, for training and for evaluation, each in the order of the whole.
+
+        Args:
+            fraction: of the pairs that go into the second part, as near as whole prompts allow.
+            seed: chooses which ones; the same pairs and seed give the same parts.
+            by_prompt: all pairs of one prompt go to one side, so that none is on both. Pairs
+                without a prompt are apart.
+
+        Returns:
+            ``(rest, held_out)``.
+
+        Raises:
+            ValueError: ``fraction`` is not in [0, 1].
+
+        >>> from dpo_ext import PairDataset
+        >>> pairs = PairDataset.from_ids([[1], [1], [2], [3]], [[4]] * 4, [[5]] * 4)
+        >>> train, held_out = pairs.split(0.5, seed=0)
+        >>> {*train.prompt_ids.values} & {*held_out.prompt_ids.values}
+        set()
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"`fraction` must be in [0, 1], found {fraction}")
+        n = len(self)
+        if by_prompt:
+            first: dict[bytes, int] = {}
+            prompts = (ids.tobytes() for ids in self.prompt_ids)
+            group = np.fromiter(
+                (first.setdefault(ids, i) if ids else i for i, ids in enumerate(prompts)), int, n
+            )
+            names, group = np.unique(group, return_inverse=True)
+            sizes = np.bincount(group, minlength=len(names))
+        else:
+            group, sizes = np.arange(n), np.ones(n, np.int64)
+        order = np.random.default_rng(seed).permutation(len(sizes))
+        # The nearest to the fraction that whole groups, in this order, come.
+        ends = np.cumsum(np.concatenate(([0], sizes[order])))
+        taken = int(np.abs(ends - fraction * n).argmin())
+        held_out = np.zeros(len(sizes), bool)
+        held_out[order[:taken]] = True
+        is_held_out = held_out[group]
+        return self.select(~is_held_out), self.select(is_held_out)
+
+    def concat(self, *others: Pairs) -> Self:
+        """These pairs, then those of ``others``: with ``rows`` and report as if read in one go.
+
+        Raises:
+            ValueError: they differ in ``pad_id``, ``vocab_size`` or columns, or some have reference
+                log-probs and some have none.
+
+        >>> from dpo_ext import PairDataset
+        >>> pairs = PairDataset.from_ids([[1]], [[2]], [[3]])
+        >>> len(pairs.concat(pairs, pairs))
+        3
+        """
+        parts: tuple[Pairs, ...] = (self, *others)
+        for other in others:
+            _check_alike(self, other)
+        before = np.cumsum([0, *(part.report.read for part in parts[:-1])])
+        reference = [part.ref_logps for part in parts if part.ref_logps is not None]
+        return self._made(
+            *(Ragged.joined([getattr(part, name) for part in parts]) for name in IDS),
+            report=Report.merged([part.report for part in parts]),
+            ref_logps=np.concatenate(reference) if reference else None,
+            rows=np.concatenate([p.rows + start for p, start in zip(parts, before, strict=True)]),
+            columns={
+                name: np.concatenate([part.columns[name] for part in parts])
+                for name in self.columns
+            },
         )
 
     def _between(self, start: int, stop: int) -> Self:
@@ -271,3 +356,25 @@ class Pairs(Sequence):
     def tokens(self) -> NDArray[np.int64]:
         """(n,) int64: tokens of both sides of each pair, the prompt counted twice."""
         return 2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
+
+
+def _check_alike(pairs: Pairs, other: Pairs) -> None:
+    """That two sets of pairs can be one."""
+    for name in ("pad_id", "vocab_size"):
+        mine, theirs = getattr(pairs, name), getattr(other, name)
+        if mine != theirs:
+            raise ValueError(
+                f"`{name}` differs, {mine} and {theirs}: the pairs are of two tokenizers"
+            )
+    if list(pairs.columns) != list(other.columns):
+        raise ValueError(f"expected the columns {list(pairs.columns)}, found {list(other.columns)}")
+    for name, values in pairs.columns.items():
+        kinds = {v.dtype.kind for v in (values, other.columns[name]) if len(v)}
+        if len(kinds) > 1 and not kinds <= {"i", "u", "f"}:
+            found = f"{values.dtype} and {other.columns[name].dtype}"
+            raise ValueError(f"column `{name}` must be of one kind, found {found}")
+    if (pairs.ref_logps is None) != (other.ref_logps is None):
+        raise ValueError(
+            "some pairs have reference log-probs and some have none\n"
+            "hint: give them to all, by `with_ref_logps`"
+        )

@@ -99,7 +99,7 @@ def trl_times(
             "json", data_files=str(path), split="train", cache_dir=str(path.with_name("cache"))
         )
         start = time.perf_counter()
-        prepared = DPOTrainer._prepare_dataset(trainer, table, theirs, args, "train")
+        prepared = DPOTrainer._prepare_dataset(trainer, table, theirs, args, "train")  # noqa: SLF001
         middle = time.perf_counter()
         collator = DataCollatorForPreference(pad_token_id=theirs.pad_token_id)
         for first in range(0, len(prepared), pairs_per_batch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -307,105 +307,8 @@ class PairDataset(Pairs):
             raise ValueError(f"`values` must be finite, found {ref_logps[worst]} at pair {worst}")
         return self._made(self.prompt_ids, self.chosen_ids, self.rejected_ids, ref_logps=ref_logps)
 
-    def filter(self, keep: Callable[[dict[str, Any]], Any]) -> Self:
-        """The pairs for which ``keep(pairs[i])`` is true, in their order.
-
-        >>> pairs = PairDataset.from_ids([[1], [2]], [[3], [4]], [[5], [6, 7]])
-        >>> len(pairs.filter(lambda pair: len(pair["rejected_ids"]) > 1))
-        1
-        """
-        return self.select(np.fromiter((bool(keep(pair)) for pair in self), bool, len(self)))
-
-    def split(self, fraction: float, *, seed: int = 0, by_prompt: bool = True) -> tuple[Self, Self]:
-        """The pairs in two parts, for training and for evaluation, each in the order of the whole.
-
-        Args:
-            fraction: of the pairs that go into the second part, as near as whole prompts allow.
-            seed: chooses which ones; the same pairs and seed give the same parts.
-            by_prompt: all pairs of one prompt go to one side, so that none is on both. Pairs
-                without a prompt are apart.
-
-        Returns:
-            ``(rest, held_out)``.
-
-        Raises:
-            ValueError: ``fraction`` is not in [0, 1].
-
-        >>> pairs = PairDataset.from_ids([[1], [1], [2], [3]], [[4]] * 4, [[5]] * 4)
-        >>> train, held_out = pairs.split(0.5, seed=0)
-        >>> {*train.prompt_ids.values} & {*held_out.prompt_ids.values}
-        set()
-        """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"`fraction` must be in [0, 1], found {fraction}")
-        n = len(self)
-        if by_prompt:
-            first: dict[bytes, int] = {}
-            prompts = (ids.tobytes() for ids in self.prompt_ids)
-            group = np.fromiter(
-                (first.setdefault(ids, i) if ids else i for i, ids in enumerate(prompts)), int, n
-            )
-            names, group = np.unique(group, return_inverse=True)
-            sizes = np.bincount(group, minlength=len(names))
-        else:
-            group, sizes = np.arange(n), np.ones(n, np.int64)
-        order = np.random.default_rng(seed).permutation(len(sizes))
-        # The nearest to the fraction that whole groups, in this order, come.
-        ends = np.cumsum(np.concatenate(([0], sizes[order])))
-        taken = int(np.abs(ends - fraction * n).argmin())
-        held_out = np.zeros(len(sizes), bool)
-        held_out[order[:taken]] = True
-        is_held_out = held_out[group]
-        return self.select(~is_held_out), self.select(is_held_out)
-
-    def concat(self, *others: PairDataset) -> Self:
-        """These pairs, then those of ``others``: with ``rows`` and report as if read in one go.
-
-        Raises:
-            ValueError: they differ in ``pad_id``, ``vocab_size`` or columns, or some have reference
-                log-probs and some have none.
-
-        >>> pairs = PairDataset.from_ids([[1]], [[2]], [[3]])
-        >>> len(pairs.concat(pairs, pairs))
-        3
-        """
-        parts = (self, *others)
-        for other in others:
-            for name in ("pad_id", "vocab_size"):
-                mine, theirs = getattr(self, name), getattr(other, name)
-                if mine != theirs:
-                    raise ValueError(
-                        f"`{name}` differs, {mine} and {theirs}: the pairs are of two tokenizers"
-                    )
-            if list(self.columns) != list(other.columns):
-                raise ValueError(
-                    f"expected the columns {list(self.columns)}, found {list(other.columns)}"
-                )
-            if (self.ref_logps is None) != (other.ref_logps is None):
-                raise ValueError(
-                    "some pairs have reference log-probs and some have none\n"
-                    "hint: give them to all, by `with_ref_logps`"
-                )
-        for name in self.columns:
-            kinds = {part.columns[name].dtype.kind for part in parts if len(part)}
-            if len(kinds) > 1 and not kinds <= {"i", "u", "f"}:
-                raise ValueError(f"column `{name}` is of several kinds: {sorted(kinds)}")
-        before = np.cumsum([0, *(part.report.read for part in parts[:-1])])
-        return self._made(
-            *(Ragged.joined([getattr(part, name) for part in parts]) for name in IDS),
-            report=Report.merged([part.report for part in parts]),
-            ref_logps=None
-            if self.ref_logps is None
-            else np.concatenate([part.ref_logps for part in parts]),
-            rows=np.concatenate([p.rows + start for p, start in zip(parts, before, strict=True)]),
-            columns={
-                name: np.concatenate([part.columns[name] for part in parts])
-                for name in self.columns
-            },
-        )
-
     def to_arrow(self) -> Any:
-        """The pairs as a pyarrow Table over the same ids, with the columns that :meth:`save` writes.
+        """The pairs as a pyarrow Table over the same ids, with the columns of :meth:`save`.
 
         Raises:
             ModuleNotFoundError: pyarrow is not installed.
@@ -477,8 +380,8 @@ class MappedPairs(PairDataset):
         """A saved data set with all the ways of one."""
         pairs = cls.__new__(cls)
         vars(pairs).update(vars(saved.pairs))
-        pairs._place = (saved.folder, saved.name)
-        pairs._lists = tuple(getattr(pairs, name) for name in IDS)
+        lists = tuple(getattr(pairs, name) for name in IDS)
+        vars(pairs).update(_place=(saved.folder, saved.name), _lists=lists)
         return pairs
 
     def __reduce__(self) -> tuple[Any, ...]:

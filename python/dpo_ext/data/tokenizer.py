@@ -117,10 +117,14 @@ class Tokenizer:
         if isinstance(source, cls):
             if chat_template is None:
                 return source
-            return cls(source._state | {"template": chat_template, "tool_template": None})
+            return source.with_chat_template(chat_template)
         if isinstance(source, str | PathLike):
             return cls(state_of_folder(Path(source), chat_template))
         return cls(state_of_live(source, chat_template))
+
+    def with_chat_template(self, chat_template: str) -> Tokenizer:
+        """The same tokenizer with the text of another template, for conversations of every kind."""
+        return Tokenizer(self._state | {"template": chat_template, "tool_template": None})
 
     @property
     def engine(self) -> Literal["bpe", "tokenizers"]:

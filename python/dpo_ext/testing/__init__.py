@@ -11,7 +11,8 @@ whose optimum is known, which trains a loss and compares. Needs torch and the ex
         check_loss_invariants(my_loss, only_margin=True, monotone=True)
 """
 
-from dpo_ext.testing.logps import PrefixModel, check_layouts, check_logps
+from dpo_ext.testing.layouts import PrefixModel, check_layouts
+from dpo_ext.testing.logps import check_logps
 from dpo_ext.testing.losses import check_loss_invariants
 from dpo_ext.testing.strategies import (
     PairLogps,

@@ -211,7 +211,7 @@ class DPOTrainer(trl.DPOTrainer):
         check_dataset(dataset_name, dataset)
         if isinstance(processing_class, transformers.ProcessorMixin):
             raise ValueError("`processing_class` must be a tokenizer: vision is not supported")
-        if dataset._fingerprint in self._prepared:
+        if _fingerprint(dataset) in self._prepared:
             return dataset
         if self._encoder is None or self._encoder[0] is not processing_class:
             self._encoder = processing_class, Tokenizer.from_pretrained(processing_class)
@@ -231,7 +231,7 @@ class DPOTrainer(trl.DPOTrainer):
         if pairs.report.dropped or pairs.report.warned:
             logger.warning("%s: not every row was taken as it is\n%s", dataset_name, pairs.report)
         prepared = _as_dataset(pairs)
-        self._prepared.add(prepared._fingerprint)
+        self._prepared.add(_fingerprint(prepared))
         return prepared
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -257,7 +257,7 @@ class DPOTrainer(trl.DPOTrainer):
         columns = torch.cat(values).numpy()
         for index, column in enumerate(REF_COLUMNS):
             dataset = dataset.add_column(column, columns[:, index])
-        self._prepared.add(dataset._fingerprint)
+        self._prepared.add(_fingerprint(dataset))
         return dataset
 
     def compute_ref_log_probs(
@@ -376,6 +376,10 @@ class DPOTrainer(trl.DPOTrainer):
             prepared = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
             return transformers.Trainer.evaluate(self, prepared, ignore_keys, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    return dataset._fingerprint  # noqa: SLF001 - `datasets` has no public name for it
 
 
 def _as_dataset(pairs: PairDataset) -> Dataset:

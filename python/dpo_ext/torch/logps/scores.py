@@ -1,4 +1,4 @@
-"""What every way to log-probs shares: its result, its options, its checks, and the sums of sequences."""
+"""What every way to log-probs shares: result, options, checks, and the sums of sequences."""
 
 from __future__ import annotations
 
