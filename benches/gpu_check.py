@@ -1,8 +1,7 @@
 """Everything that needs a GPU, on a machine with Python, torch, CuPy, NumPy, pytest and our wheel.
 
-1. tests/: every test that is marked `gpu`, in tests/test_gpu*.py and wherever a test runs on each
-   implementation. What could not run is counted with its reason; in tests/test_gpu*.py it is a
-   failure.
+1. tests/: every test that is marked `gpu`, in test_gpu*.py and wherever a test runs on each
+   implementation. What could not run is counted with its reason; in test_gpu*.py it is a failure.
 2. benches/gpu_shapes.py: small shapes of every kernel and plan, and two streams; then under
    compute-sanitizer, where it is found: memcheck, racecheck, initcheck, synccheck.
 3. benches/head.py: the rows of the GPU for RESULTS.md (`--record` appends them).
@@ -80,15 +79,15 @@ def gpu_files() -> list[Path]:
     """Test files of which some tests need a GPU, by their text."""
     return [
         path
-        for path in sorted(TESTS.glob("test_*.py"))
+        for path in sorted(TESTS.rglob("test_*.py"), key=lambda path: path.name)
         if any(mark in path.read_text(encoding="utf-8") for mark in MARKS)
         and path.stem not in ("test_conftest", "test_bench_head")  # they only write of the mark
     ]
 
 
 def missing_modules(path: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
-    """Modules that a test file imports at its head, itself or by another test file, and that are
-    not installed."""
+    """Modules that a test file imports at its head, itself or by a file of tests/support, and that
+    are not installed."""
     found: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
@@ -98,7 +97,7 @@ def missing_modules(path: Path, seen: frozenset[Path] = frozenset()) -> set[str]
         else:
             continue
         for name in (name.split(".")[0] for name in names):
-            other = TESTS / f"{name}.py"
+            other = TESTS / "support" / f"{name}.py"
             if other.exists() and other not in seen:
                 found |= missing_modules(other, seen | {path})
             elif not (other.exists() or (TESTS / name).is_dir() or name == "dpo_ext"):
@@ -147,9 +146,9 @@ def gpu_tests(env: dict[str, str]) -> list[tuple[str, str]]:
         if missing:
             text = f"did not run: {', '.join(sorted(missing))} not installed"
             strict = "FAILED: " if path.stem.startswith(ALL_RUN) else ""
-            results.append((f"tests/{path.name}", strict + text))
+            results.append((path.name, strict + text))
         else:
-            files.append(f"tests/{path.name}")
+            files.append(str(path.relative_to(ROOT)))
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
@@ -158,7 +157,7 @@ def gpu_tests(env: dict[str, str]) -> list[tuple[str, str]]:
         if not junit.exists():
             return [*results, (title, f"{whole}; FAILED: pytest left no report")]
         found = outcomes(junit)
-    named = [(f"tests/{name}.py", outcome.text(name)) for name, outcome in found.items()]
+    named = [(f"{name}.py", outcome.text(name)) for name, outcome in found.items()]
     total = sum(outcome.passed for outcome in found.values())
     not_run = sum(outcome.not_run.total() for outcome in found.values())
     summary = f"{whole}: {total} passed, {not_run} did not run, {len(results)} files left out"

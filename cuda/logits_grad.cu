@@ -15,8 +15,8 @@ Numerics  float32 for every T, rounded once; elementwise, so the bits do not dep
           A target outside [0, V) gives a row of NaN. Everything that needs the target's logit is
           done by grad_rows, before the first write: in place, a block could otherwise find another
           block's gradient there
-Source    d log softmax: numerics.md 1 of the design; streaming stores, rows from the last:
-          kernels.md 4
+Source    d log softmax / d z = onehot - softmax, by hand; streaming stores, rows from
+          the last: what the forward pass read last is still in the cache
 */
 #include "reduce.cuh"
 

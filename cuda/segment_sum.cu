@@ -10,7 +10,7 @@ Numerics  float64 inside, rounded once; lane l adds tokens l, l + 256, ... in or
           binary tree: the bits of rust/logps/segment.rs, since the product of two float32 is exact
           in float64. A weight of exactly 0 leaves its token out, even a NaN. Offsets that fall or
           leave [0, M] give NaN for their sequence, and nothing is read
-Source    numerics.md 5 of the design: float32 sums of 8192 log-probs are off by 0.01
+Source    float32 sums of 8192 log-probs are off by 0.01
 */
 #include "reduce.cuh"
 

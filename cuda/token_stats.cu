@@ -18,8 +18,8 @@ Numerics  float32 for every T. A row is cut into tiles by V alone, column j belo
           mod 256 whatever the alignment, and tiles merge in order: the same bits alone, in a
           batch, split or not, at any address. NaN in a row that is read, a target outside [0, V)
           or a row outside [0, R) give NaN; -inf at the target -inf
-Source    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3; numerics.md 1 of the design:
-          rest without target
+Source    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3; the
+          target is left out of the sum, so that 1 - p keeps its digits
 */
 #include "reduce.cuh"
 

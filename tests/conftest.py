@@ -1,4 +1,4 @@
-"""Shared by all tests: what did not run is counted, what is compared is compared by one rule.
+"""Shared by all tests: fixtures, and the count of what did not run.
 
 Works where hypothesis, transformers or torch are missing, as on a bare GPU machine.
 """
@@ -6,23 +6,19 @@ Works where hypothesis, transformers or torch are missing, as on a bare GPU mach
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
+from faults import FAULTS, HAZARDS
+from places import NO_SHARED, SHARED
 
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:
     settings = None
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 NO_DEVICE = "no device"
-NO_SHARED = "no ../shared beside the repository"
-# Faults of the kernels and their launch layer, and hazards of precision: the design's kernels.md 8 and 5.
-FAULTS = [f"K{n}" for n in range(1, 19)]
-HAZARDS = [f"H{n}" for n in range(1, 18)]
 
 if settings is not None:
     common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -73,6 +69,27 @@ def live(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def reader_files(tmp_path_factory):
+    """What a reader of README and docs is told to have: pairs.jsonl.gz and path/to/model."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("reader")
+    tiny.write_jsonl(folder / "pairs.jsonl.gz", tiny.rows())
+    tiny.tokenizer().save_pretrained(folder / "path/to/model")
+    tiny.model().save_pretrained(folder / "path/to/model")
+    return folder
+
+
+@pytest.fixture
+def reader_folder(reader_files, tmp_path, monkeypatch):
+    """The working folder of a reader, with a copy of those files, off line."""
+    shutil.copytree(reader_files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
 def library():
     """The CUDA kernels compiled for the host."""
     from cuda_host.emulator import Emulator
@@ -87,37 +104,6 @@ def emulator(library, monkeypatch):
     library.processors = 1
     library.launched.clear()
     return library
-
-
-def as_float64(values) -> np.ndarray:
-    """float64 NumPy array of a tensor or of anything NumPy takes."""
-    if hasattr(values, "detach"):
-        return values.detach().double().cpu().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
-def assert_no_worse(got, baseline_same_dtype, oracle, slack: float) -> None:
-    """The largest error of `got` against `oracle` may exceed the same-dtype baseline's by `slack`.
-
-    Where the oracle is not finite, `got` must be the same NaN or infinity. Where only the baseline
-    is not finite, its error counts as nothing, so that a broken baseline excuses no error of ours.
-    """
-    got, base, truth = (as_float64(x) for x in (got, baseline_same_dtype, oracle))
-    assert got.shape == truth.shape, f"shape {got.shape}, expected {truth.shape}"
-    assert base.shape == truth.shape, f"baseline has shape {base.shape}, expected {truth.shape}"
-    finite = np.isfinite(truth)
-    np.testing.assert_array_equal(got[~finite], truth[~finite])
-    if not finite.any():
-        return
-    with np.errstate(invalid="ignore"):
-        ours = np.where(finite, np.abs(got - truth), 0.0)
-        theirs = np.where(finite & np.isfinite(base), np.abs(base - truth), 0.0)
-    assert not np.isnan(ours).any(), f"{int(np.isnan(ours).sum())} values are NaN and should not be"
-    worst = np.unravel_index(int(ours.argmax()), ours.shape)
-    assert ours[worst] <= theirs.max() + slack, (
-        f"error {ours[worst]:.3e} at {tuple(int(i) for i in worst)}: got {got[worst]!r}, expected "
-        f"{truth[worst]!r}; the baseline's largest error is {theirs.max():.3e}, slack {slack:.1e}"
-    )
 
 
 def pytest_runtest_setup(item) -> None:

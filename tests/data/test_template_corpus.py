@@ -3,13 +3,11 @@
 import random
 
 import pytest
-import template_shapes
-import template_shapes_more
 from byte_tokenizer import decode
+from template_shapes import SHAPES
 
 from dpo_ext import PairDataset, TokenizerError
 
-SHAPES = template_shapes.SHAPES | template_shapes_more.SHAPES
 TEXTS = [
     "hello",
     "Zürich, 東京 and 🙂",

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from test_packed import random_pairs
+from pair_cases import random_pairs
 
 from dpo_ext import PairDataset, TensorError
 

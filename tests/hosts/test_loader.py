@@ -1,44 +1,18 @@
 """The loader: the plan's batches in order, errors in the loop, no thread left behind."""
 
 import gc
+import os
 import threading
 import time
 from itertools import pairwise
 
 import pytest
 import torch
+from fake_plan import FakeBatch, FakePlan
+from places import ROOT, child_path
 
 from dpo_ext import PairDataset
 from dpo_ext.torch import PairLoader, sequence_logps
-
-
-class FakeBatch:
-    def __init__(self, i, epoch, where="host"):
-        self.i, self.epoch, self.where = i, epoch, where
-
-    def to(self, device, *, non_blocking=False):
-        return FakeBatch(self.i, self.epoch, str(torch.device(device)))
-
-
-class FakePlan:
-    """Counts what was built; batch `bad` cannot be."""
-
-    def __init__(self, n, *, bad=None, seconds=0.0):
-        self.n, self.bad, self.seconds, self.epoch = n, bad, seconds, 0
-        self.built = []
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        time.sleep(self.seconds)
-        self.built.append((i, threading.current_thread() is threading.main_thread()))
-        if i == self.bad:
-            raise KeyError(f"batch {i}")
-        return FakeBatch(i, self.epoch)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
 
 @pytest.fixture(autouse=True)
@@ -174,15 +148,14 @@ def test_a_process_that_stops_in_the_middle_exits():
     import sys
 
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_loader import FakePlan; "
+        "from fake_plan import FakePlan; "
         "from dpo_ext.torch import PairLoader; it = iter(PairLoader(FakePlan(9))); next(it); "
         "print('first'); "
     )
-    from conftest import ROOT
-
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": child_path()},
         capture_output=True,
         text=True,
         timeout=60,

@@ -4,7 +4,7 @@ import itertools
 import logging
 
 import pytest
-from test_packed import random_pairs
+from pair_cases import OPTIONS, batch_bits, random_pairs
 
 from dpo_ext import DataError
 
@@ -13,11 +13,6 @@ torch = pytest.importorskip("torch")
 from dpo_ext.torch import PairLoader  # noqa: E402
 
 LAYOUTS = ("padded", "packed", "shared")
-OPTIONS = {
-    "padded": {"pairs_per_batch": 3},
-    "packed": {"tokens_per_batch": 120, "bin_length": 60},
-    "shared": {"tokens_per_batch": 60},
-}
 
 
 def plan_of(layout="packed", n=40, **more):
@@ -28,20 +23,11 @@ def first(batches):
     return batches[0]
 
 
-def bits(batch):
-    """Every array of a batch, as bytes."""
-    values = {name: value for name, value in vars(batch).items() if name != "table"}
-    return {
-        name: torch.as_tensor(value).numpy().tobytes() if hasattr(value, "dtype") else value
-        for name, value in values.items()
-    }
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_loader_goes_on_where_its_state_was_taken(layout):
     plan = plan_of(layout)
     plan.set_epoch(2)
-    whole = [bits(batch) for batch in PairLoader(plan)]
+    whole = [batch_bits(batch) for batch in PairLoader(plan)]
     assert len(whole) > 4
     for k in (0, 1, len(whole) - 1, len(whole)):
         loader = PairLoader(plan, prefetch=3)
@@ -53,9 +39,11 @@ def test_a_loader_goes_on_where_its_state_was_taken(layout):
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         resumed.set_epoch(2)  # as a loop over epochs does, from the epoch of the state on
-        assert [bits(batch) for batch in resumed] == whole[k:]
+        assert [batch_bits(batch) for batch in resumed] == whole[k:]
         assert resumed.state_dict()["position"] == len(whole)
-        assert [bits(batch) for batch in resumed] == whole  # the next iteration is whole again
+        assert [
+            batch_bits(batch) for batch in resumed
+        ] == whole  # the next iteration is whole again
     resumed.load_state_dict(state)
     resumed.set_epoch(3)
     assert resumed.state_dict()["position"] == 0
@@ -106,33 +94,33 @@ def test_a_state_of_other_batches_is_refused():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_plain_data_loader_resumes_by_its_sampler(layout, workers):
     plan = plan_of(layout)
-    whole = [bits(batch) for batch in plan]
+    whole = [batch_bits(batch) for batch in plan]
 
     def loader(sampler):
         return torch.utils.data.DataLoader(
             plan, batch_size=1, sampler=sampler, collate_fn=first, num_workers=workers
         )
 
-    assert [bits(batch) for batch in loader(None)] == whole
-    assert [bits(batch) for batch in loader(range(3, len(plan)))] == whole[3:]
+    assert [batch_bits(batch) for batch in loader(None)] == whole
+    assert [batch_bits(batch) for batch in loader(range(3, len(plan)))] == whole[3:]
 
 
 def test_accelerate_skips_to_the_same_batches():
     accelerate = pytest.importorskip("accelerate")
     plan = plan_of()
-    whole = [bits(batch) for batch in plan]
+    whole = [batch_bits(batch) for batch in plan]
 
     def prepare():
         loader = torch.utils.data.DataLoader(plan, batch_size=1, collate_fn=first)
         return accelerate.Accelerator(cpu=True).prepare(loader)
 
-    assert [bits(batch) for batch in accelerate.skip_first_batches(prepare(), 4)] == whole[4:]
+    assert [batch_bits(batch) for batch in accelerate.skip_first_batches(prepare(), 4)] == whole[4:]
     prepared = prepare()
-    assert [bits(batch) for batch in prepared] == whole
+    assert [batch_bits(batch) for batch in prepared] == whole
     # Accelerate tells the plan its epochs by itself.
-    second = [bits(batch) for batch in prepared]
+    second = [batch_bits(batch) for batch in prepared]
     assert plan.epoch == 1
-    assert second == [bits(batch) for batch in plan] != whole
+    assert second == [batch_bits(batch) for batch in plan] != whole
 
 
 def test_the_trainer_resumes_with_the_same_batches(tmp_path):
@@ -196,7 +184,7 @@ def test_lightning_resumes_with_the_same_batches(tmp_path):
             self.weight = torch.nn.Parameter(torch.ones(()))
 
         def training_step(self, batch, i):
-            seen.append(bits(batch))
+            seen.append(batch_bits(batch))
             return self.weight * 1.0
 
         def on_train_batch_end(self, outputs, batch, i):
@@ -221,5 +209,5 @@ def test_lightning_resumes_with_the_same_batches(tmp_path):
         return list(seen)
 
     whole = run()
-    assert whole == [bits(batch) for batch in PairLoader(plan)]
+    assert whole == [batch_bits(batch) for batch in PairLoader(plan)]
     assert run(resume=path) == whole[4:]

@@ -6,8 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from test_packed import random_pairs
-from test_resume import OPTIONS, bits
+from pair_cases import OPTIONS, batch_bits, random_pairs
 
 torch = pytest.importorskip("torch")
 
@@ -24,24 +23,24 @@ def plan_of(layout, n=60):
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_batches_that_are_kept_are_never_written_over(layout, prefetch):  # P9
     plan = plan_of(layout)
-    want = [bits(batch) for batch in plan]
+    want = [batch_bits(batch) for batch in plan]
     loader = PairLoader(plan, prefetch=prefetch)
-    assert [bits(batch) for batch in loader] == want  # one by one
+    assert [batch_bits(batch) for batch in loader] == want  # one by one
     kept = list(loader)
-    assert [bits(batch) for batch in loader] == want
-    assert [bits(batch) for batch in kept] == want
+    assert [batch_bits(batch) for batch in loader] == want
+    assert [batch_bits(batch) for batch in kept] == want
     some = []
     for i, batch in enumerate(loader):
         if i % 3 == 0:
             some.append((i, batch))
     for _ in loader:
         pass
-    assert [bits(batch) for _, batch in some] == [want[i] for i, _ in some]
+    assert [batch_bits(batch) for _, batch in some] == [want[i] for i, _ in some]
 
 
 def test_arrays_outlive_loader_and_plan():  # P9
     plan = plan_of("packed")
-    want = bits(plan[0])
+    want = batch_bits(plan[0])
     loader = PairLoader(plan)
     batches = iter(loader)
     batch = next(batches)
@@ -49,7 +48,7 @@ def test_arrays_outlive_loader_and_plan():  # P9
     del batches, loader, plan
     gc.collect()
     noise = [np.full(1 << 14, 7) for _ in range(50)]
-    assert bits(batch) == want
+    assert batch_bits(batch) == want
     del batch
     gc.collect()
     noise += [np.full(1 << 14, 7) for _ in range(50)]
@@ -131,12 +130,12 @@ def test_arrays_of_a_buffer_are_aligned_apart_and_as_large_as_asked():
 
 def test_buffers_come_back_from_other_threads():
     plan = plan_of("padded")
-    want = [bits(batch) for batch in plan]
+    want = [batch_bits(batch) for batch in plan]
     loader = PairLoader(plan)
     found = {}
 
     def read(batch, i):
-        found[i] = bits(batch)
+        found[i] = batch_bits(batch)
 
     for round_ in range(3):
         threads = []
@@ -153,14 +152,14 @@ def test_buffers_come_back_from_other_threads():
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_batches_reach_the_gpu_from_pinned_buffers(layout):
     plan = plan_of(layout)
-    want = [bits(batch) for batch in plan]
+    want = [batch_bits(batch) for batch in plan]
     loader = PairLoader(plan, device="cuda")
     for _ in range(3):
         found = []
         for batch in loader:
             torch.cuda._sleep(100_000)
             found.append(batch)
-        assert [bits(batch.to("cpu")) for batch in found] == want
+        assert [batch_bits(batch.to("cpu")) for batch in found] == want
     loan = loader._ring.lend()
     assert torch.from_numpy(loan.take(8, np.int64)).is_pinned()
     assert list(itertools.islice(loader, 1))[0].input_ids.is_cuda  # noqa: RUF015

@@ -21,6 +21,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from places import child_path
 from tokenizers import models
 from transformers import (
     AutoModelForCausalLM,
@@ -654,6 +655,7 @@ def test_two_processes_have_the_gradients_of_one(own, tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": child_path(),
         }
         command = [sys.executable, __file__, str(own), str(tmp_path)]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))

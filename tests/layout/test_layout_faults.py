@@ -9,10 +9,10 @@ import tomllib
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from test_packed import random_pairs
+from pair_cases import random_pairs
+from places import ROOT, child_path
 
 from dpo_ext import DataError, LimitExceeded, PairDataset, Ragged, pack_lengths
 from dpo_ext.report import Report
@@ -172,9 +172,8 @@ def test_p6_release_builds_keep_overflow_checks():
 
 
 DIGEST = """
-import hashlib, sys
-sys.path.insert(0, "tests")
-from test_packed import random_pairs
+import hashlib
+from pair_cases import random_pairs
 made = hashlib.sha256()
 for layout, options in (("padded", {"tokens_per_batch": 200}), ("packed", {"tokens_per_batch": 60}),
                         ("shared", {"tokens_per_batch": 60})):
@@ -188,7 +187,12 @@ print(made.hexdigest())
 def test_p7_bytes_do_not_depend_on_threads_hashing_or_run():
     found = set()
     for threads, hashing in (("1", "0"), ("2", "1"), ("8", "random")):
-        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": hashing}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": child_path(),
+            "RAYON_NUM_THREADS": threads,
+            "PYTHONHASHSEED": hashing,
+        }
         done = subprocess.run(
             [sys.executable, "-c", DIGEST],
             cwd=ROOT,

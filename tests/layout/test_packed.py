@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pair_cases import random_pairs
 
 from dpo_ext import DataError, PairDataset, pack_lengths
-
-
-def random_pairs(n, seed=0, longest=12, shortest=1, vocabulary=99):
-    rng = np.random.default_rng(seed)
-
-    def side(least):
-        return [
-            rng.integers(1, vocabulary, rng.integers(least, longest + 1)).tolist() for _ in range(n)
-        ]
-
-    return PairDataset.from_ids(side(0), side(shortest), side(shortest), pad_id=0)
 
 
 def segments(batch):

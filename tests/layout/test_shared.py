@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_packed import random_pairs
+from pair_cases import random_pairs
 
 from dpo_ext import DataError, PairDataset, TensorError
 

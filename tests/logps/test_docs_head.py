@@ -1,20 +1,15 @@
 """docs/head.md: its blocks run."""
 
-from pathlib import Path
-
 import pytest
+from doc_blocks import blocks, run_blocks
+from places import DOCS
 
 torch = pytest.importorskip("torch")
 
-from test_readme import BLOCK  # noqa: E402
-
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "head.md"
+PAGE = DOCS / "head.md"
 
 
 def test_every_python_block_runs():
-    names = {"__name__": "head"}
     torch.manual_seed(0)
-    blocks = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) == 3
-    for code in blocks:
-        exec(compile(code, "head.md", "exec"), names)
+    assert len(blocks(PAGE)) == 3
+    run_blocks(PAGE, {"__name__": "head"})

@@ -1,4 +1,4 @@
-"""Every fault and hazard has its test, here and on a GPU; every kernel meets K1 to K7, by enumeration."""
+"""Every kernel meets K1 to K7, by enumeration."""
 
 from __future__ import annotations
 
@@ -6,78 +6,18 @@ import ast
 import itertools
 import math
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import FAULTS, HAZARDS
-from test_cuda_host import batch, bits, check_gradient, oracle, place
+from kernel_cases import PLAIN, batch, bits, check_gradient, oracle, place
+from places import TESTS
 
 from dpo_ext.torch.logps import cuda as kernels
 
-TESTS = Path(__file__).parent
-PLAIN = (1.0, 0.0, 1.0)
-# What has no form of its own on a device.
-HERE_ALONE = {
-    "K8": "refused before anything is launched",
-    "K15": "what is missing is the device, its driver or CuPy",
-}
 KERNELS = sorted(kernels.FILES)
-
-
-def calls(node, name):
-    """Calls of `pytest.mark.NAME(...)`, and bare `pytest.mark.NAME`, within a decorator or parameter."""
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Attribute) and ast.unparse(inner) == f"pytest.mark.{name}":
-            yield inner
-        if isinstance(inner, ast.Call) and ast.unparse(inner.func) == f"pytest.mark.{name}":
-            yield inner
-
-
-def marked() -> dict[str, list[tuple[str, bool]]]:
-    """fault -> (test, whether it needs a GPU), read from the sources: also of what cannot be imported here."""
-    found: dict[str, list[tuple[str, bool]]] = {}
-    for path in sorted(TESTS.glob("test_*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        whole_file_on_gpu = any(
-            isinstance(node, ast.Assign)
-            and ast.unparse(node.targets[0]) == "pytestmark"
-            and any(calls(node.value, "gpu"))
-            for node in tree.body
-        )
-        for node in tree.body:
-            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
-                continue
-            bare = [d for d in node.decorator_list if ast.unparse(d) == "pytest.mark.gpu"]
-            for decorator in node.decorator_list:
-                for call in calls(decorator, "fault"):
-                    if isinstance(call, ast.Call):
-                        for argument in call.args:
-                            name = ast.literal_eval(argument)
-                            test = (f"{path.name}::{node.name}", whole_file_on_gpu or bool(bare))
-                            found.setdefault(name, []).append(test)
-    return found
-
-
-MARKED = marked()
-
-
-@pytest.mark.parametrize("name", FAULTS + HAZARDS)
-def test_every_fault_and_hazard_has_a_test_that_runs_without_a_gpu(name):
-    assert [test for test, on_gpu in MARKED.get(name, []) if not on_gpu]
-
-
-@pytest.mark.parametrize("name", [n for n in FAULTS + HAZARDS if n not in HERE_ALONE])
-def test_every_fault_and_hazard_has_a_test_for_make_gpu_check(name):
-    assert [test for test, _ in MARKED.get(name, []) if test.startswith("test_gpu")]
-
-
-def test_no_mark_names_something_else():
-    assert set(MARKED) == set(FAULTS + HAZARDS)
-    assert set(HERE_ALONE) < set(MARKED)
 
 
 # ---- K1 to K7 over all kernels ------------------------------------------------------------------
@@ -341,7 +281,7 @@ def test_every_kernel_runs_under_the_sanitizers_and_on_the_host():
     launched = set(re.findall(r"emu::launch\([^&]*\[&\] \{\s*(\w+)[<(]", sanitized))
     assert launched == set(kernels.FILES)
     assert set(re.findall(r"= *entry\((\w+)", host.replace("\\\n", ""))) == set(kernels.FILES)
-    nvrtc = ast.parse((TESTS / "test_nvrtc.py").read_text())
+    nvrtc = ast.parse((TESTS / "logps" / "test_nvrtc.py").read_text())
     templates = next(
         n.value for n in nvrtc.body if isinstance(n, ast.Assign) and n.targets[0].id == "TEMPLATES"
     )

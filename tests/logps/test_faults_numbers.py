@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import assert_no_worse
+from compare import assert_no_worse
+from kernel_cases import place
 from logps_cases import IMPLS, device_of, oracle
-from test_cuda_host import place
 
 from dpo_ext.torch import (
     ScoreTable,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_no_worse
+from compare import assert_no_worse
 from logps_cases import DTYPES, IMPLS, device_of, oracle, ordinary
 
 from dpo_ext import KernelUnavailable, TensorError

@@ -1,8 +1,7 @@
 """Log-probs against numbers computed elsewhere with 50 digits (tests/golden/golden_logps.npz)."""
 
-from pathlib import Path
-
 import numpy as np
+import places
 import pytest
 import reference
 import torch
@@ -10,7 +9,7 @@ from logps_cases import DTYPES, IMPLS, device_of
 
 from dpo_ext.torch import ScoreTable, sequence_logps, token_scores
 
-GOLDEN = Path(__file__).with_name("golden") / "golden_logps.npz"
+GOLDEN = places.GOLDEN / "golden_logps.npz"
 ALL_STATS = ("entropy", "mean_logit", "log_sum_sq", "is_top1")
 HALF = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 

@@ -9,54 +9,15 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import assert_no_worse
+from compare import assert_no_worse
+from device_cases import OPS, batch, forward_backward, place, same_bits
+from kernel_cases import DTYPES, PLAIN, STATS, TRANSFORMS
 
 from dpo_ext.torch.logps import cuda as kernels
-from dpo_ext.torch.logps import ops
 
 pytestmark = pytest.mark.gpu
 
-assert ops.DTYPES  # importing registers the operators
-OPS = torch.ops.dpo_ext
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 7, 8, 9, 31, 32, 33, 127, 128, 129, 1000, 32_769, 50_257, 128_256, 151_936]
-PLAIN = (1.0, 0.0, 1.0)
-TRANSFORMS = {"plain": PLAIN, "scaled": (0.7, 0.0, 1.3), "capped": (2.0, 5.0, 0.7)}
-STATS = ("entropy", "mean_logit", "log_sum_sq")
-
-
-def batch(dtype, columns, seed, tokens=6):
-    """On the host: tokens + 1 rows in another order than the table; token 1 is not scored, its row NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(tokens + 1, columns, generator=generator) * 4).to(dtype)
-    rows = torch.randperm(tokens + 1, generator=generator)[:tokens]
-    targets = torch.randint(0, columns, (tokens,), generator=generator, dtype=torch.int32)
-    targets[0], targets[1] = columns - 1, -100
-    values[rows[1]] = math.nan
-    return values, rows, targets, torch.randn(tokens, generator=generator)
-
-
-def place(values, offset=0, gap=0):
-    """On the device, `offset` elements past an aligned address, NaN between rows."""
-    rows, columns = values.shape
-    flat = torch.full(
-        (offset + rows * (columns + gap) + 8,), math.nan, dtype=values.dtype, device="cuda"
-    )
-    placed = flat.as_strided((rows, columns), (columns + gap, 1), offset)
-    placed.copy_(values)
-    return placed
-
-
-def forward_backward(logits, rows, targets, grad, transform=PLAIN, stats=True):
-    rows, targets, grad = rows.cuda(), targets.cuda(), grad.cuda()
-    scores = OPS.token_stats(logits, rows, targets, *transform, stats)
-    dz = OPS.logits_grad(logits, rows, targets, scores[1], scores[2], grad, *transform)
-    return [c.cpu() for c in scores], dz.cpu(), (rows, targets, scores[1], scores[2], grad)
-
-
-def same_bits(a, b):
-    as_bytes = [t.contiguous().view(torch.uint8).numpy() for t in (a, b)]
-    return a.dtype == b.dtype and np.array_equal(*as_bytes)
 
 
 @pytest.mark.fault("K5", "K17", "H11", "H14")

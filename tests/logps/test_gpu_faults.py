@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import assert_no_worse
-from test_gpu import DTYPES, OPS, PLAIN, batch, forward_backward, place, same_bits
+from compare import assert_no_worse
+from device_cases import OPS, batch, forward_backward, place, same_bits
+from kernel_cases import DTYPES, PLAIN
 
 from dpo_ext.torch.logps import ops
 

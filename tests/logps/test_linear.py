@@ -1,14 +1,14 @@
 """The head inside: every plan, chunk and option gives what float64 gives, and keeps no more than it says."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import assert_no_worse
-from logps_cases import DTYPES, HOWS, IMPLS, device_of, fields, name_of, random_case
+from compare import assert_no_worse
+from linear_cases import CHUNKS, EXAMPLES, PLANS, oracle, random_head, run
+from logps_cases import DTYPES, HOWS, IMPLS, LABELS, device_of, fields, name_of
 
 from dpo_ext import TensorError
 from dpo_ext.torch import (
@@ -18,38 +18,6 @@ from dpo_ext.torch import (
     sequence_logps,
     token_scores,
 )
-
-PLANS = ["frozen", "recompute"]
-CHUNKS = [1, 2, 5, None]
-EXAMPLES = int(os.environ.get("DPO_EXT_EXAMPLES", "24"))
-LABELS = torch.tensor([[-100, 3, 1, 2], [-100, -100, 0, 4], [-100, 3, -100, -100], [-100, 2, 2, 1]])
-
-
-def random_head(seed, *, H=6, V=9, dtype=torch.float64, weights=False, spread=1.0, **table):
-    """(hidden (R, H), weight (V, H), bias (V,), table)."""
-    logits, table = random_case(seed, V=V, weights=weights, **table)
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(len(logits), H, generator=generator, dtype=torch.float64)
-    weight = torch.randn(V, H, generator=generator, dtype=torch.float64) * spread
-    bias = torch.randn(V, generator=generator, dtype=torch.float64)
-    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), table
-
-
-def run(hidden, weight, bias, table, upstream, plan, impl="auto", score=None, **options):
-    """(values, dX, dW, db); under ``frozen`` only the hidden states need a gradient."""
-    where = device_of(impl)
-    x = hidden.detach().to(where).clone().requires_grad_()
-    w, b = (None if p is None else p.detach().to(where).clone() for p in (weight, bias))
-    if plan != "frozen":
-        w.requires_grad_()
-        if b is not None:
-            b.requires_grad_()
-    score = score or linear_sequence_logps
-    options = {"plan": plan, "impl": impl, **options} if score is linear_sequence_logps else options
-    value = score(x, w, table.to(where), bias=b, **options)
-    value.backward(upstream.to(where, value.dtype))
-    grads = [None if p is None or p.grad is None else p.grad.cpu() for p in (x, w, b)]
-    return value.detach().cpu(), *grads
 
 
 def ordinary(hidden, weight, table, bias=None, **how):
@@ -65,15 +33,6 @@ def ordinary(hidden, weight, table, bias=None, **how):
     )[scored]
     sums = torch.zeros(table.n_sequences, dtype=tokens.dtype).index_add(0, sequence, tokens)
     return sums.reshape(-1, table.group_size)
-
-
-def oracle(hidden, weight, bias, table, upstream, **how):
-    x, w, b = (None if p is None else p.double().numpy() for p in (hidden, weight, bias))
-    f = fields(table)
-    z = x @ w.T + (0.0 if b is None else b)
-    g = reference.token_upstream(upstream.double().numpy(), f["weights"], f["seq_offsets"])
-    value = reference.sequence_logps(z, f, **how)
-    return value, *reference.linear_grads(x, w, b, f["logit_rows"], f["targets"], g, **how)
 
 
 @pytest.mark.parametrize("plan", PLANS)

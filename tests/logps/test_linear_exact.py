@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import reference
 import torch
+from linear_cases import PLANS, oracle, random_head, run
 from logps_cases import DTYPES, HOWS, IMPLS, device_of, fields, name_of
-from test_linear import PLANS, oracle, random_head, run
 
 from dpo_ext.torch import (
     ScoreTable,

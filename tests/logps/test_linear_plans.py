@@ -2,30 +2,13 @@
 
 import pytest
 import torch
-from test_linear import PLANS, random_head
-from torch.utils._python_dispatch import TorchDispatchMode
+from linear_cases import PLANS, Watch, random_head
 from torch.utils.checkpoint import checkpoint
 
 from dpo_ext.torch import ScoreTable, linear_sequence_logps
 from dpo_ext.torch.logps import products
 from dpo_ext.torch.logps.head import SCRATCH_BYTES, make_head
 from dpo_ext.torch.logps.scores import Transform
-
-
-class Watch(TorchDispatchMode):
-    """Counts products and remembers the largest tensor that was made."""
-
-    def __init__(self):
-        super().__init__()
-        self.products, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, torch.Tensor) and not func.is_view:
-                self.largest = max(self.largest, value.numel())
-        return out
 
 
 @pytest.mark.parametrize(

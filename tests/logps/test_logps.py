@@ -10,27 +10,19 @@ from logps_cases import (
     DTYPES,
     HOWS,
     IMPLS,
+    LABELS,
+    UPSTREAM,
     device_of,
     fields,
+    logits_like,
     name_of,
+    on,
     oracle,
     random_case,
 )
 
 from dpo_ext import KernelUnavailable, TensorError
 from dpo_ext.torch import ScoreTable, TokenScores, sequence_logps, token_scores
-
-LABELS = torch.tensor([[-100, 3, 1, 2], [-100, -100, 0, 4], [-100, 3, -100, -100], [-100, 2, 2, 1]])
-UPSTREAM = torch.tensor([[1.0, -0.5], [0.25, 2.0]])
-
-
-def logits_like(dtype=torch.float32, seed=0):
-    return torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def on(impl, *things):
-    return [thing.to(device_of(impl)) for thing in things]
-
 
 # ---- values ---------------------------------------------------------------------------------------
 

@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from logps_cases import DTYPES, HOWS, IMPLS, KERNELS, device_of, name_of, oracle
-from test_logps import LABELS, UPSTREAM, logits_like, on
+from logps_cases import (
+    DTYPES,
+    HOWS,
+    IMPLS,
+    KERNELS,
+    LABELS,
+    UPSTREAM,
+    device_of,
+    logits_like,
+    name_of,
+    on,
+    oracle,
+)
 from torch.utils.checkpoint import checkpoint
 
 from dpo_ext import TensorError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import assert_no_worse
+from compare import assert_no_worse
 from logps_cases import (
     DTYPES,
     HOWS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import assert_no_worse
+from compare import assert_no_worse
 
 from dpo_ext import TensorError
 from dpo_ext.torch.logps import ops

@@ -1,28 +1,24 @@
 """The derivation runs; the pages and pictures of the losses are those of the table."""
 
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from doc_blocks import blocks, run_blocks
+from places import DOCS
 
 from dpo_ext.torch.losses.catalogue import FAMILIES, losses_table, page
 from dpo_ext.torch.losses.catalogue import main as write_pages
 from dpo_ext.torch.losses.registry import LOSSES
 
 DRAWN = [name for name, row in LOSSES.items() if not (row.couples_batch or row.autograd)]
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_the_derivation_runs():
-    text = (DOCS / "derivation.md").read_text(encoding="utf-8")
-    blocks = BLOCK.findall(text)
-    assert len(blocks) >= 12
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "docs/derivation.md", "exec"), names)
-    assert "assert" in text
+    page = DOCS / "derivation.md"
+    assert len(blocks(page)) >= 12
+    assert any("assert" in block for block in blocks(page))
+    run_blocks(page, {})
 
 
 def test_its_links_exist():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from loss_calls import of_lists, of_pairs, of_single
 from loss_cases import BUILT_IN, COUPLED, LISTS, SINGLE, batch_of
-from test_loss_device import of_lists, of_pairs, of_single
 
 from dpo_ext.torch import preference_loss
 

@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
+import places
 import pytest
 import torch
 
@@ -19,9 +19,7 @@ from dpo_ext.torch.losses.single import (
     unpaired_loss,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_losses.json").read_text())[
-    "structured"
-]
+GOLDEN = json.loads((places.GOLDEN / "golden_losses.json").read_text())["structured"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 

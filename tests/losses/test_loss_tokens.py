@@ -1,8 +1,7 @@
 """LD-DPO and WPO end to end: from logits to the loss, against the golden log-probs."""
 
-from pathlib import Path
-
 import numpy as np
+import places
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +12,7 @@ from dpo_ext.testing import logits, score_tables
 from dpo_ext.torch import ScoreTable, preference_loss, sequence_logps, token_scores
 from dpo_ext.torch.losses.tokens import ld_table, wpo_averages
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "golden_logps.npz")
+GOLDEN = np.load(places.GOLDEN / "golden_logps.npz")
 
 
 def golden():

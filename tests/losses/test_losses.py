@@ -38,9 +38,6 @@ def close(a, b, tolerance=1e-6):
     assert ((a - b).abs() <= tolerance * (1 + b.abs())).all(), (a, b)
 
 
-# the numbers are the rows of references/numerics.md, section 3
-
-
 @given(pair_logps())
 def test_11_swapping_the_sides_negates_the_margin(case):
     m = 0.1 * margins(case)

@@ -4,16 +4,16 @@ float32.
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
+import places
 import pytest
 import torch
 
 from dpo_ext.torch import preference_loss
 from dpo_ext.torch.losses.registry import LOSSES
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_losses.json").read_text())
+GOLDEN = json.loads((places.GOLDEN / "golden_losses.json").read_text())
 ROWS = GOLDEN["rows"]
 COLUMNS = np.array([row[:6] for row in ROWS])
 CASES = [(name, k) for name, loss in GOLDEN["losses"].items() for k in range(len(loss["sets"]))]

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from linear_cases import EXAMPLES, Watch, random_head
 from logps_cases import HOWS, IMPLS, device_of, name_of
-from test_linear import EXAMPLES, random_head
-from test_linear_plans import Watch
 
 from dpo_ext import TensorError
 from dpo_ext.torch import (

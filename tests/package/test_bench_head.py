@@ -4,12 +4,11 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BENCHES = ROOT / "benches"
 LLAMA = (4096, 128_256)
 COPY, RATE = 4300.0, 790.0  # GB/s and TFLOP/s: the planning figures of one H200
@@ -419,8 +418,11 @@ def test_modules_that_are_not_installed_are_named(tmp_path, monkeypatch):
     import gpu_check
 
     monkeypatch.setattr(gpu_check, "TESTS", tmp_path)
-    (tmp_path / "test_a.py").write_text("import os\nimport test_b\nfrom dpo_ext import x\n")
-    (tmp_path / "test_b.py").write_text("from no_such.deep import y\nimport also_not, numpy\n")
+    (tmp_path / "support").mkdir()
+    (tmp_path / "test_a.py").write_text("import os\nimport cases\nfrom dpo_ext import x\n")
+    (tmp_path / "support" / "cases.py").write_text(
+        "from no_such.deep import y\nimport also_not, numpy\n"
+    )
     assert gpu_check.missing_modules(tmp_path / "test_a.py") == {"no_such", "also_not"}
     monkeypatch.undo()
     assert gpu_check.missing_modules(gpu_check.TESTS / "test_gpu.py") == set()

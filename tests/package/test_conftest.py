@@ -1,14 +1,14 @@
 """The rules that the other tests lean on: what did not run is counted, a worse result is refused."""
 
+import ast
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_no_worse
-
-CONFTEST = Path(__file__).with_name("conftest.py")
+from compare import assert_no_worse
+from places import SUPPORT, TESTS
 
 SUITE = """
 import pytest
@@ -26,9 +26,12 @@ def test_what_did_not_run_is_counted_in_the_last_lines(tmp_path, extra):
         pytest.importorskip("xdist")
     tests = tmp_path / "repo" / "tests"
     tests.mkdir(parents=True)
-    (tests / "conftest.py").write_bytes(CONFTEST.read_bytes())
+    shutil.copy(TESTS / "conftest.py", tests)
+    shutil.copytree(SUPPORT, tests / "support")
     (tests / "test_suite.py").write_text(SUITE, encoding="utf-8")
-    (tests.parent / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n", encoding="utf-8")
+    (tests.parent / "pytest.ini").write_text(
+        "[pytest]\nmarkers = gpu\npythonpath = tests/support\n", encoding="utf-8"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *extra, "tests"],
         cwd=tests.parent,
@@ -42,6 +45,17 @@ def test_what_did_not_run_is_counted_in_the_last_lines(tmp_path, extra):
         "tests without ../shared beside the repository: 1 skipped",
         "gpu tests: 0 of 2 run (no device)",
     ]
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.stem)
+def test_no_test_file_imports_another(path):
+    """Nor conftest.py: what two files need lies in tests/support."""
+    others = {"conftest"} | {other.stem for other in TESTS.rglob("test_*.py")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in others, f"line {node.lineno}"
+        elif isinstance(node, ast.Import):
+            assert not others & {alias.name for alias in node.names}, f"line {node.lineno}"
 
 
 def test_no_worse_accepts_the_error_of_the_baseline_and_the_slack():

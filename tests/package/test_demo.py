@@ -16,10 +16,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from dpo_ext import DataError, DpoExtError, cli, demo
-from dpo_ext.demo import measure, report, source, train, world
+from dpo_ext import DataError, DpoExtError, cli, demo  # noqa: E402
+from dpo_ext.demo import measure, report, source, train, world  # noqa: E402
 from dpo_ext.demo.live import PlainShow  # noqa: E402
-from dpo_ext.pages import charts
+from dpo_ext.pages import charts  # noqa: E402
 
 LOG_2 = math.log(2.0)
 

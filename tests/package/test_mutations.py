@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_testing import collate_packed, collate_trl
+from collators import collate_packed, collate_trl
 from torch.nn.functional import logsigmoid, softplus
 
 from dpo_ext.testing import check_layouts, check_logps, check_loss_invariants, search

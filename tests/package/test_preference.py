@@ -4,9 +4,9 @@ import json
 import math
 import re
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
+import places
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +26,7 @@ from dpo_ext.preference import (
 )
 from dpo_ext.testing import bradley_terry_world
 
-WORLD = json.loads((Path(__file__).parent / "golden" / "golden_world.json").read_text())
+WORLD = json.loads((places.GOLDEN / "golden_world.json").read_text())
 NAN = torch.tensor([0.0, math.nan])
 strengths = st.lists(st.integers(1, 1000), min_size=2, max_size=7)
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokenizer import tokenizer, write_folder
+from places import ROOT
 
 from dpo_ext import PairDataset
 
-SOURCE = Path(__file__).resolve().parent.parent / "python"
+SOURCE = ROOT / "python"
 ROWS = [{"prompt": f"q {i}: ", "chosen": f"yes {i} the", "rejected": f"no {i}"} for i in range(300)]
 
 CHILD = """

@@ -4,27 +4,14 @@ The namespace holds what a reader is told to have: logits with labels, a file of
 """
 
 import re
-from pathlib import Path
 
 import pytest
-import tiny
+from doc_blocks import blocks, run_blocks
+from places import ROOT
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
-
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The reader's working folder: pairs.jsonl.gz and path/to/model."""
-    folder = tmp_path_factory.mktemp("reader")
-    tiny.write_jsonl(folder / "pairs.jsonl.gz", tiny.rows())
-    tiny.tokenizer().save_pretrained(folder / "path/to/model")
-    tiny.model().save_pretrained(folder / "path/to/model")
-    return folder
 
 
 def namespace():
@@ -41,16 +28,13 @@ def namespace():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_every_python_block_runs(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names = namespace()
-    for code in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")):
-        exec(compile(code, "README.md", "exec"), names)
+@pytest.mark.usefixtures("reader_folder")
+def test_every_python_block_runs():
+    run_blocks(ROOT / "README.md", namespace())
 
 
 def test_before_and_after_of_the_readme_give_the_same_loss_and_gradient():
-    before, after = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))[:2]
+    before, after = blocks(ROOT / "README.md")[:2]
     names = namespace()
     exec(before, names)
     expected = names["loss"]

@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
+import places
 import pytest
 import torch
+from collators import collate_packed, collate_trl
 from hypothesis import given
 from loss_cases import BUILT_IN, FINITE_UP_TO, parameters_of
 from torch.nn.functional import logsigmoid
@@ -29,7 +30,7 @@ from dpo_ext.testing import (
 from dpo_ext.torch import ScoreTable, preference_loss, sequence_logps
 from dpo_ext.torch.losses.registry import LOSSES
 
-WORLD = json.loads((Path(__file__).parent / "golden" / "golden_world.json").read_text())
+WORLD = json.loads((places.GOLDEN / "golden_world.json").read_text())
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -149,34 +150,6 @@ def test_sequence_logps_is_the_definition():
             check_logps(sequence_logps, dtype=dtype, examples=25)
         else:
             check_logps(sequence_logps, dtype=dtype, examples=40)
-
-
-def collate_trl(rows, side="right"):
-    sides = [(r["prompt_ids"], r[key]) for key in ("chosen_ids", "rejected_ids") for r in rows]
-    T = max(len(p) + len(c) for p, c in sides)
-    ids = torch.zeros(len(sides), T, dtype=torch.int64)
-    mask, labels = ids.clone(), ids - 100
-    for i, (p, c) in enumerate(sides):
-        at = 0 if side == "right" else T - len(p) - len(c)
-        end = at + len(p) + len(c)
-        ids[i, at:end] = torch.tensor([*p.tolist(), *c.tolist()])
-        mask[i, at:end] = 1
-        labels[i, at + len(p) : end] = torch.tensor(c)
-    return {"input_ids": ids, "attention_mask": mask}, ScoreTable.from_labels(labels)
-
-
-def collate_packed(rows):
-    ids, positions, logit_rows, targets, offsets = [], [], [], [], [0]
-    for r in rows:
-        for key in ("chosen_ids", "rejected_ids"):
-            p, c = r["prompt_ids"].tolist(), r[key].tolist()
-            logit_rows += range(len(ids) + len(p) - 1, len(ids) + len(p) + len(c) - 1)
-            targets += c
-            ids += p + c
-            positions += range(len(p) + len(c))
-            offsets.append(len(targets))
-    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-    return inputs, ScoreTable(logit_rows=logit_rows, targets=targets, seq_offsets=offsets)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from places import child_path
 
 from dpo_ext import DataError, Limits, PairDataset, Tokenizer, _core
 from dpo_ext.data import cache as caching
@@ -315,11 +315,10 @@ def test_memory_does_not_grow_with_the_ids(tmp_path, tokenizer):
     with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(MANY // 10_000):
             file.write(lines)
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     arguments = [tmp_path / "tokenizer.json", tmp_path / "a.jsonl", tmp_path / "out"]
     run = subprocess.run(
         [sys.executable, "-c", PREPARE, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": child_path()},
         capture_output=True,
         text=True,
         check=True,
@@ -561,13 +560,12 @@ print(len(calls), len(pairs), int(pairs.chosen_ids.values.sum()))
 def test_processes_that_want_the_same_encode_it_once(tmp_path, files, tokenizer):
     """C8: also after the one that encoded was killed."""
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
     def start():
         arguments = [tmp_path / "tokenizer.json", *files, tmp_path / "c"]
         return subprocess.Popen(
             [sys.executable, "-c", CACHED, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": child_path(), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )

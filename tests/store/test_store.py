@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from pair_cases import small_pairs
+from places import GOLDEN as GOLDEN_FILES
+from places import child_path
 
 from dpo_ext import DataError, PairDataset, Ragged
 from dpo_ext.store import folder
@@ -29,16 +32,7 @@ given, st = hypothesis.given, pytest.importorskip("hypothesis.strategies")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
-GOLDEN = Path(__file__).parent / "golden" / "pairs-v1"
-
-
-def made(n=20, seed=0, vocab_size=1000):
-    rng = random.Random(seed)
-    lists = [
-        [[rng.randrange(vocab_size) for _ in range(rng.randint(0, 9))] for _ in range(n)]
-        for _ in range(3)
-    ]
-    return PairDataset.from_ids(*lists, pad_id=seed, vocab_size=vocab_size)
+GOLDEN = GOLDEN_FILES / "pairs-v1"
 
 
 def data_file(path):
@@ -74,7 +68,7 @@ def test_what_is_saved_comes_back(rows, ref, drops):
 
 
 def test_anything_that_reads_arrow_reads_it(tmp_path):
-    pairs = made().with_ref_logps(np.full((20, 2), -1.5))
+    pairs = small_pairs().with_ref_logps(np.full((20, 2), -1.5))
     pairs.save(tmp_path)
     table = pa.ipc.open_file(str(data_file(tmp_path))).read_all()
     table.validate(full=True)
@@ -93,7 +87,7 @@ def test_anything_that_reads_arrow_reads_it(tmp_path):
 
 def test_hugging_face_reads_it(tmp_path):
     datasets = pytest.importorskip("datasets")
-    pairs = made()
+    pairs = small_pairs()
     pairs.save(tmp_path / "saved")
     loaded = datasets.load_dataset(
         "arrow",
@@ -130,7 +124,7 @@ def test_ids_are_views_of_the_file(tmp_path):
 
 def test_offsets_grow_to_64_bits_where_32_do_not_reach(tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_ext.store.write.MAX_INT32", 50)
-    pairs = made()
+    pairs = small_pairs()
     pairs.save(tmp_path)
     table = pa.ipc.open_file(str(data_file(tmp_path))).read_all()
     assert table.schema.field("prompt_ids").type == pa.large_list(pa.int32())
@@ -141,7 +135,7 @@ def test_extra_columns_come_back(tmp_path):
     from dpo_ext.store.columns import Columns
     from dpo_ext.store.write import write
 
-    columns = Columns.of(made(9))
+    columns = Columns.of(small_pairs(9))
     columns.add("weight", [0.5] * 9)
     columns.add("id", np.arange(9))
     columns.add("hard", [True, False, True] * 3)
@@ -152,7 +146,7 @@ def test_extra_columns_come_back(tmp_path):
     with pytest.raises(TypeError, match="`odd`"):
         columns.add("odd", [[1, 2]] * 9)
     with folder.writing(tmp_path) as opened:
-        write(opened, columns, pad_id=0, vocab_size=None, report=made(9).report)
+        write(opened, columns, pad_id=0, vocab_size=None, report=small_pairs(9).report)
     table = pa.ipc.open_file(str(data_file(tmp_path))).read_all()
     manifest = mapped.read_manifest(tmp_path)
     with data_file(tmp_path).open("rb") as file:
@@ -182,7 +176,7 @@ def loads_or_refuses(path, pairs, verify=True):
 
 def test_every_flipped_byte_is_seen(tmp_path):
     """C4"""
-    pairs = made(30)
+    pairs = small_pairs(30)
     pairs.save(tmp_path)
     path = data_file(tmp_path)
     good = path.read_bytes()
@@ -198,7 +192,7 @@ def test_every_flipped_byte_is_seen(tmp_path):
 
 def test_every_flipped_byte_of_the_manifest_is_seen_or_changes_nothing(tmp_path):
     """C4"""
-    pairs = made(5)
+    pairs = small_pairs(5)
     pairs.save(tmp_path)
     path = tmp_path / "manifest.json"
     good = path.read_bytes()
@@ -213,7 +207,7 @@ def test_every_flipped_byte_of_the_manifest_is_seen_or_changes_nothing(tmp_path)
 
 def test_every_truncation_and_every_wrong_tail_is_seen(tmp_path):
     """C4"""
-    pairs = made(10)
+    pairs = small_pairs(10)
     pairs.save(tmp_path)
     path = data_file(tmp_path)
     good = path.read_bytes()
@@ -232,7 +226,7 @@ def test_every_truncation_and_every_wrong_tail_is_seen(tmp_path):
 def test_files_of_two_data_sets_swapped_are_seen(tmp_path):
     """C4"""
     for name, seed in (("a", 1), ("b", 2)):
-        made(20, seed).save(tmp_path / name)
+        small_pairs(20, seed).save(tmp_path / name)
     a, b = data_file(tmp_path / "a"), data_file(tmp_path / "b")
     b.rename(tmp_path / "a" / a.name)
     with pytest.raises(DataError, match=r"digest|bytes"):
@@ -242,7 +236,7 @@ def test_files_of_two_data_sets_swapped_are_seen(tmp_path):
 
 
 def test_without_verification_a_flip_never_reads_out_of_bounds(tmp_path):
-    pairs = made(30)
+    pairs = small_pairs(30)
     pairs.save(tmp_path)
     path = data_file(tmp_path)
     good = path.read_bytes()
@@ -255,12 +249,12 @@ def test_without_verification_a_flip_never_reads_out_of_bounds(tmp_path):
 
 
 def test_an_id_outside_the_vocabulary_is_refused_whatever_the_digest_says(tmp_path):
-    made().save(tmp_path)
+    small_pairs().save(tmp_path)
     forge(tmp_path, lambda m: m.update(vocab_size=10))
     with pytest.raises(DataError, match=r"`prompt_ids`: expected token ids in 0\.\.10") as caught:
         PairDataset.load(tmp_path)
     assert caught.value.reason == "bad_ids"
-    first = next(i for i, row in enumerate(made().prompt_ids) if (row >= 10).any())
+    first = next(i for i, row in enumerate(small_pairs().prompt_ids) if (row >= 10).any())
     assert caught.value.line == first + 1
 
 
@@ -280,7 +274,7 @@ def test_no_name_but_a_digest_is_ever_opened(name):
     """I19"""
     with tempfile.TemporaryDirectory() as path:
         path = Path(path) / "saved"
-        made(2).save(path)
+        small_pairs(2).save(path)
         opened = []
         forge(path, lambda m: m["file"].update(name=name))
         real = os.open
@@ -326,7 +320,7 @@ def test_numbers_of_a_hostile_manifest_are_checked(where, column, which, value):
     """C5: a lie is refused before anything is allocated for it, and nothing outside is read."""
     with tempfile.TemporaryDirectory() as path:
         path = Path(path)
-        pairs = made(6).with_ref_logps(np.zeros((6, 2)))
+        pairs = small_pairs(6).with_ref_logps(np.zeros((6, 2)))
         pairs.save(path / "saved")
 
         def change(manifest):
@@ -372,7 +366,7 @@ def test_numbers_of_a_hostile_manifest_are_checked(where, column, which, value):
 )
 def test_what_no_manifest_of_this_version_says_is_refused_by_name(tmp_path, change, message):
     """C14"""
-    made(6).save(tmp_path)
+    small_pairs(6).save(tmp_path)
     forge(tmp_path, change)
     with pytest.raises(DataError, match=message):
         PairDataset.load(tmp_path)
@@ -380,7 +374,7 @@ def test_what_no_manifest_of_this_version_says_is_refused_by_name(tmp_path, chan
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"[" * 100_000, b"\xff", b"null", b"1" * 5000])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text):
-    made(6).save(tmp_path)
+    small_pairs(6).save(tmp_path)
     (tmp_path / "manifest.json").write_bytes(text)
     with pytest.raises(DataError, match="manifest"):
         PairDataset.load(tmp_path)
@@ -401,8 +395,8 @@ def test_the_first_release_is_read():
 
 WRITER = """
 import sys
-from test_store import made
-sets = [made(200, 1), made(300, 2)]
+from pair_cases import small_pairs
+sets = [small_pairs(200, 1), small_pairs(300, 2)]
 k = int(sys.argv[2])
 print("ready", flush=True)
 while True:
@@ -412,10 +406,9 @@ while True:
 
 
 def start(code, *arguments):
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": child_path(), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -423,7 +416,7 @@ def start(code, *arguments):
 
 def test_killed_anywhere_the_old_or_the_new_one_is_there(tmp_path):
     """C1, C8: forked writers are killed at random times; the next one sweeps and goes on."""
-    a, b = made(200, 1), made(300, 2)
+    a, b = small_pairs(200, 1), small_pairs(300, 2)
     path = tmp_path / "saved"
     a.save(path)
     rng = random.Random(0)
@@ -483,7 +476,7 @@ def in_child(work):
 
 def test_stopped_before_every_call_the_old_or_the_new_one_is_there(tmp_path):
     """C1, deterministic: the process ends before its k-th open, write, fsync, rename, ..."""
-    old, new = made(50, 1), made(60, 2)
+    old, new = small_pairs(50, 1), small_pairs(60, 2)
     sizes = []
     for k in range(200):
         path = tmp_path / str(k)
@@ -512,7 +505,7 @@ def test_stopped_before_every_call_the_old_or_the_new_one_is_there(tmp_path):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_full_or_broken_disk_is_an_error_and_leaves_the_old_one(tmp_path, code):
     """C3: every write and fsync fails once."""
-    old, new = made(50, 1), made(60, 2)
+    old, new = small_pairs(50, 1), small_pairs(60, 2)
     failures = 0
     for k in range(200):
         path = tmp_path / str(k)
@@ -548,7 +541,7 @@ def test_short_writes_are_finished(tmp_path, monkeypatch):
     """C3"""
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[: max(1, len(data) // 3)]))
-    pairs = made(100)
+    pairs = small_pairs(100)
     pairs.save(tmp_path)
     monkeypatch.undo()
     assert tiny.same_pairs(PairDataset.load(tmp_path), pairs)
@@ -558,18 +551,18 @@ def test_a_file_size_limit_of_the_system_is_an_error(tmp_path):
     """C3, by the kernel itself."""
     import resource
 
-    made(10).save(tmp_path)
+    small_pairs(10).save(tmp_path)
 
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            made(5000).save(tmp_path)
+            small_pairs(5000).save(tmp_path)
         except DataError as error:
             return 3 if "EFBIG" in str(error) else 4
         return 5
 
     assert in_child(work) == 3
-    assert tiny.same_pairs(PairDataset.load(tmp_path), made(10))
+    assert tiny.same_pairs(PairDataset.load(tmp_path), small_pairs(10))
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -593,10 +586,10 @@ def test_a_file_is_synced_before_its_name_counts_and_the_folder_after(tmp_path, 
 
         monkeypatch.setattr(os, name, call)
 
-    made(5, 1).save(tmp_path)
+    small_pairs(5, 1).save(tmp_path)
     for name in ("fsync", "rename", "replace", "unlink"):
         spy(name)
-    made(5, 2).save(tmp_path)
+    small_pairs(5, 2).save(tmp_path)
     one = ["fsync file", "to data", "fsync folder", "fsync file", "to manifest", "fsync folder"]
     assert calls == [*one, "unlink data"]
 
@@ -604,7 +597,7 @@ def test_a_file_is_synced_before_its_name_counts_and_the_folder_after(tmp_path, 
 def test_writers_wait_for_each_other_and_readers_see_whole_data_sets(tmp_path):
     """C8, C12: four writers, one of them killed while it may hold the lock, beside a reader."""
     path = tmp_path / "saved"
-    sets = [made(200, 1), made(300, 2)]
+    sets = [small_pairs(200, 1), small_pairs(300, 2)]
     sets[0].save(path)
     writers = [start(WRITER, path, k) for k in range(4)]
     try:
@@ -627,27 +620,27 @@ def test_writers_wait_for_each_other_and_readers_see_whole_data_sets(tmp_path):
 
 def test_who_has_the_old_one_loaded_keeps_it(tmp_path):
     """C12"""
-    old = made(200, 1)
+    old = small_pairs(200, 1)
     old.save(tmp_path)
     loaded = PairDataset.load(tmp_path)
     for seed in range(2, 5):
-        made(50, seed).save(tmp_path)
+        small_pairs(50, seed).save(tmp_path)
     assert tiny.same_pairs(loaded, old)
 
 
 def test_a_loaded_data_set_is_saved_over_itself(tmp_path):
-    made().save(tmp_path)
+    small_pairs().save(tmp_path)
     loaded = PairDataset.load(tmp_path)
     loaded.save(tmp_path)
-    assert tiny.same_pairs(loaded, made())
-    assert tiny.same_pairs(PairDataset.load(tmp_path), made())
+    assert tiny.same_pairs(loaded, small_pairs())
+    assert tiny.same_pairs(PairDataset.load(tmp_path), small_pairs())
 
 
 # Workers
 
 
 def test_a_pickle_names_the_file_instead_of_carrying_the_ids(tmp_path):
-    pairs = made(5000)
+    pairs = small_pairs(5000)
     pairs.save(tmp_path)
     loaded = PairDataset.load(tmp_path)
     loaded.pad_id = 17
@@ -658,13 +651,13 @@ def test_a_pickle_names_the_file_instead_of_carrying_the_ids(tmp_path):
     assert again.pad_id == 17
     assert not again.chosen_ids.values.flags.writeable
     assert len(pickle.loads(pickle.dumps(again))) == 5000
-    made(4000, 1).save(tmp_path)
+    small_pairs(4000, 1).save(tmp_path)
     with pytest.raises(DataError, match="replaced"):
         pickle.loads(text)
 
 
 def test_ids_that_were_exchanged_are_pickled_themselves(tmp_path):
-    made().save(tmp_path)
+    small_pairs().save(tmp_path)
     loaded = PairDataset.load(tmp_path)
     loaded.chosen_ids = loaded.rejected_ids
     with_ref = PairDataset.load(tmp_path).with_ref_logps(np.zeros((20, 2)))
@@ -679,7 +672,7 @@ def test_folders_and_files_are_private(tmp_path):
     """C13"""
     before = os.umask(0)
     try:
-        made().save(tmp_path / "a" / "b")
+        small_pairs().save(tmp_path / "a" / "b")
     finally:
         os.umask(before)
     path = tmp_path / "a" / "b"
@@ -691,10 +684,10 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
     """C13"""
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(DataError, match=r"model\.safetensors"):
-        made().save(tmp_path)
+        small_pairs().save(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "manifest.json")
     with pytest.raises(DataError, match="manifest"):
-        made().save(tmp_path)
+        small_pairs().save(tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["manifest.json"]
     assert (tmp_path / "manifest.json").read_bytes() == b"precious"
 
@@ -707,7 +700,7 @@ def test_places_that_are_no_folder(tmp_path):
         PairDataset.load(tmp_path)
     file = tmp_path / "file"
     file.write_bytes(b"")
-    for call in (made().save, PairDataset.load):
+    for call in (small_pairs().save, PairDataset.load):
         with pytest.raises(NotADirectoryError):
             call(file)
         with pytest.raises(NotADirectoryError):
@@ -718,7 +711,7 @@ def test_places_that_are_no_folder(tmp_path):
 def test_symbolic_links_are_not_followed(tmp_path, name):
     """C13, I19"""
     path = tmp_path / "saved"
-    made().save(path)
+    small_pairs().save(path)
     inner = data_file(path) if name == "data" else path / name
     elsewhere = tmp_path / "elsewhere"
     inner.rename(elsewhere)
@@ -726,7 +719,7 @@ def test_symbolic_links_are_not_followed(tmp_path, name):
     before = elsewhere.read_bytes()
     if name == ".lock":
         with pytest.raises(DataError, match="ELOOP"):
-            made(3, 1).save(path)
+            small_pairs(3, 1).save(path)
     else:
         with pytest.raises(DataError, match="symbolic link"):
             PairDataset.load(path)
@@ -735,7 +728,7 @@ def test_symbolic_links_are_not_followed(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["manifest.json", "data"])
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
-    made().save(tmp_path)
+    small_pairs().save(tmp_path)
     inner = data_file(tmp_path) if name == "data" else tmp_path / name
     inner.unlink()
     os.mkfifo(inner)
@@ -751,7 +744,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(DataError, match="no locks"):
-        made().save(tmp_path)
+        small_pairs().save(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -759,10 +752,10 @@ def test_a_folder_without_permission_is_said_by_the_system(tmp_path):
     """C13"""
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
-        made().save(tmp_path / "saved")
+        small_pairs().save(tmp_path / "saved")
 
 
 def test_saving_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match=r"dpo_ext\[arrow\]"):
-        made().save(tmp_path / "saved")
+        small_pairs().save(tmp_path / "saved")

@@ -22,6 +22,9 @@ HOWS = [
     {"temperature": 1.3, "softcap": 5.0, "logit_scale": 2.0},
 ]
 
+LABELS = torch.tensor([[-100, 3, 1, 2], [-100, -100, 0, 4], [-100, 3, -100, -100], [-100, 2, 2, 1]])
+UPSTREAM = torch.tensor([[1.0, -0.5], [0.25, 2.0]])
+
 
 def name_of(how: dict) -> str:
     return "+".join(how) or "plain"
@@ -93,3 +96,11 @@ def ordinary(logits, table, upstream=None, **how):
     if upstream is not None:
         value.backward(upstream.to(value.dtype))
     return value, z.grad
+
+
+def logits_like(dtype=torch.float32, seed=0):
+    return torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def on(impl, *things):
+    return [thing.to(device_of(impl)) for thing in things]

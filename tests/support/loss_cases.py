@@ -1,14 +1,14 @@
 """Every loss of the table with parameters it accepts: golden ones, and arrays of one a pair."""
 
 import json
-from pathlib import Path
 
+import places
 import torch
 
 from dpo_ext.torch.losses.registry import LOSSES
 from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_losses.json").read_text())
+GOLDEN = json.loads((places.GOLDEN / "golden_losses.json").read_text())
 BUILT_IN = sorted(name for name, row in LOSSES.items() if not row.autograd)
 COUPLED = [name for name in BUILT_IN if LOSSES[name].couples_batch]
 SINGLE = sorted(UNPAIRED)

@@ -24,6 +24,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset, load_dataset
+from places import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -32,7 +33,7 @@ from dpo_ext.trl import DPOTrainer
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "trl_fixtures" / "make_fixtures.py"
+MAKE_FIXTURES = SHARED / "trl_fixtures" / "make_fixtures.py"
 FORMATS = ("text_explicit", "text_implicit", "chat_explicit")
 LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 BETA = 0.1
@@ -138,9 +139,9 @@ def write_material(out: Path, pairs: int = 24, seed: int = 0) -> Path:
 
 def shared_material(out: Path) -> Path | None:
     """The fixtures beside the repository, written to `out`; None where they are not there."""
-    if not SHARED.exists():
+    if not MAKE_FIXTURES.exists():
         return None
-    subprocess.run([sys.executable, str(SHARED), str(out)], check=True, capture_output=True)
+    subprocess.run([sys.executable, str(MAKE_FIXTURES), str(out)], check=True, capture_output=True)
     return out
 
 

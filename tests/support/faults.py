@@ -1,0 +1,6 @@
+"""Names of the faults and hazards that tests are marked with, `fault("K4", "H15")`."""
+
+# Faults of the kernels and their launch layer: nothing to do, rows out of range, what must not be read, ...
+FAULTS = [f"K{n}" for n in range(1, 19)]
+# Hazards of precision: cancellation, rounding of halves, sums in float32, ...
+HAZARDS = [f"H{n}" for n in range(1, 18)]
