@@ -7,7 +7,7 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 PACKAGE = ROOT / "python" / "dpo_ext"
 
