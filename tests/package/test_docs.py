@@ -130,11 +130,18 @@ def test_a_stranger_finds(question):
 
 def test_contributing_names_only_files_that_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = [
-        f"{first}{name}"
-        for first, rest in re.findall(r"^\| `([^`]*/)`(.*?)\|", text, re.MULTILINE)
-        for name in ("", *re.findall(r"`([\w./]+/?)`", rest))
-    ]
-    assert named
-    missing = [path for path in named if not (ROOT / path).exists()]
-    assert not missing
+    named = set()
+    for first, rest in re.findall(r"^\| `([^`]*/)` \|(.*)\|$", text, re.MULTILINE):
+        assert (ROOT / first).is_dir(), first
+        for name in re.findall(r"`([\w./-]+(?:/|\.(?:py|rs|cuh?|md|pyi)))`", rest):
+            named.add(name if (ROOT / name).exists() else f"{first}{name}")
+    assert len(named) > 50
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+def test_contributing_names_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = [path for top in ("python/dpo_ext", "rust") for path in (ROOT / top).iterdir()]
+    rooms = [path.relative_to(ROOT) for path in rooms if path.is_dir() and not path.is_symlink()]
+    missing = [str(room) for room in rooms if "__pycache__" not in room.parts]
+    assert [room for room in missing if f"`{room}/`" not in text] == []
