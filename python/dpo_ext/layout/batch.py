@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
+from dpo_ext.extras import need
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -239,7 +237,5 @@ _DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSIN
 
 def _tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        import torch
-
-        return torch.from_numpy(value)
+        return need("torch", "a batch of tensors").from_numpy(value)
     return value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_ext.extras import need
 from dpo_ext.preference.strengths import (
     StrengthFit,
     as_array,
@@ -70,6 +71,7 @@ def reward_loss(
     >>> reward_loss(torch.tensor([1.0]), torch.tensor([0.0]))
     tensor(0.3133)
     """
+    need("torch", "reward_loss")
     import torch
     from torch.nn.functional import logsigmoid
 
@@ -148,6 +150,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     >>> kl_divergence(p, q), kl_divergence(q, p)
     (tensor(0.3681), tensor(0.5108))
     """
+    need("torch", "kl_divergence")
     import torch
 
     from dpo_ext.errors import TensorError
