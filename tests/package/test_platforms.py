@@ -7,8 +7,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 # https://docs.python.org/3/library says of each of these where it exists. torch comes first: it is built for one system.
@@ -27,8 +25,7 @@ MADE = """
 import pathlib, byte_tokenizer, tiny
 from dpo_ext import DataError, PairDataset
 tokenizer = byte_tokenizer.tokenizer(pathlib.Path({folder!r}, "model"))
-path = pathlib.Path({folder!r}, "pairs.jsonl")
-path.write_text("".join(json.dumps({{"prompt": "a", "chosen": "b", "rejected": "c"}}) + "\\n" for _ in range(4)))
+path = tiny.write_jsonl(pathlib.Path({folder!r}, "pairs.jsonl"), tiny.rows(4))
 pairs = PairDataset.from_files(str(path), tokenizer)
 """
 
@@ -61,25 +58,25 @@ def test_log_probs_and_their_gradient_need_nothing_that_only_posix_has(tmp_path)
     assert run(code, tmp_path, torch=True) == "True\n"
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "pairs.save('out')",
-        "PairDataset.load('.')",
-        "PairDataset.from_files(str(path), tokenizer, cache_dir='out')",
-        "prepare(str(path), tokenizer, 'out')",
-    ],
-)
-def test_what_needs_file_locks_says_so_where_there_are_none(call, tmp_path):
-    code = f"""
+def test_what_needs_file_locks_says_so_where_there_are_none(tmp_path):
+    code = """
     from dpo_ext.data.encode import prepare
-    try:
-        {call}
-    except DataError as error:
-        print(error)
+    calls = {
+        "save": lambda: pairs.save("out"),
+        "load": lambda: PairDataset.load("."),
+        "cache": lambda: PairDataset.from_files(str(path), tokenizer, cache_dir="out"),
+        "prepare": lambda: prepare(str(path), tokenizer, "out"),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except DataError as error:
+            print(name, str(error).partition(": ")[2].partition("\\n")[0], sep=": ")
     """
-    said = run(code, tmp_path)
-    assert "saved data sets and caches need Linux or macOS\nhint: on Windows use WSL" in said
+    needs = "saved data sets and caches need Linux or macOS"
+    assert run(code, tmp_path).splitlines() == [
+        f"{name}: {needs}" for name in ("save", "load", "cache", "prepare")
+    ]
     assert not (tmp_path / "out").exists()
 
 
