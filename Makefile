@@ -6,11 +6,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := .stamps
 # CUDA 13 is what torch 2.13.0 from PyPI brings; NVRTC in its wheels compiles our kernels without a GPU.
-EXTRAS := torch,arrow,hf,trl,cuda13,cli,report,testing,test,dev
+EXTRAS := all,cuda13,test,dev
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 
+# The two ends of what is supported. Each has an environment of its own, with the wheel built from here: the newest
+# interpreter on this machine with the newest of everything, and pyproject's lower bounds, exactly.
+PYTHON_NEWEST ?= $(or $(call first-of,python3.14 python3.13 python3.12),$(PYTHON))
+PYTHON_OLDEST ?= $(or $(call first-of,python3.11),$(PYTHON))
+first-of = $(shell for p in $(1); do $$p -c 'import venv, ensurepip' 2>/dev/null && echo $$p && break; done)
+NEWEST := all,cuda13,test,dev
+OLDEST := all,cuda12,test,dev
+SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python deep check format bench wheel gpu-check clean require
+.PHONY: help setup demo test test-rust test-python test-newest test-oldest deep check format bench wheel gpu-check clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +56,25 @@ test-rust: setup
 test-python: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --doctest-modules tests python/dpo_ext
 
+.venv-newest/.stamp: $(SOURCE) | require
+	test -x .venv-newest/bin/python || $(PYTHON_NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager '.[$(NEWEST)]'
+	@touch $@
+
+.venv-oldest/.stamp: $(SOURCE) tests/support/lower_bounds.py | require
+	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python tests/support/lower_bounds.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt '.[$(OLDEST)]'
+	@touch $@
+
+test-newest: .venv-newest/.stamp  ## the Python tests with the newest version of everything, in .venv-newest
+	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal tests
+
+test-oldest: .venv-oldest/.stamp  ## the Python tests with the lower bounds of pyproject.toml, in .venv-oldest
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal tests
+
 deep: setup  ## the exhaustive tests: every code point for every tokenizer, long fuzzing, 5,000 examples a property
 	DPO_EXT_DEEP=1 cargo test --release --lib bpe
 	DPO_EXT_DEEP=1 cargo test --release --test fuzz
@@ -78,5 +106,5 @@ wheel: setup  ## the abi3 wheel, in dist/
 gpu-check: wheel  ## on a machine with a GPU: kernel correctness, compute-sanitizer, GPU rows of the benches
 	$(BIN)/python benches/gpu_check.py
 
-clean:  ## remove what the targets made, except .venv
+clean:  ## remove what the targets made, except .venv, .venv-newest and .venv-oldest
 	rm -rf $(STAMPS) dist demo_out target

@@ -2,7 +2,7 @@
 
     python -m make_plots docs
 
-Needs matplotlib (extra ``report``).
+Needs matplotlib (extra ``dev``).
 """
 
 from __future__ import annotations

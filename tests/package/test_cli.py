@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("typer")
 
 from dpo_ext import DataError, DpoExtError, __version__, cli
+from dpo_ext.extras import install
 
 
 def run(*arguments: str) -> int:
@@ -55,7 +56,7 @@ def test_a_missing_package_is_named_with_its_extra(module, extra, monkeypatch, c
         monkeypatch.setattr(cli, "_app", raising(ModuleNotFoundError("no module", name=module)))
     assert run("losses") == 2
     message = capsys.readouterr().err
-    assert message == f"error: `{module}` is not installed\nhint: pip install 'dpo_ext[{extra}]'\n"
+    assert message == f"error: `{module}` is not installed\nhint: {install(extra)}\n"
 
 
 def test_a_missing_module_of_our_own_is_not_blamed_on_an_extra(monkeypatch):

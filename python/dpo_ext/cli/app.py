@@ -15,18 +15,7 @@ from typing import Annotated, Any
 
 from dpo_ext import __version__
 from dpo_ext.errors import DpoExtError
-
-EXTRAS = {
-    "typer": "cli",
-    "rich": "cli",
-    "torch": "torch",
-    "transformers": "hf",
-    "tokenizers": "hf",
-    "datasets": "hf",
-    "jinja2": "report",
-    "matplotlib": "report",
-    "pyarrow": "arrow",
-}
+from dpo_ext.extras import extra_of, install
 
 
 class Boundary(Enum):
@@ -62,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The base class itself is not the user's doing: a check of ours failed.
         _stop(str(error), 1 if type(error) is DpoExtError else 2)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        extra = extra_of(error.name)
         if extra is None:
             raise
-        _stop(f"`{error.name}` is not installed\nhint: pip install 'dpo_ext[{extra}]'", 2)
+        _stop(f"`{error.name}` is not installed\nhint: {install(extra)}", 2)
     except (
         FileNotFoundError,
         PermissionError,

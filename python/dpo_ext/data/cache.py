@@ -19,7 +19,7 @@ from dpo_ext.data.options import Limits, Settings
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
-from dpo_ext.store.folder import Folder, damaged, digest_of, typed_errors, writing
+from dpo_ext.store.folder import Folder, damaged, digest_of, locks, typed_errors, writing
 from dpo_ext.store.manifest import VERSION, read_manifest
 from dpo_ext.store.read import Saved, opened
 
@@ -38,6 +38,7 @@ def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
     """
     arrow("`cache_dir`")
     root = Path(cache_dir)
+    locks(root)
     with typed_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         before = [_status(name) for name in job.files]

@@ -1,8 +1,7 @@
 """A complete DPO run on two CPU cores: data, tokenizer, model, reference, DPO, measurements,
 report.
 
-Needs the extras ``torch``, ``hf`` and ``cli`` and the package ``tokenizers`` (transformers brings
-it).
+Needs the extras ``torch`` and ``hf``; the extra ``cli`` shows it live.
 """
 
 from __future__ import annotations
@@ -16,6 +15,12 @@ from typing import Any
 import numpy as np
 
 from dpo_ext import __version__
+from dpo_ext.extras import need
+
+need("torch", "dpo_ext.demo")
+need("transformers", "dpo_ext.demo")
+need("tokenizers", "dpo_ext.demo")
+
 from dpo_ext.demo import measure, report, source, train, world
 from dpo_ext.demo.live import PlainShow, open_show
 from dpo_ext.demo.train import Recipe

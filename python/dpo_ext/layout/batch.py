@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_ext.extras import need
+
 Layout = Literal["padded", "packed", "shared"]
 
 
@@ -235,7 +237,5 @@ _DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSIN
 
 def _tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        import torch
-
-        return torch.from_numpy(value)
+        return need("torch", "a batch of tensors").from_numpy(value)
     return value

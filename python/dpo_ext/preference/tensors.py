@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dpo_ext.errors import TensorError, describe
+from dpo_ext.extras import need
 from dpo_ext.preference.strengths import check_number
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def reward_loss(
     >>> reward_loss(torch.tensor([1.0]), torch.tensor([0.0]))
     tensor(0.3133)
     """
+    need("torch", "reward_loss")
     import torch
     from torch.nn.functional import logsigmoid
 
@@ -122,6 +124,7 @@ def kl_divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
     >>> kl_divergence(p, q), kl_divergence(q, p)
     (tensor(0.3681), tensor(0.5108))
     """
+    need("torch", "kl_divergence")
     import torch
 
     for name, value in (("logits", logits), ("other_logits", other_logits)):

@@ -66,8 +66,9 @@ def digest_of(fd: int, size: int) -> str:
         return digest.digest()
 
     root = hashlib.sha256()
-    threads = min(8, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads) as pool:
+    # macOS does not tell which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(min(8, cores or 1)) as pool:
         for digest in pool.map(part, range(0, size, CHUNK_BYTES)):
             root.update(digest)
     return root.hexdigest()
@@ -117,6 +118,24 @@ def typed_errors(path: Path) -> Iterator[None]:
         said = f"{error.strerror or error} ({name})"
         place = error.filename or path
         raise DataError(f"{place}: {said}", path=place, reason="bad_input") from error
+
+
+def locks(path: Path) -> Any:
+    """The module fcntl, without which no data set of ours is written, read or cached.
+
+    Raises:
+        DataError: this is Windows, which has neither such locks nor a way to replace a file that
+            somebody has mapped.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError as error:
+        raise damaged(
+            path,
+            "saved data sets and caches need Linux or macOS\n"
+            "hint: on Windows use WSL, or encode with `PairDataset.from_files` each time",
+        ) from error
+    return fcntl
 
 
 def open_inside(folder: Path, name: str) -> int:
@@ -225,9 +244,11 @@ def writing(path: Path) -> Iterator[Folder]:
     New folders have the mode 0700 and new files 0600, whatever the umask.
 
     Raises:
-        DataError: the folder holds files of others, or its file system has no locks or no space.
+        DataError: the folder holds files of others, its file system has no locks or no space, or
+            this is Windows.
         NotADirectoryError, PermissionError: as the system says.
     """
+    fcntl = locks(path)
     with typed_errors(path):
         if not path.is_dir():
             try:
@@ -241,8 +262,6 @@ def writing(path: Path) -> Iterator[Folder]:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path / LOCK, flags, 0o600)
         try:
-            import fcntl  # not on Windows, where nothing else here needs it
-
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError as error:

@@ -25,6 +25,7 @@ from dpo_ext.store.folder import (
     MANIFEST,
     damaged,
     digest_of,
+    locks,
     not_a_folder,
     open_inside,
     typed_errors,
@@ -52,6 +53,7 @@ class Saved(NamedTuple):
 def opened(folder: str | PathLike[str], *, verify: bool) -> Saved:
     """Maps a saved data set; see `PairDataset.load`."""
     path = Path(folder)
+    locks(path)
     with typed_errors(path):
         if not stat.S_ISDIR(path.stat().st_mode):
             raise not_a_folder(path)

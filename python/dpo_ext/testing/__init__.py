@@ -11,6 +11,10 @@ whose optimum is known, which trains a loss and compares. Needs torch and the ex
         check_loss_invariants(my_loss, only_margin=True, monotone=True)
 """
 
+from dpo_ext.extras import need
+
+need("torch", "dpo_ext.testing")
+
 from dpo_ext.testing.layouts import PrefixModel, check_layouts
 from dpo_ext.testing.logps import check_logps
 from dpo_ext.testing.losses import check_loss_invariants

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpo_ext.extras import need
 
 
 class Violation(AssertionError):  # noqa: N818 - a finding, not a fault
     """A property does not hold for one case."""
 
 
-def hypothesis() -> ModuleType:
+def hypothesis() -> Any:
     """The module Hypothesis.
 
     Raises:
-        ImportError: it is not installed; names the extra.
+        ModuleNotFoundError: it is not installed; names the extra.
     """
-    try:
-        import hypothesis
-    except ImportError as error:
-        raise ImportError(
-            "dpo_ext.testing needs Hypothesis\nhint: pip install 'dpo_ext[testing]'"
-        ) from error
-    return hypothesis
+    return need("hypothesis", "dpo_ext.testing")
 
 
 SHRINKS = 100  # evaluations after the first counterexample; the rest shortens little

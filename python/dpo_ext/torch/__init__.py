@@ -1,5 +1,9 @@
 """The torch half: score table, log-probs, losses, loader. Needs torch; nothing needs a GPU."""
 
+from dpo_ext.extras import need
+
+need("torch", "dpo_ext.torch")
+
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.attention import assert_packing_safe
 from dpo_ext.torch.loader import PairLoader

@@ -3,6 +3,11 @@
 `DPOTrainer`; `PairCollator`, TRL's collator; `HONOURED` and `REFUSED`, what becomes of each option.
 """
 
+from dpo_ext.extras import need
+
+need("torch", "dpo_ext.trl")
+need("trl", "dpo_ext.trl")
+
 from dpo_ext.trl.collator import PairCollator
 from dpo_ext.trl.options import HONOURED, REFUSED
 from dpo_ext.trl.trainer import DPOTrainer

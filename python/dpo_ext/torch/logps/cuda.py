@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_ext import extras
 from dpo_ext.errors import KernelCompileError, KernelUnavailable, TensorError
 
 CUDA_FOLDER = Path(__file__).resolve().parents[2] / "cuda"
@@ -84,7 +85,7 @@ def require() -> Any:
     except ImportError as error:
         raise KernelUnavailable(
             f"the CUDA kernels need CuPy, which cannot be imported: {error}"
-            f"\nhint: pip install cupy-cuda{major}x, or dpo_ext[cuda{major}]"
+            f"\nhint: {extras.cupy(major)}"
         ) from error
     except OSError as error:
         # Importing cupy creates its cache folder.
@@ -93,9 +94,7 @@ def require() -> Any:
             "\nhint: set CUPY_CACHE_DIR to a folder that can be written, before Python starts"
         ) from error
     if cupy.cuda.runtime.is_hip:
-        raise KernelUnavailable(
-            f"this CuPy is built for ROCm\nhint: pip install cupy-cuda{major}x in its place"
-        )
+        raise KernelUnavailable(f"this CuPy is built for ROCm\nhint: {extras.other_cupy(major)}")
     # A runtime works with every driver of its own major version and of later ones. An older CuPy
     # than torch therefore runs, if it finds an NVRTC; a newer one than the driver never does.
     built, driver = cupy.cuda.runtime.runtimeGetVersion(), cupy.cuda.runtime.driverGetVersion()
@@ -119,7 +118,7 @@ def _version(number: int) -> str:
 
 
 def _other_cupy(built: int, major: str) -> str:
-    return f"pip uninstall cupy-cuda{built // 1000}x, then pip install cupy-cuda{major}x"
+    return extras.other_cupy(major, installed=str(built // 1000))
 
 
 @functools.cache
@@ -144,9 +143,7 @@ def _function(kernel: str, template: tuple[str, ...]) -> Any:
         options, log = " ".join(error.options), error.get_message()
         hint = ""
         if "open source file" in log:
-            hint = (
-                f"\nhint: CUDA's headers are missing: pip install 'cupy-cuda{_torch_major()}x[ctk]'"
-            )
+            hint = f"\nhint: CUDA's headers are missing: {extras.cuda_toolkit(_torch_major())}"
         raise KernelCompileError(
             f"NVRTC refused {expression} for {arch}, options {options}:\n{log}{hint}"
         ) from error
@@ -162,7 +159,7 @@ def _function(kernel: str, template: tuple[str, ...]) -> Any:
             ) from error
         raise KernelUnavailable(
             f"CuPy cannot load NVRTC, which compiles the kernels: {error}"
-            f"\nhint: install a CUDA build of torch, or pip install 'cupy-cuda{major}x[ctk]'"
+            f"\nhint: install a CUDA build of torch, or {extras.cuda_toolkit(major)}"
         ) from error
 
 
