@@ -2,7 +2,7 @@
 //! kernels of the CPU path.
 //!
 //! Modules in the order of their dependencies: [`error`] and [`pool`] know nobody; `read`, `template` and `tokenize`
-//! turn bytes into rows, text and ids; `pair` decides one pair; `layout` and `table` build batches; [`logps`] reduces
+//! turn bytes into rows, text and ids; `pair` decides one pair; `layout` builds batches; [`logps`] reduces
 //! rows of logits. Only `py` (feature `python`) knows that Python exists.
 
 pub mod bpe;
@@ -15,7 +15,6 @@ pub mod pool;
 #[cfg(feature = "python")]
 mod py;
 pub mod read;
-pub mod table;
 pub mod template;
 pub mod tokenize;
 

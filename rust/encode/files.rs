@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{CHUNK, Encoded, Job, OnBad, Origin, Progress, encode_chunks, row_error};
 use crate::error::Result;
 use crate::pair::{Options, Refusal};
-use crate::read::extra::Kind;
+use crate::read::cell::Kind;
 use crate::read::limits::Limits;
 use crate::read::row::{Bad, Row};
 use crate::read::{Block, Line, Reader, text};

@@ -2,7 +2,7 @@
 
 use crate::error::Place;
 use crate::pair::{Pair, WARNINGS};
-use crate::read::extra::{Cell, Kind};
+use crate::read::cell::{Cell, Kind};
 use crate::read::row::Bad;
 
 /// Variable-length lists in one array.

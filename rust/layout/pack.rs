@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::order::mix;
+use super::table::Table;
 use super::{Pairs, count, members, part, slots, widen};
 use crate::error::{Error, Place, Result};
-use crate::table::Table;
 
 /// Packs `lengths` into bins of `capacity`, best fit decreasing. Returns the items of each bin, bins back to back, and
 /// where each bin begins.

@@ -1,8 +1,8 @@
 //! `shared`: the prompt of a pair once, then both completions, which see the prompt and not each other.
 
+use super::table::Table;
 use super::{Pair, Pairs, count, members, part, slots, widen};
 use crate::error::{Error, Result};
-use crate::table::Table;
 
 /// Queries and keys of a `FlexAttention` block.
 pub const BLOCK: usize = 128;

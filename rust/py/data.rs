@@ -24,7 +24,7 @@ use crate::encode::{
 use crate::error::{Error, Place, Result};
 use crate::pair::{Boundary, Options, SpecialText, Truncation, WARNINGS};
 use crate::pool;
-use crate::read::extra::Cell;
+use crate::read::cell::Cell;
 use crate::read::limits::Limits;
 use crate::read::row::Keys;
 use crate::tokenize::Tokenizer;

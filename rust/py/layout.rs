@@ -10,8 +10,8 @@ use pyo3::types::PyTuple;
 use super::detached;
 use crate::encode::Ragged;
 use crate::error::{Error, Place};
+use crate::layout::table::Table;
 use crate::layout::{Lists, Pairs, order, pack, pad, share};
-use crate::table::Table;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(check_ids, m)?)?;

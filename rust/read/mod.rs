@@ -1,7 +1,7 @@
 //! Files to lines: plain, gzip or zstd, in blocks of whole lines.
 
+pub mod cell;
 pub mod column;
-pub mod extra;
 pub mod json;
 pub mod limits;
 mod packed;

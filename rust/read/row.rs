@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::extra::{Cell, cell};
+use super::cell::{Cell, cell};
 use super::json::{Fields, Findings, Value, parse};
 use super::limits::Limits;
 

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 
-use super::limits::Limits;
+use crate::read::limits::Limits;
 
 /// A JSON value, or a Python value that looks like one.
 #[derive(Debug, Clone, PartialEq)]
