@@ -8,20 +8,20 @@ use rayon::prelude::*;
 use super::{CHUNK, Encoded, Job, OnBad, Origin, Progress, encode_chunks, row_error};
 use crate::error::Result;
 use crate::pair::{Options, Refusal};
+use crate::read::bad::Bad;
 use crate::read::cell::Kind;
 use crate::read::limits::Limits;
-use crate::read::row::{Bad, Row};
+use crate::read::row::{Row, Rules};
 use crate::read::{Block, Line, Reader, text};
 
 fn line_result<'b>(
     bytes: &'b [u8],
     line: &Line,
-    options: &Options,
     names: &[&str],
-    vocab: usize,
+    rules: &Rules<'_>,
 ) -> Result<Row<'b>, Bad> {
     if line.too_long {
-        let most = options.limits.max_line_bytes;
+        let most = rules.limits.max_line_bytes;
         return Err(Bad::new(
             "limit",
             "max_line_bytes",
@@ -29,7 +29,7 @@ fn line_result<'b>(
         ));
     }
     let text = text(bytes.get(line.start..line.end).unwrap_or_default())?;
-    Row::from_line(text, names, &options.keys, &options.limits, vocab)
+    Row::from_line(text, names, rules)
 }
 
 /// Encodes the rows of files and appends them to `all`.
@@ -80,15 +80,14 @@ impl FileEncoder {
 
     /// Appends to `all` until it has `pairs`; whether there was anything to read.
     fn fill(&mut self, pairs: u64, job: &Job<'_>, all: &mut Encoded) -> Result<bool> {
-        let options = job.options;
-        let vocab = job.tokenizer.vocab_size();
-        let names = options.keys.names();
+        let rules = job.rules();
+        let names = rules.keys.names();
         let mut found = false;
         while all.tally.kept < pairs
             && self.blocks.step(job.progress, |block, path| {
                 let row = |i: usize| {
                     let line = block.lines.get(i).cloned().unwrap_or_default();
-                    let row = line_result(&block.bytes, &line, options, &names, vocab);
+                    let row = line_result(&block.bytes, &line, &names, &rules);
                     let origin =
                         Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
                     (origin, row.map_err(Refusal::from))
@@ -190,6 +189,7 @@ pub fn scan_files(
     progress: &Progress,
 ) -> Result<(u64, u64)> {
     let names = options.keys.names();
+    let rules = Rules { keys: &options.keys, limits: &options.limits, vocab };
     let mut rows = 0;
     let mut bytes = 0;
     let mut blocks = Blocks::new(paths.to_vec(), options.limits.clone());
@@ -200,7 +200,7 @@ pub fn scan_files(
             .map(|lines| {
                 for line in lines {
                     progress.check()?;
-                    if let Err(bad) = line_result(&block.bytes, line, options, &names, vocab)
+                    if let Err(bad) = line_result(&block.bytes, line, &names, &rules)
                         && on_bad == OnBad::Error
                     {
                         let origin =

@@ -12,10 +12,11 @@ use rayon::prelude::*;
 use crate::error::{Error, Place, Result};
 use crate::pair::{Options, Pair, Refusal, Truncation, encode};
 use crate::read::BAD_INPUT;
+use crate::read::bad::Bad;
 use crate::read::cell::Kind;
 use crate::read::column::{Column, Fault, fields_at};
 use crate::read::json::{self, Findings};
-use crate::read::row::{Bad, Row};
+use crate::read::row::{Row, Rules};
 use crate::tokenize::Tokenizer;
 
 pub use files::{FileEncoder, encode_files, scan_files};
@@ -136,6 +137,13 @@ pub struct Job<'a> {
     pub progress: &'a Progress,
 }
 
+impl Job<'_> {
+    fn rules(&self) -> Rules<'_> {
+        let Options { keys, limits, .. } = self.options;
+        Rules { keys, limits, vocab: self.tokenizer.vocab_size() }
+    }
+}
+
 /// Encodes `n` rows in threads and appends them to `all` in order.
 fn encode_chunks<'a>(
     job: &Job<'_>,
@@ -182,7 +190,7 @@ pub type Fields = Result<(json::Fields<'static>, Findings), Bad>;
 /// As [`encode_files`].
 pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Result<()> {
     let options = job.options;
-    let vocab = job.tokenizer.vocab_size();
+    let rules = job.rules();
     let before = all.tally.read + 1;
     let rows: Vec<Mutex<Option<Fields>>> =
         rows.into_iter().map(|row| Mutex::new(Some(row))).collect();
@@ -193,9 +201,7 @@ pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Resul
         let once = options.keys.extra.is_empty();
         let fields = slot.and_then(|slot| if once { slot.take() } else { slot.clone() });
         let row = fields.unwrap_or_else(|| Err(Bad::new("not_an_object", "", "no row")));
-        let row = row.and_then(|(fields, findings)| {
-            Row::from_fields(fields, &findings, &options.keys, &options.limits, vocab)
-        });
+        let row = row.and_then(|(fields, findings)| Row::from_fields(fields, &findings, &rules));
         let line = before + i as u64;
         let origin = Origin { path: None, line, byte: None };
         (origin, row.map_err(Refusal::from))
@@ -203,7 +209,7 @@ pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Resul
     encode_chunks(job, rows.len(), row, all)
 }
 
-/// Encodes the rows `0..n` of Arrow columns, in the order of [`crate::read::row::Keys::names`], and appends them.
+/// Encodes the rows `0..n` of Arrow columns, in the order of [`crate::read::keys::Keys::names`], and appends them.
 ///
 /// `path` is the file they come from, and `first` the number of row 0 less 1; without a file rows are counted on.
 ///
@@ -217,15 +223,13 @@ pub fn encode_columns<'a>(
     job: &Job<'_>,
     all: &mut Encoded,
 ) -> Result<()> {
-    let options = job.options;
-    let vocab = job.tokenizer.vocab_size();
-    let names = options.keys.names();
+    let rules = job.rules();
+    let names = rules.keys.names();
     let before = 1 + if path.is_some() { first } else { all.tally.read };
     let row = |i: usize| {
         let origin = Origin { path, line: before + i as u64, byte: None };
-        let row = fields_at(columns, &names, i, &options.limits).and_then(|(fields, findings)| {
-            Row::from_fields(fields, &findings, &options.keys, &options.limits, vocab)
-                .map_err(Fault::Row)
+        let row = fields_at(columns, &names, i, rules.limits).and_then(|(fields, findings)| {
+            Row::from_fields(fields, &findings, &rules).map_err(Fault::Row)
         });
         let row = row.map_err(|fault| match fault {
             Fault::Row(bad) => Refusal::Row(bad),

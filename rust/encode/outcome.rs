@@ -2,8 +2,8 @@
 
 use crate::error::Place;
 use crate::pair::{Pair, WARNINGS};
+use crate::read::bad::Bad;
 use crate::read::cell::{Cell, Kind};
-use crate::read::row::Bad;
 
 /// Variable-length lists in one array.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,19 +4,11 @@ use std::borrow::Cow;
 
 use super::{Options, Pair, Refusal, SpecialText, Texts, Warning, check_special, is_blank};
 use crate::error::{Error, Result};
+use crate::read::bad::Bad;
+use crate::read::chat::Chat;
 use crate::read::json::Value;
-use crate::read::row::Bad;
 use crate::template::{Conversation, RenderError, Rendered, Template, concatenate, roles};
 use crate::tokenize::Tokenizer;
-
-/// The messages of one row.
-pub(super) struct Chat<'a> {
-    pub(super) prompt: Option<Vec<Value<'a>>>,
-    pub(super) chosen: Vec<Value<'a>>,
-    pub(super) rejected: Vec<Value<'a>>,
-    pub(super) tools: Option<Value<'a>>,
-    pub(super) kwargs: Vec<(Cow<'a, str>, Value<'a>)>,
-}
 
 /// Calls `see` with every string of a message but its role.
 fn strings<'v>(value: &'v Value<'_>, see: &mut impl FnMut(&'v str)) {

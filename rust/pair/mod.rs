@@ -8,8 +8,10 @@ use std::cell::RefCell;
 
 use crate::bpe::{Found, Inside, PairIds};
 use crate::error::{Error, Result};
+use crate::read::bad::Bad;
+use crate::read::keys::Keys;
 use crate::read::limits::Limits;
-use crate::read::row::{Bad, Content, Keys, Row};
+use crate::read::row::{Content, Row, Strings};
 use crate::template::Now;
 use crate::tokenize::Tokenizer;
 
@@ -176,12 +178,11 @@ pub fn encode(
             }
             (pair.prompt, pair.chosen, pair.rejected) = (prompt, chosen, rejected);
         }
-        Content::Text { prompt, chosen, rejected } => {
-            let text = text_row(prompt, chosen, rejected, tokenizer, options, pair)?;
+        Content::Text(strings) => {
+            let text = text_row(strings, tokenizer, options, pair)?;
             boundary(text, tokenizer, options, true, pair)?;
         }
-        Content::Chat { prompt, chosen, rejected, tools, kwargs } => {
-            let chat = chat::Chat { prompt, chosen, rejected, tools, kwargs };
+        Content::Chat(chat) => {
             let text = chat::texts(chat, tokenizer, options, pair)?;
             boundary(text, tokenizer, options, false, pair)?;
         }
@@ -231,13 +232,12 @@ fn is_blank(text: &str) -> bool {
 }
 
 fn text_row<'a>(
-    prompt: Option<Cow<'a, str>>,
-    chosen: Cow<'a, str>,
-    rejected: Cow<'a, str>,
+    strings: Strings<'a>,
     tokenizer: &Tokenizer,
     options: &Options,
     pair: &mut Pair,
 ) -> Result<Texts<'a>, Bad> {
+    let Strings { prompt, chosen, rejected } = strings;
     let eos = tokenizer.eos_text();
     let body = |text: &str| eos.and_then(|eos| text.strip_suffix(eos)).unwrap_or(text).len();
     let keys = &options.keys;

@@ -25,8 +25,8 @@ use crate::error::{Error, Place, Result};
 use crate::pair::{Boundary, Options, SpecialText, Truncation, WARNINGS};
 use crate::pool;
 use crate::read::cell::Cell;
+use crate::read::keys::Keys;
 use crate::read::limits::Limits;
-use crate::read::row::Keys;
 use crate::tokenize::Tokenizer;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -18,9 +18,9 @@ use super::layout::{Ids, Offsets, ragged_tuple};
 use super::value::{as_data_error, borrowed, kind_of, to_value};
 use crate::encode::{Progress, Ragged};
 use crate::error::{Error, Place, Result};
+use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
-use crate::read::row::Bad;
 use crate::template::{Answer, Conversation, Fallback, Now, RenderError};
 use crate::tokenize::{Added, Source, Tokenizer};
 

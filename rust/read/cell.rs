@@ -2,8 +2,8 @@
 
 use std::fmt;
 
+use super::bad::{Bad, wrong};
 use super::json::Value;
-use super::row::{Bad, wrong};
 
 /// One value of an extra column.
 #[derive(Debug, Clone, PartialEq)]

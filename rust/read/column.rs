@@ -3,9 +3,10 @@
 //! Python describes each column as a tree of nodes over byte buffers. Nothing in it is trusted: an offset that points
 //! outside its buffer is a bad input, text that is not UTF-8 a bad row.
 
+use super::bad::Bad;
 use super::json::{Fields, Findings, Value, parse};
 use super::limits::Limits;
-use super::row::Bad;
+use super::text::text;
 
 /// A column, or a part of a nested one.
 #[derive(Debug, Clone)]
@@ -210,7 +211,7 @@ impl<'a> Column<'a> {
             )),
             Data::Text { offsets, bytes, is_json } => {
                 let range = offsets.range(at, bytes.len())?;
-                let text = super::text(bytes.get(range).unwrap_or_default())?;
+                let text = text(bytes.get(range).unwrap_or_default())?;
                 if !is_json {
                     return Ok(Value::Str(text.into()));
                 }

@@ -1,11 +1,15 @@
 //! Files to lines: plain, gzip or zstd, in blocks of whole lines.
 
+pub mod bad;
 pub mod cell;
+pub mod chat;
 pub mod column;
 pub mod json;
+pub mod keys;
 pub mod limits;
 mod packed;
 pub mod row;
+mod text;
 
 use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};
@@ -14,6 +18,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Place, Result};
 use limits::{EXPANSION_GRACE, Limits};
 use packed::{Frames, Members};
+pub use text::text;
 
 /// One line of a block.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -333,20 +338,3 @@ impl Reader {
 pub const BAD_INPUT: &str = "bad_input";
 
 const IS_A_DIRECTORY: i32 = 21;
-
-/// The text of a line.
-///
-/// # Errors
-/// A bad row if it is not UTF-8.
-pub fn text(bytes: &[u8]) -> Result<&str, row::Bad> {
-    std::str::from_utf8(bytes).map_err(|e| {
-        let at = e.valid_up_to();
-        let found = bytes.get(at).copied().unwrap_or_default();
-        row::Bad {
-            reason: "bad_utf8",
-            field: None,
-            byte: Some(at),
-            message: format!("expected UTF-8, found the byte 0x{found:02x}"),
-        }
-    })
-}
