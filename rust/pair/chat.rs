@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use super::{Options, Pair, Refusal, SpecialText, Texts, Warning, check_special, is_blank};
+use super::options::{Options, SpecialText};
+use super::outcome::{Pair, Refusal, Warning};
+use super::text::{Texts, check_special, is_blank};
 use crate::error::{Error, Result};
 use crate::read::bad::Bad;
 use crate::read::chat::Chat;
@@ -114,6 +116,7 @@ fn failed(key: &str, message: String) -> Bad {
     Bad::new("template_error", key, message)
 }
 
+/// The texts of a row of messages.
 pub(super) fn texts(
     chat: Chat<'_>,
     tokenizer: &Tokenizer,
@@ -195,7 +198,7 @@ pub(super) fn texts(
         None
     };
     let whole = [Cow::Owned(whole_chosen), Cow::Owned(whole_rejected)];
-    Ok(Texts { whole, cut, alone, marks })
+    Ok(Texts { whole, cut, alone, marks, are_strings: false })
 }
 
 /// Where in the render `plain` control tokens come from contents: found by rendering contents with a private character
