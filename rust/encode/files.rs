@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
-use super::{CHUNK, Encoded, Job, OnBad, Origin, Progress, encode_chunks, row_error};
+use super::job::{CHUNK, Job, OnBad, Origin, Progress, encode_chunks, row_error};
+use super::outcome::Encoded;
 use crate::error::Result;
 use crate::pair::{Options, Refusal};
 use crate::read::bad::Bad;

@@ -18,7 +18,7 @@ use super::layout::ragged_tuple;
 use super::tokenizer::{PyTokenizer, now};
 use super::value::fields;
 use crate::encode::{
-    Encoded, FileEncoder, Job, OnBad, Progress, encode_columns, encode_files, encode_rows,
+    Columns, Encoded, FileEncoder, Job, OnBad, Progress, encode_columns, encode_files, encode_rows,
     scan_files,
 };
 use crate::error::{Error, Place, Result};
@@ -354,7 +354,7 @@ impl PairEncoder {
         let (tokenizer, on_bad) = (&*self.tokenizer, self.on_bad);
         let work = move || {
             let job = Job { tokenizer, options, on_bad, progress };
-            encode_columns(columns, rows, path, first, &job, &mut all)?;
+            encode_columns(Columns { columns, rows, path, first }, &job, &mut all)?;
             progress.bytes.fetch_add(done, Ordering::Relaxed);
             Ok(all)
         };
