@@ -252,7 +252,8 @@ fn epoch_order(
     start: u64,
     stop: u64,
 ) -> PyResult<Bound<'_, PyArray1<i64>>> {
-    let order = detached(py, || Ok(order::order(n, seed, epoch, shuffle, start, stop)))?;
+    let epoch = order::Epoch { seed, number: epoch, shuffle };
+    let order = detached(py, || Ok(order::order(n, epoch, start, stop)))?;
     Ok(order.into_pyarray(py))
 }
 
@@ -267,8 +268,9 @@ fn batches_by_slots<'py>(
     shuffle: bool,
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
     let longest = longest.as_slice()?;
+    let epoch = order::Epoch { seed, number: epoch, shuffle };
     let bounds = detached(py, || {
-        order::by_slots(longest, budget, multiple, seed, epoch, shuffle).map_err(|(pair, slots)| Error::Data {
+        order::by_slots(longest, budget, multiple, epoch).map_err(|(pair, slots)| Error::Data {
             place: Place::default(),
             reason: "too_long",
             message: format!(
