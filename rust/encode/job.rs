@@ -28,7 +28,11 @@ pub struct Progress {
 }
 
 impl Progress {
-    pub(super) fn check(&self) -> Result<()> {
+    /// Whether to go on.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] after `cancel`.
+    pub fn check(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
     }
 }

@@ -3,12 +3,12 @@
 // PyO3 extracts arguments as owned values.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::detached;
-use crate::encode::Ragged;
+use super::arrays::{Ids, Offsets, Out};
+use super::wait::detached;
 use crate::error::{Error, Place};
 use crate::layout::table::Table;
 use crate::layout::{Lists, Pairs, order, pack, pad, share};
@@ -24,13 +24,6 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(epoch_order, m)?)?;
     m.add_function(wrap_pyfunction!(batches_by_slots, m)?)
 }
-
-pub(super) fn ragged_tuple(py: Python<'_>, ragged: Ragged) -> PyResult<Bound<'_, PyTuple>> {
-    (ragged.values.into_pyarray(py), ragged.offsets.into_pyarray(py)).into_pyobject(py)
-}
-
-pub(super) type Ids<'py> = PyReadonlyArray1<'py, i32>;
-pub(super) type Offsets<'py> = PyReadonlyArray1<'py, i64>;
 
 fn lists<'a>(values: &'a Ids<'_>, offsets: &'a Offsets<'_>) -> PyResult<Lists<'a>> {
     Ok(Lists::trusted(values.as_slice()?, offsets.as_slice()?))
@@ -65,7 +58,6 @@ fn check_ids(
 }
 
 type Column<'py> = (Ids<'py>, Offsets<'py>);
-type Out<'py, T> = PyReadwriteArray1<'py, T>;
 
 /// Runs `work` on the three lists of a data set, without the GIL.
 fn with_pairs<T: Send>(

@@ -7,7 +7,7 @@ use numpy::{Element as NumpyElement, IntoPyArray, PyArray1, PyReadonlyArray1, Py
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::detached;
+use super::wait::detached;
 use crate::error::Error;
 use crate::logps::{
     self, BFloat16, Element, Float16, Float32, Saved, Scoring, Shape, TokenStats, Tokens, Transform,

@@ -1,11 +1,14 @@
 //! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
 
+mod arrays;
 mod column;
 mod data;
 mod layout;
 mod logps;
+mod options;
 mod tokenizer;
 mod value;
+mod wait;
 
 use pyo3::prelude::*;
 
@@ -48,19 +51,6 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
         Error::Interrupted => builtin::PyKeyboardInterrupt::new_err(()),
         Error::Internal(_) => one("DpoExtError", text)?,
     })
-}
-
-/// Runs `work` without the GIL; a panic becomes an internal error and never reaches Python.
-#[allow(dead_code)]
-pub(crate) fn detached<T: Send>(
-    py: Python<'_>,
-    work: impl FnOnce() -> crate::Result<T> + Send,
-) -> PyResult<T> {
-    py.detach(|| match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(result) => result,
-        Err(payload) => Err(Error::Internal(crate::pool::panic_text(payload.as_ref()))),
-    })
-    .map_err(PyErr::from)
 }
 
 #[pymodule]
