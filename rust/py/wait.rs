@@ -13,11 +13,7 @@ pub(super) fn detached<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    py.detach(|| match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(result) => result,
-        Err(payload) => Err(Error::Internal(pool::panic_text(payload.as_ref()))),
-    })
-    .map_err(PyErr::from)
+    py.detach(|| pool::caught(work)).map_err(PyErr::from)
 }
 
 /// Tells the callback how far the work is.
