@@ -5,10 +5,10 @@ use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
-use super::job::{CHUNK, Job, OnBad, Origin, Progress, encode_chunks, row_error};
+use super::job::{CHUNK, Job, OnBad, Origin, Progress, encode_chunks};
 use super::outcome::Encoded;
-use crate::error::Result;
-use crate::pair::{Options, Refusal};
+use crate::error::{Reason, Result};
+use crate::pair::{Options, Refusal, Warning};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
 use crate::read::limits::Limits;
@@ -24,7 +24,7 @@ fn line_result<'b>(
     if line.too_long {
         let most = rules.limits.max_line_bytes;
         return Err(Bad::new(
-            "limit",
+            Reason::Limit,
             "max_line_bytes",
             format!("the line has more than {most} bytes"),
         ));
@@ -95,8 +95,8 @@ impl FileEncoder {
                 };
                 encode_chunks(job, block.lines.len(), row, all)?;
                 let (count, first) = block.blank;
-                if let Some(blank) = all.tally.warned.last_mut() {
-                    blank.add(count, || {
+                if count > 0 {
+                    all.tally.warn(Warning::BlankLine, count, || {
                         let origin = Origin { path: Some(path), line: first, byte: None };
                         (origin.place(None, None), String::new())
                     });
@@ -207,7 +207,7 @@ pub fn scan_files(
                         let origin =
                             Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
                         let place = origin.place(bad.field.clone(), bad.byte);
-                        return Err(row_error(bad, place));
+                        return Err(bad.at(place));
                     }
                 }
                 Ok(())

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::outcome::Encoded;
-use crate::error::{Error, Place, Result};
+use crate::error::{Error, Place, Reason, Result};
 use crate::pair::{Options, Pair, Refusal, Truncation, encode};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
@@ -84,14 +84,6 @@ impl Job<'_> {
     }
 }
 
-pub(super) fn row_error(bad: Bad, place: Place) -> Error {
-    if bad.reason == "limit" {
-        Error::Limit { place, message: bad.message }
-    } else {
-        Error::Data { place, reason: bad.reason, message: bad.message }
-    }
-}
-
 /// Adds what became of one row.
 fn settle(
     job: &Job<'_>,
@@ -108,7 +100,7 @@ fn settle(
                 let name = job.options.keys.extra.get(i).map_or("", String::as_str);
                 let message =
                     format!("expected {known}, as in the rows before, found {}", cell.kind());
-                return Err(Bad::new("wrong_type", name, message).into());
+                return Err(Bad::new(Reason::WrongType, name, message).into());
             }
         }
         encode(row, job.tokenizer, job.options, pair)?;
@@ -118,10 +110,8 @@ fn settle(
         Ok(extra) => {
             out.tally.kept += 1;
             out.rows.push(out.tally.read as i64 - 1);
-            for (i, count) in out.tally.warned.iter_mut().enumerate() {
-                count.add(u64::from(pair.warned >> i & 1), || {
-                    (origin.place(None, None), String::new())
-                });
+            for warning in &pair.warned {
+                out.tally.warn(*warning, 1, || (origin.place(None, None), String::new()));
             }
             out.push(pair, extra);
         }
@@ -129,9 +119,10 @@ fn settle(
         Err(Refusal::Row(bad)) => {
             let place = origin.place(bad.field.clone(), bad.byte);
             // `truncation="drop"` is a wish, not a fault of the row.
-            let wished = job.options.truncation == Truncation::Drop && bad.reason == "too_long";
+            let wished =
+                job.options.truncation == Truncation::Drop && bad.reason == Reason::TooLong;
             if job.on_bad == OnBad::Error && !wished {
-                return Err(row_error(bad, place));
+                return Err(bad.at(place));
             }
             out.tally.drop_row(bad, place);
         }

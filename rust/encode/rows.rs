@@ -5,9 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::job::{Job, Origin, encode_chunks};
 use super::outcome::Encoded;
-use crate::error::{Error, Result};
+use crate::error::{Error, Reason, Result};
 use crate::pair::Refusal;
-use crate::read::BAD_INPUT;
 use crate::read::bad::Bad;
 use crate::read::column::{Column, Fault, fields_at};
 use crate::read::json::{self, Findings};
@@ -32,7 +31,7 @@ pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Resul
         // A row with extra columns may be wanted twice.
         let once = options.keys.extra.is_empty();
         let fields = slot.and_then(|slot| if once { slot.take() } else { slot.clone() });
-        let row = fields.unwrap_or_else(|| Err(Bad::new("not_an_object", "", "no row")));
+        let row = fields.unwrap_or_else(|| Err(Bad::new(Reason::NotAnObject, "", "no row")));
         let row = row.and_then(|(fields, findings)| Row::from_fields(fields, &findings, &rules));
         let line = before + i as u64;
         let origin = Origin { path: None, line, byte: None };
@@ -72,7 +71,7 @@ pub fn encode_columns(table: Columns<'_>, job: &Job<'_>, all: &mut Encoded) -> R
             Fault::Row(bad) => Refusal::Row(bad),
             Fault::Input(field, message) => Refusal::Call(Error::Data {
                 place: origin.place(Some(field), None),
-                reason: BAD_INPUT,
+                reason: Reason::BadInput,
                 message,
             }),
         });

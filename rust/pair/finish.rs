@@ -2,6 +2,7 @@
 
 use super::options::{Options, Truncation};
 use super::outcome::{Pair, Refusal, Warning};
+use crate::error::Reason;
 use crate::read::bad::Bad;
 use crate::read::keys::Keys;
 use crate::tokenize::Tokenizer;
@@ -17,14 +18,14 @@ pub(super) fn finish(
     if longest > options.limits.max_row_tokens {
         let message =
             format!("a side has {longest} tokens, more than {}", options.limits.max_row_tokens);
-        return Err(Bad::new("limit", "max_row_tokens", message).into());
+        return Err(Bad::new(Reason::Limit, "max_row_tokens", message).into());
     }
     if pair.prompt.is_empty() {
         pair.warn(Warning::EmptyPrompt);
     }
     if pair.chosen == pair.rejected {
         let message = "expected two completions, found the same ids twice";
-        return Err(Bad::new("identical_pair", &keys.rejected, message).into());
+        return Err(Bad::new(Reason::IdenticalPair, &keys.rejected, message).into());
     }
     let cut = match options.max_length {
         Some(most) if longest > most => Some(most),
@@ -39,7 +40,7 @@ pub(super) fn finish(
             };
             let message =
                 format!("expected at most {most} tokens with the prompt, found {longest}");
-            return Err(Bad::new("too_long", key, message).into());
+            return Err(Bad::new(Reason::TooLong, key, message).into());
         }
         let before = pair.prompt.len();
         truncate(pair, most, options.truncation, tokenizer.eos());
@@ -47,17 +48,17 @@ pub(super) fn finish(
         let no_tokens = |key: &str| {
             let message =
                 format!("empty after truncation to {most} tokens (the prompt has {before})");
-            Bad::new("no_completion_tokens", key, message)
+            Bad::new(Reason::NoCompletionTokens, key, message)
         };
         check_scored(pair, keys, no_tokens)?;
         if pair.chosen == pair.rejected {
             let message = format!("both sides have the same ids after truncation to {most} tokens");
-            return Err(Bad::new("identical_after_truncation", &keys.rejected, message).into());
+            return Err(Bad::new(Reason::IdenticalAfterTruncation, &keys.rejected, message).into());
         }
     } else {
         check_scored(pair, keys, |key| {
             let message = "one token without a prompt before it: nothing predicts it";
-            Bad::new("no_completion_tokens", key, message)
+            Bad::new(Reason::NoCompletionTokens, key, message)
         })?;
     }
     Ok(())

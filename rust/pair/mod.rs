@@ -8,13 +8,14 @@ mod options;
 mod outcome;
 mod text;
 
+use crate::error::Reason;
 use crate::read::bad::Bad;
 use crate::read::row::{Content, Row};
 use crate::tokenize::Tokenizer;
 use boundary::boundary;
 use finish::finish;
 pub use options::{Boundary, Options, SpecialText, Truncation};
-pub use outcome::{Pair, Refusal, WARNINGS, Warning};
+pub use outcome::{Pair, Refusal, Warning};
 
 /// Turns one row into the ids of `pair`, whose former content is lost.
 ///
@@ -29,14 +30,14 @@ pub fn encode(
     pair.prompt.clear();
     pair.chosen.clear();
     pair.rejected.clear();
-    pair.warned = 0;
+    pair.warned.clear();
     pair.ref_logps = row.ref_logps;
     match row.content {
         Content::Ids { prompt, chosen, rejected } => {
             for (ids, name) in [(&chosen, "chosen_ids"), (&rejected, "rejected_ids")] {
                 if ids.is_empty() {
                     return Err(Bad::new(
-                        "empty_completion",
+                        Reason::EmptyCompletion,
                         name,
                         "expected at least one id, found none",
                     )

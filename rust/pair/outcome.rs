@@ -3,8 +3,8 @@
 use crate::error::Error;
 use crate::read::bad::Bad;
 
-/// What is counted but kept; the index into a report's `warned`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is counted but kept, in the order of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs)] // each is documented where users meet it, in `dpo_ext.Report`
 pub enum Warning {
     BoundaryMerge,
@@ -18,18 +18,22 @@ pub enum Warning {
     BlankLine,
 }
 
-/// The names of the warnings, in the order of [`Warning`].
-pub const WARNINGS: [&str; 9] = [
-    "boundary_merge",
-    "truncated",
-    "eos_cut",
-    "empty_prompt",
-    "special_token_in_text",
-    "bos_in_text",
-    "no_turn_boundary",
-    "template_fallback",
-    "blank_line",
-];
+impl Warning {
+    /// The name by which Python knows it: a key of the report's `warned`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BoundaryMerge => "boundary_merge",
+            Self::Truncated => "truncated",
+            Self::EosCut => "eos_cut",
+            Self::EmptyPrompt => "empty_prompt",
+            Self::SpecialTokenInText => "special_token_in_text",
+            Self::BosInText => "bos_in_text",
+            Self::NoTurnBoundary => "no_turn_boundary",
+            Self::TemplateFallback => "template_fallback",
+            Self::BlankLine => "blank_line",
+        }
+    }
+}
 
 /// The ids of a pair, and what was noticed on the way. Its memory is reused from row to row.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -42,17 +46,19 @@ pub struct Pair {
     pub rejected: Vec<i32>,
     /// Log-probs under the reference, where the row has them.
     pub ref_logps: Option<[f64; 2]>,
-    /// Set bits are [`Warning`]s.
-    pub warned: u32,
+    /// What is to know of it, each once.
+    pub warned: Vec<Warning>,
 }
 
 impl Pair {
     pub(super) fn has(&self, warning: Warning) -> bool {
-        self.warned & 1 << warning as u32 != 0
+        self.warned.contains(&warning)
     }
 
     pub(super) fn warn(&mut self, warning: Warning) {
-        self.warned |= 1 << warning as u32;
+        if !self.has(warning) {
+            self.warned.push(warning);
+        }
     }
 }
 

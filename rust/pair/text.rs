@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use super::implicit;
 use super::options::{Options, SpecialText};
 use super::outcome::{Pair, Warning};
+use crate::error::Reason;
 use crate::read::bad::Bad;
 use crate::read::row::Strings;
 use crate::tokenize::Tokenizer;
@@ -40,7 +41,7 @@ pub(super) fn check_special(
     if tokenizer.control().occurs_in(text) {
         if options.special_text == SpecialText::Error {
             let message = "expected plain text, found the spelling of a control token";
-            return Err(Bad::new("special_token_in_text", field, message));
+            return Err(Bad::new(Reason::SpecialTokenInText, field, message));
         }
         pair.warn(Warning::SpecialTokenInText);
     }
@@ -92,12 +93,12 @@ pub(super) fn texts<'a>(
     for (text, key) in [(chosen, &keys.chosen), (rejected, &keys.rejected)] {
         if is_blank(text.get(..body(text)).unwrap_or_default()) {
             let message = "expected a completion, found none but white space";
-            return Err(Bad::new("empty_completion", key, message));
+            return Err(Bad::new(Reason::EmptyCompletion, key, message));
         }
     }
     if chosen == rejected {
         return Err(Bad::new(
-            "identical_pair",
+            Reason::IdenticalPair,
             &keys.rejected,
             "expected two completions, found the same one twice",
         ));

@@ -24,7 +24,7 @@ use crate::encode::{
     scan_files,
 };
 use crate::error::{Error, Place, Result};
-use crate::pair::{Options, WARNINGS};
+use crate::pair::Options;
 use crate::pool;
 use crate::read::cell::Cell;
 use crate::tokenize::Tokenizer;
@@ -312,15 +312,13 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
     let first = PyDict::new(py);
     let dropped = PyDict::new(py);
     for (reason, count) in encoded.tally.dropped {
-        dropped.set_item(reason, count.count)?;
-        first.set_item(reason, first_tuple(py, count.first, count.message)?)?;
+        dropped.set_item(reason.name(), count.count)?;
+        first.set_item(reason.name(), first_tuple(py, count.first, count.message)?)?;
     }
     let warned = PyDict::new(py);
-    for (name, count) in WARNINGS.iter().zip(encoded.tally.warned) {
-        if count.count > 0 {
-            warned.set_item(name, count.count)?;
-            first.set_item(name, first_tuple(py, count.first, count.message)?)?;
-        }
+    for (warning, count) in encoded.tally.warned {
+        warned.set_item(warning.name(), count.count)?;
+        first.set_item(warning.name(), first_tuple(py, count.first, count.message)?)?;
     }
     out.set_item("dropped", dropped)?;
     out.set_item("warned", warned)?;

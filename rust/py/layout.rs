@@ -9,7 +9,7 @@ use pyo3::types::PyTuple;
 
 use super::arrays::{Ids, Offsets, Out};
 use super::wait::detached;
-use crate::error::{Error, Place};
+use crate::error::{Error, Place, Reason};
 use crate::layout::table::Table;
 use crate::layout::{Lists, Pairs, order, pack, pad, share};
 
@@ -49,7 +49,7 @@ fn check_ids(
                 let found = values.get(at).copied().unwrap_or_default();
                 Err(Error::Data {
                     place: Place { line: Some(row as u64), field: Some(name), ..Place::default() },
-                    reason: "bad_ids",
+                    reason: Reason::BadIds,
                     message: format!("expected token ids in 0..{most}, found {found}"),
                 })
             }
@@ -264,7 +264,7 @@ fn batches_by_slots<'py>(
     let bounds = detached(py, || {
         order::by_slots(longest, budget, multiple, epoch).map_err(|(pair, slots)| Error::Data {
             place: Place::default(),
-            reason: "too_long",
+            reason: Reason::TooLong,
             message: format!(
                 "pair {pair} needs {slots} slots, more than `tokens_per_batch`={budget}\nhint: use tokens_per_batch={slots} or more, or a smaller max_length"
             ),

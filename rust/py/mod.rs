@@ -12,7 +12,7 @@ mod wait;
 
 use pyo3::prelude::*;
 
-use crate::error::Error;
+use crate::error::{Error, Reason};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -31,11 +31,13 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
     Ok(match error {
         Error::Data { place, reason, .. } => ours(
             "DataError",
-            (text, place.path, place.line, place.byte, place.field, reason).into_pyobject(py)?,
+            (text, place.path, place.line, place.byte, place.field, reason.name())
+                .into_pyobject(py)?,
         )?,
         Error::Limit { place, .. } => ours(
             "LimitExceeded",
-            (text, place.path, place.line, place.byte, place.field, "limit").into_pyobject(py)?,
+            (text, place.path, place.line, place.byte, place.field, Reason::Limit.name())
+                .into_pyobject(py)?,
         )?,
         Error::Io { path, source } => match source.raw_os_error() {
             // OSError(errno, strerror, filename) picks the subclass by itself.

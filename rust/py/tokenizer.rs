@@ -16,7 +16,7 @@ use super::options::{NowTuple, now};
 use super::value::{as_data_error, borrowed, kind_of, to_value};
 use super::wait::{detached, waited};
 use crate::encode::{Progress, Ragged};
-use crate::error::{Error, Place, Result};
+use crate::error::{Error, Place, Reason, Result};
 use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
@@ -178,7 +178,7 @@ impl PyTokenizer {
             })?;
             match findings.limit {
                 Some((limit, message)) => {
-                    Err(as_data_error(Bad::new("limit", limit, message), None))
+                    Err(as_data_error(Bad::new(Reason::Limit, limit, message), None))
                 }
                 None => Ok(value),
             }
@@ -303,7 +303,7 @@ impl Texts {
     fn get(&self, i: usize) -> Result<&str> {
         let bad = |message: String| Error::Data {
             place: Place { line: Some(i as u64 + 1), ..Place::default() },
-            reason: "bad_utf8",
+            reason: Reason::BadUtf8,
             message,
         };
         let place = |i: usize| self.offsets.get(i).and_then(|at| usize::try_from(*at).ok());

@@ -6,6 +6,7 @@ use super::bad::{Bad, check_limit, wrong};
 use super::json::{Findings, Value, parse};
 use super::keys::Keys;
 use super::limits::Limits;
+use crate::error::Reason;
 
 /// The messages of one row.
 #[derive(Debug, Clone)]
@@ -69,7 +70,7 @@ impl<'a> Chat<'a> {
             let message = format!(
                 "`{name}` belongs to the template's own variables and cannot be overridden by a row"
             );
-            return Err(Bad::new("bad_messages", "chat_template_kwargs", message));
+            return Err(Bad::new(Reason::BadMessages, "chat_template_kwargs", message));
         }
         check_limit(findings)?;
         for (messages, key) in [
@@ -81,7 +82,7 @@ impl<'a> Chat<'a> {
             if found > limits.max_messages {
                 let most = limits.max_messages;
                 return Err(Bad::new(
-                    "limit",
+                    Reason::Limit,
                     "max_messages",
                     format!("`{key}` has {found} messages, more than {most}"),
                 ));
@@ -92,7 +93,7 @@ impl<'a> Chat<'a> {
 }
 
 fn check_messages(messages: &[Value<'_>], key: &str) -> Result<(), Bad> {
-    let bad = |message: String| Err(Bad::new("bad_messages", key, message));
+    let bad = |message: String| Err(Bad::new(Reason::BadMessages, key, message));
     if messages.is_empty() {
         return bad("expected at least one message, found an empty list".to_owned());
     }
@@ -135,7 +136,7 @@ fn check_messages(messages: &[Value<'_>], key: &str) -> Result<(), Bad> {
 
 /// `tools` is a list of objects, or that list as a JSON string (data sets store it so).
 fn check_tools<'a>(tools: Option<Value<'a>>, limits: &Limits) -> Result<Option<Value<'a>>, Bad> {
-    let bad = |message: String| Err(Bad::new("bad_messages", "tools", message));
+    let bad = |message: String| Err(Bad::new(Reason::BadMessages, "tools", message));
     let tools = match tools {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::Str(text)) => match parse(&text, limits) {

@@ -15,7 +15,7 @@ use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Place, Result};
+use crate::error::{Error, Place, Reason, Result};
 use limits::{EXPANSION_GRACE, Limits};
 use packed::{Frames, Members};
 pub use text::text;
@@ -86,7 +86,7 @@ impl Reader {
         let io_error = |source| Error::Io { path: path.to_owned(), source };
         let bad = |message: &str| Error::Data {
             place: Place { path: Some(path.to_owned()), ..Place::default() },
-            reason: BAD_INPUT,
+            reason: Reason::BadInput,
             message: message.to_owned(),
         };
         // Before opening, since opening a FIFO waits for a writer.
@@ -285,7 +285,7 @@ impl Reader {
         };
         Error::Data {
             place: Place { byte: Some(self.unpacked), ..self.place() },
-            reason: BAD_INPUT,
+            reason: Reason::BadInput,
             message,
         }
     }
@@ -328,13 +328,10 @@ impl Reader {
             && read.is_none_or(|read| read == after.len());
         (!same).then(|| Error::Data {
             place: self.place(),
-            reason: BAD_INPUT,
+            reason: Reason::BadInput,
             message: "the file changed while it was read".to_owned(),
         })
     }
 }
-
-/// The reason of an input that cannot be read at all.
-pub const BAD_INPUT: &str = "bad_input";
 
 const IS_A_DIRECTORY: i32 = 21;

@@ -8,6 +8,7 @@ use super::chat::Chat;
 use super::json::{Fields, Findings, Value, parse_fields};
 use super::keys::{FIELDS, Keys};
 use super::limits::Limits;
+use crate::error::Reason;
 
 /// Two texts and what stands before them.
 #[derive(Debug, Clone)]
@@ -71,7 +72,7 @@ impl<'a> Row<'a> {
         let (fields, findings) = parse_fields(text, names, rules.limits).map_err(|fault| {
             let hint = if text.trim_start().starts_with('[') { ARRAY_HINT } else { "" };
             Bad {
-                reason: if fault.is_encoding { "bad_utf8" } else { "bad_json" },
+                reason: if fault.is_encoding { Reason::BadUtf8 } else { Reason::BadJson },
                 field: None,
                 byte: Some(fault.pos),
                 message: fault.message + hint,
@@ -86,7 +87,7 @@ impl<'a> Row<'a> {
                 _ => ("a number", ""),
             };
             let message = format!("expected an object, found {kind}{hint}");
-            return Err(Bad::new("not_an_object", "", message));
+            return Err(Bad::new(Reason::NotAnObject, "", message));
         };
         Self::from_fields(fields, &findings, rules)
     }
@@ -102,7 +103,11 @@ impl<'a> Row<'a> {
     ) -> Result<Self, Bad> {
         let Rules { keys, limits, vocab } = *rules;
         if let Some(key) = &findings.duplicate {
-            return Err(Bad::new("duplicate_key", key, "expected every key once, found it twice"));
+            return Err(Bad::new(
+                Reason::DuplicateKey,
+                key,
+                "expected every key once, found it twice",
+            ));
         }
         let mut take = |slot: usize| fields.get_mut(slot).and_then(Option::take);
         let [prompt, chosen, rejected, tools, kwargs] = [0, 1, 2, 3, 4].map(&mut take);
@@ -197,7 +202,7 @@ impl<'a> Row<'a> {
         if longest > limits.max_row_tokens {
             let message =
                 format!("a side has {longest} tokens, more than {}", limits.max_row_tokens);
-            return Err(Bad::new("limit", "max_row_tokens", message));
+            return Err(Bad::new(Reason::Limit, "max_row_tokens", message));
         }
         let mut out = [Vec::new(), Vec::new(), Vec::new()];
         for ((out, list), name) in out.iter_mut().zip(&lists).zip(names) {
@@ -208,12 +213,12 @@ impl<'a> Row<'a> {
                         Ok(id) if usize::try_from(id).is_ok_and(|id| id < vocab) => out.push(id),
                         _ => {
                             let message = format!("expected token ids in 0..{vocab}, found {id}");
-                            return Err(Bad::new("bad_ids", name, message));
+                            return Err(Bad::new(Reason::BadIds, name, message));
                         }
                     },
                     other => {
                         let message = format!("expected whole numbers, found {}", other.kind());
-                        return Err(Bad::new("bad_ids", name, message));
+                        return Err(Bad::new(Reason::BadIds, name, message));
                     }
                 }
             }
@@ -239,7 +244,7 @@ fn reference(values: [Option<Value<'_>>; 2]) -> Result<Option<[f64; 2]>, Bad> {
             Value::Float(number) if number.is_finite() => number,
             Value::Float(_) | Value::Huge(_) => {
                 return Err(Bad::new(
-                    "wrong_type",
+                    Reason::WrongType,
                     name,
                     "expected a finite number, found one that is not",
                 ));

@@ -1,6 +1,7 @@
 //! Bytes as text.
 
 use super::bad::Bad;
+use crate::error::Reason;
 
 /// The text of a line.
 ///
@@ -11,7 +12,7 @@ pub fn text(bytes: &[u8]) -> Result<&str, Bad> {
         let at = e.valid_up_to();
         let found = bytes.get(at).copied().unwrap_or_default();
         Bad {
-            reason: "bad_utf8",
+            reason: Reason::BadUtf8,
             field: None,
             byte: Some(at),
             message: format!("expected UTF-8, found the byte 0x{found:02x}"),
