@@ -48,6 +48,71 @@ impl fmt::Display for Place {
     }
 }
 
+/// Why a row or an input is bad: a key of the report's `dropped` for a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The bytes are no UTF-8.
+    BadUtf8,
+    /// The line is no JSON, or spells no Unicode.
+    BadJson,
+    /// The row is another value than an object.
+    NotAnObject,
+    /// A key occurs twice.
+    DuplicateKey,
+    /// A field is not there.
+    MissingField,
+    /// A field holds a value of another kind.
+    WrongType,
+    /// Messages or tools are not what a template takes.
+    BadMessages,
+    /// Ids are no whole numbers of the vocabulary.
+    BadIds,
+    /// A limit is passed.
+    Limit,
+    /// Contents spell a control token.
+    SpecialTokenInText,
+    /// The chat template refuses the row.
+    TemplateError,
+    /// A side has no completion.
+    EmptyCompletion,
+    /// Both sides are the same.
+    IdenticalPair,
+    /// A side has no token that another one predicts.
+    NoCompletionTokens,
+    /// Both sides are the same once they are cut.
+    IdenticalAfterTruncation,
+    /// A side has more tokens than fit.
+    TooLong,
+    /// The input as a whole cannot be read.
+    BadInput,
+}
+
+impl Reason {
+    /// The name by which Python knows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BadUtf8 => "bad_utf8",
+            Self::BadJson => "bad_json",
+            Self::NotAnObject => "not_an_object",
+            Self::DuplicateKey => "duplicate_key",
+            Self::MissingField => "missing_field",
+            Self::WrongType => "wrong_type",
+            Self::BadMessages => "bad_messages",
+            Self::BadIds => "bad_ids",
+            Self::Limit => "limit",
+            Self::SpecialTokenInText => "special_token_in_text",
+            Self::TemplateError => "template_error",
+            Self::EmptyCompletion => "empty_completion",
+            Self::IdenticalPair => "identical_pair",
+            Self::NoCompletionTokens => "no_completion_tokens",
+            Self::IdenticalAfterTruncation => "identical_after_truncation",
+            Self::TooLong => "too_long",
+            Self::BadInput => "bad_input",
+        }
+    }
+}
+
 /// What went wrong. `py` maps each kind to one Python exception of `dpo_ext.errors`.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -56,8 +121,8 @@ pub enum Error {
     Data {
         /// Where it was found.
         place: Place,
-        /// The machine-readable reason: one of the report's `dropped` keys for a row, `bad_input` for a whole input.
-        reason: &'static str,
+        /// Why, for a program to read.
+        reason: Reason,
         /// What was expected, then what was found.
         message: String,
     },

@@ -1,9 +1,11 @@
 //! The Rust half of the Python package `dpo_ext`: from a file of preference pairs to ready batches, and the log-prob
 //! kernels of the CPU path.
 //!
-//! Modules in the order of their dependencies: [`error`] and [`pool`] know nobody; `read`, `template` and `tokenize`
-//! turn bytes into rows, text and ids; `pair` decides one pair; `layout` and `table` build batches; [`logps`] reduces
-//! rows of logits. Only `py` (feature `python`) knows that Python exists.
+//! Each module knows those before it alone: [`error`]; [`pool`]; [`read`], [`bpe`], [`layout`] and [`logps`];
+//! [`template`]; [`tokenize`]; [`pair`]; [`encode`]; `py`. `read` turns bytes into rows, `template` and `tokenize` rows
+//! into text and ids, by the engine `bpe` or the `tokenizers` crate; `pair` decides one pair and `encode` a whole data
+//! set; `layout` builds batches, and `logps` reduces rows of logits. Only `py` (feature `python`) knows that Python
+//! exists. `tests/package/test_rust_direction.py` holds the direction, of folders and of files.
 
 pub mod bpe;
 pub mod encode;
@@ -15,7 +17,6 @@ pub mod pool;
 #[cfg(feature = "python")]
 mod py;
 pub mod read;
-pub mod table;
 pub mod template;
 pub mod tokenize;
 

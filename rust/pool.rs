@@ -1,7 +1,7 @@
 //! The thread pool: one per process, built lazily, so that it survives a fork.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
@@ -88,22 +88,9 @@ pub fn run<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
     mut tick: impl FnMut() -> Result<()>,
 ) -> Result<T> {
-    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-    pool(n)?.spawn(move || {
-        let result = catch_unwind(AssertUnwindSafe(work))
-            .unwrap_or_else(|payload| Err(Error::Internal(panic_text(payload.as_ref()))));
-        // Nobody listens after an interrupt.
-        let _ = sender.send(result);
-    });
-    loop {
-        match receiver.recv_timeout(TICK) {
-            Ok(result) => return result,
-            Err(RecvTimeoutError::Timeout) => tick()?,
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::Internal("a thread of the pool ended".to_owned()));
-            }
-        }
-    }
+    let (sender, receiver) = sync_channel(1);
+    pool(n)?.spawn(move || sent(work, &sender));
+    awaited(&receiver, &mut tick)
 }
 
 /// As [`run`], for work that borrows: it is waited for, after a failed `tick` too.
@@ -115,24 +102,39 @@ pub fn run_scoped<T: Send>(
     work: impl FnOnce() -> Result<T> + Send,
     mut tick: impl FnMut() -> Result<()>,
 ) -> Result<T> {
-    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    let (sender, receiver) = sync_channel(1);
     pool(n)?.in_place_scope(|scope| {
-        scope.spawn(move |_| {
-            let result = catch_unwind(AssertUnwindSafe(work))
-                .unwrap_or_else(|payload| Err(Error::Internal(panic_text(payload.as_ref()))));
-            // Nobody listens after an interrupt.
-            let _ = sender.send(result);
-        });
-        loop {
-            match receiver.recv_timeout(TICK) {
-                Ok(result) => return result,
-                Err(RecvTimeoutError::Timeout) => tick()?,
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::Internal("a thread of the pool ended".to_owned()));
-                }
+        scope.spawn(move |_| sent(work, &sender));
+        awaited(&receiver, &mut tick)
+    })
+}
+
+/// Does the work on a thread of the pool.
+fn sent<T>(work: impl FnOnce() -> Result<T>, sender: &SyncSender<Result<T>>) {
+    // Nobody listens after an interrupt.
+    let _ = sender.send(caught(work));
+}
+
+/// Waits for the work, and calls `tick` in between.
+fn awaited<T>(receiver: &Receiver<Result<T>>, tick: &mut impl FnMut() -> Result<()>) -> Result<T> {
+    loop {
+        match receiver.recv_timeout(TICK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) => tick()?,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::Internal("a thread of the pool ended".to_owned()));
             }
         }
-    })
+    }
+}
+
+/// What `work` gives; a panic becomes an error.
+///
+/// # Errors
+/// Those of `work`, and [`Error::Internal`].
+pub fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|payload| Err(Error::Internal(panic_text(payload.as_ref()))))
 }
 
 /// What a panic said.

@@ -4,8 +4,9 @@ use std::fmt;
 
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer};
 
+use super::encode::Scratch;
+use super::model::Bpe;
 use super::scan::{Scan, Text, with_scanner};
-use super::{Bpe, Scratch};
 
 /// A text on which this engine and the `tokenizers` crate differ.
 #[derive(Debug, Clone, PartialEq, Eq)]

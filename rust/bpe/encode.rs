@@ -1,13 +1,17 @@
 //! One text on its way through added tokens, normalisation, words and merges.
 
 use super::added::Match;
+use super::border::{Border, Cut};
 use super::cache::{self, WordCache};
 use super::merge::MergeScratch;
+use super::model::Bpe;
 use super::normal::Normalised;
-use super::pair::{Border, Cut};
 use super::scan::{Scan, Text, with_scanner};
-use super::{Bpe, MAX_TEXT_BYTES};
+
 use crate::error::{Error, Place, Result};
+
+/// Longest text in bytes: offsets inside are 32 bits wide.
+pub const MAX_TEXT_BYTES: usize = i32::MAX as usize;
 
 /// Reused memory of one thread, with its word cache. Made for one [`Bpe`]; given to another it starts anew.
 #[derive(Debug, Default)]
@@ -224,5 +228,43 @@ impl Walk<'_> {
             Some(&id) => self.ids.push(id),
             None => self.bpe.merges.encode(word, &mut self.scratch.merge, self.ids),
         }
+    }
+}
+
+impl Bpe {
+    /// Appends the ids of `text` to `ids`, without those of the post-processor.
+    ///
+    /// Same as `tokenizers::Tokenizer::encode_fast(text, false)`; with `keep = Some(&not_special)`, as after
+    /// `set_encode_special_tokens(true)`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Limit`] for more than [`MAX_TEXT_BYTES`].
+    pub fn encode_into(
+        &self,
+        text: &str,
+        keep: Keep<'_>,
+        scratch: &mut Scratch,
+        ids: &mut Vec<i32>,
+    ) -> Result<()> {
+        let (cut, border) = (Cut::none(), Border::none());
+        Walk { bpe: self, keep, scratch, ids, ends: None, cut, border }.text(text, 0, false)
+    }
+
+    /// [`Self::encode_into`], and for each id the end of its bytes in `text`.
+    ///
+    /// Where NFC changed the text, an id that ends inside a changed character gets that character's end.
+    ///
+    /// # Errors
+    /// [`crate::Error::Limit`] for more than [`MAX_TEXT_BYTES`].
+    pub fn encode_with_ends(
+        &self,
+        text: &str,
+        keep: Keep<'_>,
+        scratch: &mut Scratch,
+        ids: &mut Vec<i32>,
+        ends: &mut Vec<u32>,
+    ) -> Result<()> {
+        let (ends, cut, border) = (Some(ends), Cut::none(), Border::none());
+        Walk { bpe: self, keep, scratch, ids, ends, cut, border }.text(text, 0, false)
     }
 }

@@ -5,30 +5,10 @@
 //! one past the last byte that was read while deciding any word up to k, where reading the end of the text counts as
 //! one past the end. Word k is kept if and only if seen(k) + A <= l.
 
-use super::Bpe;
+use super::border::{Border, Cut, Inside};
 use super::encode::{Keep, Scratch, Walk};
+use super::model::Bpe;
 use crate::error::Result;
-
-/// A scanner's `reach` is the start of the last character it looked at (4 bytes at most), and a contraction looks one
-/// byte further than the word it does not become.
-const SLACK: usize = 4;
-
-/// The leading ids of a text whose bytes end at or before a border.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Inside {
-    /// How many there are.
-    pub ids: usize,
-    /// Where the last of them ends.
-    pub end: usize,
-}
-
-impl Inside {
-    /// The same from the end of every id.
-    pub fn of(ends: &[u32], border: usize) -> Self {
-        let ids = ends.iter().take_while(|end| **end as usize <= border).count();
-        Self { ids, end: ids.checked_sub(1).map_or(0, |last| ends[last] as usize) }
-    }
-}
 
 /// The ids of two texts with a common beginning.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -65,7 +45,7 @@ impl Bpe {
     /// all).
     ///
     /// # Errors
-    /// [`crate::Error::Limit`] for a text of more than [`super::MAX_TEXT_BYTES`].
+    /// [`crate::Error::Limit`] for a text of more than [`super::encode::MAX_TEXT_BYTES`].
     pub fn encode_pair(
         &self,
         texts: [&str; 2],
@@ -101,29 +81,6 @@ impl Bpe {
     }
 }
 
-/// A byte of the text, and what ends at or before it so far.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Border {
-    pub(super) byte: usize,
-    inside: Inside,
-}
-
-impl Border {
-    pub(super) fn none() -> Self {
-        Self { byte: 0, inside: Inside::default() }
-    }
-
-    /// Notes that `ids` ids end at `end`; false if that is beyond the border.
-    #[inline]
-    pub(super) fn pass(&mut self, end: usize, ids: usize) -> bool {
-        let is_inside = end <= self.byte;
-        if is_inside {
-            self.inside = Inside { ids, end };
-        }
-        is_inside
-    }
-}
-
 /// Bytes of the longest common prefix that ends between characters.
 fn common_prefix(first: &str, second: &str) -> usize {
     const CHUNK: usize = 16;
@@ -138,55 +95,4 @@ fn common_prefix(first: &str, second: &str) -> usize {
         common -= 1;
     }
     common
-}
-
-/// The last word of the first text that may be kept for the second.
-#[derive(Debug)]
-pub(super) struct Cut {
-    open: bool,
-    common: usize,
-    seen: usize,
-    /// Where the kept words end.
-    at: usize,
-    /// How many ids they have.
-    ids: usize,
-}
-
-impl Cut {
-    pub(super) fn none() -> Self {
-        Self { open: false, common: 0, seen: 0, at: 0, ids: 0 }
-    }
-
-    fn within(common: usize) -> Self {
-        Self { open: common > 0, common, ..Self::none() }
-    }
-
-    /// End of the last kept word, and how many ids come with it.
-    fn last(&self) -> (usize, usize) {
-        (self.at, self.ids)
-    }
-
-    #[inline]
-    pub(super) fn is_open(&self) -> bool {
-        self.open
-    }
-
-    /// Keeps no later word: after an added token that stays text, a scan that starts inside it would find others.
-    pub(super) fn close(&mut self) {
-        self.open = false;
-    }
-
-    /// Keeps the word that ends at `end`, if the rule allows.
-    #[inline]
-    pub(super) fn consider(&mut self, end: usize, reach: usize, longest_added: usize, ids: usize) {
-        if !self.open {
-            return;
-        }
-        self.seen = self.seen.max(reach + SLACK);
-        if self.seen + longest_added <= self.common {
-            (self.at, self.ids) = (end, ids);
-        } else {
-            self.open = false;
-        }
-    }
 }

@@ -1,196 +1,32 @@
 //! Is this tokenizer.json one of ours? By structure alone, never by name.
 
-use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 
-use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
-use tokenizers::models::bpe::{BpeBuilder, Vocab as CrateVocab};
-use tokenizers::{
-    DecoderWrapper, NormalizerWrapper, PaddingParams, PostProcessorWrapper, PreTokenizerWrapper,
-    Tokenizer, TruncationParams,
-};
 
 use super::added::{AddedToken, AddedTokens};
 use super::classes::Classes;
+use super::file::{File, FileMerge, FileToken, Ids, Model, parse};
 use super::merge::Merges;
+use super::model::{Bpe, next_owner};
 use super::normal;
+use super::refusal::Refusal;
 use super::scan::Family;
-use super::{Bpe, next_owner};
+use super::symbols::Symbols;
 
 /// Ids from here on are not ours: tables are indexed by id.
 const MAX_ID: u32 = 1 << 24;
 /// Longer added tokens would make every look-ahead as long.
 const MAX_ADDED_BYTES: usize = 4096;
 
-/// Why a tokenizer.json is not served by the engine `bpe`. It may still be a good file for the `tokenizers` crate.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Refusal {
-    /// Not JSON, or not the shape of a tokenizer.json.
-    Json(String),
-    /// The model is not a plain byte-level BPE: the field and what it holds.
-    Model(&'static str, String),
-    /// The normalizer is neither absent nor NFC.
-    Normalizer(String),
-    /// The pre-tokenizer is no known sequence of splits and `ByteLevel`.
-    PreTokenizer(String),
-    /// The regexes of the splits belong to no known family.
-    Regex(Vec<String>),
-    /// The post-processor does more than put ids before and after.
-    PostProcessor(String),
-    /// A byte of UTF-8 has no symbol in the vocabulary; the `tokenizers` crate drops it in silence.
-    MissingByte(u8),
-    /// An id is used twice or is too large.
-    Id(u32, &'static str),
-    /// A merge names a token that is not in the vocabulary, or is not a pair.
-    Merge(usize, String),
-    /// An added token: its content and what is not ours about it.
-    AddedToken(String, &'static str),
-    /// The linked regex engine could not be asked for its character classes.
-    Classes(String),
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Json(message) => write!(f, "not a tokenizer.json: {message}"),
-            Self::Model(field, found) => write!(f, "`model.{field}` is {found}"),
-            Self::Normalizer(found) => write!(f, "`normalizer` is not null or NFC: {found}"),
-            Self::PreTokenizer(found) => write!(f, "`pre_tokenizer` is not byte-level: {found}"),
-            Self::Regex(found) => write!(f, "`pre_tokenizer` has an unknown regex: {found:?}"),
-            Self::PostProcessor(found) => write!(f, "`post_processor` is not a template: {found}"),
-            Self::MissingByte(byte) => write!(f, "byte {byte} has no symbol in the vocabulary"),
-            Self::Id(id, what) => write!(f, "token id {id} {what}"),
-            Self::Merge(rank, found) => write!(f, "merge {rank}: {found}"),
-            Self::AddedToken(content, what) => write!(f, "added token {content:?} {what}"),
-            Self::Classes(message) => write!(f, "character classes: {message}"),
-        }
-    }
-}
-
-impl std::error::Error for Refusal {}
-
-/// A tokenizer.json, read once for this engine and for the `tokenizers` crate.
-#[derive(Deserialize)]
-pub(crate) struct File<'a> {
-    version: Option<String>,
-    // Switched off, but the crate wants them well-formed.
-    #[serde(rename = "truncation")]
-    _truncation: Option<TruncationParams>,
-    #[serde(rename = "padding")]
-    _padding: Option<PaddingParams>,
-    #[serde(default)]
-    added_tokens: Vec<FileToken>,
-    normalizer: Option<Value>,
-    pre_tokenizer: Option<Value>,
-    post_processor: Option<Value>,
-    decoder: Option<Value>,
-    #[serde(borrow)]
-    model: Model<'a>,
-}
-
-#[derive(Deserialize)]
-#[expect(clippy::struct_excessive_bools, reason = "the file's own fields")]
-struct FileToken {
-    id: u32,
-    content: String,
-    single_word: bool,
-    lstrip: bool,
-    rstrip: bool,
-    normalized: bool,
-    special: bool,
-}
-
-#[derive(Deserialize)]
-struct Model<'a> {
-    r#type: Option<String>,
-    dropout: Option<f64>,
-    unk_token: Option<String>,
-    continuing_subword_prefix: Option<String>,
-    end_of_word_suffix: Option<String>,
-    fuse_unk: Option<bool>,
-    byte_fallback: Option<bool>,
-    ignore_merges: Option<bool>,
-    #[serde(borrow)]
-    vocab: Vocab<'a>,
-    #[serde(borrow)]
-    merges: Vec<FileMerge<'a>>,
-}
-
-/// A JSON string that borrows where it has no escapes.
-#[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-
-/// Token to id. Hashing is a good part of loading, hence not the standard library's hash.
-type Ids<'a> = HashMap<Cow<'a, str>, u32, ahash::RandomState>;
-
-struct Vocab<'a>(Ids<'a>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Vocab<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Vocab<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a map from token to id")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vocab<'de>, A::Error> {
-                let mut vocab = Ids::with_capacity_and_hasher(1 << 17, <_>::default());
-                while let Some((Text(token), id)) = map.next_entry()? {
-                    vocab.insert(token, id);
-                }
-                Ok(Vocab(vocab))
-            }
-        }
-        deserializer.deserialize_map(Entries)
-    }
-}
-
-/// A pair `["a", "b"]`, or the older `"a b"`.
-enum FileMerge<'a> {
-    Pair(Cow<'a, str>, Cow<'a, str>),
-    Joined(Cow<'a, str>),
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for FileMerge<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = FileMerge<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a pair of strings, or one string with a space")
-            }
-            fn visit_borrowed_str<E>(self, joined: &'de str) -> Result<FileMerge<'de>, E> {
-                Ok(FileMerge::Joined(Cow::Borrowed(joined)))
-            }
-            fn visit_str<E>(self, joined: &str) -> Result<FileMerge<'de>, E> {
-                Ok(FileMerge::Joined(Cow::Owned(joined.to_owned())))
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<FileMerge<'de>, A::Error> {
-                use serde::de::Error;
-                let pair = (seq.next_element::<Text>()?, seq.next_element::<Text>()?);
-                match (pair, seq.next_element::<Text>()?) {
-                    ((Some(Text(left)), Some(Text(right))), None) => {
-                        Ok(FileMerge::Pair(left, right))
-                    }
-                    _ => Err(A::Error::custom("a merge must have two parts")),
-                }
-            }
-        }
-        deserializer.deserialize_any(Either)
-    }
-}
-
-/// Reads the file, or says why it is not even the shape of a tokenizer.json.
-pub(crate) fn parse(tokenizer_json: &str) -> Result<File<'_>, Refusal> {
-    let file: File =
-        serde_json::from_str(tokenizer_json).map_err(|e| Refusal::Json(e.to_string()))?;
-    match file.version.as_deref() {
-        None | Some("1.0") => Ok(file),
-        Some(version) => Err(Refusal::Json(format!("version {version:?}"))),
+impl Bpe {
+    /// Reads a tokenizer.json whose structure is known; `truncation` and `padding` blocks are not looked at.
+    ///
+    /// # Errors
+    /// Why the file is not ours. Never a panic, whatever the file holds.
+    pub fn recognise(tokenizer_json: &str) -> Result<Self, Refusal> {
+        parse(tokenizer_json)?.engine()
     }
 }
 
@@ -237,46 +73,6 @@ impl File<'_> {
             classes,
             sample: sample(vocab, &symbols, &self.added_tokens),
         })
-    }
-
-    /// The same file in the `tokenizers` crate, with truncation and padding off; for files that [`Self::engine`] takes.
-    ///
-    /// Same as `tokenizer_json.parse()`, which builds the whole model as a tree of JSON values first and needs four
-    /// times as long.
-    pub(crate) fn oracle(&self) -> tokenizers::Result<Tokenizer> {
-        fn part<T: serde::de::DeserializeOwned>(
-            value: Option<&Value>,
-        ) -> serde_json::Result<Option<T>> {
-            value.map_or(Ok(None), |value| serde_json::from_value(value.clone()))
-        }
-        let vocab: CrateVocab =
-            self.model.vocab.0.iter().map(|(token, id)| (token.to_string(), *id)).collect();
-        let merges = self.model.merges.iter().filter_map(|merge| match merge {
-            FileMerge::Pair(left, right) => Some((left.to_string(), right.to_string())),
-            FileMerge::Joined(both) if both.starts_with("#version") => None,
-            FileMerge::Joined(both) => {
-                both.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()))
-            }
-        });
-        let model = BpeBuilder::new()
-            .vocab_and_merges(vocab, merges.collect())
-            .fuse_unk(self.model.fuse_unk.unwrap_or(false))
-            .ignore_merges(self.model.ignore_merges.unwrap_or(false))
-            .build()?;
-        let mut oracle = Tokenizer::new(model);
-        oracle.with_normalizer(part::<NormalizerWrapper>(self.normalizer.as_ref())?)?;
-        oracle.with_pre_tokenizer(part::<PreTokenizerWrapper>(self.pre_tokenizer.as_ref())?);
-        oracle.with_post_processor(part::<PostProcessorWrapper>(self.post_processor.as_ref())?);
-        oracle.with_decoder(part::<DecoderWrapper>(self.decoder.as_ref())?);
-        let added = self.added_tokens.iter().map(|token| {
-            tokenizers::AddedToken::from(token.content.clone(), token.special)
-                .single_word(token.single_word)
-                .lstrip(token.lstrip)
-                .rstrip(token.rstrip)
-                .normalized(token.normalized)
-        });
-        oracle.add_tokens(added.collect::<Vec<_>>())?;
-        Ok(oracle)
     }
 }
 
@@ -419,34 +215,6 @@ fn template(value: &Value) -> Option<(Vec<i32>, Vec<i32>)> {
         }
     }
     seen.then_some((prefix, suffix))
-}
-
-/// GPT-2's printable characters of the 256 bytes.
-///
-/// Source: openai/gpt-2, `src/encoder.py`, `bytes_to_unicode`.
-struct Symbols {
-    of_byte: [char; 256],
-    byte_of: HashMap<char, u8>,
-}
-
-impl Symbols {
-    fn new() -> Self {
-        let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-        let mut others = (256u32..).filter_map(char::from_u32);
-        let mut symbols = Self { of_byte: ['\0'; 256], byte_of: HashMap::new() };
-        for byte in 0..=255u8 {
-            let other = if printable(byte) { None } else { others.next() };
-            let symbol = other.unwrap_or(char::from(byte));
-            symbols.of_byte[byte as usize] = symbol;
-            symbols.byte_of.insert(symbol, byte);
-        }
-        symbols
-    }
-
-    /// The bytes of a token, if it is made of symbols.
-    fn bytes(&self, token: &str) -> Option<Vec<u8>> {
-        token.chars().map(|c| self.byte_of.get(&c).copied()).collect()
-    }
 }
 
 fn byte_ids(vocab: &Ids) -> Result<[u32; 256], Refusal> {

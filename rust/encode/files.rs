@@ -5,31 +5,32 @@ use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
-use super::{CHUNK, Encoded, Job, OnBad, Origin, Progress, encode_chunks, row_error};
-use crate::error::Result;
-use crate::pair::{Options, Refusal};
-use crate::read::extra::Kind;
+use super::job::{CHUNK, Job, OnBad, Origin, Progress, encode_chunks};
+use super::outcome::Encoded;
+use crate::error::{Reason, Result};
+use crate::pair::{Options, Refusal, Warning};
+use crate::read::bad::Bad;
+use crate::read::cell::Kind;
 use crate::read::limits::Limits;
-use crate::read::row::{Bad, Row};
+use crate::read::row::{Row, Rules};
 use crate::read::{Block, Line, Reader, text};
 
 fn line_result<'b>(
     bytes: &'b [u8],
     line: &Line,
-    options: &Options,
     names: &[&str],
-    vocab: usize,
+    rules: &Rules<'_>,
 ) -> Result<Row<'b>, Bad> {
     if line.too_long {
-        let most = options.limits.max_line_bytes;
+        let most = rules.limits.max_line_bytes;
         return Err(Bad::new(
-            "limit",
+            Reason::Limit,
             "max_line_bytes",
             format!("the line has more than {most} bytes"),
         ));
     }
     let text = text(bytes.get(line.start..line.end).unwrap_or_default())?;
-    Row::from_line(text, names, &options.keys, &options.limits, vocab)
+    Row::from_line(text, names, rules)
 }
 
 /// Encodes the rows of files and appends them to `all`.
@@ -80,23 +81,22 @@ impl FileEncoder {
 
     /// Appends to `all` until it has `pairs`; whether there was anything to read.
     fn fill(&mut self, pairs: u64, job: &Job<'_>, all: &mut Encoded) -> Result<bool> {
-        let options = job.options;
-        let vocab = job.tokenizer.vocab_size();
-        let names = options.keys.names();
+        let rules = job.rules();
+        let names = rules.keys.names();
         let mut found = false;
         while all.tally.kept < pairs
             && self.blocks.step(job.progress, |block, path| {
                 let row = |i: usize| {
                     let line = block.lines.get(i).cloned().unwrap_or_default();
-                    let row = line_result(&block.bytes, &line, options, &names, vocab);
+                    let row = line_result(&block.bytes, &line, &names, &rules);
                     let origin =
                         Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
                     (origin, row.map_err(Refusal::from))
                 };
                 encode_chunks(job, block.lines.len(), row, all)?;
                 let (count, first) = block.blank;
-                if let Some(blank) = all.tally.warned.last_mut() {
-                    blank.add(count, || {
+                if count > 0 {
+                    all.tally.warn(Warning::BlankLine, count, || {
                         let origin = Origin { path: Some(path), line: first, byte: None };
                         (origin.place(None, None), String::new())
                     });
@@ -190,6 +190,7 @@ pub fn scan_files(
     progress: &Progress,
 ) -> Result<(u64, u64)> {
     let names = options.keys.names();
+    let rules = Rules { keys: &options.keys, limits: &options.limits, vocab };
     let mut rows = 0;
     let mut bytes = 0;
     let mut blocks = Blocks::new(paths.to_vec(), options.limits.clone());
@@ -200,13 +201,13 @@ pub fn scan_files(
             .map(|lines| {
                 for line in lines {
                     progress.check()?;
-                    if let Err(bad) = line_result(&block.bytes, line, options, &names, vocab)
+                    if let Err(bad) = line_result(&block.bytes, line, &names, &rules)
                         && on_bad == OnBad::Error
                     {
                         let origin =
                             Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
                         let place = origin.place(bad.field.clone(), bad.byte);
-                        return Err(row_error(bad, place));
+                        return Err(bad.at(place));
                     }
                 }
                 Ok(())

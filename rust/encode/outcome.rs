@@ -1,9 +1,11 @@
 //! What encoding gives: lists in flat arrays, and what became of every row.
 
-use crate::error::Place;
-use crate::pair::{Pair, WARNINGS};
-use crate::read::extra::{Cell, Kind};
-use crate::read::row::Bad;
+use std::collections::BTreeMap;
+
+use crate::error::{Place, Reason};
+use crate::pair::{Pair, Warning};
+use crate::read::bad::Bad;
+use crate::read::cell::{Cell, Kind};
 
 /// Variable-length lists in one array.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +59,7 @@ pub struct Count {
 }
 
 impl Count {
-    pub(super) fn add(&mut self, count: u64, first: impl FnOnce() -> (Place, String)) {
+    fn add(&mut self, count: u64, first: impl FnOnce() -> (Place, String)) {
         if self.count == 0 && count > 0 {
             (self.first, self.message) = first();
         }
@@ -73,9 +75,9 @@ pub struct Tally {
     /// Rows that gave a pair.
     pub kept: u64,
     /// Dropped rows by reason, in the order of their first row.
-    pub dropped: Vec<(&'static str, Count)>,
-    /// Kept rows with something to know, in the order of [`WARNINGS`].
-    pub warned: [Count; WARNINGS.len()],
+    pub dropped: Vec<(Reason, Count)>,
+    /// Kept rows with something to know.
+    pub warned: BTreeMap<Warning, Count>,
 }
 
 impl Tally {
@@ -89,6 +91,16 @@ impl Tally {
         }
     }
 
+    /// Counts what happened `count` times, once or more.
+    pub(super) fn warn(
+        &mut self,
+        warning: Warning,
+        count: u64,
+        first: impl FnOnce() -> (Place, String),
+    ) {
+        self.warned.entry(warning).or_default().add(count, first);
+    }
+
     fn append(&mut self, other: Self) {
         self.read += other.read;
         self.kept += other.kept;
@@ -98,8 +110,8 @@ impl Tally {
                 None => self.dropped.push((reason, count)),
             }
         }
-        for (mine, count) in self.warned.iter_mut().zip(other.warned) {
-            mine.add(count.count, || (count.first, count.message));
+        for (warning, Count { count, first, message }) in other.warned {
+            self.warn(warning, count, || (first, message));
         }
     }
 }

@@ -4,9 +4,9 @@ pub mod order;
 pub mod pack;
 pub mod pad;
 pub mod share;
+pub mod table;
 
 use crate::error::{Error, Place, Result};
-use crate::table;
 
 /// Borrowed variable-length lists.
 #[derive(Debug, Clone, Copy)]

@@ -48,34 +48,50 @@ impl Order {
     }
 }
 
-/// Items `start..stop` of an epoch; without `shuffle` in their own order.
-pub fn order(n: u64, seed: u64, epoch: u64, shuffle: bool, start: u64, stop: u64) -> Vec<i64> {
-    let order = Order::new(n, seed, epoch);
-    let stop = stop.min(n);
-    (start..stop).map(|i| if shuffle { order.at(i) } else { i } as i64).collect()
+/// The order of an epoch: shuffled by a seed, or the items' own.
+#[derive(Debug, Clone, Copy)]
+pub struct Epoch {
+    /// Chooses the orders of all epochs.
+    pub seed: u64,
+    /// The epoch's number.
+    pub number: u64,
+    /// Whether the items leave their own order.
+    pub shuffle: bool,
+}
+
+impl Epoch {
+    /// The item at each position below `n`.
+    fn of(self, n: u64) -> impl Fn(u64) -> u64 {
+        let order = Order::new(n, self.seed, self.number);
+        move |position| if self.shuffle { order.at(position) } else { position }
+    }
+}
+
+/// Items `start..stop` of the `n` of an epoch.
+pub fn order(n: u64, epoch: Epoch, start: u64, stop: u64) -> Vec<i64> {
+    let item = epoch.of(n);
+    (start..stop.min(n)).map(|position| item(position) as i64).collect()
 }
 
 /// Cuts an epoch into batches whose padded slots, `2 * pairs * width`, stay within `budget`, greedily in order.
 ///
-/// `longest[i]` is the longer side of pair `i`. Returns where each batch starts, and the end.
+/// `longest[i]` is the longer side of pair `i`; widths are multiples of `multiple`. Returns where each batch starts, and
+/// the end.
 ///
 /// # Errors
 /// The pair and its slots, if one alone passes the budget.
-#[allow(clippy::too_many_arguments)] // the arguments of a plan
 pub fn by_slots(
     longest: &[i64],
     budget: u64,
     multiple: u64,
-    seed: u64,
-    epoch: u64,
-    shuffle: bool,
+    epoch: Epoch,
 ) -> Result<Vec<i64>, (u64, u64)> {
     let n = longest.len() as u64;
-    let order = Order::new(n, seed, epoch);
+    let item = epoch.of(n);
     let mut bounds = vec![0];
     let (mut pairs, mut width) = (0, 0);
     for position in 0..n {
-        let item = if shuffle { order.at(position) } else { position };
+        let item = item(position);
         let length = longest.get(item as usize).copied().unwrap_or(0).unsigned_abs();
         let own = length.div_ceil(multiple).saturating_mul(multiple);
         if own.saturating_mul(2) > budget {

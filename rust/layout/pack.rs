@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::order::mix;
+use super::table::Table;
 use super::{Pairs, count, members, part, slots, widen};
-use crate::error::{Error, Place, Result};
-use crate::table::Table;
+use crate::error::{Error, Place, Reason, Result};
 
 /// Packs `lengths` into bins of `capacity`, best fit decreasing. Returns the items of each bin, bins back to back, and
 /// where each bin begins.
@@ -131,7 +131,7 @@ fn check(lengths: &[i64], capacity: usize) -> Result<()> {
              smaller max_length"
         )
     };
-    Err(Error::Data { place: Place::default(), reason: "too_long", message })
+    Err(Error::Data { place: Place::default(), reason: Reason::TooLong, message })
 }
 
 /// The items from the longest to the shortest, by counting, and where each length from `longest` down to 0 ends; items of

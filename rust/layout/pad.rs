@@ -1,8 +1,8 @@
 //! `padded`: one row a sequence, chosen rows first, padded on the right. TRL's collator, tensor for tensor.
 
+use super::table::Table;
 use super::{Pairs, part, widen};
 use crate::error::{Error, Result};
-use crate::table::Table;
 
 /// Where a padded batch is written: (2N, T) row-major.
 #[derive(Debug)]

@@ -1,8 +1,8 @@
 //! `shared`: the prompt of a pair once, then both completions, which see the prompt and not each other.
 
+use super::table::Table;
 use super::{Pair, Pairs, count, members, part, slots, widen};
 use crate::error::{Error, Result};
-use crate::table::Table;
 
 /// Queries and keys of a `FlexAttention` block.
 pub const BLOCK: usize = 128;
@@ -81,7 +81,7 @@ pub fn share_into(
             (at, k) = (stop, k + 1);
         }
         part(out.input_ids, at, end - at, "input_ids")?.fill(pad_id);
-        out.stretch(at, end, 0, -1, 0)?;
+        out.stretch(at..end, 0, -1, 0)?;
         out.varlen(at..end, 0..0, &mut written)?;
     }
     out.table.finish()?;
@@ -97,7 +97,7 @@ impl Shared<'_> {
             for (side, seg) in [(pair.chosen, 1), (pair.rejected, 2)] {
                 let (fed, targets) = (fed(side), side.get(1..).unwrap_or_default());
                 widen(part(self.input_ids, at, fed.len(), "input_ids")?, fed);
-                self.stretch(at, at + fed.len(), 0, k, seg)?;
+                self.stretch(at..at + fed.len(), 0, k, seg)?;
                 self.table.push_rows(at, targets)?;
                 self.varlen(at..at + fed.len(), 0..0, written)?;
                 at += fed.len();
@@ -106,7 +106,7 @@ impl Shared<'_> {
         };
         let middle = at + prefix.len();
         widen(part(self.input_ids, at, prefix.len(), "input_ids")?, prefix);
-        self.stretch(at, middle, 0, k, 0)?;
+        self.stretch(at..middle, 0, k, 0)?;
         let mut start = middle;
         for (side, seg) in [(pair.chosen, 1), (pair.rejected, 2)] {
             let stop = start + side.len();
@@ -116,7 +116,7 @@ impl Shared<'_> {
                 *first = i64::from(*last);
                 widen(rest, fed(side));
             }
-            self.stretch(start, stop, prefix.len(), k, seg)?;
+            self.stretch(start..stop, prefix.len(), k, seg)?;
             self.table.push_rows(start, side)?;
             start = stop;
         }
@@ -125,18 +125,18 @@ impl Shared<'_> {
         self.varlen(chosen_end..start, at..middle, written)
     }
 
-    /// Positions from `first` on, and whose slots `start..stop` are.
+    /// Positions from `first` on, and whose `slots` they are.
     fn stretch(
         &mut self,
-        start: usize,
-        stop: usize,
+        slots: std::ops::Range<usize>,
         first: usize,
         doc: i32,
         seg: i32,
     ) -> Result<()> {
-        count(part(self.position_ids, start, stop - start, "position_ids")?, first);
-        part(self.doc, start, stop - start, "doc")?.fill(doc);
-        part(self.seg, start, stop - start, "seg")?.fill(seg);
+        let (start, length) = (slots.start, slots.len());
+        count(part(self.position_ids, start, length, "position_ids")?, first);
+        part(self.doc, start, length, "doc")?.fill(doc);
+        part(self.seg, start, length, "seg")?.fill(seg);
         Ok(())
     }
 

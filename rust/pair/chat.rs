@@ -2,21 +2,15 @@
 
 use std::borrow::Cow;
 
-use super::{Options, Pair, Refusal, SpecialText, Texts, Warning, check_special, is_blank};
-use crate::error::{Error, Result};
+use super::options::{Options, SpecialText};
+use super::outcome::{Pair, Refusal, Warning};
+use super::text::{Texts, check_special, is_blank};
+use crate::error::{Error, Reason, Result};
+use crate::read::bad::Bad;
+use crate::read::chat::Chat;
 use crate::read::json::Value;
-use crate::read::row::Bad;
 use crate::template::{Conversation, RenderError, Rendered, Template, concatenate, roles};
 use crate::tokenize::Tokenizer;
-
-/// The messages of one row.
-pub(super) struct Chat<'a> {
-    pub(super) prompt: Option<Vec<Value<'a>>>,
-    pub(super) chosen: Vec<Value<'a>>,
-    pub(super) rejected: Vec<Value<'a>>,
-    pub(super) tools: Option<Value<'a>>,
-    pub(super) kwargs: Vec<(Cow<'a, str>, Value<'a>)>,
-}
 
 /// Calls `see` with every string of a message but its role.
 fn strings<'v>(value: &'v Value<'_>, see: &mut impl FnMut(&'v str)) {
@@ -112,16 +106,17 @@ impl Renderer<'_> {
             }
             Err(RenderError::TooLong) => {
                 let message = format!("the rendered conversation has more than {cap} bytes");
-                Err(Bad::new("limit", "max_rendered_bytes", message).into())
+                Err(Bad::new(Reason::Limit, "max_rendered_bytes", message).into())
             }
         }
     }
 }
 
 fn failed(key: &str, message: String) -> Bad {
-    Bad::new("template_error", key, message)
+    Bad::new(Reason::TemplateError, key, message)
 }
 
+/// The texts of a row of messages.
 pub(super) fn texts(
     chat: Chat<'_>,
     tokenizer: &Tokenizer,
@@ -159,7 +154,7 @@ pub(super) fn texts(
             let role: String = role.escape_debug().take(80).collect();
             let message =
                 format!("the chat template knows no role `{role}` and would drop its message");
-            return Err(Bad::new("bad_messages", key, message).into());
+            return Err(Bad::new(Reason::BadMessages, key, message).into());
         }
     }
     let alone = renderer.render(&prompt, None, &keys.prompt, pair)?;
@@ -168,12 +163,12 @@ pub(super) fn texts(
     for (messages, key) in [(&chosen, &keys.chosen), (&rejected, &keys.rejected)] {
         if !messages.iter().any(says_something) {
             let message = "expected a completion, found none but white space";
-            return Err(Bad::new("empty_completion", key, message).into());
+            return Err(Bad::new(Reason::EmptyCompletion, key, message).into());
         }
     }
     if chosen == rejected || whole_chosen == whole_rejected {
         let message = "expected two completions, found the same one twice";
-        return Err(Bad::new("identical_pair", &keys.rejected, message).into());
+        return Err(Bad::new(Reason::IdenticalPair, &keys.rejected, message).into());
     }
     let marks = if options.special_text == SpecialText::Text
         && pair.has(Warning::SpecialTokenInText)
@@ -203,7 +198,7 @@ pub(super) fn texts(
         None
     };
     let whole = [Cow::Owned(whole_chosen), Cow::Owned(whole_rejected)];
-    Ok(Texts { whole, cut, alone, marks })
+    Ok(Texts { whole, cut, alone, marks, are_strings: false })
 }
 
 /// Where in the render `plain` control tokens come from contents: found by rendering contents with a private character

@@ -1,4 +1,4 @@
-//! Arrow columns as `dpo_ext.columns` describes them: tuples over a list of byte buffers.
+//! Arrow columns as Python describes them: tuples over a list of byte buffers.
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;

@@ -13,20 +13,20 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
+use super::arrays::ragged_tuple;
 use super::column::column;
-use super::layout::ragged_tuple;
-use super::tokenizer::{PyTokenizer, now};
+use super::options::Settings;
+use super::tokenizer::PyTokenizer;
 use super::value::fields;
+use super::wait::{report, waited, waited_scoped};
 use crate::encode::{
-    Encoded, FileEncoder, Job, OnBad, Progress, encode_columns, encode_files, encode_rows,
+    Columns, Encoded, FileEncoder, Job, OnBad, Progress, encode_columns, encode_files, encode_rows,
     scan_files,
 };
 use crate::error::{Error, Place, Result};
-use crate::pair::{Boundary, Options, SpecialText, Truncation, WARNINGS};
+use crate::pair::Options;
 use crate::pool;
-use crate::read::extra::Cell;
-use crate::read::limits::Limits;
-use crate::read::row::Keys;
+use crate::read::cell::Cell;
 use crate::tokenize::Tokenizer;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -35,118 +35,37 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(scan, m)?)
 }
 
-/// Waits for work on the pool without the GIL; attaches at least every 50 ms for signals and the progress callback.
-pub(super) fn waited<T: Send + 'static>(
-    py: Python<'_>,
+/// What every call of an encoder works with.
+struct Encoding {
+    tokenizer: Arc<Tokenizer>,
+    options: Options,
+    on_bad: OnBad,
     threads: Option<usize>,
-    progress: &Arc<Progress>,
-    callback: Option<&Py<PyAny>>,
-    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
-) -> PyResult<T> {
-    let shared = Arc::clone(progress);
-    ticking(py, progress, callback, |tick| {
-        pool::run(pool::threads(threads), move || work(&shared), tick)
-    })
+    progress: Progress,
 }
 
-/// Calls `run` without the GIL, with a function that attaches for signals and the progress callback.
-fn ticking<T: Send>(
-    py: Python<'_>,
-    progress: &Progress,
-    callback: Option<&Py<PyAny>>,
-    run: impl FnOnce(&mut (dyn FnMut() -> Result<()> + Send)) -> Result<T> + Send,
-) -> PyResult<T> {
-    let mut raised: Option<PyErr> = None;
-    let result = py.detach(|| {
-        run(&mut || {
-            Python::attach(|py| {
-                let called = py.check_signals().and_then(|()| match callback {
-                    Some(f) => {
-                        let done = progress.bytes.load(Ordering::Relaxed);
-                        let rows = progress.rows.load(Ordering::Relaxed);
-                        f.call1(py, (done, rows)).map(drop)
-                    }
-                    None => Ok(()),
-                });
-                called.map_err(|e| {
-                    raised = Some(e);
-                    progress.cancel.store(true, Ordering::Relaxed);
-                    Error::Interrupted
-                })
-            })
-        })
-    });
-    match raised {
-        Some(e) => Err(e),
-        None => Ok(result?),
+impl Encoding {
+    fn new(tokenizer: &Bound<'_, PyTokenizer>, given: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let Settings { options, on_bad, threads } = Settings::of(given)?;
+        let tokenizer = Arc::clone(&tokenizer.get().inner);
+        Ok(Self { tokenizer, options, on_bad, threads, progress: Progress::default() })
     }
-}
 
-/// Options as Python passes them: its frozen dataclasses, read by attribute.
-fn options(options: &Bound<'_, PyAny>) -> PyResult<(Options, OnBad, Option<usize>)> {
-    let get = |name: &str| options.getattr(name);
-    let word = |name: &str| -> PyResult<String> { get(name)?.extract() };
-    let key = |name: &str, default: &str| -> PyResult<String> {
-        Ok(get(name)?.extract::<Option<String>>()?.unwrap_or_else(|| default.to_owned()))
-    };
-    let unknown =
-        |name: &str, found: &str| PyValueError::new_err(format!("unknown `{name}`: {found:?}"));
-    let truncation = match word("truncation")?.as_str() {
-        "keep_start" => Truncation::KeepStart,
-        "keep_end" => Truncation::KeepEnd,
-        "keep_completions" => Truncation::KeepCompletions,
-        "drop" => Truncation::Drop,
-        "error" => Truncation::Error,
-        other => return Err(unknown("truncation", other)),
-    };
-    let boundary = match word("boundary")?.as_str() {
-        "joint" => Boundary::Joint,
-        "separate" => Boundary::Separate,
-        "trl" => Boundary::Trl,
-        other => return Err(unknown("boundary", other)),
-    };
-    let special_text = match word("special_tokens_in_text")?.as_str() {
-        "special" => SpecialText::Special,
-        "text" => SpecialText::Text,
-        "error" => SpecialText::Error,
-        other => return Err(unknown("special_tokens_in_text", other)),
-    };
-    let on_bad = match word("on_bad")?.as_str() {
-        "error" => OnBad::Error,
-        "skip" => OnBad::Skip,
-        other => return Err(unknown("on_bad", other)),
-    };
-    let keys = Keys {
-        prompt: key("prompt_key", "prompt")?,
-        prompt_required: !get("prompt_key")?.is_none(),
-        chosen: key("chosen_key", "chosen")?,
-        rejected: key("rejected_key", "rejected")?,
-        extra: get("columns")?.extract()?,
-    };
-    let out = Options {
-        max_length: get("max_length")?.extract()?,
-        truncation,
-        boundary,
-        special_text,
-        keys,
-        limits: limits(&get("limits")?)?,
-        now: now(get("now")?.extract()?),
-    };
-    Ok((out, on_bad, get("threads")?.extract()?))
-}
+    fn job(&self) -> Job<'_> {
+        let Self { tokenizer, options, on_bad, progress, .. } = self;
+        Job { tokenizer, options, on_bad: *on_bad, progress }
+    }
 
-fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
-    let get = |name: &str| limits.getattr(name);
-    Ok(Limits {
-        max_line_bytes: get("max_line_bytes")?.extract()?,
-        max_rendered_bytes: get("max_rendered_bytes")?.extract()?,
-        max_depth: get("max_depth")?.extract()?,
-        max_keys: get("max_keys")?.extract()?,
-        max_messages: get("max_messages")?.extract()?,
-        max_row_tokens: get("max_row_tokens")?.extract()?,
-        max_expansion: get("max_expansion")?.extract()?,
-        max_unpacked_bytes: get("max_unpacked_bytes")?.extract()?,
-    })
+    /// Waits for work that owns what it needs, which an interrupt does not wait for.
+    fn wait<T: Send + 'static>(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        callback: Option<&Py<PyAny>>,
+        work: impl FnOnce(&Job<'_>) -> Result<T> + Send + 'static,
+    ) -> PyResult<T> {
+        let shared = Arc::clone(self);
+        waited(py, self.threads, &self.progress, callback, move || work(&shared.job()))
+    }
 }
 
 /// The pairs of files, some at a time.
@@ -154,11 +73,7 @@ fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
 pub(super) struct PyFileEncoder {
     /// `None` while a call works on it, and after one that failed.
     files: Mutex<Option<FileEncoder>>,
-    tokenizer: Arc<crate::tokenize::Tokenizer>,
-    options: Arc<Options>,
-    on_bad: OnBad,
-    threads: Option<usize>,
-    progress: Arc<Progress>,
+    encoding: Arc<Encoding>,
 }
 
 #[pymethods]
@@ -169,15 +84,9 @@ impl PyFileEncoder {
         tokenizer: Bound<'_, PyTokenizer>,
         settings: Bound<'_, PyAny>,
     ) -> PyResult<Self> {
-        let (options, on_bad, threads) = options(&settings)?;
-        Ok(Self {
-            files: Mutex::new(Some(FileEncoder::new(paths, &options))),
-            tokenizer: Arc::clone(&tokenizer.get().inner),
-            options: Arc::new(options),
-            on_bad,
-            threads,
-            progress: Arc::new(Progress::default()),
-        })
+        let encoding = Arc::new(Encoding::new(&tokenizer, &settings)?);
+        let files = Mutex::new(Some(FileEncoder::new(paths, &encoding.options)));
+        Ok(Self { files, encoding })
     }
 
     /// At least `pairs` further pairs as `PairEncoder.finish` gives them; None behind the last row.
@@ -192,14 +101,10 @@ impl PyFileEncoder {
         let Some(mut files) = taken else {
             return Err(PyValueError::new_err("an earlier call failed or has not returned"));
         };
-        let (tokenizer, options, on_bad) =
-            (Arc::clone(&self.tokenizer), Arc::clone(&self.options), self.on_bad);
-        let (files, encoded) =
-            waited(py, self.threads, &self.progress, callback.as_ref(), move |progress| {
-                let job = Job { tokenizer: &tokenizer, options: &options, on_bad, progress };
-                let encoded = files.next(pairs, &job)?;
-                Ok((files, encoded))
-            })?;
+        let (files, encoded) = self.encoding.wait(py, callback.as_ref(), move |job| {
+            let encoded = files.next(pairs, job)?;
+            Ok((files, encoded))
+        })?;
         *self.files.lock().unwrap_or_else(PoisonError::into_inner) = Some(files);
         encoded.map(|encoded| encoded_dict(py, encoded)).transpose()
     }
@@ -212,22 +117,19 @@ fn scan(
     vocab_size: usize,
     settings: Bound<'_, PyAny>,
 ) -> PyResult<(u64, u64)> {
-    let (options, on_bad, threads) = options(&settings)?;
+    let Settings { options, on_bad, threads } = Settings::of(&settings)?;
     let progress = Arc::new(Progress::default());
-    waited(py, threads, &progress, None, move |progress| {
-        scan_files(&paths, &options, on_bad, vocab_size, progress)
+    let shared = Arc::clone(&progress);
+    waited(py, threads, &progress, None, move || {
+        scan_files(&paths, &options, on_bad, vocab_size, &shared)
     })
 }
 
 /// Encodes rows of any source, one source after the other, into one data set.
 #[pyclass(frozen, module = "dpo_ext._core")]
 pub(super) struct PairEncoder {
-    tokenizer: Arc<Tokenizer>,
-    options: Arc<Options>,
-    on_bad: OnBad,
-    threads: Option<usize>,
+    encoding: Arc<Encoding>,
     callback: Option<Py<PyAny>>,
-    progress: Arc<Progress>,
     /// When the callback was called last between two batches, which may all be too short to be waited for.
     told: Mutex<Instant>,
     /// What came out so far; gone while a source is read, and after a failure.
@@ -257,25 +159,19 @@ impl PairEncoder {
         }
         *told = Instant::now();
         drop(told);
-        let done = self.progress.bytes.load(Ordering::Relaxed);
-        callback.call1(py, (done, self.progress.rows.load(Ordering::Relaxed))).map(drop)
+        report(py, &self.encoding.progress, callback)
     }
 
-    /// Waits for work that owns what it needs, which an interrupt does not wait for.
     fn add(
         &self,
         py: Python<'_>,
         work: impl FnOnce(&Job<'_>, &mut Encoded) -> Result<()> + Send + 'static,
     ) -> PyResult<()> {
         let mut all = self.take()?;
-        let (tokenizer, options) = (Arc::clone(&self.tokenizer), Arc::clone(&self.options));
-        let on_bad = self.on_bad;
-        let all =
-            waited(py, self.threads, &self.progress, self.callback.as_ref(), move |progress| {
-                let job = Job { tokenizer: &tokenizer, options: &options, on_bad, progress };
-                work(&job, &mut all)?;
-                Ok(all)
-            })?;
+        let all = self.encoding.wait(py, self.callback.as_ref(), move |job| {
+            work(job, &mut all)?;
+            Ok(all)
+        })?;
         self.put(all);
         Ok(())
     }
@@ -290,24 +186,16 @@ impl PairEncoder {
         settings: Bound<'_, PyAny>,
         callback: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
-        let (options, on_bad, threads) = options(&settings)?;
-        let encoded = Mutex::new(Some(Encoded::new(vec![None; options.keys.extra.len()])));
-        Ok(Self {
-            tokenizer: Arc::clone(&tokenizer.get().inner),
-            options: Arc::new(options),
-            on_bad,
-            threads,
-            callback,
-            progress: Arc::new(Progress::default()),
-            encoded,
-            told: Mutex::new(Instant::now()),
-        })
+        let encoding = Arc::new(Encoding::new(&tokenizer, &settings)?);
+        let extra = encoding.options.keys.extra.len();
+        let encoded = Mutex::new(Some(Encoded::new(vec![None; extra])));
+        Ok(Self { encoding, callback, told: Mutex::new(Instant::now()), encoded })
     }
 
     /// The fields that rows are asked for, in order.
     #[getter]
     fn names(&self) -> Vec<&str> {
-        self.options.keys.names()
+        self.encoding.options.keys.names()
     }
 
     /// JSONL files.
@@ -321,7 +209,7 @@ impl PairEncoder {
         loop {
             let mut batch = Vec::with_capacity(BATCH);
             for row in iterator.by_ref().take(BATCH) {
-                batch.push(fields(&row?, &self.options)?);
+                batch.push(fields(&row?, &self.encoding.options)?);
             }
             if batch.is_empty() {
                 return Ok(());
@@ -349,18 +237,15 @@ impl PairEncoder {
             .map(|c| c.as_ref().map(|c| column(c, &slices)).transpose())
             .collect::<PyResult<Vec<_>>>()?;
         let mut all = self.take()?;
-        let (columns, path) = (&columns, path.as_deref());
-        let (options, progress) = (&*self.options, &*self.progress);
-        let (tokenizer, on_bad) = (&*self.tokenizer, self.on_bad);
+        let table = Columns { columns: &columns, rows, path: path.as_deref(), first };
+        let job = self.encoding.job();
         let work = move || {
-            let job = Job { tokenizer, options, on_bad, progress };
-            encode_columns(columns, rows, path, first, &job, &mut all)?;
-            progress.bytes.fetch_add(done, Ordering::Relaxed);
+            encode_columns(table, &job, &mut all)?;
+            job.progress.bytes.fetch_add(done, Ordering::Relaxed);
             Ok(all)
         };
-        let threads = pool::threads(self.threads);
-        let callback = self.callback.as_ref();
-        let all = ticking(py, progress, callback, |tick| pool::run_scoped(threads, work, tick))?;
+        let Encoding { threads, progress, .. } = &*self.encoding;
+        let all = waited_scoped(py, *threads, progress, self.callback.as_ref(), work)?;
         self.put(all);
         self.tell(py)
     }
@@ -427,15 +312,13 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
     let first = PyDict::new(py);
     let dropped = PyDict::new(py);
     for (reason, count) in encoded.tally.dropped {
-        dropped.set_item(reason, count.count)?;
-        first.set_item(reason, first_tuple(py, count.first, count.message)?)?;
+        dropped.set_item(reason.name(), count.count)?;
+        first.set_item(reason.name(), first_tuple(py, count.first, count.message)?)?;
     }
     let warned = PyDict::new(py);
-    for (name, count) in WARNINGS.iter().zip(encoded.tally.warned) {
-        if count.count > 0 {
-            warned.set_item(name, count.count)?;
-            first.set_item(name, first_tuple(py, count.first, count.message)?)?;
-        }
+    for (warning, count) in encoded.tally.warned {
+        warned.set_item(warning.name(), count.count)?;
+        first.set_item(warning.name(), first_tuple(py, count.first, count.message)?)?;
     }
     out.set_item("dropped", dropped)?;
     out.set_item("warned", warned)?;

@@ -3,15 +3,15 @@
 // PyO3 extracts arguments as owned values.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::detached;
-use crate::encode::Ragged;
-use crate::error::{Error, Place};
+use super::arrays::{Ids, Offsets, Out};
+use super::wait::detached;
+use crate::error::{Error, Place, Reason};
+use crate::layout::table::Table;
 use crate::layout::{Lists, Pairs, order, pack, pad, share};
-use crate::table::Table;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(check_ids, m)?)?;
@@ -24,13 +24,6 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(epoch_order, m)?)?;
     m.add_function(wrap_pyfunction!(batches_by_slots, m)?)
 }
-
-pub(super) fn ragged_tuple(py: Python<'_>, ragged: Ragged) -> PyResult<Bound<'_, PyTuple>> {
-    (ragged.values.into_pyarray(py), ragged.offsets.into_pyarray(py)).into_pyobject(py)
-}
-
-pub(super) type Ids<'py> = PyReadonlyArray1<'py, i32>;
-pub(super) type Offsets<'py> = PyReadonlyArray1<'py, i64>;
 
 fn lists<'a>(values: &'a Ids<'_>, offsets: &'a Offsets<'_>) -> PyResult<Lists<'a>> {
     Ok(Lists::trusted(values.as_slice()?, offsets.as_slice()?))
@@ -56,7 +49,7 @@ fn check_ids(
                 let found = values.get(at).copied().unwrap_or_default();
                 Err(Error::Data {
                     place: Place { line: Some(row as u64), field: Some(name), ..Place::default() },
-                    reason: "bad_ids",
+                    reason: Reason::BadIds,
                     message: format!("expected token ids in 0..{most}, found {found}"),
                 })
             }
@@ -65,7 +58,6 @@ fn check_ids(
 }
 
 type Column<'py> = (Ids<'py>, Offsets<'py>);
-type Out<'py, T> = PyReadwriteArray1<'py, T>;
 
 /// Runs `work` on the three lists of a data set, without the GIL.
 fn with_pairs<T: Send>(
@@ -252,7 +244,8 @@ fn epoch_order(
     start: u64,
     stop: u64,
 ) -> PyResult<Bound<'_, PyArray1<i64>>> {
-    let order = detached(py, || Ok(order::order(n, seed, epoch, shuffle, start, stop)))?;
+    let epoch = order::Epoch { seed, number: epoch, shuffle };
+    let order = detached(py, || Ok(order::order(n, epoch, start, stop)))?;
     Ok(order.into_pyarray(py))
 }
 
@@ -267,10 +260,11 @@ fn batches_by_slots<'py>(
     shuffle: bool,
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
     let longest = longest.as_slice()?;
+    let epoch = order::Epoch { seed, number: epoch, shuffle };
     let bounds = detached(py, || {
-        order::by_slots(longest, budget, multiple, seed, epoch, shuffle).map_err(|(pair, slots)| Error::Data {
+        order::by_slots(longest, budget, multiple, epoch).map_err(|(pair, slots)| Error::Data {
             place: Place::default(),
-            reason: "too_long",
+            reason: Reason::TooLong,
             message: format!(
                 "pair {pair} needs {slots} slots, more than `tokens_per_batch`={budget}\nhint: use tokens_per_batch={slots} or more, or a smaller max_length"
             ),

@@ -7,10 +7,10 @@ use numpy::{Element as NumpyElement, IntoPyArray, PyArray1, PyReadonlyArray1, Py
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::detached;
+use super::wait::detached;
 use crate::error::Error;
 use crate::logps::{
-    self, BFloat16, Element, Float16, Float32, Saved, Shape, TokenStats, Tokens, Transform,
+    self, BFloat16, Element, Float16, Float32, Saved, Scoring, Shape, TokenStats, Tokens, Transform,
 };
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -70,12 +70,13 @@ fn token_stats<'py>(
     threads: usize,
 ) -> PyResult<Bound<'py, PyTuple>> {
     let tokens = Tokens { logit_rows: logit_rows.as_slice()?, targets: targets.as_slice()? };
+    let (shape, transform) = (shape(shape_of), transform(transform_of));
+    let scoring = Scoring { shape, tokens, transform, threads };
     let scores = with_element!(dtype, E => {
         let logits: PyReadonlyArray1<'_, <E as Element>::Bits> = logits.extract()?;
         let logits = logits.as_slice()?;
         detached(py, || {
-            let (shape, transform) = (shape(shape_of), transform(transform_of));
-            logps::token_stats::<E>(logits, shape, tokens, transform, stats, threads)
+            logps::token_stats::<E>(logits, &scoring, stats)
         })
     })?;
     let kept = if stats { scores.as_slice() } else { &[] };
@@ -118,6 +119,8 @@ fn logits_grad<'py>(
     threads: usize,
 ) -> PyResult<()> {
     let tokens = Tokens { logit_rows: logit_rows.as_slice()?, targets: targets.as_slice()? };
+    let (shape, transform) = (shape(shape_of), transform(transform_of));
+    let scoring = Scoring { shape, tokens, transform, threads };
     let (row_max, row_rest) = (row_max.as_slice()?, row_rest.as_slice()?);
     let saved = Saved { row_max, row_rest, grad: grad.as_slice()? };
     with_element!(dtype, E => {
@@ -125,8 +128,7 @@ fn logits_grad<'py>(
         let mut out: PyReadwriteArray1<'_, <E as Element>::Bits> = out.extract()?;
         let (logits, out) = (logits.as_slice()?, out.as_slice_mut()?);
         detached(py, || {
-            let (shape, transform) = (shape(shape_of), transform(transform_of));
-            logps::logits_grad::<E>(logits, shape, tokens, saved, transform, out, threads)
+            logps::logits_grad::<E>(logits, &scoring, saved, out)
         })
     })
 }
@@ -146,14 +148,15 @@ fn logits_grad_<'py>(
     threads: usize,
 ) -> PyResult<()> {
     let tokens = Tokens { logit_rows: logit_rows.as_slice()?, targets: targets.as_slice()? };
+    let (shape, transform) = (shape(shape_of), transform(transform_of));
+    let scoring = Scoring { shape, tokens, transform, threads };
     let (row_max, row_rest) = (row_max.as_slice()?, row_rest.as_slice()?);
     let saved = Saved { row_max, row_rest, grad: grad.as_slice()? };
     with_element!(dtype, E => {
         let mut logits: PyReadwriteArray1<'_, <E as Element>::Bits> = logits.extract()?;
         let logits = logits.as_slice_mut()?;
         detached(py, || {
-            let (shape, transform) = (shape(shape_of), transform(transform_of));
-            logps::logits_grad_in_place::<E>(logits, shape, tokens, saved, transform, threads)
+            logps::logits_grad_in_place::<E>(logits, &scoring, saved)
         })
     })
 }

@@ -1,15 +1,18 @@
 //! The only place that knows Python: converts, releases the GIL for the whole call, maps the error, hands back arrays.
 
+mod arrays;
 mod column;
 mod data;
 mod layout;
 mod logps;
+mod options;
 mod tokenizer;
 mod value;
+mod wait;
 
 use pyo3::prelude::*;
 
-use crate::error::Error;
+use crate::error::{Error, Reason};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -28,11 +31,13 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
     Ok(match error {
         Error::Data { place, reason, .. } => ours(
             "DataError",
-            (text, place.path, place.line, place.byte, place.field, reason).into_pyobject(py)?,
+            (text, place.path, place.line, place.byte, place.field, reason.name())
+                .into_pyobject(py)?,
         )?,
         Error::Limit { place, .. } => ours(
             "LimitExceeded",
-            (text, place.path, place.line, place.byte, place.field, "limit").into_pyobject(py)?,
+            (text, place.path, place.line, place.byte, place.field, Reason::Limit.name())
+                .into_pyobject(py)?,
         )?,
         Error::Io { path, source } => match source.raw_os_error() {
             // OSError(errno, strerror, filename) picks the subclass by itself.
@@ -48,19 +53,6 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
         Error::Interrupted => builtin::PyKeyboardInterrupt::new_err(()),
         Error::Internal(_) => one("DpoExtError", text)?,
     })
-}
-
-/// Runs `work` without the GIL; a panic becomes an internal error and never reaches Python.
-#[allow(dead_code)]
-pub(crate) fn detached<T: Send>(
-    py: Python<'_>,
-    work: impl FnOnce() -> crate::Result<T> + Send,
-) -> PyResult<T> {
-    py.detach(|| match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(result) => result,
-        Err(payload) => Err(Error::Internal(crate::pool::panic_text(payload.as_ref()))),
-    })
-    .map_err(PyErr::from)
 }
 
 #[pymodule]

@@ -4,7 +4,6 @@
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -12,16 +11,16 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 use rayon::prelude::*;
 
-use super::data::waited;
-use super::detached;
-use super::layout::{Ids, Offsets, ragged_tuple};
+use super::arrays::{Ids, Offsets, ragged_tuple};
+use super::options::{NowTuple, now};
 use super::value::{as_data_error, borrowed, kind_of, to_value};
+use super::wait::{detached, waited};
 use crate::encode::{Progress, Ragged};
-use crate::error::{Error, Place, Result};
+use crate::error::{Error, Place, Reason, Result};
+use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
-use crate::read::row::Bad;
-use crate::template::{Answer, Conversation, Fallback, Now, RenderError};
+use crate::template::{Answer, Conversation, Fallback, RenderError};
 use crate::tokenize::{Added, Source, Tokenizer};
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -35,13 +34,6 @@ pub(super) struct PyTokenizer {
 
 /// (content, lstrip, rstrip, single word, normalized, special)
 type AddedTuple = (String, bool, bool, bool, bool, bool);
-/// (year, month, day, hour, minute, second, weekday, day of the year)
-pub(super) type NowTuple = (i32, i32, i32, i32, i32, i32, usize, i32);
-
-pub(super) fn now((year, month, day, hour, minute, second, weekday, yearday): NowTuple) -> Now {
-    Now { time: [year, month, day, hour, minute, second], weekday, yearday }
-}
-
 #[pymethods]
 impl PyTokenizer {
     #[new]
@@ -186,7 +178,7 @@ impl PyTokenizer {
             })?;
             match findings.limit {
                 Some((limit, message)) => {
-                    Err(as_data_error(Bad::new("limit", limit, message), None))
+                    Err(as_data_error(Bad::new(Reason::Limit, limit, message), None))
                 }
                 None => Ok(value),
             }
@@ -246,16 +238,15 @@ impl PyTokenizer {
     ) -> PyResult<Bound<'py, PyTuple>> {
         let tokenizer = Arc::clone(&self.inner);
         let progress = Arc::new(Progress::default());
-        let ragged = waited(py, threads, &progress, None, move |progress| {
+        let shared = Arc::clone(&progress);
+        let ragged = waited(py, threads, &progress, None, move || {
             let count = texts.offsets.len() - 1;
             let parts: Vec<Result<Ragged>> = (0..count.div_ceil(CHUNK))
                 .into_par_iter()
                 .map(|chunk| {
                     let mut out = Ragged::default();
                     for i in chunk * CHUNK..count.min((chunk + 1) * CHUNK) {
-                        if progress.cancel.load(Ordering::Relaxed) {
-                            return Err(Error::Interrupted);
-                        }
+                        shared.check()?;
                         let text = texts.get(i)?;
                         tokenizer.encode_onto(text, add_special_tokens, &mut out.values)?;
                         out.offsets.push(out.values.len() as i64);
@@ -312,7 +303,7 @@ impl Texts {
     fn get(&self, i: usize) -> Result<&str> {
         let bad = |message: String| Error::Data {
             place: Place { line: Some(i as u64 + 1), ..Place::default() },
-            reason: "bad_utf8",
+            reason: Reason::BadUtf8,
             message,
         };
         let place = |i: usize| self.offsets.get(i).and_then(|at| usize::try_from(*at).ok());

@@ -5,11 +5,11 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
 
 use crate::encode::Fields;
-use crate::error::{Error, Place, Result};
+use crate::error::{Place, Reason, Result};
 use crate::pair::Options;
+use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
-use crate::read::row::Bad;
 
 pub(super) fn kind_of(value: &Bound<'_, PyAny>) -> String {
     value.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
@@ -19,7 +19,7 @@ pub(super) fn kind_of(value: &Bound<'_, PyAny>) -> String {
 pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fields> {
     let Ok(row) = row.cast::<PyMapping>() else {
         let message = format!("expected a dict, found {}", kind_of(row));
-        return Ok(Err(Bad::new("not_an_object", "", message)));
+        return Ok(Err(Bad::new(Reason::NotAnObject, "", message)));
     };
     let mut out = Vec::new();
     let mut findings = Findings::default();
@@ -42,16 +42,12 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
 /// A string without lone surrogates.
 pub(super) fn borrowed<'a>(text: &'a Bound<'_, PyString>) -> Result<&'a str, Bad> {
     text.to_str()
-        .map_err(|_| Bad::new("bad_json", "", "expected Unicode text, found a lone surrogate"))
+        .map_err(|_| Bad::new(Reason::BadJson, "", "expected Unicode text, found a lone surrogate"))
 }
 
 pub(super) fn as_data_error(bad: Bad, line: Option<u64>) -> PyErr {
-    let place = Place { line, field: bad.field, ..Place::default() };
-    if bad.reason == "limit" {
-        Error::Limit { place, message: bad.message }.into()
-    } else {
-        Error::Data { place, reason: bad.reason, message: bad.message }.into()
-    }
+    let place = Place { line, field: bad.field.clone(), ..Place::default() };
+    bad.at(place).into()
 }
 
 /// A Python value as JSON would hold it.
@@ -61,7 +57,7 @@ pub(super) fn to_value(
     depth: usize,
     findings: &mut Findings,
 ) -> Result<Value<'static>, Bad> {
-    let failed = |e: PyErr| Bad::new("wrong_type", "", format!("expected a plain value: {e}"));
+    let failed = |e: PyErr| Bad::new(Reason::WrongType, "", format!("expected a plain value: {e}"));
     if depth > limits.max_depth {
         if findings.limit.is_none() {
             let message = format!("a value is nested more than {} deep", limits.max_depth);
@@ -112,7 +108,7 @@ pub(super) fn to_value(
                 item.extract().map_err(failed)?;
             let Ok(key) = key.cast::<PyString>() else {
                 let message = format!("expected strings as keys, found {}", kind_of(&key));
-                return Err(Bad::new("wrong_type", "", message));
+                return Err(Bad::new(Reason::WrongType, "", message));
             };
             out.push((
                 borrowed(key)?.to_owned().into(),
@@ -126,7 +122,7 @@ pub(super) fn to_value(
         return to_value(&method.call0().map_err(failed)?, limits, depth + 1, findings);
     }
     Err(Bad::new(
-        "wrong_type",
+        Reason::WrongType,
         "",
         format!("expected text, a list, a dict or a number, found {}", kind_of(value)),
     ))

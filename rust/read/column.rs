@@ -3,9 +3,11 @@
 //! Python describes each column as a tree of nodes over byte buffers. Nothing in it is trusted: an offset that points
 //! outside its buffer is a bad input, text that is not UTF-8 a bad row.
 
+use super::bad::Bad;
 use super::json::{Fields, Findings, Value, parse};
 use super::limits::Limits;
-use super::row::Bad;
+use super::text::text;
+use crate::error::Reason;
 
 /// A column, or a part of a nested one.
 #[derive(Debug, Clone)]
@@ -210,12 +212,12 @@ impl<'a> Column<'a> {
             )),
             Data::Text { offsets, bytes, is_json } => {
                 let range = offsets.range(at, bytes.len())?;
-                let text = super::text(bytes.get(range).unwrap_or_default())?;
+                let text = text(bytes.get(range).unwrap_or_default())?;
                 if !is_json {
                     return Ok(Value::Str(text.into()));
                 }
                 let (value, findings) = parse(text, context.limits)
-                    .map_err(|fault| Bad::new("bad_json", "", fault.message))?;
+                    .map_err(|fault| Bad::new(Reason::BadJson, "", fault.message))?;
                 context.findings.duplicate =
                     context.findings.duplicate.take().or(findings.duplicate);
                 context.findings.limit = context.findings.limit.take().or(findings.limit);
@@ -256,7 +258,7 @@ impl<'a> Column<'a> {
                         other => {
                             let message =
                                 format!("expected strings as keys, found {}", other.kind());
-                            return Err(Bad::new("wrong_type", "", message).into());
+                            return Err(Bad::new(Reason::WrongType, "", message).into());
                         }
                     };
                     if context.findings.duplicate.is_none()
@@ -272,7 +274,7 @@ impl<'a> Column<'a> {
                 let message = format!(
                     "expected text, a list, a struct or a number, found the Arrow type {name}"
                 );
-                Err(Bad::new("wrong_type", "", message).into())
+                Err(Bad::new(Reason::WrongType, "", message).into())
             }
         }
     }

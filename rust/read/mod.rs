@@ -1,19 +1,24 @@
 //! Files to lines: plain, gzip or zstd, in blocks of whole lines.
 
+pub mod bad;
+pub mod cell;
+pub mod chat;
 pub mod column;
-pub mod extra;
 pub mod json;
+pub mod keys;
 pub mod limits;
 mod packed;
 pub mod row;
+mod text;
 
 use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Place, Result};
+use crate::error::{Error, Place, Reason, Result};
 use limits::{EXPANSION_GRACE, Limits};
 use packed::{Frames, Members};
+pub use text::text;
 
 /// One line of a block.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -81,7 +86,7 @@ impl Reader {
         let io_error = |source| Error::Io { path: path.to_owned(), source };
         let bad = |message: &str| Error::Data {
             place: Place { path: Some(path.to_owned()), ..Place::default() },
-            reason: BAD_INPUT,
+            reason: Reason::BadInput,
             message: message.to_owned(),
         };
         // Before opening, since opening a FIFO waits for a writer.
@@ -280,7 +285,7 @@ impl Reader {
         };
         Error::Data {
             place: Place { byte: Some(self.unpacked), ..self.place() },
-            reason: BAD_INPUT,
+            reason: Reason::BadInput,
             message,
         }
     }
@@ -323,30 +328,10 @@ impl Reader {
             && read.is_none_or(|read| read == after.len());
         (!same).then(|| Error::Data {
             place: self.place(),
-            reason: BAD_INPUT,
+            reason: Reason::BadInput,
             message: "the file changed while it was read".to_owned(),
         })
     }
 }
 
-/// The reason of an input that cannot be read at all.
-pub const BAD_INPUT: &str = "bad_input";
-
 const IS_A_DIRECTORY: i32 = 21;
-
-/// The text of a line.
-///
-/// # Errors
-/// A bad row if it is not UTF-8.
-pub fn text(bytes: &[u8]) -> Result<&str, row::Bad> {
-    std::str::from_utf8(bytes).map_err(|e| {
-        let at = e.valid_up_to();
-        let found = bytes.get(at).copied().unwrap_or_default();
-        row::Bad {
-            reason: "bad_utf8",
-            field: None,
-            byte: Some(at),
-            message: format!("expected UTF-8, found the byte 0x{found:02x}"),
-        }
-    })
-}

@@ -2,8 +2,10 @@
 
 use minijinja::State;
 
-use super::NOW;
 use super::python::bad;
+
+/// Name of the hidden variable that carries the time.
+pub(super) const NOW: &str = "_dpo_ext_now";
 
 const MONTHS: [&str; 12] = [
     "January",

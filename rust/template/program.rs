@@ -9,73 +9,15 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::sync::atomic::Ordering;
 
-use memchr::memmem;
-
-use super::flow::Guards;
-use super::python::{is_space, trim_end, trim_start};
-use super::{Conversation, Now, RenderError, Rendered, Template};
+use super::compiled::Template;
+use super::conversation::{Conversation, Now, RenderError, Rendered};
+use super::probe::{LEFT, MOST, RIGHT, is_probe, probe, probe_index};
+use super::python::{trim_end, trim_start};
 use crate::read::json::Value;
 
-/// A probe's content is one of these characters between two kinds of white space.
-const FIRST: u32 = 0xe100;
-const MOST: usize = 0x100;
-const LEFT: char = '\u{2001}';
-const RIGHT: char = '\u{2002}';
 /// Shapes that a thread keeps for one template, and templates.
 const SHAPES: usize = 4096;
 const TEMPLATES: usize = 4;
-
-fn probe_char(i: usize) -> Option<char> {
-    char::from_u32(FIRST + u32::try_from(i).ok()?)
-}
-
-fn probe_index(c: char) -> Option<usize> {
-    let i = u32::from(c).checked_sub(FIRST)? as usize;
-    (i < MOST).then_some(i)
-}
-
-fn is_probe(c: char) -> bool {
-    c == LEFT || c == RIGHT || probe_index(c).is_some()
-}
-
-/// The guards in the form that is checked on every content.
-pub(super) struct Checks {
-    needles: Vec<memmem::Finder<'static>>,
-    ends: Vec<char>,
-}
-
-impl std::fmt::Debug for Checks {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} needles, {} ends", self.needles.len(), self.ends.len())
-    }
-}
-
-impl Checks {
-    /// `None` if the probes themselves would break a guard.
-    pub(super) fn new(guards: &Guards) -> Option<Self> {
-        if guards.ends.iter().copied().any(is_probe)
-            || guards.needles.iter().any(|needle| needle.chars().any(is_probe))
-        {
-            return None;
-        }
-        let needles = guards.needles.iter().map(|n| memmem::Finder::new(n.as_bytes()).into_owned());
-        Some(Self { needles: needles.collect(), ends: guards.ends.iter().copied().collect() })
-    }
-
-    fn hold(&self, content: &str) -> bool {
-        let ends = |text: &str| {
-            let at = [text.chars().next(), text.chars().next_back()];
-            at.into_iter().flatten().any(|c| self.ends.contains(&c))
-        };
-        if content.chars().all(is_space) {
-            return false;
-        }
-        if !self.ends.is_empty() && (ends(content) || ends(trim_end(trim_start(content)))) {
-            return false;
-        }
-        self.needles.iter().all(|needle| needle.find(content.as_bytes()).is_none())
-    }
-}
 
 #[derive(Debug, PartialEq)]
 enum Piece {
@@ -223,20 +165,6 @@ fn describe<'v>(message: &'v Value<'_>, key: &mut Vec<u8>) -> Option<&'v str> {
     }
     key.push(0xfe);
     content.filter(|_| role)
-}
-
-fn probe(messages: &[&Value<'_>]) -> Vec<Value<'static>> {
-    let one = |(i, message): (usize, &&Value<'_>)| {
-        let mut message = Value::clone(message).into_owned();
-        if let Value::Object(items) = &mut message
-            && let Some((_, content)) = items.iter_mut().find(|(name, _)| name == "content")
-        {
-            let c = probe_char(i).map(String::from).unwrap_or_default();
-            *content = Value::Str(format!("{LEFT}{c}{RIGHT}").into());
-        }
-        message
-    };
-    messages.iter().enumerate().map(one).collect()
 }
 
 /// The render of `messages` by concatenation, or `None` if this conversation has to be rendered.

@@ -2,7 +2,8 @@
 
 use std::cell::RefCell;
 
-use super::{Conversation, Now, Template};
+use super::compiled::Template;
+use super::conversation::{Conversation, Now};
 use crate::read::json::Value;
 
 /// Content that is found again in upper case, too, and that no template inspects.

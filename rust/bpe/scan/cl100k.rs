@@ -1,6 +1,8 @@
 //! `(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+`
 
-use super::{Scan, Text, Word};
+use super::scanner::Scan;
+use super::text::Text;
+use super::word::Word;
 use crate::bpe::classes::{END, LETTER, MARK, NEWLINE, NUMBER, SPACE};
 
 /// cl100k and Llama-3 (`DIGITS` 3), Qwen2 (`DIGITS` 1), Qwen3.5 (`DIGITS` 1, `MARKS`: marks count as letters, except

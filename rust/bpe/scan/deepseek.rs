@@ -3,7 +3,9 @@
 //! A border of a piece is an end of text for the last split, and what no alternative matches is one word per gap.
 
 use super::cl100k::digits;
-use super::{Scan, Text, Word};
+use super::scanner::Scan;
+use super::text::Text;
+use super::word::Word;
 use crate::bpe::classes::{CJK, END, LETTER, MARK, NEWLINE, NUMBER, PUNCTUATION, SPACE};
 
 /// DeepSeek-V3 and R1.

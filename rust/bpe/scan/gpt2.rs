@@ -1,6 +1,8 @@
 //! `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
 
-use super::{Scan, Text, Word};
+use super::scanner::Scan;
+use super::text::Text;
+use super::word::Word;
 use crate::bpe::classes::{END, LETTER, NUMBER, SPACE};
 
 /// GPT-2 and `NeoX`.

@@ -2,7 +2,9 @@
 //! case-blind contractions: `P?U*L+C?|P?U+L*C?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+`
 
 use super::cl100k::digits;
-use super::{Scan, Text, Word};
+use super::scanner::Scan;
+use super::text::Text;
+use super::word::Word;
 use crate::bpe::classes::{END, LETTER, LOWER, MARK, NEWLINE, NUMBER, SPACE, UPPER};
 
 /// o200k (`DIGITS` 3, `CONTRACTIONS`) and tekken (`DIGITS` 1, none).

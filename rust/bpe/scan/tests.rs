@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 use tokenizers::utils::SysRegex;
 
+use super::word::Word;
 use super::*;
 use crate::bpe::check::nasty;
 use crate::bpe::classes::Classes;

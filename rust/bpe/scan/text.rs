@@ -1,6 +1,6 @@
 //! What the scanners share: a text with its classes, runs, white space, contractions.
 
-use super::Word;
+use super::word::Word;
 use crate::bpe::classes::{Classes, END, LETTER, NEWLINE, SPACE, decode};
 
 const ONES: u64 = 0x0101_0101_0101_0101;

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::bad::{Bad, wrong};
 use super::json::Value;
-use super::row::{Bad, wrong};
+use crate::error::Reason;
 
 /// One value of an extra column.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,5 +70,9 @@ pub(super) fn cell(value: Value<'_>, name: &str) -> Result<Cell, Bad> {
 }
 
 fn too_big(name: &str) -> Bad {
-    Bad::new("wrong_type", name, "expected a whole number of at most 64 bits, found a larger one")
+    Bad::new(
+        Reason::WrongType,
+        name,
+        "expected a whole number of at most 64 bits, found a larger one",
+    )
 }

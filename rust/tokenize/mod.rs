@@ -1,78 +1,27 @@
 //! Text to ids by one of two engines: our byte-level BPE where it recognises the file and its self-check agrees, else
 //! the `tokenizers` crate, made safe to call and able to say which bytes a token covers.
 
-use std::cell::{Cell, RefCell};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Once;
+mod control;
+mod engine;
+mod guard;
+mod source;
+mod spelling;
 
-use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Token};
+use std::cell::RefCell;
 
-use crate::bpe::{self, Bpe, Found, Inside, PairIds, Scratch};
+use tokenizers::PostProcessorWrapper;
+
+use crate::bpe::{Bpe, Found, Inside, PairIds, Scratch};
 use crate::error::{Error, Result};
 use crate::template::{Fallback, Template};
+pub use control::Control;
+use engine::{add_tokens, both, checked, recognised, signed, surroundings};
+use guard::guarded;
+pub use source::{Added, Source};
+use spelling::Spelling;
 
 thread_local! {
-    static QUIET: Cell<bool> = const { Cell::new(false) };
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// Runs code of another crate: a panic becomes an error, and nothing is printed.
-fn guarded<T>(what: &str, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !QUIET.get() {
-                before(info);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let result = catch_unwind(AssertUnwindSafe(work));
-    QUIET.set(false);
-    match result {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(Error::Tokenizer(format!("{what}: {e}"))),
-        Err(payload) => {
-            let text = crate::pool::panic_text(payload.as_ref());
-            Err(Error::Tokenizer(format!("{what}: the `tokenizers` crate panicked: {text}")))
-        }
-    }
-}
-
-/// A token that `tokenizer_config.json` adds to those of `tokenizer.json`.
-#[derive(Debug, Clone)]
-#[allow(clippy::struct_excessive_bools)] // the flags of the file format
-pub struct Added {
-    /// Its text.
-    pub content: String,
-    /// Takes white space on its left along.
-    pub lstrip: bool,
-    /// Takes white space on its right along.
-    pub rstrip: bool,
-    /// Only between word borders.
-    pub single_word: bool,
-    /// Searched in normalised text.
-    pub normalized: bool,
-    /// A control token.
-    pub special: bool,
-}
-
-/// What a tokenizer is made of.
-#[derive(Debug, Clone, Default)]
-pub struct Source {
-    /// The text of `tokenizer.json`.
-    pub json: String,
-    /// `bos_token`, `eos_token`, ... as templates know them.
-    pub named: Vec<(String, String)>,
-    /// Tokens that must be there beside those of `json`.
-    pub added: Vec<Added>,
-    /// Ids that win over the named tokens.
-    pub ids: [Option<u32>; 3],
-    /// The chat template.
-    pub template: Option<String>,
-    /// The chat template of conversations with tools, where that is another one.
-    pub tool_template: Option<String>,
 }
 
 /// Encodes text and renders conversations. Immutable, shared by all threads.
@@ -181,7 +130,9 @@ impl Tokenizer {
             let text = tokenizer.inner.id_to_token(id)?;
             tokenizer.inner.get_added_tokens_decoder().contains_key(&id).then_some(text)
         });
-        tokenizer.control = Control::new(&tokenizer);
+        let templates = [&tokenizer.template, &tokenizer.tool_template];
+        let templates: Vec<&Template> = templates.into_iter().flatten().collect();
+        tokenizer.control = Control::new(&tokenizer.inner, &templates);
         Ok(tokenizer)
     }
 
@@ -408,228 +359,5 @@ impl Tokenizer {
             });
             Ok(ends.collect())
         })
-    }
-}
-
-/// Ids below a vocabulary's size, which is below 2^31.
-fn signed(ids: &[u32]) -> Vec<i32> {
-    ids.iter().map(|id| *id as i32).collect()
-}
-
-/// Runs both, on two threads where the system gives another one. A scoped thread is gone when this returns, so it
-/// does no harm to a process that forks later.
-fn beside<A: Send, B>(aside: impl Fn() -> A + Sync, here: impl FnOnce() -> B) -> (A, B) {
-    std::thread::scope(|scope| {
-        let spawned = std::thread::Builder::new().spawn_scoped(scope, &aside);
-        let here = here();
-        match spawned.map(std::thread::ScopedJoinHandle::join) {
-            Ok(Ok(result)) => (result, here),
-            // No thread, or a panic outside of what is guarded: then it happens here.
-            _ => (aside(), here),
-        }
-    })
-}
-
-/// Our own engine and the same file in the crate, from one reading of the text.
-fn both(json: &str) -> std::result::Result<(Bpe, tokenizers::Tokenizer), String> {
-    let file = bpe::parse(json).map_err(|e| e.to_string())?;
-    let (oracle, bpe) = beside(|| guarded("tokenizer.json", || file.oracle()), || file.engine());
-    Ok((bpe.map_err(|e| e.to_string())?, oracle.map_err(|e| e.to_string())?))
-}
-
-fn recognised(json: &str) -> std::result::Result<Bpe, String> {
-    Bpe::recognise(json).map_err(|e| e.to_string())
-}
-
-/// Our own engine, if it agrees with the crate.
-fn checked(bpe: Bpe, oracle: &tokenizers::Tokenizer) -> std::result::Result<Bpe, String> {
-    let (words, texts) = beside(
-        || guarded("self-check", || Ok(bpe.check_words(oracle))),
-        || guarded("self-check", || Ok(bpe.check_texts(oracle))),
-    );
-    for result in [words, texts] {
-        result.map_err(|e| e.to_string())?.map_err(|mismatch| mismatch.to_string())?;
-    }
-    Ok(bpe)
-}
-
-/// Adds the tokens that are not there; true if there were any.
-fn add_tokens(inner: &mut tokenizers::Tokenizer, tokens: &[Added]) -> tokenizers::Result<bool> {
-    let mut beyond = false;
-    for added in tokens {
-        if inner.get_added_vocabulary().get_vocab().contains_key(&added.content) {
-            continue;
-        }
-        beyond = true;
-        let token = AddedToken::from(added.content.clone(), added.special)
-            .lstrip(added.lstrip)
-            .rstrip(added.rstrip)
-            .single_word(added.single_word)
-            .normalized(added.normalized);
-        if added.special {
-            inner.add_special_tokens([token])?;
-        } else {
-            inner.add_tokens([token])?;
-        }
-    }
-    Ok(beyond)
-}
-
-/// What the post-processor puts before and behind one sequence.
-fn surroundings(post: Option<&PostProcessorWrapper>) -> Result<(Vec<i32>, Vec<i32>)> {
-    const PROBE: u32 = u32::MAX;
-    let Some(post) = post else { return Ok((Vec::new(), Vec::new())) };
-    let ids = guarded("tokenizer.json, `post_processor`", || {
-        let token = Token::new(PROBE, "a".to_owned(), (0, 1));
-        let encoding = Encoding::from_tokens(vec![token], 0);
-        Ok(post.process(encoding, None, true)?.get_ids().to_vec())
-    })?;
-    let mut parts = ids.split(|id| *id == PROBE);
-    match (parts.next(), parts.next(), parts.next()) {
-        (Some(before), Some(behind), None) => Ok((signed(before), signed(behind))),
-        _ => Err(Error::Tokenizer(
-            "tokenizer.json, `post_processor`: expected one sequence with tokens around it"
-                .to_owned(),
-        )),
-    }
-}
-
-/// The bytes of every token, in one arena.
-struct Spelling {
-    bytes: Vec<u8>,
-    offsets: Vec<u32>,
-}
-
-impl Spelling {
-    /// Bytes are known for added tokens and for tokens written in the alphabet of byte-level vocabularies. Others are
-    /// left empty; [`Spelling::ends`] then finds that the ids do not spell the text.
-    fn new(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Self {
-        let added = inner.get_added_tokens_decoder();
-        let alphabet = alphabet();
-        let mut tokens: Vec<Option<String>> = vec![None; vocab_size];
-        for (token, id) in inner.get_vocab(true) {
-            if let Some(slot) = tokens.get_mut(id as usize) {
-                *slot = Some(token);
-            }
-        }
-        let mut spelling = Self { bytes: Vec::new(), offsets: vec![0] };
-        for (id, token) in tokens.into_iter().enumerate() {
-            if let Some(token) = token {
-                let start = spelling.bytes.len();
-                if added.contains_key(&(id as u32)) {
-                    spelling.bytes.extend_from_slice(token.as_bytes());
-                } else {
-                    for c in token.chars() {
-                        let Some(byte) = alphabet.get(c as usize).copied().flatten() else {
-                            spelling.bytes.truncate(start);
-                            break;
-                        };
-                        spelling.bytes.push(byte);
-                    }
-                }
-            }
-            spelling.offsets.push(u32::try_from(spelling.bytes.len()).unwrap_or(u32::MAX));
-        }
-        spelling
-    }
-
-    fn get(&self, id: i32) -> Option<&[u8]> {
-        let id = usize::try_from(id).ok()?;
-        let start = *self.offsets.get(id)? as usize;
-        let end = *self.offsets.get(id + 1)? as usize;
-        self.bytes.get(start..end)
-    }
-
-    /// Where each id ends, if the ids spell exactly `text`.
-    fn ends(&self, text: &[u8], ids: &[i32]) -> Option<Vec<u32>> {
-        let mut at = 0;
-        let mut ends = Vec::with_capacity(ids.len());
-        for id in ids {
-            let bytes = self.get(*id).filter(|bytes| !bytes.is_empty())?;
-            if text.get(at..at + bytes.len())? != bytes {
-                return None;
-            }
-            at += bytes.len();
-            ends.push(u32::try_from(at).ok()?);
-        }
-        (at == text.len()).then_some(ends)
-    }
-}
-
-/// The byte of each character of GPT-2's printable alphabet.
-fn alphabet() -> Vec<Option<u8>> {
-    let mut table = vec![None; 512];
-    let mut next = 256;
-    for byte in 0..=255_u8 {
-        let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-        let code = if printable {
-            usize::from(byte)
-        } else {
-            next += 1;
-            next - 1
-        };
-        if let Some(slot) = table.get_mut(code) {
-            *slot = Some(byte);
-        }
-    }
-    table
-}
-
-/// Tokens that steer a model: special ones, and those that the chat template itself writes between turns.
-#[derive(Default)]
-pub struct Control {
-    finder: Option<aho_corasick::AhoCorasick>,
-    ids: Vec<i32>,
-}
-
-impl Control {
-    fn new(tokenizer: &Tokenizer) -> Self {
-        let templates = [&tokenizer.template, &tokenizer.tool_template];
-        let structure = |token: &str| {
-            templates.iter().copied().flatten().any(|template| template.source().contains(token))
-        };
-        let mut texts = Vec::new();
-        let mut ids = Vec::new();
-        for (id, token) in tokenizer.inner.get_added_tokens_decoder() {
-            let written = structure(&token.content);
-            // `<think>` in an answer is the token that training expects, although templates mention it.
-            let reasoning = token.content.contains("think") || token.content.contains("reason");
-            if !token.content.is_empty() && (token.special || (written && !reasoning)) {
-                texts.push(token.content.clone());
-                ids.push(id as i32);
-            }
-        }
-        let finder = aho_corasick::AhoCorasick::builder()
-            .match_kind(aho_corasick::MatchKind::LeftmostLongest)
-            .build(&texts)
-            .ok()
-            .filter(|_| !texts.is_empty());
-        ids.sort_unstable();
-        Self { finder, ids }
-    }
-
-    /// Whether `text` spells a control token.
-    pub fn occurs_in(&self, text: &str) -> bool {
-        self.finder.as_ref().is_some_and(|finder| finder.is_match(text))
-    }
-
-    /// Whether `id` is a control token.
-    pub fn has(&self, id: i32) -> bool {
-        self.ids.binary_search(&id).is_ok()
-    }
-
-    /// Puts `mark` inside every control token that `text` spells, behind its first character.
-    pub fn marked(&self, text: &str, mark: char) -> String {
-        let mut out = String::with_capacity(text.len() + 16);
-        let mut done = 0;
-        for found in self.finder.iter().flat_map(|finder| finder.find_iter(text)) {
-            let spelt = text.get(found.range()).unwrap_or_default();
-            let middle = found.start() + spelt.chars().next().map_or(0, char::len_utf8);
-            out.push_str(text.get(done..middle).unwrap_or_default());
-            out.push(mark);
-            done = middle;
-        }
-        out.push_str(text.get(done..).unwrap_or_default());
-        out
     }
 }

@@ -1,0 +1,220 @@
+//! Where the prompt's ids end.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+
+use super::options::{Boundary, Options, SpecialText};
+use super::outcome::{Pair, Refusal, Warning};
+use super::text::Texts;
+use crate::bpe::{Found, Inside, PairIds};
+use crate::error::Result;
+use crate::tokenize::Tokenizer;
+
+thread_local! {
+    static PAIR_IDS: RefCell<PairIds> = RefCell::default();
+}
+
+/// Encodes a prompt and two completions by the rule of the options.
+pub(super) fn boundary(
+    mut texts: Texts<'_>,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    pair: &mut Pair,
+) -> Result<(), Refusal> {
+    let tails =
+        if texts.are_strings { append_eos(&mut texts, tokenizer, options) } else { [None; 2] };
+    let sides = Sides { texts, tails, tokenizer, options };
+    PAIR_IDS.with_borrow_mut(|ids| {
+        sides.encode(ids)?;
+        match options.boundary {
+            Boundary::Trl => sides.trl(ids, pair)?,
+            Boundary::Joint | Boundary::Separate => sides.own(ids, pair)?,
+        }
+        Ok(())
+    })
+}
+
+/// Gives strings EOS, as its text where that is a token, unless the surroundings bring it. Returns what is to be put
+/// behind the ids of each side.
+fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -> [Option<i32>; 2] {
+    let (_, behind) = tokenizer.surroundings();
+    let Some(eos) = tokenizer.eos().map(|id| id as i32) else { return [None; 2] };
+    let brought = options.boundary != Boundary::Trl && behind.last() == Some(&eos);
+    let tail = (!brought).then_some(eos);
+    let cut = texts.cut;
+    texts.whole.each_mut().map(|whole| {
+        let Some(spelt) = tokenizer.eos_text() else { return tail };
+        let ends_with_eos = whole.get(cut..).is_some_and(|side| side.ends_with(spelt));
+        if options.special_text == SpecialText::Text {
+            if ends_with_eos {
+                let end = whole.len() - spelt.len();
+                match whole {
+                    Cow::Borrowed(text) => *text = text.get(..end).unwrap_or_default(),
+                    Cow::Owned(text) => text.truncate(end),
+                }
+            }
+            return tail;
+        }
+        if !brought && !ends_with_eos {
+            whole.to_mut().push_str(spelt);
+        }
+        None
+    })
+}
+
+fn common_ids(a: &[i32], b: &[i32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Encodes text in which the control tokens around the bytes `marks` stay text; `marks` are relative to `start`.
+fn encode_marked(
+    text: &str,
+    start: usize,
+    marks: &[usize],
+    tokenizer: &Tokenizer,
+) -> Result<(Vec<i32>, Vec<u32>)> {
+    tokenizer.encode_as_text(text, &|found: &Found| {
+        let inside = start + found.start..start + found.end;
+        let first = marks.partition_point(|mark| *mark <= inside.start);
+        !marks.get(first).is_some_and(|mark| inside.contains(mark))
+    })
+}
+
+/// Both sides of a row on their way from text to ids.
+struct Sides<'a> {
+    texts: Texts<'a>,
+    /// What comes behind the ids of each side.
+    tails: [Option<i32>; 2],
+    tokenizer: &'a Tokenizer,
+    options: &'a Options,
+}
+
+impl Sides<'_> {
+    /// Whether control tokens that the texts spell stay text wherever they stand.
+    fn all_is_text(&self) -> bool {
+        self.texts.are_strings && self.options.special_text == SpecialText::Text
+    }
+
+    /// The ids of `text` and where they end, without any control token.
+    fn encode_as_text(&self, text: &str) -> Result<(Vec<i32>, Vec<u32>)> {
+        let control = self.tokenizer.control();
+        self.tokenizer.encode_as_text(text, &|found: &Found| !control.has(found.id))
+    }
+
+    /// Encodes both texts, of which `boundary="separate"` leaves the prompt away.
+    fn encode(&self, ids: &mut PairIds) -> Result<()> {
+        let Self { texts, tokenizer, .. } = self;
+        let cut = texts.cut;
+        let start = if self.options.boundary == Boundary::Separate { cut } else { 0 };
+        let both = texts.whole.each_ref().map(|whole| whole.get(start..).unwrap_or_default());
+        let [first, second] = both;
+        let ((first, first_ends), (second, second_ends)) = if self.all_is_text() {
+            (self.encode_as_text(first)?, self.encode_as_text(second)?)
+        } else if let Some([marks, rejected_marks]) = &texts.marks {
+            (
+                encode_marked(first, start, marks, tokenizer)?,
+                encode_marked(second, start, rejected_marks, tokenizer)?,
+            )
+        } else {
+            return tokenizer.encode_pair(both, cut, ids);
+        };
+        let inside = [Inside::of(&first_ends, cut), Inside::of(&second_ends, cut)];
+        *ids = PairIds { first, second, inside, reused: 0 };
+        Ok(())
+    }
+
+    /// `boundary="trl"`: what the encodings of prompt and whole texts have in common.
+    fn trl(&self, ids: &mut PairIds, pair: &mut Pair) -> Result<()> {
+        let (before, behind) = self.surroundings();
+        let around = |ids: &[i32]| [before, ids, behind].concat();
+        let alone = self.texts.alone.as_deref().unwrap_or(self.texts.prompt());
+        let prompt = around(&self.tokenizer.encode_plain(alone)?);
+        ids.first.extend(self.tails[0]);
+        ids.second.extend(self.tails[1]);
+        let (first, second) = (around(&ids.first), around(&ids.second));
+        let count = common_ids(&prompt, &first).min(common_ids(&prompt, &second));
+        if count < prompt.len() {
+            pair.warn(Warning::BoundaryMerge);
+        }
+        pair.prompt.extend_from_slice(prompt.get(..count).unwrap_or_default());
+        pair.chosen.extend_from_slice(first.get(count..).unwrap_or_default());
+        pair.rejected.extend_from_slice(second.get(count..).unwrap_or_default());
+        Ok(())
+    }
+
+    fn surroundings(&self) -> (&[i32], &[i32]) {
+        if self.texts.are_strings { self.tokenizer.surroundings() } else { (&[], &[]) }
+    }
+
+    /// The boundaries `joint` and `separate`.
+    fn own(&self, ids: &PairIds, pair: &mut Pair) -> Result<()> {
+        let separate;
+        let (prompt, skip) = if self.options.boundary == Boundary::Separate {
+            separate = self.separate_prompt()?;
+            (&separate[..], 0)
+        } else {
+            let count = ids.joint_prompt();
+            let covered =
+                if count == ids.inside[0].ids { ids.inside[0].end } else { self.end_of(count)? };
+            if covered < self.texts.cut {
+                pair.warn(Warning::BoundaryMerge);
+            }
+            (ids.first.get(..count).unwrap_or_default(), count)
+        };
+        let (before, behind) = self.surroundings();
+        // BOS once: text that brings its own gets no second one.
+        let bos = self.tokenizer.bos().map(|id| id as i32);
+        let begins = prompt.first().or(ids.first.first()).copied();
+        let before = match before.split_last() {
+            Some((last, rest)) if Some(*last) == bos && begins == bos => {
+                pair.warn(Warning::BosInText);
+                rest
+            }
+            _ => before,
+        };
+        pair.prompt.extend_from_slice(before);
+        pair.prompt.extend_from_slice(prompt);
+        let eos = self.tokenizer.eos().map(|id| id as i32);
+        let sides = [(&mut pair.chosen, &ids.first), (&mut pair.rejected, &ids.second)];
+        for ((side, ids), tail) in sides.into_iter().zip(self.tails) {
+            let rest = ids.get(skip..).unwrap_or_default();
+            // EOS once: the surroundings' own is not put behind one that the text spells.
+            let behind = match behind.split_first() {
+                Some((first, others)) if Some(*first) == eos && rest.last() == Some(first) => {
+                    others
+                }
+                _ => behind,
+            };
+            side.extend_from_slice(rest);
+            side.extend(tail);
+            side.extend_from_slice(behind);
+        }
+        Ok(())
+    }
+
+    /// The ids of the prompt alone.
+    fn separate_prompt(&self) -> Result<Vec<i32>> {
+        let Self { texts, tokenizer, .. } = self;
+        if self.all_is_text() {
+            return Ok(self.encode_as_text(texts.prompt())?.0);
+        }
+        match &texts.marks {
+            Some([marks, _]) => Ok(encode_marked(texts.prompt(), 0, marks, tokenizer)?.0),
+            None => tokenizer.encode_plain(texts.prompt()),
+        }
+    }
+
+    /// Where the first `count` ids of the first text end.
+    fn end_of(&self, count: usize) -> Result<usize> {
+        let Self { texts, tokenizer, .. } = self;
+        let text = &texts.whole[0];
+        let ends = if self.all_is_text() {
+            self.encode_as_text(text)?.1
+        } else if let Some([marks, _]) = &texts.marks {
+            encode_marked(text, 0, marks, tokenizer)?.1
+        } else {
+            return tokenizer.end_of(text, count);
+        };
+        Ok(count.checked_sub(1).and_then(|i| ends.get(i)).map_or(0, |end| *end as usize))
+    }
+}

@@ -1,0 +1,102 @@
+//! What is cut, and the rules on ids.
+
+use super::options::{Options, Truncation};
+use super::outcome::{Pair, Refusal, Warning};
+use crate::error::Reason;
+use crate::read::bad::Bad;
+use crate::read::keys::Keys;
+use crate::tokenize::Tokenizer;
+
+/// Cuts to `max_length` and applies the rules on ids.
+pub(super) fn finish(
+    pair: &mut Pair,
+    tokenizer: &Tokenizer,
+    options: &Options,
+) -> Result<(), Refusal> {
+    let keys = &options.keys;
+    let longest = pair.prompt.len() + pair.chosen.len().max(pair.rejected.len());
+    if longest > options.limits.max_row_tokens {
+        let message =
+            format!("a side has {longest} tokens, more than {}", options.limits.max_row_tokens);
+        return Err(Bad::new(Reason::Limit, "max_row_tokens", message).into());
+    }
+    if pair.prompt.is_empty() {
+        pair.warn(Warning::EmptyPrompt);
+    }
+    if pair.chosen == pair.rejected {
+        let message = "expected two completions, found the same ids twice";
+        return Err(Bad::new(Reason::IdenticalPair, &keys.rejected, message).into());
+    }
+    let cut = match options.max_length {
+        Some(most) if longest > most => Some(most),
+        _ => None,
+    };
+    if let Some(most) = cut {
+        if matches!(options.truncation, Truncation::Drop | Truncation::Error) {
+            let key = if pair.chosen.len() >= pair.rejected.len() {
+                &keys.chosen
+            } else {
+                &keys.rejected
+            };
+            let message =
+                format!("expected at most {most} tokens with the prompt, found {longest}");
+            return Err(Bad::new(Reason::TooLong, key, message).into());
+        }
+        let before = pair.prompt.len();
+        truncate(pair, most, options.truncation, tokenizer.eos());
+        pair.warn(Warning::Truncated);
+        let no_tokens = |key: &str| {
+            let message =
+                format!("empty after truncation to {most} tokens (the prompt has {before})");
+            Bad::new(Reason::NoCompletionTokens, key, message)
+        };
+        check_scored(pair, keys, no_tokens)?;
+        if pair.chosen == pair.rejected {
+            let message = format!("both sides have the same ids after truncation to {most} tokens");
+            return Err(Bad::new(Reason::IdenticalAfterTruncation, &keys.rejected, message).into());
+        }
+    } else {
+        check_scored(pair, keys, |key| {
+            let message = "one token without a prompt before it: nothing predicts it";
+            Bad::new(Reason::NoCompletionTokens, key, message)
+        })?;
+    }
+    Ok(())
+}
+
+/// A side needs a token that another one precedes.
+fn check_scored(pair: &Pair, keys: &Keys, bad: impl Fn(&str) -> Bad) -> Result<(), Bad> {
+    for (ids, key) in [(&pair.chosen, &keys.chosen), (&pair.rejected, &keys.rejected)] {
+        if ids.len() < 1 + usize::from(pair.prompt.is_empty()) {
+            return Err(bad(key));
+        }
+    }
+    Ok(())
+}
+
+/// Cuts a pair to `most` tokens a side; the prompt is cut once, for both sides.
+fn truncate(pair: &mut Pair, most: usize, how: Truncation, eos: Option<u32>) {
+    let longest = pair.prompt.len() + pair.chosen.len().max(pair.rejected.len());
+    let excess = longest.saturating_sub(most);
+    if how == Truncation::KeepStart {
+        pair.prompt.truncate(most);
+    } else {
+        pair.prompt.drain(..excess.min(pair.prompt.len()));
+    }
+    let room = most - pair.prompt.len();
+    let mut eos_cut = false;
+    for side in [&mut pair.chosen, &mut pair.rejected] {
+        if side.len() <= room {
+            continue;
+        }
+        if how == Truncation::KeepEnd {
+            side.drain(..side.len() - room);
+        } else {
+            let lost = side.split_off(room);
+            eos_cut |= eos.is_some_and(|eos| lost.contains(&(eos as i32)));
+        }
+    }
+    if eos_cut {
+        pair.warn(Warning::EosCut);
+    }
+}

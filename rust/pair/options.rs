@@ -1,0 +1,61 @@
+//! How rows become pairs.
+
+use crate::read::keys::Keys;
+use crate::read::limits::Limits;
+use crate::template::Now;
+
+/// What happens to a side that is longer than `max_length`. One decision a pair: both sides keep the same prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Truncation {
+    /// The first `max_length` ids of each side.
+    KeepStart,
+    /// The last ids: the prompt is cut from the left, the same on both sides, then each completion from the left.
+    KeepEnd,
+    /// The prompt is cut from the left as far as needed, then completions at their end.
+    KeepCompletions,
+    /// The pair is dropped and counted.
+    Drop,
+    /// The row is bad.
+    Error,
+}
+
+/// Where the prompt's ids end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boundary {
+    /// Prompt and completion encoded as one text; a token across the border belongs to the completion.
+    Joint,
+    /// Prompt and completion encoded apart.
+    Separate,
+    /// TRL 1.16: the common id prefix of the prompt alone and of the joint text, the shorter one of both sides.
+    Trl,
+}
+
+/// What text that spells a control token means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialText {
+    /// The token.
+    Special,
+    /// Text: in contents control tokens are never tokens, so that data cannot forge a turn.
+    Text,
+    /// A bad row.
+    Error,
+}
+
+/// How rows become pairs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Longest side in tokens, `None` for no bound.
+    pub max_length: Option<usize>,
+    /// What happens beyond it.
+    pub truncation: Truncation,
+    /// Where the prompt ends.
+    pub boundary: Boundary,
+    /// What a spelt control token means.
+    pub special_text: SpecialText,
+    /// Names of the fields.
+    pub keys: Keys,
+    /// Limits on input.
+    pub limits: Limits,
+    /// The time that templates see.
+    pub now: Now,
+}

@@ -1,0 +1,73 @@
+//! A JSON value, or a Python value that looks like one.
+
+use std::borrow::Cow;
+
+/// A JSON value, or a Python value that looks like one.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value<'a> {
+    /// `null`.
+    Null,
+    /// `true` or `false`.
+    Bool(bool),
+    /// A whole number.
+    Int(i128),
+    /// Any other number; `1e400` is infinite.
+    Float(f64),
+    /// A whole number that 128 bits do not hold, as it was spelt.
+    Huge(Cow<'a, str>),
+    /// A string.
+    Str(Cow<'a, str>),
+    /// An array.
+    List(Vec<Value<'a>>),
+    /// An object, in the order of the text.
+    Object(Vec<(Cow<'a, str>, Value<'a>)>),
+}
+
+impl Value<'_> {
+    /// The kind in words, for "expected ..., found ...".
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Bool(_) => "a boolean",
+            Self::Int(_) | Self::Float(_) | Self::Huge(_) => "a number",
+            Self::Str(_) => "a string",
+            Self::List(_) => "a list",
+            Self::Object(_) => "an object",
+        }
+    }
+
+    /// Bytes of all strings inside, without keys.
+    pub fn text_bytes(&self) -> usize {
+        match self {
+            Self::Str(text) => text.len(),
+            Self::List(items) => items.iter().map(Self::text_bytes).sum(),
+            Self::Object(items) => items.iter().map(|(_, value)| value.text_bytes()).sum(),
+            _ => 0,
+        }
+    }
+
+    /// The same value, borrowing nothing.
+    pub fn into_owned<'b>(self) -> Value<'b> {
+        let text = |s: Cow<'_, str>| Cow::Owned(s.into_owned());
+        match self {
+            Self::Null => Value::Null,
+            Self::Bool(b) => Value::Bool(b),
+            Self::Int(n) => Value::Int(n),
+            Self::Float(n) => Value::Float(n),
+            Self::Huge(s) => Value::Huge(text(s)),
+            Self::Str(s) => Value::Str(text(s)),
+            Self::List(items) => Value::List(items.into_iter().map(Value::into_owned).collect()),
+            Self::Object(items) => {
+                Value::Object(items.into_iter().map(|(k, v)| (text(k), v.into_owned())).collect())
+            }
+        }
+    }
+
+    /// The value of `key`, if this is an object that has it.
+    pub fn get(&self, key: &str) -> Option<&Self> {
+        match self {
+            Self::Object(items) => items.iter().find(|(k, _)| k == key).map(|(_, v)| v),
+            _ => None,
+        }
+    }
+}

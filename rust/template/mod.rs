@@ -1,0 +1,19 @@
+//! Chat templates: `transformers`' jinja2 environment, in minijinja.
+//!
+//! A template is code of somebody else: each render has fuel and a cap on its output.
+
+mod checks;
+mod clock;
+mod compiled;
+mod conversation;
+mod flow;
+mod jinja;
+mod json;
+mod probe;
+mod program;
+mod python;
+pub(crate) mod roles;
+
+pub use compiled::{Answer, Fallback, Template};
+pub use conversation::{Conversation, Now, RenderError, Rendered};
+pub(crate) use program::concatenate;

@@ -1,0 +1,82 @@
+//! Which bytes a token covers, for the crate alone, which gives none.
+
+/// The bytes of every token, in one arena.
+pub(super) struct Spelling {
+    bytes: Vec<u8>,
+    offsets: Vec<u32>,
+}
+
+impl Spelling {
+    /// Bytes are known for added tokens and for tokens written in the alphabet of byte-level vocabularies. Others are
+    /// left empty; [`Spelling::ends`] then finds that the ids do not spell the text.
+    pub(super) fn new(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Self {
+        let added = inner.get_added_tokens_decoder();
+        let alphabet = alphabet();
+        let mut tokens: Vec<Option<String>> = vec![None; vocab_size];
+        for (token, id) in inner.get_vocab(true) {
+            if let Some(slot) = tokens.get_mut(id as usize) {
+                *slot = Some(token);
+            }
+        }
+        let mut spelling = Self { bytes: Vec::new(), offsets: vec![0] };
+        for (id, token) in tokens.into_iter().enumerate() {
+            if let Some(token) = token {
+                let start = spelling.bytes.len();
+                if added.contains_key(&(id as u32)) {
+                    spelling.bytes.extend_from_slice(token.as_bytes());
+                } else {
+                    for c in token.chars() {
+                        let Some(byte) = alphabet.get(c as usize).copied().flatten() else {
+                            spelling.bytes.truncate(start);
+                            break;
+                        };
+                        spelling.bytes.push(byte);
+                    }
+                }
+            }
+            spelling.offsets.push(u32::try_from(spelling.bytes.len()).unwrap_or(u32::MAX));
+        }
+        spelling
+    }
+
+    fn get(&self, id: i32) -> Option<&[u8]> {
+        let id = usize::try_from(id).ok()?;
+        let start = *self.offsets.get(id)? as usize;
+        let end = *self.offsets.get(id + 1)? as usize;
+        self.bytes.get(start..end)
+    }
+
+    /// Where each id ends, if the ids spell exactly `text`.
+    pub(super) fn ends(&self, text: &[u8], ids: &[i32]) -> Option<Vec<u32>> {
+        let mut at = 0;
+        let mut ends = Vec::with_capacity(ids.len());
+        for id in ids {
+            let bytes = self.get(*id).filter(|bytes| !bytes.is_empty())?;
+            if text.get(at..at + bytes.len())? != bytes {
+                return None;
+            }
+            at += bytes.len();
+            ends.push(u32::try_from(at).ok()?);
+        }
+        (at == text.len()).then_some(ends)
+    }
+}
+
+/// The byte of each character of GPT-2's printable alphabet.
+fn alphabet() -> Vec<Option<u8>> {
+    let mut table = vec![None; 512];
+    let mut next = 256;
+    for byte in 0..=255_u8 {
+        let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let code = if printable {
+            usize::from(byte)
+        } else {
+            next += 1;
+            next - 1
+        };
+        if let Some(slot) = table.get_mut(code) {
+            *slot = Some(byte);
+        }
+    }
+    table
+}
