@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, HAZARDS
 from places import NO_SHARED, SHARED
+from slowest import Clock
+
+# Two workers with two threads each would wait for each other on two cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     from hypothesis import HealthCheck, settings
@@ -155,7 +160,13 @@ def pytest_itemcollected(item) -> None:
             item.add_marker(name)
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--slowest", type=int, metavar="N", help="list the N tests of most CPU time")
+
+
 def pytest_configure(config) -> None:
+    if config.option.slowest is not None:
+        config.pluginmanager.register(Clock(config.option.slowest), "dpo_ext_clock")
     for name in FAULTS + HAZARDS:
         config.addinivalue_line("markers", f"{name}: a fault or hazard, see `fault`")
     config.pluginmanager.register(Tally(), "dpo_ext_tally")

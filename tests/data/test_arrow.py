@@ -106,7 +106,7 @@ def test_an_empty_table_gives_one(rows, tokenizer):
 
 
 def test_offsets_grow_to_64_bits_where_32_do_not_reach(rows, tokenizer, monkeypatch):
-    monkeypatch.setattr("dpo_ext.store.write.MAX_INT32", 50)
+    monkeypatch.setattr("dpo_ext.store.columns.MAX_INT32", 50)
     out = encode_table(pa.Table.from_pylist(rows), tokenizer)
     assert {field.type for field in out.schema} == {pa.large_list(pa.int32())}
     assert lists(out) == expected(rows, tokenizer)

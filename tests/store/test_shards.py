@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,10 +18,14 @@ from places import child_path
 
 from dpo_ext import DataError, Limits, PairDataset, Tokenizer, _core
 from dpo_ext.data import cache as caching
-from dpo_ext.data import encode as shards
+from dpo_ext.data import encode
+from dpo_ext.data.encode import prepare
 from dpo_ext.data.options import settings
+from dpo_ext.data.spool import Spool
+from dpo_ext.store import manifest as manifests
 from dpo_ext.store import read as mapped
 from dpo_ext.store import write as store
+from dpo_ext.store.folder import writing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -52,15 +57,15 @@ def files(tmp_path, rows):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(shards, "PAIRS", 100)
+    monkeypatch.setattr(encode, "parts", partial(encode.parts, pairs=100))
 
 
 @pytest.fixture
 def encoded(monkeypatch):
     """How often files were encoded into the cache."""
     calls = []
-    real = shards.encode_into
-    monkeypatch.setattr(shards, "encode_into", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = caching.encode_into
+    monkeypatch.setattr(caching, "encode_into", lambda *a, **k: calls.append(1) or real(*a, **k))
     return calls
 
 
@@ -113,7 +118,7 @@ def test_prepare_is_from_files_and_save_byte_for_byte(tmp_path, files, tokenizer
     whole = PairDataset.from_files(files, tokenizer, on_bad="skip", max_length=60)
     whole.save(tmp_path / "saved")
     seen = []
-    report = store.prepare(
+    report = prepare(
         files,
         tokenizer,
         tmp_path / "prepared",
@@ -141,7 +146,7 @@ def test_reference_log_probs_are_carried_if_all_pairs_have_them(tmp_path, tokeni
         row.update(ref_chosen_logps=-1.0 - i, ref_rejected_logps=-2.0)
     file = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
     whole = PairDataset.from_files(file, tokenizer)
-    store.prepare(file, tokenizer, tmp_path / "out")
+    prepare(file, tokenizer, tmp_path / "out")
     assert tiny.same_pairs(PairDataset.load(tmp_path / "out"), whole)
     assert (whole.ref_logps is None) == (with_ref < 5000)
 
@@ -165,7 +170,7 @@ def test_files_of_all_kinds_with_extra_columns_come_out_the_same_three_ways(tmp_
     options = {"on_bad": "skip", "columns": ["weight", "source", "number", "hard"]}
     whole = PairDataset.from_files(files, tokenizer, **options)
     whole.save(tmp_path / "saved")
-    store.prepare(files, tokenizer, tmp_path / "prepared", **options)
+    prepare(files, tokenizer, tmp_path / "prepared", **options)
     assert left(tmp_path / "prepared") == left(tmp_path / "saved"), "named by their digests"
     for pairs in (
         PairDataset.load(tmp_path / "saved"),
@@ -205,13 +210,13 @@ def raw(n, read=None, columns=()):
 )
 def test_extra_columns_grow_part_by_part(tmp_path, tokenizer, parts, expected):
     with ExitStack() as stack:
-        spool = shards.Spool(tmp_path / "spool", ["x"], stack)
+        spool = Spool(tmp_path / "spool", ["x"], stack)
         for part in parts:
-            spool.append(raw(len(part), columns=[part]), tokenizer)
-        with shards.writing(tmp_path / "out") as folder:
+            spool.append(raw(len(part), columns=[part]), tokenizer.notes)
+        with writing(tmp_path / "out") as folder:
             report = spool.report()
             store.write(folder, spool.columns(), pad_id=0, vocab_size=None, report=report)
-    manifest = mapped.read_manifest(tmp_path / "out")
+    manifest = manifests.read_manifest(tmp_path / "out")
     fd = os.open(tmp_path / "out" / manifest["file"]["name"], os.O_RDONLY)
     got = mapped.Mapped(tmp_path / "out", manifest, fd, True).column(manifest["columns"]["x"], "x")
     os.close(fd)
@@ -221,42 +226,43 @@ def test_extra_columns_grow_part_by_part(tmp_path, tokenizer, parts, expected):
 
 def test_an_extra_column_of_two_kinds_is_refused(tmp_path, tokenizer):
     with ExitStack() as stack:
-        spool = shards.Spool(tmp_path / "spool", ["x"], stack)
-        spool.append(raw(1, columns=[np.array([True])]), tokenizer)
+        spool = Spool(tmp_path / "spool", ["x"], stack)
+        spool.append(raw(1, columns=[np.array([True])]), tokenizer.notes)
         with pytest.raises(DataError, match="`x`"):
-            spool.append(raw(1, columns=[["text"]]), tokenizer)
+            spool.append(raw(1, columns=[["text"]]), tokenizer.notes)
 
 
 def test_prepare_refuses_what_it_does_not_know(tmp_path, tokenizer):
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.rows(2))
     with pytest.raises(TypeError, match="unknown option `max_lenght`"):
-        store.prepare(tmp_path / "a.jsonl", tokenizer, tmp_path / "out", max_lenght=3)
+        prepare(file, tokenizer, tmp_path / "out", max_lenght=3)
     with pytest.raises(FileNotFoundError):
-        store.prepare(tmp_path / "a.jsonl", tokenizer, tmp_path / "out")
+        prepare(tmp_path / "b.jsonl", tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_a_bad_row_leaves_what_was_there(tmp_path, files, tokenizer):
     out = tmp_path / "out"
-    store.prepare(files, tokenizer, out, on_bad="skip")
+    prepare(files, tokenizer, out, on_bad="skip")
     before = left(out)
     with pytest.raises(DataError) as caught:
-        store.prepare(files, tokenizer, out)
+        prepare(files, tokenizer, out)
     assert (caught.value.line, caught.value.reason) == (4101, "empty_completion")
     assert left(out) == before
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_stopped_at_every_part_the_next_run_gives_the_same_bytes(tmp_path, files, tokenizer):
-    """C10: of an interrupted run nothing is visible, and the next one is complete."""
-    store.prepare(files, tokenizer, tmp_path / "good", on_bad="skip")
+    """Of an interrupted run nothing is visible, and the next one is complete."""
+    prepare(files, tokenizer, tmp_path / "good", on_bad="skip")
     total = len(parts(files, tokenizer, 100, on_bad="skip"))
     out = tmp_path / "out"
     for k in range(total + 1):
         child = os.fork()
         if child == 0:
             try:
-                real, done = shards.Spool.append, [0]
+                real, done = Spool.append, [0]
 
                 def append(self, *arguments, k=k, real=real, done=done):
                     if done[0] == k:
@@ -264,8 +270,8 @@ def test_stopped_at_every_part_the_next_run_gives_the_same_bytes(tmp_path, files
                     done[0] += 1
                     real(self, *arguments)
 
-                shards.Spool.append = append
-                store.prepare(files, tokenizer, out, on_bad="skip")
+                Spool.append = append
+                prepare(files, tokenizer, out, on_bad="skip")
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -286,7 +292,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, tokenizer):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.prepare(file, tokenizer, tmp_path / "out", progress=interrupt, threads=1)
+        prepare(file, tokenizer, tmp_path / "out", progress=interrupt, threads=1)
     assert left(tmp_path / "out") == []
 
 
@@ -294,11 +300,12 @@ PREPARE = """
 import re, sys
 from pathlib import Path
 import tiny
-from dpo_ext import Tokenizer, PairDataset, store
+from dpo_ext import Tokenizer, PairDataset
+from dpo_ext.data.encode import prepare
 # Not `ru_maxrss`, which a child process has from its parent.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 tokenizer = Tokenizer.from_file(sys.argv[1], eos_id=2, pad_id=0)
-report = store.prepare(sys.argv[2], tokenizer, sys.argv[3])
+report = prepare(sys.argv[2], tokenizer, sys.argv[3])
 first = peak()
 pairs = PairDataset.load(sys.argv[3])
 plan = pairs.plan(layout="packed", tokens_per_batch=16384)
@@ -394,7 +401,6 @@ def knobs(tmp_path, files, tokenizer):
 
 
 def test_every_knob_that_may_change_ids_is_a_miss(tmp_path, files, tokenizer, encoded):
-    """C6"""
     cache = tmp_path / "c"
     base = {"on_bad": "skip", "cache_dir": cache}
     PairDataset.from_files(files[:1], tokenizer, **base)
@@ -419,14 +425,13 @@ def test_every_knob_that_may_change_ids_is_a_miss(tmp_path, files, tokenizer, en
 
 @pytest.mark.parametrize("what", ["package", "format"])
 def test_another_version_is_a_miss(tmp_path, files, tokenizer, encoded, monkeypatch, what):
-    """C6"""
     cache = {"on_bad": "skip", "cache_dir": tmp_path / "c"}
     PairDataset.from_files(files, tokenizer, **cache)
     if what == "package":
         monkeypatch.setattr(_core, "__version__", "99.0")
     else:
-        monkeypatch.setattr(mapped, "VERSION", 99)
-        monkeypatch.setattr(store, "VERSION", 99)
+        for module in (manifests, store, caching):
+            monkeypatch.setattr(module, "VERSION", 99)
     PairDataset.from_files(files, tokenizer, **cache)
     assert len(encoded) == 2
 
@@ -434,7 +439,7 @@ def test_another_version_is_a_miss(tmp_path, files, tokenizer, encoded, monkeypa
 def test_a_file_that_changed_under_the_same_name_size_and_time_is_a_miss(
     tmp_path, files, tokenizer, encoded, monkeypatch
 ):
-    """C6, also with the digest noted: the time of change of the inode cannot be set."""
+    """Also with the digest noted: the time of change of the inode cannot be set."""
     monkeypatch.setattr(caching, "RACY_NS", -(10**12))  # note the digest at once
     cache = {"on_bad": "skip", "cache_dir": tmp_path / "c"}
     old = PairDataset.from_files(files[:1], tokenizer, **cache)
@@ -452,7 +457,6 @@ def test_a_file_that_changed_under_the_same_name_size_and_time_is_a_miss(
 
 
 def test_what_cannot_change_ids_is_a_hit(tmp_path, files, tokenizer, encoded):
-    """C7"""
     cache = {"on_bad": "skip", "cache_dir": tmp_path / "c"}
     whole = PairDataset.from_files(files[:1], tokenizer, **cache)
     elsewhere = tmp_path / "elsewhere"
@@ -484,7 +488,6 @@ def test_what_cannot_change_ids_is_a_hit(tmp_path, files, tokenizer, encoded):
 
 
 def test_limits_that_dropped_a_row_are_part_of_the_key(tmp_path, tokenizer, encoded):
-    """C6, C7"""
     rows = tiny.rows(50)
     rows[7]["chosen"] = "x" * 5000
     file = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
@@ -507,7 +510,6 @@ def test_limits_that_dropped_a_row_are_part_of_the_key(tmp_path, tokenizer, enco
     ],
 )
 def test_the_time_counts_as_far_as_the_template_shows_it(call, shown):
-    """C6"""
     template = "{%- if strftime_now is defined %}{{ " + call + " }}{% endif %}"
     if call == "messages":
         template = "{{ messages }}"
@@ -516,7 +518,6 @@ def test_the_time_counts_as_far_as_the_template_shows_it(call, shown):
 
 @pytest.mark.parametrize("what", ["flip", "truncate", "manifest", "missing", "junk"])
 def test_a_damaged_cache_is_filled_anew_and_says_so(tmp_path, files, tokenizer, encoded, what):
-    """C4"""
     cache = {"on_bad": "skip", "cache_dir": tmp_path / "c"}
     whole = PairDataset.from_files(files, tokenizer, **cache)
     folder = next(p for p in (tmp_path / "c").iterdir() if p.name != ".files")
@@ -545,11 +546,13 @@ def test_a_damaged_cache_is_filled_anew_and_says_so(tmp_path, files, tokenizer, 
 CACHED = """
 import sys
 import tiny
-from dpo_ext import PairDataset, Tokenizer, shards
-shards.PAIRS = 100
+from dpo_ext import PairDataset, Tokenizer
+from functools import partial
+from dpo_ext.data import cache, encode
+encode.parts = partial(encode.parts, pairs=100)
 calls = []
-real = shards.encode_into
-shards.encode_into = lambda *a, **k: calls.append(1) or real(*a, **k)
+real = cache.encode_into
+cache.encode_into = lambda *a, **k: calls.append(1) or real(*a, **k)
 tokenizer = Tokenizer.from_file(sys.argv[1], eos_id=2, pad_id=0)
 print("ready", flush=True)
 pairs = PairDataset.from_files(sys.argv[2:-1], tokenizer, on_bad="skip", cache_dir=sys.argv[-1])
@@ -558,7 +561,7 @@ print(len(calls), len(pairs), int(pairs.chosen_ids.values.sum()))
 
 
 def test_processes_that_want_the_same_encode_it_once(tmp_path, files, tokenizer):
-    """C8: also after the one that encoded was killed."""
+    """Also after the one that encoded was killed."""
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
 
     def start():
@@ -589,13 +592,13 @@ def test_processes_that_want_the_same_encode_it_once(tmp_path, files, tokenizer)
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(
     tmp_path, files, tokenizer, monkeypatch
 ):
-    real = shards.Spool.report
+    real = Spool.report
 
     def report(self):
         os.utime(files[1])  # all of it has been read
         return real(self)
 
-    monkeypatch.setattr(shards.Spool, "report", report)
+    monkeypatch.setattr(Spool, "report", report)
     with pytest.raises(DataError, match=r"b\.jsonl\.gz: the file changed while"):
         PairDataset.from_files(files, tokenizer, on_bad="skip", cache_dir=tmp_path / "c")
     assert not list((tmp_path / "c").glob("*/*.arrow"))
