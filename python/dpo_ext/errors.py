@@ -21,8 +21,6 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import Any
 
-from torch import Tensor
-
 
 class DpoExtError(Exception):
     """Base of all; raised as itself only for a bug of ours, which the message asks to report."""
@@ -85,7 +83,7 @@ class RefLogpsError(DpoExtError, RuntimeError):
 
 
 def describe(value: Any) -> str:
-    """``float32 of shape (4, 2)`` of a tensor, the type of anything else."""
-    if isinstance(value, Tensor):
+    """``float32 of shape (4, 2)`` of a tensor or an array, the type of anything else."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     return type(value).__name__
