@@ -111,7 +111,7 @@ def test_files_of_two_splits_are_not_one_data_set(tmp_path, files, splits):
 def test_a_saved_data_set_is_not_encoded_again(shards, tok, tmp_path):
     pytest.importorskip("pyarrow")
     PairDataset.from_files(shards, tok).save(tmp_path / "saved")
-    with pytest.raises(DataError, match="hint: PairDataset.load maps it"):
+    with pytest.raises(DataError, match=r"hint: PairDataset\.load maps it"):
         PairDataset.from_files(tmp_path / "saved", tok)
 
 
