@@ -232,11 +232,13 @@ def writing(path: Path) -> Iterator[Folder]:
     with typed_errors(path):
         while True:
             is_new = _make(path)
-            _refuse_others(path)
             try:
+                _refuse_others(path)
                 fd = _locked(path)
-            except FileNotFoundError:  # removed by a writer that failed
-                continue
+            except FileNotFoundError:
+                if path.is_dir():
+                    raise
+                continue  # removed by a writer that failed
             if fd is not None:
                 break
         try:
