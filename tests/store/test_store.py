@@ -692,19 +692,16 @@ def test_folders_and_files_have_the_permissions_of_the_umask(tmp_path, umask):
 
 
 def test_a_writer_that_fails_leaves_no_folder_of_its_own(tmp_path):
-    class Broken(Exception):
-        pass
-
-    with pytest.raises(Broken), folder.writing(tmp_path / "new"):
-        raise Broken
+    with pytest.raises(RuntimeError), folder.writing(tmp_path / "new"):
+        raise RuntimeError
     assert not (tmp_path / "new").exists()
     (tmp_path / "there").mkdir()
-    with pytest.raises(Broken), folder.writing(tmp_path / "there"):
-        raise Broken
+    with pytest.raises(RuntimeError), folder.writing(tmp_path / "there"):
+        raise RuntimeError
     assert list((tmp_path / "there").iterdir()) == []
     made().save(tmp_path / "saved")
-    with pytest.raises(Broken), folder.writing(tmp_path / "saved"):
-        raise Broken
+    with pytest.raises(RuntimeError), folder.writing(tmp_path / "saved"):
+        raise RuntimeError
     assert len(PairDataset.load(tmp_path / "saved")) == 20
 
 
