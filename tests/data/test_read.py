@@ -668,7 +668,7 @@ def test_files_that_cannot_be_read(tok, tmp_path):
     assert caught.value.filename == str(tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError):
         PairDataset.from_files(str(tmp_path / "*.jsonl"), tok)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(DataError, match="expected files that end in"):
         PairDataset.from_files(tmp_path, tok)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="expected a regular file"):

@@ -103,7 +103,31 @@ def test_the_command_prints_every_part_and_writes_json(world, tmp_path, capsys):
         assert part in printed
     assert "chosen" in printed
     assert "█" in printed
+    assert "--rows 3" not in printed
     assert json.loads(out.read_text())["pairs"] == 30
+
+
+def test_no_row_of_the_data_is_printed_unless_it_is_asked_for(world, capsys):
+    pytest.importorskip("typer")
+    from dpo_ext import cli
+
+    path, _, folder = world
+    with pytest.raises(SystemExit):
+        cli.main(["stats", str(path), "--tokenizer", str(folder)])
+    printed = capsys.readouterr().out
+    assert "Human:" not in printed
+    assert "Briefly" not in printed
+    assert printed.endswith("--rows 3 spells three of them out, token by token\n")
+
+
+def test_the_histogram_counts_every_pair_once(world):
+    path, tokenizer, _ = world
+    result = data_stats(path, tokenizer, show=False)
+    counts, edges = result["histogram"]["counts"], result["histogram"]["edges"]
+    longest = PairDataset.from_files(path, tokenizer, on_bad="skip").longest
+    assert sum(counts) == result["pairs"]
+    for start, stop, count in zip(edges, edges[1:], counts, strict=False):
+        assert ((longest >= start) & (longest < stop)).sum() == count
 
 
 def test_an_empty_data_set_and_a_bad_argument(world, tmp_path, capsys):

@@ -231,3 +231,36 @@ def test_t5_the_word_cache_stays_bounded_over_distinct_rows(tmp_path):
         [sys.executable, "-c", LEAK, folder], capture_output=True, text=True, check=True
     )
     assert float(result.stdout) <= 4.0
+
+
+# -- what a path may be --------------------------------------------------------------------------
+
+
+def test_a_tokenizer_json_stands_for_its_folder(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    assert Tokenizer.from_pretrained(folder / "tokenizer.json") == Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "hint"),
+    [
+        ("Qwen/Qwen2.5-0.5B", FileNotFoundError, "hint: nothing is downloaded here; `hf download"),
+        ("gpt2", FileNotFoundError, "hint: nothing is downloaded here; `hf download gpt2 "),
+        ("empty", FileNotFoundError, "hint: AutoTokenizer"),
+        ("m/vocab.json", NotADirectoryError, "hint: name the folder of a model, or load this file"),
+        ("/no/such/folder", FileNotFoundError, None),
+    ],
+)
+def test_a_path_that_is_no_folder_of_a_tokenizer_says_what_to_do(
+    tmp_path, monkeypatch, source, error, hint
+):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "m")
+    (tmp_path / "m" / "vocab.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(error) as caught:
+        Tokenizer.from_pretrained(source)
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == (hint is not None)
+    assert hint is None or notes[0].startswith(hint)
+    assert caught.value.filename.startswith(source)

@@ -293,7 +293,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, tokenizer):
 
     with pytest.raises(KeyboardInterrupt):
         prepare(file, tokenizer, tmp_path / "out", progress=interrupt, threads=1)
-    assert left(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 PREPARE = """
@@ -354,7 +354,19 @@ def test_the_second_call_maps_what_the_first_one_made(tmp_path, files, tokenizer
         assert tiny.same_pairs(pairs, whole)
         assert not pairs.prompt_ids.values.flags.writeable
         assert encoded == [1], f"call {k}"
-    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_cache_has_the_permissions_of_the_umask(tmp_path, files, tokenizer, umask):
+    for file in files:
+        os.utime(file, (1, 1))
+    before = os.umask(umask)
+    try:
+        PairDataset.from_files(files, tokenizer, on_bad="skip", cache_dir=tmp_path / "c")
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "c", *(tmp_path / "c").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def knobs(tmp_path, files, tokenizer):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -666,15 +667,53 @@ def test_ids_that_were_exchanged_are_pickled_themselves(tmp_path):
 # Folders
 
 
-def test_folders_and_files_are_private(tmp_path):
-    before = os.umask(0)
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_folders_and_files_have_the_permissions_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
     try:
         small_pairs().save(tmp_path / "a" / "b")
+        small_pairs(3, 1).save(tmp_path / "a" / "b")
     finally:
         os.umask(before)
     path = tmp_path / "a" / "b"
-    assert path.stat().st_mode & 0o777 == 0o700
-    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o600}
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask}
+    assert len(list(path.iterdir())) == 3
+
+
+def test_a_writer_that_fails_leaves_no_folder_of_its_own(tmp_path):
+    with pytest.raises(RuntimeError), folder.writing(tmp_path / "new"):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RuntimeError), folder.writing(tmp_path / "there"):
+        raise RuntimeError
+    assert list((tmp_path / "there").iterdir()) == []
+    small_pairs().save(tmp_path / "saved")
+    with pytest.raises(RuntimeError), folder.writing(tmp_path / "saved"):
+        raise RuntimeError
+    assert len(PairDataset.load(tmp_path / "saved")) == 20
+
+
+def test_a_writer_that_waited_for_one_that_failed_has_a_folder_and_a_lock(tmp_path):
+    path, entered, order = tmp_path / "new", threading.Event(), []
+
+    def waiting():
+        entered.wait()
+        with folder.writing(path) as opened:
+            order.append("second")
+            (opened.path / "manifest.json").write_bytes(b"x")
+
+    thread = threading.Thread(target=waiting)
+    thread.start()
+    with contextlib.suppress(RuntimeError), folder.writing(path):
+        entered.set()
+        time.sleep(0.3)  # the other one has opened the lock file that is removed now
+        order.append("first")
+        raise RuntimeError
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert sorted(p.name for p in path.iterdir()) == [".lock", "manifest.json"]
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path):
@@ -731,7 +770,6 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    """C13"""
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -1,5 +1,74 @@
-"""The command `dpo-ext`; needs the extra `cli`."""
+"""The command `dpo-ext`: `demo`, `prepare`, `stats`, `bench data`, `losses`. Needs the extra `cli`.
 
-from dpo_ext.cli.app import main
+Exit codes: 0 fine; 1 a check failed, where the message says which; 2 wrong usage or input, with a
+message; 130 interrupted; 141 who reads the output went away, as a signal says it of other programs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dpo_ext.data.options import SKIP_HINT
+from dpo_ext.errors import DpoExtError
+from dpo_ext.extras import extra_of, install
 
 __all__ = ["main"]
+
+FINE, FAILED, WRONG, CLOSED = 0, 1, 2, 141
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line, ``sys.argv`` by default, and exits the process."""
+    try:
+        _run(argv)
+    except DpoExtError as error:
+        # The base class itself is not the user's doing: a check of ours failed.
+        _stop(error, str(error), FAILED if type(error) is DpoExtError else WRONG)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name)
+        if extra is None:
+            raise
+        _stop(error, f"`{error.name}` is not installed\nhint: {install(extra)}", WRONG)
+    except (
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+        FileExistsError,
+        NotADirectoryError,
+    ) as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _stop(error, f"{place}{(error.strerror or str(error)).lower()}", WRONG)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    from dpo_ext.cli.app import app
+
+    try:
+        try:
+            app(args=None if argv is None else list(argv), prog_name="dpo-ext")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _closed()
+    except SystemExit as stop:
+        # What typer makes of it is code 1, which here says that a check failed.
+        if isinstance(stop.__context__, BrokenPipeError):
+            _closed()
+        raise
+
+
+def _closed() -> None:
+    """Ends without a word: nobody listens. What is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(CLOSED)
+
+
+def _stop(error: Exception, message: str, code: int) -> None:
+    hints = [
+        note.replace('on_bad="skip"', "--on-bad skip") if note == SKIP_HINT else note
+        for note in getattr(error, "__notes__", [])
+    ]
+    print("\n".join([f"error: {message}", *hints]), file=sys.stderr)
+    sys.exit(code)

@@ -1,219 +1,221 @@
-"""The command `dpo-ext`: `demo`, `prepare`, `stats`, `bench data`, `losses`. Needs the extra `cli`.
+"""`app`: the commands."""
 
-Exit codes: 0 fine; 1 a check failed, where the message says which; 2 wrong usage or input, with a
-message.
-"""
+# No `from __future__ import annotations`: typer reads the annotations of the commands.
 
-# No `from __future__ import annotations`: typer reads the annotations of functions defined inside
-# `_app`.
-
-import sys
-from collections.abc import Sequence
-from enum import Enum
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from dpo_ext import __version__
-from dpo_ext.errors import DpoExtError
-from dpo_ext.extras import extra_of, install
+import rich  # noqa: F401 - help and tables need it: fail here, with the hint, not in the middle
+import typer
+
+from dpo_ext.cli.options import Files, Json, TokenizerFolder, with_data_options
+from dpo_ext.cli.streams import readable, result_to
+from dpo_ext.data.options import Options
+from dpo_ext.errors import DataError
+from dpo_ext.store.folder import MANIFEST
+from dpo_ext.store.manifest import read_manifest
+
+app = typer.Typer(
+    help="From a file of preferences to the gradient of its loss.",
+    epilog="Exit codes: 0 fine; 1 a check failed; 2 wrong usage or input; 130 interrupted; "
+    "141 the reader of the output went away.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="How fast is it here?", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
-class Boundary(Enum):
-    """The option `boundary` of a data set, for typer; a test compares the words."""
-
-    joint = "joint"
-    separate = "separate"
-    trl = "trl"
+def _examples(*lines: str) -> str:
+    """The end of a command's help, a line each."""
+    return "\n\n".join(["Examples:", *lines])
 
 
-class Truncation(Enum):
-    """The option `truncation`."""
+def _version(show: bool) -> None:
+    if show:
+        from dpo_ext.cli.versions import version_lines
 
-    keep_start = "keep_start"
-    keep_end = "keep_end"
-    keep_completions = "keep_completions"
-    drop = "drop"
-    error = "error"
+        print("\n".join(version_lines()))
+        raise typer.Exit
 
 
-class OnBad(Enum):
-    """The option `on_bad`."""
-
-    error = "error"
-    skip = "skip"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line, ``sys.argv`` by default, and exits the process."""
-    try:
-        _app()(args=None if argv is None else list(argv), prog_name="dpo-ext")
-    except DpoExtError as error:
-        # The base class itself is not the user's doing: a check of ours failed.
-        _stop(str(error), 1 if type(error) is DpoExtError else 2)
-    except ModuleNotFoundError as error:
-        extra = extra_of(error.name)
-        if extra is None:
-            raise
-        _stop(f"`{error.name}` is not installed\nhint: {install(extra)}", 2)
-    except (
-        FileNotFoundError,
-        PermissionError,
-        IsADirectoryError,
-        FileExistsError,
-        NotADirectoryError,
-    ) as error:
-        _stop(f"{error.filename}: {(error.strerror or str(error)).lower()}", 2)
-
-
-def _stop(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _app() -> Any:
-    import rich  # noqa: F401 - typer's help and our output need it: fail here, with the hint, not in the middle
-    import typer
-
-    app = typer.Typer(
-        help="From a file of preferences to the gradient of its loss.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
-    bench = typer.Typer(help="How fast is it here?", no_args_is_help=True)
-    app.add_typer(bench, name="bench")
-
-    @app.callback(invoke_without_command=True)
-    def version(
-        show: Annotated[
-            bool, typer.Option("--version", help="Print the version and leave.")
-        ] = False,
-    ) -> None:
-        if show:
-            print(__version__)
-            raise typer.Exit
-
-    @app.command()
-    def demo(
-        data: Annotated[
-            Path | None,
-            typer.Option(
-                help="JSONL of preferences, plain or gzip; without it a world is generated."
-            ),
-        ] = None,
-        out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")] = Path(
-            "demo_out"
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print versions and the kernels that run here, and leave.",
         ),
-        seed: Annotated[
-            int, typer.Option(min=0, help="Draws the world, the weights and the answers.")
-        ] = 0,
-        quick: Annotated[
-            bool, typer.Option("--quick", help="Twenty seconds instead of two minutes.")
-        ] = False,
-        show_samples: Annotated[
-            bool,
-            typer.Option(
-                "--show-samples", help="Put samples for prompts of --data into the report."
-            ),
-        ] = False,
-    ) -> None:
-        """Train a policy by DPO from start to report, on two CPU cores in two minutes."""
-        from dpo_ext.demo import run_demo
+    ] = False,
+) -> None:
+    """From a file of preferences to the gradient of its loss."""
 
-        metrics = run_demo(data, out, seed=seed, quick=quick, show_samples=show_samples)
-        if not _print_summary(metrics, out):
-            raise typer.Exit(1)
 
-    @app.command()
-    def prepare(
-        files: Annotated[list[str], typer.Argument(help="Files of preferences, or globs.")],
-        tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
-        out: Annotated[Path, typer.Option(help="Folder for the saved data set.")],
-        max_length: Annotated[
-            int, typer.Option(min=0, help="Longest side in tokens with its prompt; 0 for no bound.")
-        ] = 1024,
-        truncation: Annotated[
-            Truncation, typer.Option(help="What happens beyond --max-length.")
-        ] = Truncation.keep_start,
-        boundary: Annotated[
-            Boundary, typer.Option(help="Where the prompt's ids end.")
-        ] = Boundary.joint,
-        on_bad: Annotated[
-            OnBad, typer.Option(help="Stop at the first bad row, or drop and count it.")
-        ] = OnBad.error,
-        prompt_key: Annotated[str | None, typer.Option(help="Name of the prompt's field.")] = None,
-        chosen_key: Annotated[str | None, typer.Option(help="Name of the chosen side.")] = None,
-        rejected_key: Annotated[str | None, typer.Option(help="Name of the other side.")] = None,
-        threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default all.")] = None,
-    ) -> None:
-        """Encode files into a saved data set, in bounded memory; PairDataset.load maps it."""
-        from dpo_ext.data.encode import prepare as prepare_files
-        from dpo_ext.data.tokenizer import Tokenizer
+@app.command(epilog=_examples("dpo-ext demo", "dpo-ext demo --quick --data pairs.jsonl.gz"))
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of preferences, plain or gzip; without it a world is generated."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")] = Path(
+        "demo_out"
+    ),
+    seed: Annotated[
+        int, typer.Option(min=0, help="Draws the world, the weights and the answers.")
+    ] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Twenty seconds instead of two minutes.")
+    ] = False,
+    show_samples: Annotated[
+        bool,
+        typer.Option("--show-samples", help="Put samples for prompts of --data into the report."),
+    ] = False,
+) -> None:
+    """Train a policy by DPO from start to report, on two CPU cores in two minutes."""
+    from dpo_ext.demo import run_demo
 
+    metrics = run_demo(data, out, seed=seed, quick=quick, show_samples=show_samples)
+    if not _print_summary(metrics, out):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "dpo-ext prepare pairs.jsonl.gz --tokenizer model --out prepared --on-bad skip",
+        "dpo-ext prepare shards/ --tokenizer model --out prepared --prompt-key question",
+        "zcat pairs.jsonl.gz | dpo-ext prepare - --tokenizer model --out prepared",
+    )
+)
+@with_data_options()
+def prepare(
+    files: Files,
+    tokenizer: TokenizerFolder,
+    out: Annotated[Path, typer.Option(help="Folder for the saved data set.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a data set that stands in --out.")
+    ] = False,
+    json: Json = None,
+    *,
+    options: Options,
+) -> None:
+    """Encode files into a saved data set, in bounded memory; PairDataset.load maps it."""
+    from dpo_ext.data.encode import prepare as prepare_files
+    from dpo_ext.data.tokenizer import Tokenizer
+
+    if not force:
+        _refuse_to_replace(out)
+    with readable(files) as given, result_to(json) as write:
         report = prepare_files(
-            files,
+            given.files,
             Tokenizer.from_pretrained(tokenizer),
             out,
-            max_length=max_length or None,
-            truncation=truncation.value,
-            boundary=boundary.value,
-            on_bad=on_bad.value,
-            prompt_key=prompt_key,
-            chosen_key=chosen_key,
-            rejected_key=rejected_key,
-            threads=threads,
             progress=True,
+            allow_empty=False,
+            **options,
         )
-        print(report)
+        print(given.said(str(report)))
         print(f"saved     {out}")
+        write({"out": str(out), "report": report.to_dict()}, given.said)
 
-    @app.command()
-    def stats(
-        files: Annotated[list[str], typer.Argument(help="Files of preferences, or globs.")],
-        tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
-        max_length: Annotated[
-            int, typer.Option(min=0, help="Longest side in tokens with its prompt; 0 for no bound.")
-        ] = 1024,
-        boundary: Annotated[
-            Boundary, typer.Option(help="Where the prompt's ids end.")
-        ] = Boundary.joint,
-        rows: Annotated[int, typer.Option(min=0, help="Pairs to spell out token by token.")] = 3,
-        json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-    ) -> None:
-        """Lengths, waste by layout, what was dropped and why, where prompts end, rows in colour."""
-        from dpo_ext.cli.stats import data_stats
-        from dpo_ext.data.tokenizer import Tokenizer
 
-        data_stats(
-            files,
+def _refuse_to_replace(out: Path) -> None:
+    """Asks for ``--force`` where a data set stands; what else may be there, `prepare` says."""
+    try:
+        manifest = read_manifest(out)
+        saved = datetime.fromtimestamp((out / MANIFEST).stat().st_mtime)
+    except (OSError, DataError):
+        return
+    raise DataError(
+        f"{out}: holds a data set of {manifest['n']:,} pairs, saved {saved:%Y-%m-%d %H:%M}\n"
+        "hint: --force replaces it"
+    )
+
+
+@app.command(
+    epilog=_examples(
+        "dpo-ext stats pairs.jsonl.gz --tokenizer model",
+        "dpo-ext stats pairs.jsonl.gz --tokenizer model --rows 3",
+        "dpo-ext stats pairs.jsonl.gz --tokenizer model --json - | jq .lengths",
+    )
+)
+@with_data_options(on_bad="skip")
+def stats(
+    files: Files,
+    tokenizer: TokenizerFolder,
+    rows: Annotated[int, typer.Option(min=0, help="Pairs to spell out token by token.")] = 0,
+    json: Json = None,
+    *,
+    options: Options,
+) -> None:
+    """Lengths, waste by layout, what was dropped and why, where prompts end, rows in colour."""
+    from dpo_ext.cli.stats import data_stats, show_stats
+    from dpo_ext.data.encode import no_pairs
+    from dpo_ext.data.tokenizer import Tokenizer
+    from dpo_ext.report import Report
+
+    with readable(files) as given, result_to(json) as write:
+        result = data_stats(
+            given.files,
             Tokenizer.from_pretrained(tokenizer),
-            max_length=max_length or None,
-            boundary=boundary.value,
             rows=rows,
             progress=True,
-            json=json,
+            show=False,
+            **options,
         )
+        if not result["pairs"]:
+            raise no_pairs(given.files, Report.from_dict(result["report"]))
+        show_stats(result, given.said)
+        if not rows:
+            print("--rows 3 spells three of them out, token by token")
+        write(result, given.said)
 
-    @bench.command("data")
-    def bench_data_command(
-        files: Annotated[list[str], typer.Argument(help="Files of preferences, or globs.")],
-        tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
-        out: Annotated[Path | None, typer.Option(help="Write the result as an HTML page.")] = None,
-        json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-        threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 1,
-        repeats: Annotated[int, typer.Option(min=1, help="Runs of each stage.")] = 5,
-    ) -> None:
-        """Pairs/s and tokens/s by stage, beside `tokenizers` and TRL in the same run."""
-        from dpo_ext.bench import bench_data
 
-        bench_data(files, tokenizer, out=out, json=json, threads=threads, repeats=repeats)
+@bench.command(
+    "data",
+    epilog=_examples(
+        "dpo-ext bench data pairs.jsonl.gz --tokenizer model --out bench.html",
+    ),
+)
+@with_data_options(on_bad="skip", max_length=0, threads=1)
+def bench_data_command(
+    files: Files,
+    tokenizer: TokenizerFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result as an HTML page.", show_default=False)
+    ] = None,
+    json: Json = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each stage.")] = 5,
+    *,
+    options: Options,
+) -> None:
+    """Pairs/s and tokens/s by stage, beside `tokenizers` and TRL in the same run."""
+    from dpo_ext.bench import bench_data
+    from dpo_ext.data.pretrained import folder_of
 
-    @app.command()
-    def losses() -> None:
-        """Print the loss table: name, formula, paper, parameters, what each loss needs."""
-        _print_losses()
+    with readable(files) as given, result_to(json) as write:
+        folder = folder_of(tokenizer)
+        result = bench_data(given.files, folder, out=out, repeats=repeats, **options)
+        if out is not None and given.names:
+            out.write_text(given.said(out.read_text(encoding="utf-8")), encoding="utf-8")
+        write(result, given.said)
 
-    return app
+
+@app.command(epilog=_examples("dpo-ext losses", "dpo-ext losses simpo", "dpo-ext losses --json -"))
+def losses(
+    name: Annotated[
+        str | None, typer.Argument(help="A loss; without it all are listed.", show_default=False)
+    ] = None,
+    json: Json = None,
+) -> None:
+    """List the losses, or show one: formula, paper, parameters, what it needs."""
+    from dpo_ext.cli.losses import show_losses
+
+    with result_to(json) as write:
+        write(show_losses(name))
 
 
 def _print_summary(metrics: dict[str, Any], out: Path) -> bool:
@@ -243,30 +245,3 @@ def _print_summary(metrics: dict[str, Any], out: Path) -> bool:
         )
     console.print(f"report     {out / 'report.html'}   ({sum(metrics['seconds'].values()):.0f} s)")
     return reached
-
-
-def _print_losses() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from dpo_ext.torch.losses.catalogue import losses_table
-
-    entries = losses_table()
-    columns = ("loss", "called by", "formula", "paper", "parameters", "needs")
-    table = Table(*columns, title=f"{len(entries)} losses")
-    for entry in entries:
-        table.add_row(
-            entry.name, entry.function, entry.formula, entry.paper, entry.parameters, entry.needs
-        )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(table)
-    console.print(
-        "c, r: summed log-probs of chosen and rejected; D = (c - cr) - (r - rr); sp: softplus; "
-        "s: sigmoid"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -5,19 +5,21 @@ The command `dpo-ext stats`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from json import dumps
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.data.options import Boundary, OnBad, Paths, Progress, Truncation
+from dpo_ext.data.options import Options, Paths, Progress
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.report import Report
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,30 +51,28 @@ def data_stats(
     files: Paths,
     tokenizer: Tokenizer,
     *,
-    max_length: int | None = 1024,
-    truncation: Truncation = "keep_start",
-    boundary: Boundary = "joint",
-    on_bad: OnBad = "skip",
     rows: int = 0,
-    threads: int | None = None,
     progress: Progress = False,
     json: str | PathLike[str] | None = None,
     show: bool = True,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Encodes files and says what is in them.
 
     Args:
-        files, tokenizer, max_length, truncation, boundary, on_bad, threads, progress: as for
-            :meth:`PairDataset.from_files`, but that bad rows are skipped and counted by default.
+        files, tokenizer, progress: as for :meth:`PairDataset.from_files`.
         rows: so many pairs, spread evenly over the data set, are spelt out token by token, not cut
             to ``max_length``.
         json: where to write the result as JSON.
         show: print it; needs rich.
+        options: those of :meth:`PairDataset.from_files`, but that bad rows are skipped and counted
+            by default.
 
     Returns:
         dict: ``pairs``, ``lengths`` (``prompt``, ``chosen``, ``rejected``, ``longer side``,
             ``both sides``: ``mean`` and the quantiles ``q0`` to ``q100``, in tokens), ``waste``
-            (list of :class:`Waste` as dicts), ``merged`` (pairs with a token across the end of the
+            (list of :class:`Waste` as dicts), ``histogram`` of the longer side (``counts``, and
+            ``edges`` between them), ``merged`` (pairs with a token across the end of the
             prompt), ``report``, ``rows`` (list of dicts of token texts: ``prompt``, and for
             ``chosen`` and ``rejected`` ``merged``, the tokens that begin in the prompt's text, and
             ``rest``).
@@ -82,24 +82,16 @@ def data_stats(
     """
     if rows < 0:
         raise ValueError(f"`rows` must be at least 0, found {rows}")
-    options: dict[str, Any] = {
-        "max_length": max_length,
-        "truncation": truncation,
-        "on_bad": on_bad,
-        "threads": threads,
-    }
-    pairs = PairDataset.from_files(
-        files, tokenizer, **options, boundary=boundary, progress=progress
-    )
+    options = {"on_bad": "skip", **options}
+    pairs = PairDataset.from_files(files, tokenizer, progress=progress, **options)
     examples: list[dict[str, Any]] = []
     if rows and len(pairs):
         # Where a prompt was cut its own end is not known: the rows are shown in full.
-        whole = {**options, "max_length": None}
+        whole: Options = {**options, "max_length": None}
         cut = "truncated" in pairs.report.warned
-        full = (
-            PairDataset.from_files(files, tokenizer, **whole, boundary=boundary) if cut else pairs
-        )
-        apart = PairDataset.from_files(files, tokenizer, **whole, boundary="separate")
+        full = PairDataset.from_files(files, tokenizer, **whole) if cut else pairs
+        separate: Options = {**whole, "boundary": "separate"}
+        apart = PairDataset.from_files(files, tokenizer, **separate)
         examples = _examples(full, apart, tokenizer, rows)
     lengths = {
         "prompt": pairs.prompt_ids.lengths,
@@ -112,12 +104,13 @@ def data_stats(
         "pairs": len(pairs),
         "lengths": {name: _quantiles(values) for name, values in lengths.items()},
         "waste": [vars(row) for row in _waste(pairs)],
+        "histogram": _histogram(pairs.longest),
         "merged": pairs.report.warned.get("boundary_merge", 0),
         "report": pairs.report.to_dict(),
         "rows": examples,
     }
     if show:
-        _show(result, str(pairs.report), pairs.longest)
+        show_stats(result)
     if json is not None:
         Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
@@ -197,14 +190,22 @@ def _begin_before(
     return len(ids)
 
 
-def _show(result: dict[str, Any], report: str, longest: NDArray[np.int64]) -> None:
+def _histogram(longest: NDArray[np.int64]) -> dict[str, list[int]]:
+    """Ten bins of the longer side."""
+    edges = np.unique(np.linspace(0, int(longest.max(initial=0)) + 1, 11).astype(int))
+    counts, _ = np.histogram(longest, edges)
+    return {"counts": counts.tolist(), "edges": edges.tolist()}
+
+
+def show_stats(result: dict[str, Any], said: Callable[[str], str] = str) -> None:
+    """Prints what :func:`data_stats` gives; ``said`` changes the text of the report."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=120, highlight=False)
-    console.print(report, markup=False)
+    console.print(said(str(Report.from_dict(result["report"]))), markup=False)
     if not result["pairs"]:
         return
     table = Table(title="tokens a pair", title_justify="left")
@@ -214,7 +215,7 @@ def _show(result: dict[str, Any], report: str, longest: NDArray[np.int64]) -> No
     for name, values in result["lengths"].items():
         table.add_row(name, *(f"{value:,.0f}" for value in values.values()))
     console.print(table)
-    _show_histogram(console, longest)
+    _show_histogram(console, **result["histogram"])
     table = Table("layout", title="waste by layout, seed 0", title_justify="left")
     for name in ("real tokens", "slots", "fill", "slots to padded"):
         table.add_column(name, justify="right")
@@ -230,12 +231,10 @@ def _show(result: dict[str, Any], report: str, longest: NDArray[np.int64]) -> No
         _show_example(console, example)
 
 
-def _show_histogram(console: Any, longest: NDArray[np.int64]) -> None:
-    """Ten bins of the longer side; a bar is the share of the fullest bin."""
-    edges = np.unique(np.linspace(0, int(longest.max()) + 1, 11).astype(int))
-    counts, _ = np.histogram(longest, edges)
-    for (start, stop), count in zip(pairwise(edges.tolist()), counts.tolist(), strict=True):
-        bar = "█" * round(40 * count / counts.max())
+def _show_histogram(console: Any, counts: list[int], edges: list[int]) -> None:
+    """A bar is the share of the fullest bin."""
+    for (start, stop), count in zip(pairwise(edges), counts, strict=True):
+        bar = "█" * round(40 * count / max(counts))
         console.print(f"{start:>7,} to {stop - 1:>7,}  {count:>10,}  [blue]{bar}[/]")
 
 

@@ -37,7 +37,14 @@ def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
     It counts whatever the folder of the files, ``threads``, and those limits that dropped no row.
     """
     arrow("`cache_dir`")
-    root = Path(cache_dir)
+    saved = _cached(replace(job, notes=()), Path(cache_dir))
+    # How the files were found is not of their contents.
+    report = saved.pairs.report
+    saved.pairs.report = replace(report, notes=(*job.notes, *report.notes))
+    return saved
+
+
+def _cached(job: Job, root: Path) -> Saved:
     locks(root)
     with typed_errors(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -188,7 +195,7 @@ def _fingerprint(root: Path, name: str) -> str:
     with path.open("rb") as file:
         digest = digest_of(file.fileno(), status[2])
     if time.time_ns() - max(status[3:5]) > RACY_NS and _status(name) == status:
-        notes.mkdir(mode=0o700, exist_ok=True)
+        notes.mkdir(exist_ok=True)
         temporary = Folder(notes).temporary()
         temporary.write_text(digest)
         temporary.replace(note)

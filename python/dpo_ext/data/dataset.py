@@ -13,7 +13,7 @@ from dpo_ext import _core
 from dpo_ext.data.cache import cached
 from dpo_ext.data.encode import Job
 from dpo_ext.data.files import feed_files, feed_table
-from dpo_ext.data.options import Options, Paths, Progress, Settings, settings
+from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar
 from dpo_ext.data.tables import is_arrow, rows_instead
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
@@ -80,7 +80,10 @@ class PairDataset(Pairs):
 
         Args:
             paths: a file, a folder of ``save_to_disk``, a glob (sorted, hidden files left out), or
-                several of them, of any kinds; no file twice.
+                several of them, of any kinds; no file twice. Another folder stands for the files
+                in it whose names end in ``.jsonl`` or ``.ndjson``, plain, ``.gz`` or ``.zst``,
+                ``.parquet``, ``.arrow`` or ``.feather``: of one kind and one split, sorted, none
+                of folders below it; what else is there, the report says.
             tokenizer: encodes text and renders messages.
             max_length: longest side in tokens, prompt included; None for no bound.
             truncation: what happens beyond it, one decision a pair, so that both sides keep the
@@ -104,8 +107,9 @@ class PairDataset(Pairs):
             limits: :class:`Limits`.
             threads: number of threads; by default ``RAYON_NUM_THREADS``, else what affinity and
                 cgroup allow.
-            progress: True for a bar, or a function of (bytes done, rows done) called a few times a
-                second.
+            progress: True for a line in a terminal or notebook, with rows/s and the time left, and
+                for one every ten seconds in a log; or a function of (bytes done, rows done) called
+                a few times a second.
             cache_dir: a folder of yours, where the pairs are kept as saved data sets. They are
                 encoded in bounded memory, whatever the size of the files, and mapped, as by
                 :meth:`load`; the next call with the same contents, tokenizer and options maps them
@@ -114,7 +118,7 @@ class PairDataset(Pairs):
 
         Raises:
             DataError: a bad row or a bad input, with path, line and field.  LimitExceeded: a limit.
-            FileNotFoundError, PermissionError, IsADirectoryError: as the system says.
+            FileNotFoundError, PermissionError: as the system says.
             TokenizerError: messages without a chat template.
 
         Numerics: ids and their order do not depend on ``threads``.
@@ -122,10 +126,10 @@ class PairDataset(Pairs):
         job = Job.of(paths, tokenizer, options, progress)
         if cache_dir is not None:
             return cls._mapped(cached(job, cache_dir))
-        with Bar(progress, job.files) as callback:
+        with Bar(progress, job.files) as callback, skip_hint(job.settings):
             encoder = _core.PairEncoder(tokenizer._core, job.settings, callback)
             feed_files(encoder, job.files, job.settings.limits)
-        return cls._from_raw(encoder.finish(), tokenizer, job.settings)
+        return cls._from_raw(encoder.finish(), tokenizer, job.settings, job.notes)
 
     @classmethod
     def from_rows(
@@ -146,7 +150,7 @@ class PairDataset(Pairs):
         if is_arrow(rows) and not rows_instead(rows):
             return cls.from_arrow(rows, tokenizer, progress=progress, **options)
         checked = settings(options)
-        with Bar(progress, []) as callback:
+        with Bar(progress, []) as callback, skip_hint(checked):
             encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
             encoder.add_rows(rows)
         return cls._from_raw(encoder.finish(), tokenizer, checked)
@@ -179,7 +183,7 @@ class PairDataset(Pairs):
             ModuleNotFoundError: pyarrow is not installed.  TypeError: ``table`` is not one.
         """
         checked = settings(options)
-        with Bar(progress, []) as callback:
+        with Bar(progress, []) as callback, skip_hint(checked):
             encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
             if rows_instead(table):
                 encoder.add_rows(table)
@@ -228,13 +232,19 @@ class PairDataset(Pairs):
         return cls(*columns, report=Report(n, n), pad_id=pad_id, vocab_size=vocab_size)
 
     @classmethod
-    def _from_raw(cls, raw: dict[str, Any], tokenizer: Tokenizer, checked: Settings) -> Self:
+    def _from_raw(
+        cls,
+        raw: dict[str, Any],
+        tokenizer: Tokenizer,
+        checked: Settings,
+        notes: Sequence[str] = (),
+    ) -> Self:
         known = raw["kept"] > 0 and raw["with_ref"] == raw["kept"]
         return cls(
             Ragged(*raw["prompt"]),
             Ragged(*raw["chosen"]),
             Ragged(*raw["rejected"]),
-            report=Report.of(raw, tokenizer.notes),
+            report=Report.of(raw, (*notes, *tokenizer.notes)),
             pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
             vocab_size=tokenizer.vocab_size,
             ref_logps=raw["ref_logps"].reshape(-1, 2) if known else None,
@@ -247,8 +257,7 @@ class PairDataset(Pairs):
 
         The file is uncompressed, its columns have TRL's names: ``prompt_ids``, ``chosen_ids``,
         ``rejected_ids``, and ``ref_chosen_logps``, ``ref_rejected_logps`` where they are known.
-        Anything that reads Arrow files reads it. A new folder is private to its owner (0700, files
-        0600).
+        Anything that reads Arrow files reads it. Who may read it, the umask says.
 
         A data set that stands in the folder is replaced as a whole: killed at any point, this
         leaves the old one or the new one, and who has the old one loaded keeps it. A folder with

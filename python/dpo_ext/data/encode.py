@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from dpo_ext import _core
-from dpo_ext.data.files import Kind, feed_arrow_file, kind_of, opened_up, saved_files
-from dpo_ext.data.options import Options, Paths, Progress, Settings, settings
+from dpo_ext.data.files import Kind, feed_arrow_file, kind_of, saved_files, some, sources
+from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar, size_of
 from dpo_ext.data.spool import Spool
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
@@ -30,6 +30,8 @@ from dpo_ext.store.write import write
 
 # Pairs that are held in memory at a time, about 40 MB of ids.
 PAIRS = 1 << 16
+# Why lines of a file that is of no kind we know are dropped.
+NOT_ROWS = {"bad_json", "bad_utf8", "not_an_object"}
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,21 @@ class Job:
     tokenizer: Tokenizer
     settings: Settings
     progress: Progress = False
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls, paths: Paths, tokenizer: Any, options: Mapping[str, Any], progress: Progress
     ) -> Job:
         """From what a caller gave."""
-        return cls(opened_up(paths), checked_tokenizer(tokenizer), settings(options), progress)
+        found = sources(paths)
+        checked = checked_tokenizer(tokenizer), settings(options)
+        return cls(found.files, *checked, progress, found.notes)
 
 
 def parts(job: Job, pairs: int = PAIRS) -> Iterator[dict[str, Any]]:
     """What ``PairDataset.from_files`` would encode at once, in parts of at least ``pairs``."""
-    with Bar(job.progress, job.files) as callback:
+    with Bar(job.progress, job.files) as callback, skip_hint(job.settings):
         yield from _Parts(job, callback, pairs)
 
 
@@ -113,7 +118,7 @@ def encode_into(
         with ExitStack() as stack:
             spool = Spool(spooled, job.settings.columns, stack)
             for raw in parts(job):
-                spool.append(raw, tokenizer.notes)
+                spool.append(raw, (*job.notes, *tokenizer.notes))
             report = spool.report()
             check(report)
             write(
@@ -166,18 +171,19 @@ def prepare(
 
     def check(report: Report) -> None:
         if report.kept == 0 and not allow_empty:
-            raise DataError(
-                f"{', '.join(job.files)}: no pair is kept, `{out}` is left as it was\n"
-                f"{report}{_hint(report)}",
-                reason="no_pairs",
-            )
+            raise no_pairs(job.files, report, f"; `{out}` is left as it was")
 
     with writing(Path(out)) as folder:
         folder.sweep(current_file(folder.path))
         return encode_into(folder, job, {}, check)
 
 
-def _hint(report: Report) -> str:
-    if "bad_json" in report.dropped:
-        return "\nhint: a line of JSON a row is read; an array of rows, or CSV, is not"
-    return ""
+def no_pairs(files: Sequence[str], report: Report, besides: str = "") -> DataError:
+    """The error where no row of files gave a pair, one line if they have no rows."""
+    said = f"no row of {some(files)} gives a pair"
+    if report.read == 0:
+        return DataError(f"{said}: there are no rows{besides}", reason="no_pairs")
+    hint = ""
+    if NOT_ROWS & report.dropped.keys():
+        hint = "\nhint: rows are JSON objects, one a line; an array of rows, or CSV, is not read"
+    return DataError(f"{said}{besides}\n{report}{hint}", reason="no_pairs")

@@ -1,13 +1,15 @@
-"""Paths, globs and kinds of files, and tables, fed to Rust."""
+"""Paths, globs, folders and kinds of files, and tables, fed to Rust."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
+import re
 import stat
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,6 +19,7 @@ from dpo_ext import _core
 from dpo_ext.data import tables
 from dpo_ext.errors import DataError, LimitExceeded
 from dpo_ext.extras import arrow
+from dpo_ext.store.folder import DATA, MANIFEST
 
 if TYPE_CHECKING:
     from dpo_ext.data.options import Limits, Paths
@@ -29,21 +32,65 @@ READ_BYTES = 1 << 20
 EXPANSION_GRACE_BYTES = 64 << 20
 
 
+# What a folder is read for: a file has one of these names, one kind a folder.
+SUFFIXES: dict[str, Kind] = {
+    **{
+        f"{name}{packed}": "lines"
+        for name in (".jsonl", ".ndjson")
+        for packed in ("", ".gz", ".zst")
+    },
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+# Parts of file names by which `datasets` tells the splits of a folder apart.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Files to read, in order, and what should be known of how they were found."""
+
+    files: list[str]
+    notes: tuple[str, ...] = ()
+
+
 def opened_up(paths: Paths) -> list[str]:
-    """Globs opened up and sorted; no file twice."""
+    """The files of :func:`sources`."""
+    return sources(paths).files
+
+
+def sources(paths: Paths) -> Sources:
+    """Globs and folders opened up and sorted; no file twice.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none that matches.
+        DataError: a file comes twice, or a folder is not one data set.
+    """
     if isinstance(paths, str | PathLike):
         paths = [paths]
     files: list[str] = []
+    notes: list[str] = []
     for path in paths:
         name = fspath(path)
+        found = [name]
         if any(c in name for c in "*?[") and not Path(name).exists():
             # pathlib's own glob matches hidden files.
             found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
             if not found:
                 raise FileNotFoundError(2, "no file matches", name)
-            files.extend(found)
-        else:
-            files.append(name)
+        for file in found:
+            if Path(file).is_dir() and not _saved(file):
+                inside, others = _data_files(file)
+                files.extend(inside)
+                if others:
+                    notes.append(f"{file}: not read are {some(others)}")
+            else:
+                files.append(file)
     if not files:
         raise ValueError("`paths` must name at least one file")
     seen: dict[tuple[int, int], str] = {}
@@ -53,7 +100,59 @@ def opened_up(paths: Paths) -> list[str]:
         if key in seen:
             raise DataError(f"{name}: the same file as {seen[key]}", path=name, reason="bad_input")
         seen[key] = name
-    return files
+    return Sources(files, tuple(notes))
+
+
+def _data_files(folder: str) -> tuple[list[str], list[str]]:
+    """The data files of a folder, and what else is in it but for hidden things; both sorted."""
+
+    def bad(message: str) -> DataError:
+        return DataError(f"{folder}: {message}", path=folder, reason="bad_input")
+
+    names = sorted(path.name for path in Path(folder).iterdir())
+    if MANIFEST in names and any(map(DATA.fullmatch, names)):
+        raise bad("it is a saved data set, already encoded\nhint: PairDataset.load maps it")
+    # Spark and pyarrow hide `_SUCCESS` and `_metadata` the same way.
+    names = [name for name in names if not name.startswith((".", "_"))]
+    ends = {name: _suffix(name) for name in names if not (Path(folder) / name).is_dir()}
+    data = {name: end for name, end in ends.items() if end is not None}
+    others = [name for name in names if name not in data]
+    if not data:
+        found = f", found {some(others)}" if others else ", and it is empty"
+        raise bad(
+            f"expected files that end in {', '.join(SUFFIXES)}{found}\n"
+            f"hint: files of other names, or in folders of it, are named by a glob, such as "
+            f"'{Path(folder) / '*.json'}'"
+        )
+    if len({SUFFIXES[end] for end in data.values()}) > 1:
+        endings = sorted(set(data.values()))
+        raise bad(
+            f"expected files of one kind, found {' and '.join(endings)}\n"
+            f"hint: name those of one kind by a glob, such as '{Path(folder) / f'*{endings[-1]}'}'"
+        )
+    splits = set(filter(None, map(_split, data)))
+    if len(splits) > 1:
+        raise bad(
+            f"expected one split, found files of {' and '.join(sorted(splits))}\n"
+            f"hint: name the files of one by a glob, such as '{Path(folder) / 'train*'}'"
+        )
+    return [fspath(Path(folder) / name) for name in data], others
+
+
+def _suffix(name: str) -> str | None:
+    return next((end for end in SUFFIXES if name.lower().endswith(end)), None)
+
+
+def _split(name: str) -> str | None:
+    """The first split that a file's name speaks of."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Some of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def kind_of(path: str) -> Kind:

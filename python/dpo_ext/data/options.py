@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any, Literal, TypedDict
+
+from dpo_ext.errors import DataError
 
 Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "error"]
 Boundary = Literal["joint", "separate", "trl"]
@@ -17,7 +20,11 @@ SpecialTokensInText = Literal["special", "text", "error"]
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 Progress = bool | Callable[[int, int], Any]
 
+# Also what the command line says, in its own spelling.
+SKIP_HINT = 'hint: on_bad="skip" drops bad rows and counts them'
 DEEPEST = 1024
+# These limits are of a whole file, which `on_bad` does not pass over.
+OF_FILES = ("max_expansion", "max_unpacked_bytes", "zstd_window")
 FIELDS = (
     "prompt",
     "chosen",
@@ -184,3 +191,16 @@ def settings(options: Mapping[str, Any]) -> Settings:
     if given.get("limits", Limits) is None:
         del given["limits"]
     return Settings(**given)
+
+
+@contextmanager
+def skip_hint(settings: Settings) -> Iterator[None]:
+    """Notes at the error of a bad row that it could be skipped."""
+    try:
+        yield
+    except DataError as error:
+        is_row = error.line is not None and error.reason != "bad_input"
+        could_be = is_row and error.field not in OF_FILES and "hint:" not in str(error)
+        if settings.on_bad == "error" and could_be:
+            error.add_note(SKIP_HINT)
+        raise

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from errno import ENOENT, ENOTDIR
+from os import PathLike, fspath, strerror
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from dpo_ext.errors import TokenizerError
 
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
+# How models are called on the hub: `name` or `owner/name`.
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _NAMED = (
     "bos_token",
     "eos_token",
@@ -74,6 +79,43 @@ def _token(value: Any, *, special: bool = True) -> tuple[str, bool, bool, bool, 
         normalized = bool(value.get("normalized", not special))
         return (value["content"], lstrip, rstrip, single_word, normalized, special)
     return None
+
+
+def folder_of(source: str | PathLike[str]) -> Path:
+    """The folder of a tokenizer, named by itself or by the ``tokenizer.json`` in it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or none with a ``tokenizer.json``.
+        NotADirectoryError: it is another file.
+    """
+    path = Path(source)
+    error: OSError
+    if path.is_file():
+        if path.name == "tokenizer.json":
+            return path.parent
+        error = NotADirectoryError(ENOTDIR, strerror(ENOTDIR), str(path))
+        error.add_note(
+            "hint: name the folder of a model, or load this file by Tokenizer.from_file, with the "
+            "ids of BOS, EOS and padding"
+        )
+        raise error
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        error = FileNotFoundError(ENOENT, strerror(ENOENT), str(path / "tokenizer.json"))
+        error.add_note(
+            "hint: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it, if "
+            "transformers has a Rust backend for this tokenizer"
+        )
+        raise error
+    if not path.exists():
+        error = FileNotFoundError(ENOENT, strerror(ENOENT), str(path))
+        if HUB_NAME.fullmatch(fspath(source)):
+            error.add_note(
+                f"hint: nothing is downloaded here; `hf download {path} --include '*token*' "
+                "'*.jinja' --local-dir DIR` makes a folder, and Tokenizer.from_pretrained takes "
+                "what AutoTokenizer.from_pretrained gives"
+            )
+        raise error
+    return path
 
 
 def state_of_folder(folder: Path, chosen: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dpo_ext import _core
 from dpo_ext.data.options import default_threads, local_time
 from dpo_ext.data.pretrained import (
     MAX_TOKENIZER_BYTES,
+    folder_of,
     read_bytes,
     state_of,
     state_of_folder,
@@ -100,26 +101,27 @@ class Tokenizer:
         """The tokenizer of a model's folder, or of a live ``transformers`` tokenizer.
 
         A live one is taken as it is now: its backend's JSON, its template and its named tokens,
-            whatever was changed
-        since it was loaded. A folder needs ``tokenizer.json``; nothing is downloaded.
+        whatever was changed since it was loaded. A folder needs ``tokenizer.json``; nothing is
+        downloaded.
 
         Args:
-            source: the folder, the live tokenizer, or a :class:`Tokenizer`, which is given back.
+            source: the folder, or the ``tokenizer.json`` in it; the live tokenizer; or a
+                :class:`Tokenizer`, which is given back.
             chat_template: the name of one of several templates, or the text of another one. By
                 default, of several named templates ``tool_use`` serves conversations with tools
                 and ``default`` the others, as in ``transformers``.
 
         Raises:
-            FileNotFoundError: the folder has no ``tokenizer.json``.  TokenizerError: a file is
-                damaged, or a live
-            tokenizer has no Rust backend.
+            FileNotFoundError: the folder has no ``tokenizer.json``.  NotADirectoryError: a file of
+                another name.  TokenizerError: a file is damaged, or a live tokenizer has no Rust
+                backend.
         """
         if isinstance(source, cls):
             if chat_template is None:
                 return source
             return source.with_chat_template(chat_template)
         if isinstance(source, str | PathLike):
-            return cls(state_of_folder(Path(source), chat_template))
+            return cls(state_of_folder(folder_of(source), chat_template))
         return cls(state_of_live(source, chat_template))
 
     def with_chat_template(self, chat_template: str) -> Tokenizer:

@@ -17,7 +17,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ class Folder:
 
     @contextmanager
     def _new(self, path: Path) -> Iterator[int]:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             yield fd
         except BaseException:
@@ -241,36 +241,83 @@ def is_ours(name: str) -> bool:
 def writing(path: Path) -> Iterator[Folder]:
     """The folder, made if it is missing, for this process alone; waits for another writer.
 
-    New folders have the mode 0700 and new files 0600, whatever the umask.
+    New folders and files have the mode that the umask says. Where nothing came of it, a folder that
+    was made here is gone again.
 
     Raises:
         DataError: the folder holds files of others, its file system has no locks or no space, or
             this is Windows.
         NotADirectoryError, PermissionError: as the system says.
     """
-    fcntl = locks(path)
+    locks(path)
     with typed_errors(path):
-        if not path.is_dir():
+        while True:
+            is_new = _make(path)
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.mkdir(mode=0o700)
-            except FileExistsError as error:
-                if not path.is_dir():
-                    raise not_a_folder(error.filename) from None
-            sync(path.parent)
-        _refuse_others(path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path / LOCK, flags, 0o600)
+                _refuse_others(path)
+                fd = _locked(path)
+            except FileNotFoundError:
+                if path.is_dir():
+                    raise
+                continue  # removed by a writer that failed
+            if fd is not None:
+                break
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except OSError as error:
-                raise damaged(path, f"this file system has no locks: {error.strerror}") from error
             # Another writer may have filled the folder meanwhile.
             _refuse_others(path)
             yield Folder(path)
+        except BaseException:
+            _remove_if_empty(path, is_new)
+            raise
         finally:
             os.close(fd)
+
+
+def _make(path: Path) -> bool:
+    """Makes a folder; False if it is there."""
+    if path.is_dir():
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    except FileExistsError as error:
+        if not path.is_dir():
+            raise not_a_folder(error.filename) from None
+        return False
+    sync(path.parent)
+    return True
+
+
+def _locked(path: Path) -> int | None:
+    """The lock file, locked; None if a writer that failed took it away while this one waited."""
+    fcntl = locks(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path / LOCK, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            raise damaged(path, f"this file system has no locks: {error.strerror}") from error
+        try:
+            is_there = os.path.samestat(os.fstat(fd), (path / LOCK).lstat())
+        except FileNotFoundError:
+            is_there = False
+    except BaseException:
+        os.close(fd)
+        raise
+    if not is_there:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _remove_if_empty(path: Path, is_new: bool) -> None:
+    """Removes the lock that this process holds if there is nothing else, and a new folder."""
+    with suppress(OSError):
+        if [inner.name for inner in path.iterdir()] == [LOCK]:
+            (path / LOCK).unlink()
+            if is_new:
+                path.rmdir()
 
 
 def _refuse_others(path: Path) -> None:

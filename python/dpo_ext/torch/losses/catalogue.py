@@ -21,7 +21,7 @@ from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
 
 @dataclass(frozen=True, slots=True)
 class LossEntry:
-    """One line of the listing: everything as text."""
+    """One line of the listing: everything as text, ``domains`` by parameter."""
 
     name: str
     function: str
@@ -30,6 +30,7 @@ class LossEntry:
     parameters: str
     needs: str
     shape: str
+    domains: Mapping[str, str]
 
 
 def losses_table() -> list[LossEntry]:
@@ -68,6 +69,7 @@ def _entry(row: LossRow, function: str) -> LossEntry:
         ", ".join(parameters),
         ", ".join(name for name, needed in needs.items() if needed),
         " ".join(shape),
+        {name: p.domain for name, p in row.parameters.items()},
     )
 
 
