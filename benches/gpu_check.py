@@ -4,7 +4,7 @@
    implementation. What could not run is counted with its reason; in test_gpu*.py it is a failure.
 2. benches/gpu_shapes.py: small shapes of every kernel and plan, and two streams; then under
    compute-sanitizer, where it is found: memcheck, racecheck, initcheck, synccheck.
-3. benches/head.py: the rows of the GPU for RESULTS.md (`--record` appends them).
+3. benches/head: the rows of the GPU for RESULTS.md (`--record` appends them).
 
     python benches/gpu_check.py [--record] [--quick] [--json times.json]
 
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="append the rows to RESULTS.md")
     parser.add_argument("--quick", action="store_true", help="one model, 8 minutes at most")
-    parser.add_argument("--json", help="raw times of head.py go here")
+    parser.add_argument("--json", help="raw times of benches/head go here")
     parser.add_argument(
         "--only", nargs="+", choices=["tests", "shapes", "bench"], help="some of the three parts"
     )
@@ -200,13 +200,13 @@ def main() -> None:
         sys.exit("no CUDA device: nothing was checked")
     python = sys.version.split()[0]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {python}")
-    bench = [sys.executable, "benches/head.py"]
+    bench = [sys.executable, "benches/head"]
     bench += ["--record"] * arguments.record + ["--quick"] * arguments.quick
     bench += ["--json", arguments.json] if arguments.json else []
     parts = {
         "tests": lambda: gpu_tests(env),
         "shapes": lambda: shapes(env),
-        "bench": lambda: [run("benches/head.py", bench, env)],
+        "bench": lambda: [run("benches/head", bench, env)],
     }
     results = [r for part in arguments.only or parts for r in parts[part]()]
     print("\n".join(["", *(f"{title}: {result}" for title, result in results)]))

@@ -1,5 +1,6 @@
 """The GPU benchmark of the head, without a GPU: it runs, its bound is what the plans do, peers are not hidden."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -17,9 +18,18 @@ COPY, RATE = 4300.0, 790.0  # GB/s and TFLOP/s: the planning figures of one H200
 @pytest.fixture(scope="module", autouse=True)
 def benches():
     """The scripts import each other by name, as when one of them is run."""
-    sys.path.insert(0, str(BENCHES))
+    sys.path[:0] = folders = [str(BENCHES), str(BENCHES / "head")]
     yield
-    sys.path.remove(str(BENCHES))
+    for folder in folders:
+        sys.path.remove(folder)
+
+
+def main_of_head():
+    """`benches/head/__main__.py` as a module."""
+    spec = importlib.util.spec_from_file_location("main_of_head", BENCHES / "head" / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def both(planned):
@@ -156,7 +166,7 @@ def test_spread_is_median_and_deciles():
 
 
 def tiny(**options):
-    from head_cases import HeadCase, Model
+    from cases import HeadCase, Model
 
     model = Model("tiny", 16, 300, options.pop("softcap", None))
     return HeadCase(model, 64, 0.4, torch.float32, torch.device("cpu"), 16, 24, **options)
@@ -187,18 +197,18 @@ def test_the_steps_of_a_plan_are_the_products_it_runs(plan):
 
 
 def test_steps_that_are_not_the_plans_own_are_said(monkeypatch):
-    import head_cases
+    import cases
 
     case = tiny()
     frozen = case.ours()[0]
-    monkeypatch.setattr(case, "steps", lambda plan: head_cases.steps("no gradient", 64, 24))
+    monkeypatch.setattr(case, "steps", lambda plan: cases.steps("no gradient", 64, 24))
     (warning,) = case.verify(frozen)
     assert "forward multiplied [16, 16, 24, 24, 24, 24] rows, its steps say [16, 24, 24]" in warning
 
 
 @pytest.mark.parametrize("fault", ["a value", "dX", "an unscored row", "dW", "NaN"])
 def test_what_float64_does_not_say_is_refused(fault):
-    from head_cases import WrongError
+    from cases import WrongError
 
     case = tiny()
     honest = case.ours()[1]
@@ -221,7 +231,7 @@ def test_what_float64_does_not_say_is_refused(fault):
 
 
 def test_a_scalar_is_held_to_the_scale_of_its_sequences():
-    from head_cases import WrongError
+    from cases import WrongError
 
     case = tiny()
     pairwise = case.ours()[2]
@@ -231,18 +241,18 @@ def test_a_scalar_is_held_to_the_scale_of_its_sequences():
 
 
 def test_a_wrong_result_of_ours_is_not_timed_and_ends_in_status_1(monkeypatch, tmp_path):
-    import head
-    import head_cases
-    import head_given
+    head = main_of_head()
+    import cases
+    import given
 
-    honest = head_cases.linear_sequence_logps
-    monkeypatch.setattr(head_cases, "linear_sequence_logps", lambda *a, **k: honest(*a, **k) + 1)
-    monkeypatch.setattr(head_given.GivenCase, "verify_ours", lambda _: _refuse("the gradient"))
+    honest = cases.linear_sequence_logps
+    monkeypatch.setattr(cases, "linear_sequence_logps", lambda *a, **k: honest(*a, **k) + 1)
+    monkeypatch.setattr(given.GivenCase, "verify_ours", lambda _: _refuse("the gradient"))
     monkeypatch.setattr(head, "head_peers", lambda *_: [])
     size = head.SMOKE._replace(models=(head.TINY,), scored=(64,), shares=(1.0,))
     monkeypatch.setattr(head, "SMOKE", size)
     file = tmp_path / "times.json"
-    command = ["head.py", "--device", "cpu", "--smoke", "--only", "given", "fused"]
+    command = ["benches/head", "--device", "cpu", "--smoke", "--only", "given", "fused"]
     monkeypatch.setattr(sys, "argv", [*command, "--json", str(file)])
     with pytest.raises(SystemExit) as ended:
         head.main()
@@ -258,7 +268,7 @@ def test_a_wrong_result_of_ours_is_not_timed_and_ends_in_status_1(monkeypatch, t
 
 
 def _refuse(what):
-    from head_cases import WrongError
+    from cases import WrongError
 
     raise WrongError(what)
 
@@ -284,15 +294,15 @@ def test_products_are_the_calls_of_the_head_on_its_chunks():
 
 
 def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
-    import head_peers
+    import peers
 
     hidden = ("liger_kernel", "quack", "trl")
     loaded = [name for name in sys.modules if name.split(".")[0] in hidden]
     for name in (*hidden, *loaded):  # another test may have loaded what lies below
         monkeypatch.setitem(sys.modules, name, None)
     missing = {}
-    peers = list(head_peers.head_peers(tiny(), missing.__setitem__))
-    assert {p.name for p in peers} >= {"torch, same dtype", "torch, float32 upcast"}
+    found = list(peers.head_peers(tiny(), missing.__setitem__))
+    assert {p.name for p in found} >= {"torch, same dtype", "torch, float32 upcast"}
     names = [
         "TRL chunked head",
         "Liger fused scaled CE",
@@ -309,7 +319,7 @@ def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     file = tmp_path_factory.mktemp("head") / "times.json"
-    command = [sys.executable, str(BENCHES / "head.py"), "--device", "cpu", "--smoke"]
+    command = [sys.executable, str(BENCHES / "head"), "--device", "cpu", "--smoke"]
     command += ["--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -356,7 +366,7 @@ def test_the_smoke_run_says_what_was_left_out_and_records_nothing(smoke):
     ],
 )
 def test_what_would_measure_nothing_is_refused(arguments, message, capsys):
-    import head
+    head = main_of_head()
 
     with pytest.raises(SystemExit):
         head.parse(arguments)
@@ -364,21 +374,21 @@ def test_what_would_measure_nothing_is_refused(arguments, message, capsys):
 
 
 def test_a_recorded_run_is_a_table_with_the_columns_of_the_file(tmp_path, monkeypatch):
-    import head_report
+    import report
 
     results = tmp_path / "RESULTS.md"
     results.write_text("before\n", encoding="utf-8")
-    monkeypatch.setattr(head_report, "RESULTS", results)
-    report = head_report.Report(torch.device("cpu"), ["benches/head.py"])
-    report.row("what", "1 ms", "bound 1 ms", "1.00x")
-    report.left_out("QuACK", "not installed")
-    report.finish(str(tmp_path / "times.json"), record=True)
+    monkeypatch.setattr(report, "RESULTS", results)
+    run = report.Report(torch.device("cpu"), ["benches/head"])
+    run.row("what", "1 ms", "bound 1 ms", "1.00x")
+    run.left_out("QuACK", "not installed")
+    run.finish(str(tmp_path / "times.json"), record=True)
     text = results.read_text(encoding="utf-8")
     columns = (BENCHES / "RESULTS.md").read_text(encoding="utf-8")
     wanted = next(line for line in columns.splitlines() if line.startswith("| date"))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.count(" | ") for row in rows} == {wanted.count(" | ")}
-    assert "| what | 1 ms | bound 1 ms | 1.00x | `python benches/head.py` |" in text
+    assert "| what | 1 ms | bound 1 ms | 1.00x | `python benches/head` |" in text
     assert text.startswith("before\n")
     assert "- left out, QuACK: not installed" in text
 

@@ -1,4 +1,4 @@
-"""The cases of benches/head.py: inputs, what float64 says of them, and what is held against it.
+"""The cases of benches/head: inputs, what float64 says of them, and what is held against it.
 
 Letters: R rows of hidden states or logits, M of them scored, S sequences, N pairs, H hidden, V
 vocabulary. In a case of the fused head each sequence ends with 512 scored rows; what comes before

@@ -1,4 +1,4 @@
-"""What a run of benches/head.py says: its header, its rows, the raw times, and where they go."""
+"""What a run of benches/head says: its header, its rows, the raw times, and where they go."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from head_peers import version
+from peers import version
 from rulers import Spread, Times
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+RESULTS = Path(__file__).parent.parent / "RESULTS.md"
 COLUMNS = (
     "| date | commit | device and versions | what | ours, median (p10 to p90) "
     "| ruler or peer | ratio | command |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"

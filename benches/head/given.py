@@ -1,4 +1,4 @@
-"""The cases of benches/head.py with logits given: our operators in GB/s, peers beside them.
+"""The cases of benches/head with logits given: our operators in GB/s, peers beside them.
 
 Bytes are those that the job needs: forward reads the scored rows; the gradient reads them and
 writes every row.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from head_cases import SPREAD, WrongError
+from cases import SPREAD, WrongError
 from rulers import Job
 from torch import Tensor
 

@@ -8,7 +8,7 @@ turns in each round of one process:
   buffers, plus its elementwise bytes at the rate of the copy), its peak memory, and peers;
 - `small`: what a call costs the host for few tokens, eager and as a CUDA graph.
 
-    python benches/head.py [--quick] [--record] [--only given fused small] [--json times.json]
+    python benches/head [--quick] [--record] [--only given fused small] [--json times.json]
 
 A result of ours that float64 contradicts is not timed, and the exit status is 1. `--device cpu
 --smoke` runs the same code on tiny shapes without a GPU, to see that it runs; its
@@ -23,12 +23,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import head_report as report
+import report
 import torch
-from head_cases import PLANS, Candidate, HeadCase, Model, WrongError
-from head_given import GivenCase
-from head_peers import given_peers, head_peers, reason
-from head_small import small
+from cases import PLANS, Candidate, HeadCase, Model, WrongError
+from given import GivenCase
+from peers import given_peers, head_peers, reason
 from rulers import (
     Copy,
     Job,
@@ -43,6 +42,7 @@ from rulers import (
     peaks,
     take_turns,
 )
+from small import small
 
 MODELS = (
     Model("Llama-3-8B", 4096, 128_256),

@@ -1,4 +1,4 @@
-"""The peers of benches/head.py. A peer that is not installed is named with the reason, not hidden.
+"""The peers of benches/head. A peer that is not installed is named with the reason, not hidden.
 
 Nothing here is theirs: each is imported and called as its own host calls it.
 """
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from head_cases import Candidate, HeadCase
-from head_given import GivenCase, GivenPeer
+from cases import Candidate, HeadCase
+from given import GivenCase, GivenPeer
 from torch import Tensor
 
 LIGER_BETA = 0.01  # without a reference the margins are large: a larger beta saturates the sigmoid

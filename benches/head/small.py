@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from head_cases import Candidate, HeadCase
-from head_peers import head_peers, reason
-from head_report import Report
+from cases import Candidate, HeadCase
+from peers import head_peers, reason
+from report import Report
 from rulers import Job, Spread, synchronize, take_turns
 from torch import Tensor
 
