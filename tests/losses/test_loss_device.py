@@ -17,9 +17,7 @@ from dpo_ext.torch import (
     token_scores,
     wpo_averages,
 )
-from dpo_ext.torch.losses import checks as loss_checks
-from dpo_ext.torch.losses import pairs as losses
-from dpo_ext.torch.losses import single as loss_groups
+from dpo_ext.torch.losses import checks, lists, pairs, single
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten.equal", "item")
 
@@ -62,7 +60,7 @@ IDS = [f"{name}-{'arrays' if arrays else 'numbers'}" for _, name, arrays in CALL
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """The checks of values that cost nothing on a CPU are left out, as for a CUDA tensor."""
-    for module in (losses, loss_checks, loss_groups):
+    for module in (checks, lists, pairs, single):
         monkeypatch.setattr(module, "host_values", lambda tensor: False)
 
 

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from dpo_ext import TensorError
-from dpo_ext.torch.losses.single import (
-    LISTWISE,
-    UNPAIRED,
-    RunningMean,
-    kto_z,
-    list_loss,
-    unpaired_loss,
-)
+from dpo_ext.torch.losses.lists import LISTWISE, list_loss
+from dpo_ext.torch.losses.single import UNPAIRED, RunningMean, kto_z, unpaired_loss
 
 GOLDEN = json.loads((places.GOLDEN / "golden_losses.json").read_text())["structured"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}

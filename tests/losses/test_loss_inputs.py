@@ -15,8 +15,9 @@ from dpo_ext.torch import (
     preference_loss,
     unpaired_loss,
 )
+from dpo_ext.torch.losses.lists import LISTWISE
 from dpo_ext.torch.losses.registry import LOSSES
-from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
+from dpo_ext.torch.losses.single import UNPAIRED
 
 PAIRS = 3
 OUTSIDE = {

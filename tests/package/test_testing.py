@@ -48,7 +48,7 @@ def test_flags_that_a_loss_does_not_have_are_refuted(name):
     row, parameters = LOSSES[name], parameters_of(name)
     for flag, has in {
         "only_margin": row.only_margin,
-        "monotone": row.monotone == "cr",
+        "monotone": row.falls_in_chosen and row.rises_in_rejected,
         "convex": row.convex,
     }.items():
         if not has:

@@ -5,8 +5,9 @@ import json
 import places
 import torch
 
+from dpo_ext.torch.losses.lists import LISTWISE
 from dpo_ext.torch.losses.registry import LOSSES
-from dpo_ext.torch.losses.single import LISTWISE, UNPAIRED
+from dpo_ext.torch.losses.single import UNPAIRED
 
 GOLDEN = json.loads((places.GOLDEN / "golden_losses.json").read_text())
 BUILT_IN = sorted(name for name, row in LOSSES.items() if not row.autograd)

@@ -51,14 +51,7 @@ def _values(entry: LossEntry) -> dict[str, Any]:
 
 def _parameters(entry: LossEntry) -> dict[str, dict[str, Any]]:
     """Default, None where the caller must give it, and domain of each parameter."""
-    pairs = (text.partition("=") for text in entry.parameters.split(", ") if text)
-    return {
-        name: {
-            "default": None if value == "required" else float(value),
-            "domain": entry.domains[name],
-        }
-        for name, _, value in pairs
-    }
+    return {p.name: {"default": p.default, "domain": p.domain} for p in entry.domains}
 
 
 def _unknown(name: str, names: Sequence[str]) -> str:

@@ -258,6 +258,17 @@ class ScoreTable:
             self.host_offsets,
         )
 
+    def with_weights(self, weights: Tensor) -> ScoreTable:
+        """The same tokens with other weights (M,) float32, not compared."""
+        return ScoreTable._checked(
+            self.logit_rows,
+            self.targets,
+            self.seq_offsets,
+            weights,
+            self.group_size,
+            self.host_offsets,
+        )
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> ScoreTable:
         return ScoreTable._checked(
             move(self.logit_rows),

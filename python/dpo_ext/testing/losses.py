@@ -14,6 +14,7 @@ from dpo_ext.testing.search import Violation, hypothesis, search
 from dpo_ext.testing.strategies import PairLogps, pair_logps
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import preference_loss
+from dpo_ext.torch.losses.signature import check_call
 
 
 def check_loss_invariants(
@@ -65,6 +66,7 @@ def check_loss_invariants(
 
     Raises:
         AssertionError: what does not hold, with the smallest case found, ready to paste.
+        TypeError: the loss cannot be called like that.
         ImportError: Hypothesis is not installed.
 
     >>> import torch
@@ -91,7 +93,7 @@ def check_loss_invariants(
         own = dict(parameters or {})
         name = loss
         only_margin, convex = only_margin or row.only_margin, convex or row.convex
-        monotone = monotone or row.monotone
+        monotone = monotone or "c" * row.falls_in_chosen + "r" * row.rises_in_rejected
         reference_free = reference_free or not row.reference
         needs_lengths, couples_batch = row.lengths, couples_batch or row.couples_batch
 
@@ -105,6 +107,8 @@ def check_loss_invariants(
             "`parameters` are of a loss of the table; bind your own with functools.partial"
         )
     else:
+        tensors = ("logps", "ref_logps", "lengths") if needs_lengths else ("logps", "ref_logps")
+        check_call(loss, tensors)
         function = loss
     letters = ("cr" if monotone else "") if isinstance(monotone, bool) else monotone
     claims = Claims(

@@ -11,10 +11,11 @@ from dpo_ext.torch.logps.kl import linear_token_kl, token_kl
 from dpo_ext.torch.logps.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.logps.logits import sequence_logps, token_scores
 from dpo_ext.torch.logps.scores import TokenScores
+from dpo_ext.torch.losses.lists import list_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 from dpo_ext.torch.losses.registry import register_loss
 from dpo_ext.torch.losses.result import GroupLoss
-from dpo_ext.torch.losses.single import RunningMean, kto_z, list_loss, unpaired_loss
+from dpo_ext.torch.losses.single import RunningMean, kto_z, unpaired_loss
 from dpo_ext.torch.losses.tokens import ld_table, tdpo_kls, wpo_averages
 from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring

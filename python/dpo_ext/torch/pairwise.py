@@ -155,7 +155,7 @@ def linear_preference_loss(
     scored = table.without_zero_weights()
     total, logps = _PairwiseHead.apply(rows, weight, bias, scored, head, losses, trained)
     whole = losses.all(logps)
-    out = PreferenceLoss(total, whole.per_pair.detach(), logps, ref, whole._scale)
+    out = PreferenceLoss(total, whole.per_pair.detach(), logps, ref, whole.scale)
     out.plan = plan
     return out
 

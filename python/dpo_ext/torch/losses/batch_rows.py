@@ -9,13 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-import dpo_ext.torch.losses.side_rows  # noqa: F401 - its rows come first
-from dpo_ext.torch.losses.forms import Number, Pairs, s, sp
-from dpo_ext.torch.losses.row import LOSSES, LossRow, Parameter, finite, positive, u_row
+from dpo_ext.torch.losses.forms import Number, Symbols, s, sp
+from dpo_ext.torch.losses.row import LossRow, closed_unit, finite, plain_row, positive, u_row
 
-_BETA = Parameter(0.1, "> 0", lambda x: (x > 0) & (x - x == 0), per_pair=False)
-_EPS = Parameter(0.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), per_pair=False)
-_BETA_PRIME = Parameter(1.0, "> 0", lambda x: (x > 0) & (x - x == 0), per_pair=False)
+ROWS: dict[str, LossRow] = {}
 
 
 def _quantiles(u: Tensor, v: Tensor, beta: Number, label_smoothing: Number):
@@ -32,16 +29,40 @@ def _quantiles(u: Tensor, v: Tensor, beta: Number, label_smoothing: Number):
     return zero.scatter(0, by_u, loss), zero.scatter(0, by_u, slope), zero.scatter(0, by_v, -slope)
 
 
-def _aot_paired(x: Pairs, beta, label_smoothing):
+@plain_row(
+    ROWS,
+    "mean of cdpo at beta*(sort(c - r) - sort(cr - rr))",
+    "2406.05882",
+    needs="reference couples_batch",
+    beta=positive(0.1, per_pair=False),
+    label_smoothing=closed_unit(0.0, per_pair=False),
+)
+def aot_paired(x: Symbols, beta, label_smoothing):
     loss, slope, _ = _quantiles(x.c - x.r, x.cr - x.rr, beta, label_smoothing)
     return loss, slope, -slope
 
 
-def _aot_unpaired(x: Pairs, beta, label_smoothing):
+@plain_row(
+    ROWS,
+    "mean of cdpo at beta*(sort(xw) - sort(xl))",
+    "2406.05882",
+    needs="reference couples_batch",
+    beta=positive(0.1, per_pair=False),
+    label_smoothing=closed_unit(0.0, per_pair=False),
+)
+def aot_unpaired(x: Symbols, beta, label_smoothing):
     return _quantiles(x.xw, x.xl, beta, label_smoothing)
 
 
-def _dr_dpo(x: Pairs, beta, beta_prime):
+@plain_row(
+    ROWS,
+    "-beta_prime*log mean exp(-dpo/beta_prime); per_pair is this number for every pair",
+    "2407.07880",
+    needs="reference couples_batch",
+    beta=positive(0.1, per_pair=False),
+    beta_prime=positive(1.0, per_pair=False),
+)
+def dr_dpo(x: Symbols, beta, beta_prime):
     m = x.m(beta)
     scaled = -sp(-m) / beta_prime
     pairs = len(m)
@@ -50,63 +71,37 @@ def _dr_dpo(x: Pairs, beta, beta_prime):
     return loss.expand(pairs).clone(), slope, -slope
 
 
-for _name, _formula, _text, _paper, _parameters in (
-    (
-        "aot_paired",
-        _aot_paired,
-        "mean of cdpo at beta*(sort(c - r) - sort(cr - rr))",
-        "2406.05882",
-        {"beta": _BETA, "label_smoothing": _EPS},
-    ),
-    (
-        "aot_unpaired",
-        _aot_unpaired,
-        "mean of cdpo at beta*(sort(xw) - sort(xl))",
-        "2406.05882",
-        {"beta": _BETA, "label_smoothing": _EPS},
-    ),
-    (
-        "dr_dpo",
-        _dr_dpo,
-        "-beta_prime*log mean exp(-dpo/beta_prime); per_pair is this number for every pair",
-        "2407.07880",
-        {"beta": _BETA, "beta_prime": _BETA_PRIME},
-    ),
-):
-    LOSSES[_name] = LossRow(_name, _formula, _text, _paper, _parameters, couples_batch=True)
-
-
 @u_row(
-    "ld_dpo",
+    ROWS,
     "u = beta*D of head + ld_alpha*tail; logps and ref_logps are the heads",
-    "2409.06411", "R T", "M c r X", ("tail_w", "tail_l"),
+    "2409.06411",
+    needs="reference statistics",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    differentiable=("tail_w", "tail_l"),
     beta=positive(0.1),
-    ld_alpha=Parameter(None, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-    tail_w=finite(), tail_l=finite(), ref_tail_w=finite(), ref_tail_l=finite(),
-)  # fmt: skip
-def _(x, beta, ld_alpha, tail_w, tail_l, ref_tail_w, ref_tail_l):
+    ld_alpha=closed_unit(),
+    tail_w=finite(),
+    tail_l=finite(),
+    ref_tail_w=finite(),
+    ref_tail_l=finite(),
+)
+def ld_dpo(x: Symbols, beta, ld_alpha, tail_w, tail_l, ref_tail_w, ref_tail_l):
     tail = (tail_w - ref_tail_w) - (tail_l - ref_tail_l)
     slope = beta * ld_alpha
     return x.m(beta) + slope * tail, beta, -beta, {"tail_w": slope, "tail_l": -slope}
 
 
-def _sft_token_mean(x: Pairs):
+@plain_row(
+    ROWS,
+    "L = -c*N/sum(nw): the mean over pairs is the NLL of a token of the batch",
+    "TRL's `sft`: its normaliser is the batch's, so gradient accumulation changes it",
+    needs="lengths couples_batch",
+    shape="falls_in_chosen rises_in_rejected convex",
+)
+def sft_token_mean(x: Symbols):
     assert x.lengths is not None  # the row says that it needs them; checked before
     mean_length = (
         x.lengths.select(1, 0).to(x.logps.dtype).mean().clamp(min=1 / max(len(x.lengths), 1))
     )
     slope = torch.zeros_like(x.c) - 1 / mean_length
     return x.c * slope, slope, torch.zeros_like(slope)
-
-
-LOSSES["sft_token_mean"] = LossRow(
-    "sft_token_mean",
-    _sft_token_mean,
-    "L = -c*N/sum(nw): the mean over pairs is the NLL of a token of the batch",
-    "TRL's `sft`: its normaliser is the batch's, so gradient accumulation changes it",
-    reference=False,
-    lengths=True,
-    couples_batch=True,
-    monotone="cr",
-    convex=True,
-)

@@ -8,7 +8,7 @@ A value of a CUDA tensor is never looked at, because that waits for the device; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dpo_ext.torch.logps.scores import check_plain
 from dpo_ext.torch.losses.forms import Number
 from dpo_ext.torch.losses.row import LossRow, Parameter, non_negative
 
+SIDES = ("chosen", "rejected")
 _WEIGHT = non_negative()
 
 
@@ -66,25 +67,18 @@ def check_lengths(lengths: Tensor, logps: Tensor) -> None:
         if bad.any():
             pair, side = bad.nonzero()[0].tolist()
             raise TensorError(
-                f"pair {pair}: `lengths` must be >= 1 for {_SIDES[side]} with log-prob "
+                f"pair {pair}: `lengths` must be >= 1 for {SIDES[side]} with log-prob "
                 f"{logps[pair, side].item():g}, found {lengths[pair, side].item():g}"
             )
 
 
-_SIDES = ("chosen", "rejected")
-
-
-def bind_parameters(
-    row: LossRow, beta: Any, given: Mapping[str, Any], logps: Tensor
-) -> dict[str, Number]:
+def bind_parameters(row: LossRow, given: Mapping[str, Any], logps: Tensor) -> dict[str, Number]:
     """The parameters of a row: what was given, checked and converted, and the row's defaults.
 
     Raises:
         ValueError: a parameter is missing, unknown or outside its domain.
         TensorError: an array of them has another shape than (N,), or is elsewhere.
     """
-    if beta is not None:
-        given = {"beta": beta, **given}
     bound: dict[str, Number] = {}
     for name, parameter in row.parameters.items():
         if name in given:
@@ -148,44 +142,18 @@ def check_weight(weight: Any, logps: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else logps.new_full((logps.shape[0],), value)
 
 
-def check_num_pairs(num_pairs: float | Tensor) -> float | Tensor:
-    if isinstance(num_pairs, Tensor):
-        if num_pairs.numel() != 1:
-            raise TensorError(f"`num_pairs` must be one number, found {describe(num_pairs)}")
-        num_pairs = num_pairs.detach().reshape(())
-        if not host_values(num_pairs):
-            return num_pairs
-        num_pairs = num_pairs.item()
-    if not num_pairs > 0:
-        raise ValueError(f"`num_pairs` must be > 0, found {num_pairs!r}")
-    return float(num_pairs)
-
-
-def explain_nan(
-    name: str,
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    params: Mapping[str, Any],
-    per_pair: Tensor,
-) -> NoReturn:
-    """Raise the error of a loss that is NaN: which tensor of which pair is to blame."""
-    for tensor_name, tensor in (("logps", logps), ("ref_logps", ref_logps)):
-        if tensor is not None and tensor.isnan().any():
-            pair, side = tensor.isnan().nonzero()[0].tolist()
-            raise TensorError(
-                f"pair {pair}: `{tensor_name}` must not be NaN, found NaN for {_SIDES[side]}"
-            )
-    bad = per_pair.isnan().nonzero()
-    if not len(bad):
-        raise TensorError(
-            f"loss {name!r} of the batch is NaN, though that of no pair here is: some are +inf and "
-            "some -inf, or a pair of another rank is NaN"
-        )
-    pair = int(bad[0])
-    found = f"logps {logps[pair].tolist()}"
-    if ref_logps is not None:
-        found += f", ref_logps {ref_logps[pair].tolist()}"
-    raise TensorError(f"pair {pair}: loss {name!r} is NaN for {found}, parameters {dict(params)}")
+def check_count(name: str, count: float | Tensor) -> float | Tensor:
+    """What replaces the number of pairs, examples or lists in a mean."""
+    if isinstance(count, Tensor):
+        if count.numel() != 1:
+            raise TensorError(f"`{name}` must be one number, found {describe(count)}")
+        count = count.detach().reshape(())
+        if not host_values(count):
+            return count
+        count = count.item()
+    if not count > 0:
+        raise ValueError(f"`{name}` must be > 0, found {count!r}")
+    return float(count)
 
 
 def _check_device(name: str, tensor: Tensor, logps: Tensor) -> None:
@@ -195,13 +163,8 @@ def _check_device(name: str, tensor: Tensor, logps: Tensor) -> None:
         )
 
 
-def _find(table: Mapping[str, LossRow], name: str) -> LossRow:
-    if name not in table:
-        raise ValueError(f"`loss` must be one of {', '.join(map(repr, table))}, found {name!r}")
-    return table[name]
-
-
-def _check_pair_of(name: str, logps: Tensor, ref_logps: Tensor, dims: int) -> None:
+def check_pair_of(name: str, logps: Tensor, ref_logps: Tensor, dims: int) -> None:
+    """Log-probs of single completions (N,) or of lists (N, K), and their reference's."""
     shape = "(N,)" if dims == 1 else "(N, K)"
     if logps.dim() != dims or logps.dtype not in (torch.float32, torch.float64):
         raise TensorError(
@@ -218,3 +181,10 @@ def _check_pair_of(name: str, logps: Tensor, ref_logps: Tensor, dims: int) -> No
         )
     if ref_logps.requires_grad:
         raise TensorError(f"the reference's `{name}` asks for a gradient: detach it")
+
+
+def check_is_number(total: Tensor, values: Tensor, logps: Tensor) -> None:
+    """Refuse a total that is NaN: the first example whose loss is."""
+    if host_values(total) and bool(total.isnan()):
+        example = int(values.isnan().nonzero()[0])
+        raise TensorError(f"example {example}: the loss is NaN for logps {logps[example].tolist()}")

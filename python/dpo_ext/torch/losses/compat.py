@@ -15,14 +15,14 @@ import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpo_ext.torch.losses.row import LOSSES, LossRow
+from dpo_ext.torch.losses.lists import LISTWISE
+from dpo_ext.torch.losses.registry import LOSSES
+from dpo_ext.torch.losses.row import LossRow
+from dpo_ext.torch.losses.single import UNPAIRED
 
-_ELSEWHERE = {
-    **dict.fromkeys(("kto", "bco", "apo_zero_unpaired"), "unpaired_loss"),
-    **dict.fromkeys(("plackett_luce", "s_dpo", "infonca", "nca"), "list_loss"),
-}
+_ELSEWHERE = {**dict.fromkeys(UNPAIRED, "unpaired_loss"), **dict.fromkeys(LISTWISE, "list_loss")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,17 @@ NLL_OPTION = {
 }
 """The option that adds an NLL of the chosen completion, and the row it adds."""
 
-Term = tuple[float, str | Callable[..., Any], dict[str, Any]]
+
+class Term(NamedTuple):
+    """One summand: a factor, a loss of the table or a function, and what was given of its
+    parameters.
+    """
+
+    factor: float
+    loss: str | Callable[..., Any]
+    given: dict[str, Any]
+
+
 _warned: set[tuple[str, str, str]] = set()
 
 
@@ -188,7 +198,7 @@ def resolve(
     terms: list[Term] = []
     for name, factor, meaning in zip(losses, factors, meanings, strict=True):
         if meaning is None:
-            terms.append((factor, name, {}))
+            terms.append(Term(factor, name, {}))
             continue
         own = _own_parameters(compat, name, meaning, options)
         if compat == "trl-0.28" and name == "exo_pair" and own.get("label_smoothing") == 0.0:
@@ -196,15 +206,15 @@ def resolve(
                 1e-3  # and so for the losses after it
             )
         row = _f_divergence(compat, name, meaning.row, own, options)
-        terms.append((factor, row, own))
+        terms.append(Term(factor, row, own))
     if bco_weight:
         share = 1 / (1 + bco_weight)
-        beta = terms[0][2].get("beta", 0.1)
+        beta = terms[0].given.get("beta", 0.1)
         bco: dict[str, Any] = {"beta": beta, **({} if delta is None else {"delta": delta})}
-        terms = [(factor * share, row, own) for factor, row, own in terms]
-        terms.append((bco_weight * share, "bco_pair", bco))
+        terms = [Term(factor * share, row, own) for factor, row, own in terms]
+        terms.append(Term(bco_weight * share, "bco_pair", bco))
     if coefficient:
-        terms.append((coefficient, nll_row, {}))
+        terms.append(Term(coefficient, nll_row, {}))
     return terms, any(meaning is not None and meaning.averages for meaning in meanings)
 
 

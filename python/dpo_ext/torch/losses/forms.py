@@ -44,8 +44,8 @@ def over(x: Tensor, k: Number) -> Tensor:
     return x / k
 
 
-class Pairs:
-    """Log-probs of N pairs, under the names of the formulas.
+class Symbols:
+    """Log-probs of N pairs, under the symbols of the formulas.
 
     ``c, r`` summed log-prob of chosen, rejected under the policy; ``cr, rr`` under the reference;
     ``xw = c - cr``, ``xl = r - rr``, ``D = xw - xl``; ``nw, nl`` scored tokens; ``cn = c/nw``, ``rn

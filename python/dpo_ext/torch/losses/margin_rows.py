@@ -1,17 +1,15 @@
-"""The table of pair losses: one row a loss, with its formula, closed-form gradients, paper and
-flags.
+"""Rows of the table whose loss is a function of one margin of the pair.
 
-- ``u`` rows are ``L = sp(-u)``: the formula returns ``u, du/dc, du/dr``, and `margin` and
+- `u_row` is ``L = sp(-u)``: the formula returns ``u, du/dc, du/dr``, and `margin` and
   `label_smoothing` are theirs for free: ``L = sp(-v) + label_smoothing*v`` with ``v = u - margin``;
-- ``m`` rows depend on the DPO margin ``m = beta*D`` alone: the formula returns ``L, dL/dm``;
-- ``g`` rows return ``L, dL/dc, dL/dr`` themselves.
+- `m_row` depends on the DPO margin ``m = beta*D`` alone: the formula returns ``L, dL/dm``;
+- `plain_row` returns ``L, dL/dc, dL/dr`` itself.
 
-After the name: the formula as text, arXiv id and equation, what the row needs (R reference, L
-lengths, T token statistics, C constants of the pair) and its shape (M: ``dL/dr == -dL/dc``; c, r:
-never increasing in c, never decreasing in r; X: convex). `sp` is softplus, `s` the sigmoid, `ds`
-its derivative; other names are those of `Pairs`. At a kink the derivative is that of the side
-written
-first: ``relu'(0) = 0``, a ``min`` tie takes its first argument, a clip has 0 outside.
+The name of a function is the name of its loss. After the rows that it joins: the formula as text,
+arXiv id and equation, what it needs and its shape, in the words of `LossRow`, and its parameters.
+`sp` is softplus, `s` the sigmoid, `ds` its derivative; other names are those of `Symbols`. At a
+kink the derivative is that of the side written first: ``relu'(0) = 0``, a ``min`` tie takes its
+first argument, a clip has 0 outside.
 """
 
 from __future__ import annotations
@@ -31,159 +29,255 @@ from dpo_ext.torch.losses.forms import (
     sp,
 )
 from dpo_ext.torch.losses.row import (
+    MARGIN,
     SMOOTHING,
+    LossRow,
     below_half,
     closed_unit,
     finite,
-    g_row,
     m_row,
     non_negative,
     non_zero,
     open_unit,
+    plain_row,
     positive,
     switch,
     u_exp_row,
     u_row,
 )
 
+ROWS: dict[str, LossRow] = {}
+
 # L = sp(-u)
 
 
-@u_row("dpo", "u = beta*D", "2305.18290, eq. 7", "R", "M c r X", beta=positive(0.1))
-def _(x, beta):
+@u_row(
+    ROWS,
+    "u = beta*D",
+    "2305.18290, eq. 7",
+    needs="reference",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+)
+def dpo(x, beta):
     return x.m(beta), beta, -beta
 
 
-@u_row("dpo_norm", "u = beta*(xw/nw - xl/nl)", "2411.15124", "R L", "c r X", beta=positive(5.0))
-def _(x, beta):
+@u_row(
+    ROWS,
+    "u = beta*(xw/nw - xl/nl)",
+    "2411.15124",
+    needs="reference lengths",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(5.0),
+)
+def dpo_norm(x, beta):
     nw, nl = x.nw, x.nl
     return beta * (x.xw / nw - x.xl / nl), beta / nw, -beta / nl
 
 
 @u_row(
-    "r_dpo", "u = beta*D + alpha*(nw - nl)", "2403.19159", "R L", "M c r X",
-    beta=positive(0.1), alpha=non_negative(0.01),
-)  # fmt: skip
-def _(x, beta, alpha):
+    ROWS,
+    "u = beta*D + alpha*(nw - nl)",
+    "2403.19159",
+    needs="reference lengths",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    alpha=non_negative(0.01),
+)
+def r_dpo(x, beta, alpha):
     return x.m(beta) + alpha * (x.nw - x.nl), beta, -beta
 
 
 @u_row(
-    "odpo", "u = beta*D - alpha*log(score_gap)", "2402.10571", "R C", "M c r X",
-    beta=positive(0.1), alpha=non_negative(1.0), score_gap=positive(),
-)  # fmt: skip
-def _(x, beta, alpha, score_gap):
+    ROWS,
+    "u = beta*D - alpha*log(score_gap)",
+    "2402.10571",
+    needs="reference constants",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    alpha=non_negative(1.0),
+    score_gap=positive(),
+)
+def odpo(x, beta, alpha, score_gap):
     return x.m(beta) - alpha * log(score_gap), beta, -beta
 
 
 @u_row(
-    "margin_dpo", "u = beta*D - gamma", "generic: constants of each pair on detached data", "R C",
-    "M c r X", beta=positive(0.1), gamma=finite(),
-)  # fmt: skip
-def _(x, beta, gamma):
+    ROWS,
+    "u = beta*D - gamma",
+    "generic: constants of each pair on detached data",
+    needs="reference constants",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    gamma=finite(),
+)
+def margin_dpo(x, beta, gamma):
     return x.m(beta) - gamma, beta, -beta
 
 
 @u_row(
-    "modpo", "u = (beta*D - w_other*dr_other)/w_k", "2310.03708", "R C", "M c r X",
-    beta=positive(0.1), w_k=positive(), w_other=finite(), dr_other=finite(),
-)  # fmt: skip
-def _(x, beta, w_k, w_other, dr_other):
+    ROWS,
+    "u = (beta*D - w_other*dr_other)/w_k",
+    "2310.03708",
+    needs="reference constants",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    w_k=positive(),
+    w_other=finite(),
+    dr_other=finite(),
+)
+def modpo(x, beta, w_k, w_other, dr_other):
     slope = beta / w_k
     return (x.m(beta) - w_other * dr_other) / w_k, slope, -slope
 
 
 @u_row(
-    "hypo", "u = beta*((c - r) - max(0, cr - rr))", "2602.11902", "R", "M c r X", beta=positive(0.1)
+    ROWS,
+    "u = beta*((c - r) - max(0, cr - rr))",
+    "2602.11902",
+    needs="reference",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
 )
-def _(x, beta):
+def hypo(x, beta):
     return beta * ((x.c - x.r) - relu(x.cr - x.rr)), beta, -beta
 
 
 @u_row(
-    "simpo", "u = beta*(c/nw - r/nl) - gamma", "2405.14734", "L", "c r X",
-    beta=positive(2.0), gamma=finite(0.5),
-)  # fmt: skip
-def _(x, beta, gamma):
+    ROWS,
+    "u = beta*(c/nw - r/nl) - gamma",
+    "2405.14734",
+    needs="lengths",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(2.0),
+    gamma=finite(0.5),
+)
+def simpo(x, beta, gamma):
     nw, nl = x.nw, x.nl
     return beta * (x.c / nw - x.r / nl) - gamma, beta / nw, -beta / nl
 
 
 @u_exp_row(
-    "alphapo", "u = (beta/alpha)*(exp(-alpha*r/nl) - exp(-alpha*c/nw)) - gamma",
-    "2501.03884", "L", "c r",
-    beta=positive(2.5), gamma=finite(0.25), alpha=non_zero(0.25),
-)  # fmt: skip
-def _(x, beta, gamma, alpha):
+    ROWS,
+    "u = (beta/alpha)*(exp(-alpha*r/nl) - exp(-alpha*c/nw)) - gamma",
+    "2501.03884",
+    needs="lengths",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(2.5),
+    gamma=finite(0.25),
+    alpha=non_zero(0.25),
+)
+def alphapo(x, beta, gamma, alpha):
     nw, nl = x.nw, x.nl
     bc, br = -alpha * (x.c / nw), -alpha * (x.r / nl)
     return exp_difference(br, bc, beta / alpha) - gamma, beta / nw, bc, beta / nl, br
 
 
 @u_row(
-    "dpop", "u = beta*(D - lam*max(0, -xw))", "2402.13228", "R", "c r X",
-    beta=positive(0.3), lam=non_negative(50.0),
-)  # fmt: skip
-def _(x, beta, lam):
+    ROWS,
+    "u = beta*(D - lam*max(0, -xw))",
+    "2402.13228",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.3),
+    lam=non_negative(50.0),
+)
+def dpop(x, beta, lam):
     return beta * (x.D - lam * relu(-x.xw)), beta * (1 + lam * indicator(x.xw < 0, x.xw)), -beta
 
 
 @u_row(
-    "dpo_shift", "u = beta*(xw - f*xl)", "2502.07599", "R", "c r X",
-    beta=positive(0.1), f=non_negative(0.75),
-)  # fmt: skip
-def _(x, beta, f):
+    ROWS,
+    "u = beta*(xw - f*xl)",
+    "2502.07599",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    f=non_negative(0.75),
+)
+def dpo_shift(x, beta, f):
     return beta * (x.xw - f * x.xl), beta, -beta * f
 
 
 @u_row(
-    "bdpo", "u = beta*(xw - log(lam*e^xl + 1 - lam))", "2506.12725", "R", "c r X",
-    beta=positive(0.1), lam=open_unit(0.5),
-)  # fmt: skip
-def _(x, beta, lam):
+    ROWS,
+    "u = beta*(xw - log(lam*e^xl + 1 - lam))",
+    "2506.12725",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    lam=open_unit(0.5),
+)
+def bdpo(x, beta, lam):
     rest = log(1 - lam)
     shifted = x.xl + (log(lam) - rest)
     return beta * (x.xw - (rest + sp(shifted))), beta, -beta * s(shifted)
 
 
 @u_row(
-    "bpo_balanced", "u = min(beta*xw, -alpha*beta*xl)", "2506.03557", "R", "c r X",
-    beta=positive(0.1), alpha=non_negative(1.0),
-)  # fmt: skip
-def _(x, beta, alpha):
+    ROWS,
+    "u = min(beta*xw, -alpha*beta*xl)",
+    "2506.03557",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    alpha=non_negative(1.0),
+)
+def bpo_balanced(x, beta, alpha):
     a, b = beta * x.xw, -alpha * beta * x.xl
     first = indicator(a <= b, a)
     return torch.minimum(a, b), beta * first, -alpha * beta * (1 - first)
 
 
 @u_exp_row(
-    "fdpo_forward_kl", "u = beta*(exp(-xl) - exp(-xw))",
-    "2309.16240", "R", "c r", beta=positive(0.1)
-)  # fmt: skip
-def _(x, beta):
+    ROWS,
+    "u = beta*(exp(-xl) - exp(-xw))",
+    "2309.16240",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(0.1),
+)
+def fdpo_forward_kl(x, beta):
     return exp_difference(-x.xl, -x.xw, beta), beta, -x.xw, beta, -x.xl
 
 
-@u_row("fdpo_js", "u = beta*(sp(-xl) - sp(-xw))", "2309.16240", "R", "c r", beta=positive(0.1))
-def _(x, beta):
+@u_row(
+    ROWS,
+    "u = beta*(sp(-xl) - sp(-xw))",
+    "2309.16240",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(0.1),
+)
+def fdpo_js(x, beta):
     return beta * (sp(-x.xl) - sp(-x.xw)), beta * s(-x.xw), -beta * s(-x.xl)
 
 
 @u_exp_row(
-    "fdpo_alpha", "u = (beta/alpha)*(exp(-alpha*xl) - exp(-alpha*xw))", "2309.16240", "R", "c r",
-    beta=positive(0.1), alpha=non_zero(0.5),
-)  # fmt: skip
-def _(x, beta, alpha):
+    ROWS,
+    "u = (beta/alpha)*(exp(-alpha*xl) - exp(-alpha*xw))",
+    "2309.16240",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(0.1),
+    alpha=non_zero(0.5),
+)
+def fdpo_alpha(x, beta, alpha):
     bc, br = -alpha * x.xw, -alpha * x.xl
     return exp_difference(br, bc, beta / alpha), beta, bc, beta, br
 
 
 @u_row(
-    "chipo", "u = clip(beta*((e^xw + xw) - (e^xl + xl)), -clip2r, clip2r)",
-    "2407.13399", "R", "c r",
-    beta=positive(0.1), clip2r=positive(10.0),
-)  # fmt: skip
-def _(x, beta, clip2r):
+    ROWS,
+    "u = clip(beta*((e^xw + xw) - (e^xl + xl)), -clip2r, clip2r)",
+    "2407.13399",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(0.1),
+    clip2r=positive(10.0),
+)
+def chipo(x, beta, clip2r):
     v = exp_difference(x.xw, x.xl, beta) + x.m(beta)
     inside = v.abs() < clip2r  # before the exponentials: inf * 0 is NaN
     zero = torch.zeros_like(v)
@@ -193,18 +287,33 @@ def _(x, beta, clip2r):
 
 
 @u_row(
-    "tdpo1", "u = beta*(D - (kl - kw))", "2404.11999", "R T", "M c r X", ("kw", "kl"),
-    beta=positive(0.1), kw=finite(), kl=finite(),
-)  # fmt: skip
-def _(x, beta, kw, kl):
+    ROWS,
+    "u = beta*(D - (kl - kw))",
+    "2404.11999",
+    needs="reference statistics",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    differentiable=("kw", "kl"),
+    beta=positive(0.1),
+    kw=finite(),
+    kl=finite(),
+)
+def tdpo1(x, beta, kw, kl):
     return beta * (x.D - (kl - kw)), beta, -beta, {"kw": beta, "kl": -beta}
 
 
 @u_row(
-    "tdpo2", "u = beta*(D - alpha*(kl - kw)), kw detached", "2404.11999", "R T", "M c r X", ("kl",),
-    beta=positive(0.1), alpha=non_negative(0.5), kw=finite(), kl=finite(),
-)  # fmt: skip
-def _(x, beta, alpha, kw, kl):
+    ROWS,
+    "u = beta*(D - alpha*(kl - kw)), kw detached",
+    "2404.11999",
+    needs="reference statistics",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    differentiable=("kl",),
+    beta=positive(0.1),
+    alpha=non_negative(0.5),
+    kw=finite(),
+    kl=finite(),
+)
+def tdpo2(x, beta, alpha, kw, kl):
     return beta * (x.D - alpha * (kl - kw)), beta, -beta, {"kl": -alpha * beta}
 
 
@@ -212,47 +321,71 @@ def _(x, beta, alpha, kw, kl):
 
 
 @m_row(
-    "cdpo", "L = sp(-m) + label_smoothing*m",
-    "Mitchell 2023, note on noisy preferences, eq. 3", "R", "M X",
-    beta=positive(0.1), label_smoothing=closed_unit(),
-)  # fmt: skip
-def _(m, label_smoothing):
+    ROWS,
+    "L = sp(-m) + label_smoothing*m",
+    "Mitchell 2023, note on noisy preferences, eq. 3",
+    needs="reference",
+    shape="only_margin convex",
+    beta=positive(0.1),
+    label_smoothing=closed_unit(),
+    margin=MARGIN,
+)
+def cdpo(m, label_smoothing):
     return sp(-m) + label_smoothing * m, label_smoothing - s(-m)
 
 
 @m_row(
-    "robust", "L = sp(-m) - m*label_smoothing/(1 - 2*label_smoothing)",
-    "2403.00409", "R", "M c r X",
-    beta=positive(0.1), label_smoothing=below_half(),
-)  # fmt: skip
-def _(m, label_smoothing):
+    ROWS,
+    "L = sp(-m) - m*label_smoothing/(1 - 2*label_smoothing)",
+    "2403.00409",
+    needs="reference",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    label_smoothing=below_half(),
+    margin=MARGIN,
+)
+def robust(m, label_smoothing):
     k = label_smoothing / (1 - 2 * label_smoothing)
     return sp(-m) - k * m, -s(-m) - k
 
 
 @m_row(
-    "hinge", "L = max(0, 1 - m)", "2309.06657 and 2305.10425", "R", "M c r X", beta=positive(0.1)
+    ROWS,
+    "L = max(0, 1 - m)",
+    "2309.06657 and 2305.10425",
+    needs="reference",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
 )
-def _(m):
+def hinge(m):
     return relu(1 - m), -indicator(m < 1, m)
 
 
 @m_row(
-    "exo_pair", "L = s(m)*log(s(m)/(1 - eps)) + s(-m)*log(s(-m)/eps)",
-    "2402.00856, eq. 16", "R", "M",
-    beta=positive(0.1), label_smoothing=open_unit(1e-3),
-)  # fmt: skip
-def _(m, label_smoothing):
+    ROWS,
+    "L = s(m)*log(s(m)/(1 - eps)) + s(-m)*log(s(-m)/eps)",
+    "2402.00856, eq. 16",
+    needs="reference",
+    shape="only_margin",
+    beta=positive(0.1),
+    label_smoothing=open_unit(1e-3),
+)
+def exo_pair(m, label_smoothing):
     log_keep, log_flip = log(1 - label_smoothing), log(label_smoothing)
     loss = s(m) * (-sp(-m) - log_keep) + s(-m) * (-sp(m) - log_flip)
     return loss, ds(m) * (m - (log_keep - log_flip))
 
 
 @m_row(
-    "discopop", "L = sp(-m)*s(-m/tau) + exp(-m)*s(m/tau)", "2406.08414, eq. 5", "R", "M",
-    beta=positive(0.05), tau=positive(0.05),
-)  # fmt: skip
-def _(m, tau):
+    ROWS,
+    "L = sp(-m)*s(-m/tau) + exp(-m)*s(m/tau)",
+    "2406.08414, eq. 5",
+    needs="reference",
+    shape="only_margin",
+    beta=positive(0.05),
+    tau=positive(0.05),
+)
+def discopop(m, tau):
     t = m / tau
     gated = torch.exp(-m - sp(-t))  # exp(-m)*s(t), without inf * 0
     slope = -s(-m) * s(-t) - gated + (gated * s(-t) - ds(t) * sp(-m)) / tau
@@ -260,26 +393,30 @@ def _(m, tau):
 
 
 @m_row(
-    "focalpo",
+    ROWS,
     "L = sp(-m)*exp(-g*sp(-m))",
     "2501.06645",
-    "R",
-    "M",
+    needs="reference",
+    shape="only_margin",
     beta=positive(0.1),
     g=non_negative(0.05),
 )
-def _(m, g):
+def focalpo(m, g):
     nll = sp(-m)
     factor = torch.exp(-g * nll)
     return nll * factor, -s(-m) * factor * (1 - g * nll)
 
 
-@g_row(
-    "bpo_sba", "L = (lam*exp(-(lam + 1)*m) - (lam + 1)*exp(lam*m))/(4*lam*(lam + 1))",
-    "2505.19601", "R", "M c r",
-    beta=positive(0.02), lam=positive(0.5),
-)  # fmt: skip
-def _(x, beta, lam):
+@plain_row(
+    ROWS,
+    "L = (lam*exp(-(lam + 1)*m) - (lam + 1)*exp(lam*m))/(4*lam*(lam + 1))",
+    "2505.19601",
+    needs="reference",
+    shape="only_margin falls_in_chosen rises_in_rejected",
+    beta=positive(0.02),
+    lam=positive(0.5),
+)
+def bpo_sba(x, beta, lam):
     m = x.m(beta)
     down, up = -(lam + 1) * m, lam * m
     loss = scaled_exp(0.25 / (lam + 1), down) - scaled_exp(0.25 / lam, up)
@@ -293,38 +430,64 @@ def _gap(m: Tensor, eta: Number, dr: Number) -> Tensor:
 
 
 @m_row(
-    "rpo_bwd_kl", "KL(s(a), s(m)), a = eta*dr", "2406.11704 and 2502.00203", "R C", "M X",
-    beta=positive(0.1), eta=positive(1.0), dr=finite(),
-)  # fmt: skip
-def _(m, eta, dr):
+    ROWS,
+    "KL(s(a), s(m)), a = eta*dr",
+    "2406.11704 and 2502.00203",
+    needs="reference constants",
+    shape="only_margin convex",
+    beta=positive(0.1),
+    eta=positive(1.0),
+    dr=finite(),
+)
+def rpo_bwd_kl(m, eta, dr):
     a = _gap(m, eta, dr)
     return s(a) * (sp(-m) - sp(-a)) + s(-a) * (sp(m) - sp(a)), s(m) - s(a)
 
 
 @m_row(
-    "rpo_fwd_kl", "KL(s(m), s(a)), a = eta*dr", "2502.00203", "R C", "M",
-    beta=positive(0.1), eta=positive(1.0), dr=finite(),
-)  # fmt: skip
-def _(m, eta, dr):
+    ROWS,
+    "KL(s(m), s(a)), a = eta*dr",
+    "2502.00203",
+    needs="reference constants",
+    shape="only_margin",
+    beta=positive(0.1),
+    eta=positive(1.0),
+    dr=finite(),
+)
+def rpo_fwd_kl(m, eta, dr):
     a = _gap(m, eta, dr)
     return s(m) * (sp(-a) - sp(-m)) + s(-m) * (sp(a) - sp(m)), ds(m) * (m - a)
 
 
 @m_row(
-    "rpo_sq", "L = (m - eta*dr)**2", "2502.00203", "R C", "M X",
-    beta=positive(0.1), eta=positive(1.0), dr=finite(),
-)  # fmt: skip
-def _(m, eta, dr):
+    ROWS,
+    "L = (m - eta*dr)**2",
+    "2502.00203",
+    needs="reference constants",
+    shape="only_margin convex",
+    beta=positive(0.1),
+    eta=positive(1.0),
+    dr=finite(),
+)
+def rpo_sq(m, eta, dr):
     e = m - eta * dr
     return e * e, 2 * e
 
 
 @m_row(
-    "wpo", "L = w*(sp(-m) + label_smoothing*m), w = exp(aw + al), at most 1 if clamp",
-    "2406.11827, eq. 2", "R T", "M c r X",
-    beta=positive(0.1), aw=finite(), al=finite(), clamp=switch(1), label_smoothing=SMOOTHING,
-)  # fmt: skip
-def _(m, aw, al, clamp, label_smoothing):
+    ROWS,
+    "L = w*(sp(-m) + label_smoothing*m), w = exp(aw + al), at most 1 if clamp",
+    "2406.11827, eq. 2",
+    needs="reference statistics",
+    shape="only_margin falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    aw=finite(),
+    al=finite(),
+    clamp=switch(1),
+    label_smoothing=SMOOTHING,
+    margin=MARGIN,
+)
+def wpo(m, aw, al, clamp, label_smoothing):
     w = torch.exp(torch.zeros_like(m) + aw + al)
     if clamp:
         w = w.clamp(max=1)

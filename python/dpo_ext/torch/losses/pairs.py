@@ -1,6 +1,7 @@
 """Preference losses: from the log-probs of pairs to a scalar, its gradient and the metrics.
 
-The rows are in `loss_table`; how other code bases use the same names is in `loss_compat`. N pairs.
+The table is `registry.LOSSES`; what other code bases mean by the same names is in `compat`. N
+pairs.
 """
 
 from __future__ import annotations
@@ -12,32 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dpo_ext.torch.losses.batch_rows  # noqa: F401 - fills LOSSES
-from dpo_ext.errors import TensorError
-from dpo_ext.torch.losses.checks import (
-    bind_parameters,
-    check_lengths,
-    check_log_probs,
-    check_num_pairs,
-    check_reference,
-    check_weight,
-    convert_parameter,
-    explain_nan,
-    host_values,
-)
+from dpo_ext.errors import TensorError, describe
+from dpo_ext.torch.losses.checks import bind_parameters, convert_parameter, host_values
 from dpo_ext.torch.losses.compat import Term, find_loss, resolve
 from dpo_ext.torch.losses.forms import Number
-from dpo_ext.torch.losses.node import PairLoss
-from dpo_ext.torch.losses.ranks import (
-    LOCAL,
-    check_constants,
-    check_group,
-    check_parts,
-    count_pairs,
-    gather_pairs,
-)
+from dpo_ext.torch.losses.inputs import Inputs
+from dpo_ext.torch.losses.node import Bound, PairLoss, weighted_sum
+from dpo_ext.torch.losses.ranks import LOCAL, check_constants, check_parts
 from dpo_ext.torch.losses.result import PreferenceLoss
 from dpo_ext.torch.losses.row import LossRow, positive
+from dpo_ext.torch.losses.signature import check_call
 
 _SCALE = positive()
 
@@ -64,7 +49,7 @@ def preference_loss(
         loss = -logsigmoid(beta * h).mean()
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7. The other names, with paper, parameters, defaults
-    and flags: ``dpo-ext losses``, or `loss_row.LOSSES`.
+    and flags: ``dpo-ext losses``, or docs/losses.
 
     Args:
         logps: (N, 2) float32 or float64, chosen then rejected; summed over the completion's tokens.
@@ -115,32 +100,27 @@ def preference_loss(
     >>> preference_loss(logps, loss="simpo", lengths=lengths, gamma=0.5).loss
     tensor(2.5789)
     """
-    check_log_probs(logps)
-    if ref_logps is not None:
-        check_reference(ref_logps, logps)
-    if lengths is not None:
-        check_lengths(lengths, logps)
     if group is not None and num_pairs is not None:
         raise ValueError("`num_pairs` and `group` both say what the mean is over: pass one of them")
+    if group is None and compat not in (None, "paper"):
+        group = LOCAL
+    inputs = Inputs(logps, ref_logps, lengths, weight, num_pairs, group)
+    given = params if beta is None else {"beta": beta, **params}
     if loss_weights is None and compat is None and isinstance(loss, str):
-        return _one_loss(loss, logps, ref_logps, lengths, beta, weight, num_pairs, group, params)
+        return _named_loss(loss, given, inputs)
     losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
     factors = _factors(loss, losses, loss_weights)
-    given = params if beta is None else {"beta": beta, **params}
-    averages = False
     if compat is None:
         terms = _terms(losses, factors, given)
     else:
         terms, averages = resolve(compat, losses, factors, given)
-        group = LOCAL if group is None and compat != "paper" else group
-    if averages:  # a mean over 0 tokens is 0
-        if lengths is None:
+        if averages and lengths is None:
             raise TensorError(f"`lengths` is missing: {compat} averages the log-probs of {loss!r}")
-        divisor = lengths.to(logps.dtype).clamp(min=1)
-        logps = logps / divisor
-        ref_logps = None if ref_logps is None else ref_logps / divisor
-        lengths = torch.ones_like(lengths)
-    return _sum_of_losses(terms, logps, ref_logps, lengths, beta, weight, num_pairs, group)
+        inputs = inputs.averaged() if averages else inputs
+    out = _sum_of_losses(terms, inputs)
+    if beta is not None:  # the rewards take the beta that was given, or that of the first loss
+        out.scale = convert_parameter("beta", beta, _SCALE, logps)
+    return out
 
 
 def _factors(loss: Any, losses: Sequence[Any], loss_weights: Sequence[float] | None) -> list[float]:
@@ -157,179 +137,156 @@ def _factors(loss: Any, losses: Sequence[Any], loss_weights: Sequence[float] | N
 def _terms(losses: Sequence[Any], factors: Sequence[float], given: Mapping[str, Any]) -> list[Term]:
     """Every loss with the parameters that it has; a callable takes all of them when it is alone."""
     if len(losses) == 1:
-        return [(factors[0], losses[0], dict(given))]
+        return [Term(factors[0], losses[0], dict(given))]
     rows = [find_loss(name) if isinstance(name, str) else None for name in losses]
     known = {name for row in rows if row is not None for name in row.parameters}
     for name in given:
         if name not in known:
             raise ValueError(f"none of the losses {list(losses)!r} has a parameter `{name}`")
     return [
-        (factor, name, {k: v for k, v in given.items() if row is not None and k in row.parameters})
+        Term(
+            factor,
+            name,
+            {k: v for k, v in given.items() if row is not None and k in row.parameters},
+        )
         for factor, name, row in zip(factors, losses, rows, strict=True)
     ]
 
 
-def _one_loss(
-    loss, logps, ref_logps, lengths, beta, weight, num_pairs, group, params
-) -> PreferenceLoss:
-    if isinstance(loss, str):
-        row = find_loss(loss)
-        if row.couples_batch:
-            for name, value in (("weight", weight), ("num_pairs", num_pairs)):
-                if value is not None:
-                    raise ValueError(
-                        f"loss {row.name!r} couples the batch: it does not take `{name}`\n"
-                        "hint: pass all pairs of the step in one call, and `group` for several "
-                        "ranks"
-                    )
-            check_parts(f"loss {row.name!r}", "couples the batch", group)
-        if not row.autograd:
-            return _row_loss(row, logps, ref_logps, lengths, beta, weight, num_pairs, group, params)
-        _check_needs(row, ref_logps, lengths)
-        bound = bind_parameters(row, beta, params, logps)
-        passed = lengths if row.lengths else None
-        return _autograd_loss(
-            row.formula, row, logps, ref_logps, passed, bound, weight, num_pairs, group
-        )
-    if not callable(loss):
-        raise TypeError(
-            f"`loss` must be a name, a callable or a list of them, found {type(loss).__name__}"
-        )
-    bound = dict(params) if beta is None else {"beta": beta, **params}
-    return _autograd_loss(loss, None, logps, ref_logps, lengths, bound, weight, num_pairs, group)
-
-
-def _sum_of_losses(
-    terms: Sequence[Term],
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    lengths: Tensor | None,
-    beta: Any,
-    weight: Any,
-    num_pairs: float | Tensor | None,
-    group: Any,
-) -> PreferenceLoss:
-    """``sum_k factor_k * loss_k``; the rewards take the beta that was given, or the first
-    loss's.
-    """
+def _sum_of_losses(terms: Sequence[Term], inputs: Inputs) -> PreferenceLoss:
+    """``sum_k factor_k * loss_k``."""
     parts = [
-        (factor, _one_loss(name, logps, ref_logps, lengths, None, weight, num_pairs, group, own))
-        for factor, name, own in terms
+        (
+            term.factor,
+            _named_loss(term.loss, term.given, inputs)
+            if isinstance(term.loss, str)
+            else _function_loss(term.loss, term.given, inputs),
+        )
+        for term in terms
     ]
     if len(parts) == 1 and parts[0][0] == 1.0:
         total, per_pair = parts[0][1].loss, parts[0][1].per_pair
     else:
         total = torch.stack([factor * part.loss for factor, part in parts]).sum()
         per_pair = torch.stack([factor * part.per_pair for factor, part in parts]).sum(0)
-    scale: Number | None = next((p._scale for _, p in parts if p._scale is not None), None)
-    if beta is not None:
-        scale = convert_parameter("beta", beta, _SCALE, logps)
-    return PreferenceLoss(total, per_pair, logps, ref_logps, scale)
+    scale: Number | None = next((p.scale for _, p in parts if p.scale is not None), None)
+    return PreferenceLoss(total, per_pair, inputs.logps, inputs.ref_logps, scale)
 
 
-def _row_loss(
-    row: LossRow,
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    lengths: Tensor | None,
-    beta: Any,
-    weight: Any,
-    num_pairs: float | Tensor | None,
-    group: Any,
-    given: Mapping[str, Any],
-) -> PreferenceLoss:
-    _check_needs(row, ref_logps, lengths)
-    params = bind_parameters(row, beta, given, logps)
-    if weight is not None:
-        weight = check_weight(weight, logps)
-    count, ranks = _divisor(logps, num_pairs, group)
-    gathered = None
-    if ranks is not None and row.couples_batch:
-        gathered = gather_pairs(logps, ref_logps, lengths, ranks)
-    tensors = [t for t in (params[name] for name in row.differentiable) if isinstance(t, Tensor)]
-    total, per_pair = PairLoss.apply(
-        logps, ref_logps, lengths, row, params, weight, count, gathered, *tensors
-    )
-    if host_values(total) and math.isnan(total.item()):
-        explain_nan(row.name, logps, ref_logps, params, per_pair)
-    return PreferenceLoss(total, per_pair, logps, ref_logps, params.get("beta"))
+def _named_loss(name: str, given: Mapping[str, Any], inputs: Inputs) -> PreferenceLoss:
+    """A loss of the table."""
+    row = find_loss(name)
+    if row.couples_batch:
+        for option, is_given in (
+            ("weight", inputs.weight is not None),
+            ("num_pairs", inputs.counted),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"loss {row.name!r} couples the batch: it does not take `{option}`\n"
+                    "hint: pass all pairs of the step in one call, and `group` for several ranks"
+                )
+        check_parts(f"loss {row.name!r}", "couples the batch", inputs.ranks)
+    _check_needs(row, inputs)
+    bound = Bound(row, bind_parameters(row, given, inputs.logps))
+    return _autograd_row_loss(bound, inputs) if row.autograd else _row_loss(bound, inputs)
 
 
-def _divisor(
-    logps: Tensor, num_pairs: float | Tensor | None, group: Any
-) -> tuple[float | Tensor, Any]:
-    """What the sum over this rank's pairs is divided by, and the group to gather over."""
-    if num_pairs is not None:
-        return check_num_pairs(num_pairs), None
-    ranks = None if group is None else check_group(group)
-    if ranks is None:
-        return float(max(logps.shape[0], 1)), None
-    return count_pairs(logps.shape[0], logps, ranks), ranks
-
-
-def _check_needs(row: LossRow, ref_logps: Tensor | None, lengths: Tensor | None) -> None:
-    if row.reference and ref_logps is None:
+def _check_needs(row: LossRow, inputs: Inputs) -> None:
+    if row.reference and inputs.ref_logps is None:
         raise TensorError(
             f"`ref_logps` is missing: loss {row.name!r} needs the reference's log-probs"
         )
-    if row.lengths and lengths is None:
+    if row.lengths and inputs.lengths is None:
         raise TensorError(
             f"`lengths` is missing: loss {row.name!r} needs the scored tokens of each sequence\n"
             "hint: pass `lengths=table.lengths`"
         )
 
 
-def _autograd_loss(
-    function: Callable[..., Any],
-    row: LossRow | None,
-    logps: Tensor,
-    ref_logps: Tensor | None,
-    lengths: Tensor | None,
-    params: Mapping[str, Any],
-    weight: Any,
-    num_pairs: float | Tensor | None,
-    group: Any,
+def _row_loss(bound: Bound, inputs: Inputs) -> PreferenceLoss:
+    """A row with a derivative in closed form."""
+    row, params = bound
+    whole = inputs.gathered() if row.couples_batch and inputs.group is not None else None
+    tensors = [t for t in (params[name] for name in row.differentiable) if isinstance(t, Tensor)]
+    total, per_pair = PairLoss.apply(inputs.logps, inputs, bound, whole, *tensors)
+    return _result(row.name, total, per_pair, params, inputs)
+
+
+def _autograd_row_loss(bound: Bound, inputs: Inputs) -> PreferenceLoss:
+    """A registered function of the log-probs, differentiated by autograd."""
+    row, params = bound
+    lengths = inputs.lengths if row.lengths else None
+    if not row.couples_batch:
+        value = _call(row.formula, (inputs.logps, inputs.ref_logps, lengths), params)
+        return _mean(row.name, value, params, inputs)
+    logps, ref_logps, mine = inputs.logps, inputs.ref_logps, slice(None)
+    if inputs.group is not None:
+        check_constants(row.name, params)
+        whole = inputs.gathered()
+        ref_logps, lengths, mine = whole.ref_logps, whole.lengths, whole.mine
+        lengths = lengths if row.lengths else None
+        logps = torch.cat((whole.logps[: mine.start], logps, whole.logps[mine.stop :]))
+    value = _call(row.formula, (logps, ref_logps, lengths), params)
+    pairs = logps.shape[0]
+    _check_returned(row.name, value, pairs)
+    # the gradient is that of all pairs, the value this rank's part of theirs
+    whole_mean, own = value.expand(pairs).sum() / inputs.count, value.detach().expand(pairs)[mine]
+    total = whole_mean - (whole_mean.detach() - own.sum() / inputs.count)
+    return _result(row.name, total, own, params, inputs)
+
+
+def _function_loss(
+    function: Callable[..., Any], params: Mapping[str, Any], inputs: Inputs
 ) -> PreferenceLoss:
-    """A user's function of the log-probs, differentiated by autograd."""
-    name = row.name if row is not None else getattr(function, "__name__", repr(function))
-    count, ranks = _divisor(logps, num_pairs, group)
-    coupled = row is not None and row.couples_batch
-    seen, ref, mine = logps, ref_logps, slice(None)
-    if coupled and ranks is not None:
-        check_constants(name, params)
-        whole = gather_pairs(logps, ref_logps, lengths, ranks)
-        ref, lengths, mine = whole.ref_logps, whole.lengths, whole.mine
-        seen = torch.cat((whole.logps[: mine.start], logps, whole.logps[mine.stop :]))
-    if lengths is None:
-        value = function(seen, ref, **params)
-    else:
-        value = function(seen, ref, lengths, **params)
-    pairs = seen.shape[0]
+    """A function of the log-probs that stands in no table, differentiated by autograd."""
+    if not callable(function):
+        raise TypeError(
+            f"`loss` must be a name, a callable or a list of them, found {describe(function)}"
+        )
+    name = getattr(function, "__name__", repr(function))
+    value = _call(function, (inputs.logps, inputs.ref_logps, inputs.lengths), params)
+    return _mean(name, value, params, inputs)
+
+
+def _call(
+    function: Callable[..., Any], tensors: tuple[Tensor | None, ...], params: Mapping[str, Any]
+) -> Any:
+    """The function of log-probs, reference and, unless they are None, lengths."""
+    passed = tensors[:2] if tensors[2] is None else tensors
+    if torch.compiler.is_compiling():
+        return function(*passed, **params)
+    try:
+        return function(*passed, **params)
+    except TypeError:
+        check_call(function, ("logps", "ref_logps", "lengths")[: len(passed)], params)
+        raise  # it can be called so: the error is from within
+
+
+def _check_returned(name: str, value: Any, pairs: int) -> None:
     if not isinstance(value, Tensor) or value.shape not in ((), (pairs,)):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TensorError(f"loss {name!r} must return a scalar or ({pairs},), found {found}")
-    scale = params.get("beta")
-    if value.dim() == 0:
-        if weight is not None or num_pairs is not None or (ranks is not None and not coupled):
-            raise ValueError(
-                f"loss {name!r} returns a scalar: `weight`, `num_pairs` and `group` need a loss a "
-                "pair"
-            )
-        if not coupled:
-            return PreferenceLoss(value, value.detach().expand(pairs), logps, ref_logps, scale)
-        value = value.expand(pairs)
-    if coupled:  # the gradient is that of all pairs, the value this rank's part of theirs
-        whole_mean, value = value.sum() / count, value.detach()[mine]
-        total = whole_mean - (whole_mean.detach() - value.sum() / count)
-    else:
-        total = _weighted_sum(value, weight, logps) / count
+
+
+def _mean(name: str, value: Any, params: Mapping[str, Any], inputs: Inputs) -> PreferenceLoss:
+    """The mean over pairs of what a function returned; a scalar is that mean already."""
+    pairs = inputs.logps.shape[0]
+    _check_returned(name, value, pairs)
+    if value.dim() == 1:
+        total = weighted_sum(value, inputs.weight) / inputs.count
+        return _result(name, total, value, params, inputs)
+    if inputs.weight is not None or inputs.counted or inputs.group is not None:
+        raise ValueError(
+            f"loss {name!r} returns a scalar: `weight`, `num_pairs` and `group` need a loss a pair"
+        )
+    per_pair, scale = value.detach().expand(pairs), params.get("beta")
+    return PreferenceLoss(value, per_pair, inputs.logps, inputs.ref_logps, scale)
+
+
+def _result(
+    name: str, total: Tensor, per_pair: Tensor, params: Mapping[str, Any], inputs: Inputs
+) -> PreferenceLoss:
     if host_values(total) and math.isnan(total.item()):
-        explain_nan(name, logps, ref_logps, params, value)
-    return PreferenceLoss(total, value, logps, ref_logps, scale)
-
-
-def _weighted_sum(value: Tensor, weight: Any, logps: Tensor) -> Tensor:
-    if weight is None:
-        return value.sum()
-    weight = check_weight(weight, logps)
-    return torch.where(weight == 0, torch.zeros_like(value), weight * value).sum()
+        inputs.explain_nan(name, params, per_pair)
+    return PreferenceLoss(total, per_pair, inputs.logps, inputs.ref_logps, params.get("beta"))

@@ -1,6 +1,6 @@
-"""What `preference_loss` returns: the loss, and rewards and metrics made when they are read.
+"""What the calls return: the loss, and rewards and metrics made when they are read.
 
-N pairs.
+N pairs, examples or lists.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ class PreferenceLoss:
             ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (strict: 0 at exact
             equality), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``. Computed when it
             is read, without waiting for the device.
+        scale: what the rewards multiply log-ratios by: the beta of the loss, a float or (N,), or
+            None.
         plan: that of the head which the loss came from (`linear_preference_loss`), else None.
     """
 
-    __slots__ = ("_logps", "_ref_logps", "_scale", "loss", "per_pair", "plan")
+    __slots__ = ("_logps", "_ref_logps", "loss", "per_pair", "plan", "scale")
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class PreferenceLoss:
         self.per_pair = per_pair
         self._logps = logps
         self._ref_logps = ref_logps
-        self._scale = scale
+        self.scale = scale
         self.plan: str | None = None
 
     @property
@@ -72,7 +74,7 @@ class PreferenceLoss:
         if self._ref_logps is not None:
             ratios = ratios - self._ref_logps
         chosen, rejected = ratios.unbind(1)
-        scale = 1.0 if self._scale is None else self._scale
+        scale = 1.0 if self.scale is None else self.scale
         return chosen * scale, rejected * scale
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
 """What a row of the loss table is, and the ways to write one.
 
-A formula reads a `Pairs` and its parameters and returns the loss of each pair with its derivatives
-by the summed log-probs of chosen and rejected: these two numbers a pair are all that training
-needs.
+A formula reads the `Symbols` of the pairs and its parameters and returns the loss of each pair with
+its derivatives by the summed log-probs of chosen and rejected: these two numbers a pair are all
+that training needs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class LossRow:
         couples_batch: a pair's gradient depends on the other pairs: no gradient accumulation, no
             `pairwise` plan.
         only_margin: ``dL/dr == -dL/dc`` always; only ``c - r`` matters.
-        monotone: letters ``c`` (never increasing in c) and ``r`` (never decreasing in r).
+        falls_in_chosen: never increasing in c.
+        rises_in_rejected: never decreasing in r.
         convex: convex in (c, r).
         differentiable: parameters through which the gradient also flows when they are tensors that
             ask for it.
@@ -63,7 +64,8 @@ class LossRow:
     constants: bool = False
     couples_batch: bool = False
     only_margin: bool = False
-    monotone: str = ""
+    falls_in_chosen: bool = False
+    rises_in_rejected: bool = False
     convex: bool = False
     differentiable: tuple[str, ...] = ()
     autograd: bool = False
@@ -73,8 +75,8 @@ def finite(default: float | None = None) -> Parameter:
     return Parameter(default, "finite", lambda x: x - x == 0)
 
 
-def positive(default: float | None = None) -> Parameter:
-    return Parameter(default, "> 0", lambda x: (x > 0) & (x - x == 0))
+def positive(default: float | None = None, *, per_pair: bool = True) -> Parameter:
+    return Parameter(default, "> 0", lambda x: (x > 0) & (x - x == 0), per_pair)
 
 
 def non_negative(default: float | None = None) -> Parameter:
@@ -89,8 +91,8 @@ def open_unit(default: float | None = None) -> Parameter:
     return Parameter(default, "in (0, 1)", lambda x: (x > 0) & (x < 1))
 
 
-def closed_unit(default: float | None = None) -> Parameter:
-    return Parameter(default, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
+def closed_unit(default: float | None = None, *, per_pair: bool = True) -> Parameter:
+    return Parameter(default, "in [0, 1]", lambda x: (x >= 0) & (x <= 1), per_pair)
 
 
 def below_half(default: float | None = None) -> Parameter:
@@ -101,53 +103,75 @@ def switch(default: float | None = None) -> Parameter:
     return Parameter(default, "0 or 1", lambda x: (x == 0) | (x == 1), per_pair=False)
 
 
-LOSSES: dict[str, LossRow] = {}
-"""Every loss of pairs, by name."""
+MARGIN = finite(0.0)
+SMOOTHING = closed_unit(0.0)
 
-MARGIN = Parameter(0.0, "finite", lambda x: x - x == 0)
-SMOOTHING = Parameter(0.0, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
-
-
-def _flags(needs: str, shape: str) -> dict[str, Any]:
-    """Flags from the letters of the catalogue: needs R, L, T, C; shape M, c, r, X."""
-    return {
-        "reference": "R" in needs,
-        "lengths": "L" in needs,
-        "statistics": "T" in needs,
-        "constants": "C" in needs,
-        "only_margin": "M" in shape,
-        "monotone": "".join(letter for letter in "cr" if letter in shape.split()),
-        "convex": "X" in shape,
-    }
-
+NEEDS = {
+    "reference": "reference",
+    "lengths": "lengths",
+    "statistics": "token statistics",
+    "constants": "constants of the pair",
+    "couples_batch": "the whole batch",
+}
+"""What a row may need: the word, which is a flag of `LossRow`, and how a listing says it."""
+SHAPE = {
+    "only_margin": "only the margin",
+    "falls_in_chosen": "falls in chosen",
+    "rises_in_rejected": "rises in rejected",
+    "convex": "convex",
+}
+"""What a row may be: the word, which is a flag of `LossRow`, and how a listing says it."""
 
 Formula = Callable[..., Any]
+Rows = dict[str, LossRow]
 
 
-def _add(
-    name: str, formula: Formula, text: str, paper: str, needs: str, shape: str, **options: Any
-) -> None:
-    parameters = options.pop("parameters")
-    LOSSES[name] = LossRow(
-        name, formula, text, paper, parameters, **_flags(needs, shape), **options
-    )
+def find_row(rows: Rows, name: str) -> LossRow:
+    """The row of a name, or the ValueError that lists the names."""
+    if name not in rows:
+        raise ValueError(f"`loss` must be one of {', '.join(map(repr, rows))}, found {name!r}")
+    return rows[name]
+
+
+def _flags(kind: str, words: str, known: Mapping[str, str]) -> dict[str, bool]:
+    given = words.split()
+    for word in given:
+        if word not in known:
+            raise ValueError(f"`{kind}` must be words among {', '.join(known)}, found {word!r}")
+    return {word: word in given for word in known}
+
+
+def _adder(
+    rows: Rows, text: str, paper: str, needs: str, shape: str
+) -> Callable[[Formula, Formula, Mapping[str, Any]], None]:
+    """What puts a row into ``rows`` under the name of the function that was decorated."""
+    flags: dict[str, Any] = {**_flags("needs", needs, NEEDS), **_flags("shape", shape, SHAPE)}
+
+    def add(named: Formula, formula: Formula, more: Mapping[str, Any]) -> None:
+        name = named.__name__
+        if name in rows:
+            raise ValueError(f"there is a row {name!r} already")
+        rows[name] = LossRow(name, formula, text, paper, **flags, **more)
+
+    return add
 
 
 def u_row(
-    name: str,
+    rows: Rows,
     text: str,
     paper: str,
-    needs: str,
-    shape: str,
-    /,
+    *,
+    needs: str = "",
+    shape: str = "",
     differentiable: tuple[str, ...] = (),
     **parameters: Parameter,
-):
-    """Register ``L = sp(-v) + label_smoothing*v``, ``v = u - margin``, from a formula of ``u,
-    du/dc, du/dr``.
+) -> Callable[[Formula], Formula]:
+    """A row ``L = sp(-v) + label_smoothing*v``, ``v = u - margin``, from a formula of ``u, du/dc,
+    du/dr``.
 
     The formula adds a dict of ``du/dparameter`` where parameters are differentiable.
     """
+    add = _adder(rows, f"L = sp(-u), {text}", paper, needs, shape)
 
     def register(u_formula: Formula) -> Formula:
         def formula(x, margin=0.0, label_smoothing=0.0, **p):
@@ -161,20 +185,27 @@ def u_row(
                 return loss, times(slope, -uc), times(slope, -ur)
             return loss, slope * -uc, slope * -ur, {k: slope * -du for k, du in others[0].items()}
 
-        extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
-        _add(
-            name, formula, f"L = sp(-u), {text}", paper, needs, shape,
-            parameters={**parameters, **extra}, differentiable=differentiable,
-        )  # fmt: skip
+        all_parameters = {**parameters, "margin": MARGIN, "label_smoothing": SMOOTHING}
+        more = {"parameters": all_parameters, "differentiable": differentiable}
+        add(u_formula, formula, more)
         return u_formula
 
     return register
 
 
-def u_exp_row(name: str, text: str, paper: str, needs: str, shape: str, /, **parameters: Parameter):
+def u_exp_row(
+    rows: Rows,
+    text: str,
+    paper: str,
+    *,
+    needs: str = "",
+    shape: str = "",
+    **parameters: Parameter,
+) -> Callable[[Formula], Formula]:
     """As `u_row`, where ``du/dc = kc*e^bc`` and ``du/dr = -kr*e^br``: the formula returns ``u, kc,
     bc, kr, br``.
     """
+    add = _adder(rows, f"L = sp(-u), {text}", paper, needs, shape)
 
     def register(u_formula: Formula) -> Formula:
         def formula(x, margin=0.0, label_smoothing=0.0, **p):
@@ -190,23 +221,27 @@ def u_exp_row(name: str, text: str, paper: str, needs: str, shape: str, /, **par
             gr = torch.where(slope == 0, zero, slope * scaled_exp(kr, br))
             return loss, -gc, gr
 
-        extra = {"margin": MARGIN, "label_smoothing": SMOOTHING}
-        _add(
-            name,
-            formula,
-            f"L = sp(-u), {text}",
-            paper,
-            needs,
-            shape,
-            parameters={**parameters, **extra},
-        )
+        all_parameters = {**parameters, "margin": MARGIN, "label_smoothing": SMOOTHING}
+        add(u_formula, formula, {"parameters": all_parameters})
         return u_formula
 
     return register
 
 
-def m_row(name: str, text: str, paper: str, needs: str, shape: str, /, **parameters: Parameter):
-    """Register a loss of ``m = beta*D`` alone from a formula of ``L, dL/dm``."""
+def m_row(
+    rows: Rows,
+    text: str,
+    paper: str,
+    *,
+    needs: str = "",
+    shape: str = "",
+    **parameters: Parameter,
+) -> Callable[[Formula], Formula]:
+    """A row of ``m = beta*D`` alone, from a formula of ``L, dL/dm``.
+
+    Where ``margin`` is among the parameters it is taken off ``m`` before the formula sees it.
+    """
+    add = _adder(rows, text, paper, needs, shape)
 
     def register(m_formula: Formula) -> Formula:
         def formula(x, beta, margin=0.0, **p):
@@ -217,18 +252,26 @@ def m_row(name: str, text: str, paper: str, needs: str, shape: str, /, **paramet
             slope = times(slope, beta)
             return loss, slope, -slope
 
-        extra = {"margin": MARGIN} if name in ("cdpo", "robust", "wpo") else {}
-        _add(name, formula, text, paper, needs, shape, parameters={**parameters, **extra})
+        add(m_formula, formula, {"parameters": parameters})
         return m_formula
 
     return register
 
 
-def g_row(name: str, text: str, paper: str, needs: str, shape: str, /, **parameters: Parameter):
-    """Register a loss from a formula of ``L, dL/dc, dL/dr``."""
+def plain_row(
+    rows: Rows,
+    text: str,
+    paper: str,
+    *,
+    needs: str = "",
+    shape: str = "",
+    **parameters: Parameter,
+) -> Callable[[Formula], Formula]:
+    """A row whose formula is the function itself."""
+    add = _adder(rows, text, paper, needs, shape)
 
     def register(formula: Formula) -> Formula:
-        _add(name, formula, text, paper, needs, shape, parameters=parameters)
+        add(formula, formula, {"parameters": parameters})
         return formula
 
     return register

@@ -1,13 +1,12 @@
 """Rows of the table that look at the two sides of a pair apart, not through one margin alone.
 
-They return ``L, dL/dc, dL/dr`` themselves; names and letters are those of `loss_table`.
+They return ``L, dL/dc, dL/dr`` themselves; the rest is as in `margin_rows`.
 """
 
 from __future__ import annotations
 
 import torch
 
-import dpo_ext.torch.losses.margin_rows  # noqa: F401 - its rows come first
 from dpo_ext.torch.losses.forms import (
     below_zero,
     ds,
@@ -18,131 +17,197 @@ from dpo_ext.torch.losses.forms import (
     s,
     sp,
 )
-from dpo_ext.torch.losses.row import closed_unit, finite, g_row, non_negative, positive
+from dpo_ext.torch.losses.row import (
+    LossRow,
+    closed_unit,
+    finite,
+    non_negative,
+    plain_row,
+    positive,
+)
+
+ROWS: dict[str, LossRow] = {}
 
 
-@g_row("ipo_sum", "L = (D - 1/(2*beta))**2", "2310.12036, eq. 17", "R", "M X", beta=positive(0.1))
-def _(x, beta):
+@plain_row(
+    ROWS,
+    "L = (D - 1/(2*beta))**2",
+    "2310.12036, eq. 17",
+    needs="reference",
+    shape="only_margin convex",
+    beta=positive(0.1),
+)
+def ipo_sum(x, beta):
     e = x.D - 0.5 / beta
     return e * e, 2 * e, -2 * e
 
 
-@g_row(
-    "ipo_avg",
+@plain_row(
+    ROWS,
     "L = (xw/nw - xl/nl - 1/(2*beta))**2",
     "2310.12036, averaged",
-    "R L",
-    "X",
+    needs="reference lengths",
+    shape="convex",
     beta=positive(0.1),
 )
-def _(x, beta):
+def ipo_avg(x, beta):
     nw, nl = x.nw, x.nl
     e = x.xw / nw - x.xl / nl - 0.5 / beta
     return e * e, 2 * e / nw, -2 * e / nl
 
 
-@g_row(
-    "slic", "L = max(0, delta - c + r) - lam*c", "2305.10425", "", "c r X",
-    delta=finite(1.0), lam=non_negative(0.1),
-)  # fmt: skip
-def _(x, delta, lam):
+@plain_row(
+    ROWS,
+    "L = max(0, delta - c + r) - lam*c",
+    "2305.10425",
+    shape="falls_in_chosen rises_in_rejected convex",
+    delta=finite(1.0),
+    lam=non_negative(0.1),
+)
+def slic(x, delta, lam):
     gap = delta - (x.c - x.r)
     k = indicator(gap > 0, gap)
     return relu(gap) - lam * x.c, -k - lam, k
 
 
-@g_row(
-    "nca_pair",
+@plain_row(
+    ROWS,
     "L = sp(-a) + sp(a)/2 + sp(b)/2, a = beta*xw, b = beta*xl",
     "2402.05369",
-    "R",
-    "r X",
+    needs="reference",
+    shape="rises_in_rejected convex",
     beta=positive(0.1),
 )
-def _(x, beta):
+def nca_pair(x, beta):
     a, b = beta * x.xw, beta * x.xl
     return sp(-a) + 0.5 * sp(a) + 0.5 * sp(b), beta * (0.5 * s(a) - s(-a)), 0.5 * beta * s(b)
 
 
-@g_row(
-    "bco_pair", "L = sp(-(beta*xw - delta)) + sp(beta*xl - delta)", "2404.04656", "R C", "c r X",
-    beta=positive(0.1), delta=finite(),
-)  # fmt: skip
-def _(x, beta, delta):
+@plain_row(
+    ROWS,
+    "L = sp(-(beta*xw - delta)) + sp(beta*xl - delta)",
+    "2404.04656",
+    needs="reference constants",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    delta=finite(),
+)
+def bco_pair(x, beta, delta):
     a, b = beta * x.xw - delta, beta * x.xl - delta
     return sp(-a) + sp(b), -beta * s(-a), beta * s(b)
 
 
-@g_row(
-    "kto_pair_z", "L = lam_d*s(-beta*(xw - z)) + lam_u*s(beta*(xl - z))",
-    "2402.01306, eq. 7", "R C", "c r",
-    beta=positive(0.1), z=finite(), lam_d=non_negative(1.0), lam_u=non_negative(1.0),
-)  # fmt: skip
-def _(x, beta, z, lam_d, lam_u):
+@plain_row(
+    ROWS,
+    "L = lam_d*s(-beta*(xw - z)) + lam_u*s(beta*(xl - z))",
+    "2402.01306, eq. 7",
+    needs="reference constants",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(0.1),
+    z=finite(),
+    lam_d=non_negative(1.0),
+    lam_u=non_negative(1.0),
+)
+def kto_pair_z(x, beta, z, lam_d, lam_u):
     a, b = beta * (x.xw - z), beta * (x.xl - z)
     return lam_d * s(-a) + lam_u * s(b), -lam_d * beta * ds(a), lam_u * beta * ds(b)
 
 
-@g_row(
-    "sppo_hard", "L = (xw - h)**2 + (xl + h)**2, h = 1/(2*beta)", "2405.00675, eq. 4.7", "R", "X",
+@plain_row(
+    ROWS,
+    "L = (xw - h)**2 + (xl + h)**2, h = 1/(2*beta)",
+    "2405.00675, eq. 4.7",
+    needs="reference",
+    shape="convex",
     beta=positive(0.1),
-)  # fmt: skip
-def _(x, beta):
+)
+def sppo_hard(x, beta):
     a, b = x.xw - 0.5 / beta, x.xl + 0.5 / beta
     return a * a + b * b, 2 * a, 2 * b
 
 
-@g_row(
-    "sppo_soft", "L = ((xw - h)**2 + (xl + h)**2)/2, h = (p - 0.5)/beta", "2405.00675", "R C", "X",
-    beta=positive(0.001), p=closed_unit(),
-)  # fmt: skip
-def _(x, beta, p):
+@plain_row(
+    ROWS,
+    "L = ((xw - h)**2 + (xl + h)**2)/2, h = (p - 0.5)/beta",
+    "2405.00675",
+    needs="reference constants",
+    shape="convex",
+    beta=positive(0.001),
+    p=closed_unit(),
+)
+def sppo_soft(x, beta, p):
     h = (p - 0.5) / beta
     a, b = x.xw - h, x.xl + h
     return 0.5 * (a * a + b * b), a, b
 
 
-@g_row(
-    "apo_zero", "L = s(-beta*xw) + s(beta*xl)", "2408.06266, eq. 7", "R", "c r", beta=positive(0.1)
+@plain_row(
+    ROWS,
+    "L = s(-beta*xw) + s(beta*xl)",
+    "2408.06266, eq. 7",
+    needs="reference",
+    shape="falls_in_chosen rises_in_rejected",
+    beta=positive(0.1),
 )
-def _(x, beta):
+def apo_zero(x, beta):
     a, b = beta * x.xw, beta * x.xl
     return s(-a) + s(b), -beta * ds(a), beta * ds(b)
 
 
-@g_row("apo_down", "L = s(beta*xw) + s(-beta*D)", "2408.06266, eq. 8", "R", "r", beta=positive(0.1))
-def _(x, beta):
+@plain_row(
+    ROWS,
+    "L = s(beta*xw) + s(-beta*D)",
+    "2408.06266, eq. 8",
+    needs="reference",
+    shape="rises_in_rejected",
+    beta=positive(0.1),
+)
+def apo_down(x, beta):
     a, m = beta * x.xw, x.m(beta)
     slope = beta * ds(m)
     return s(a) + s(-m), beta * ds(a) - slope, slope
 
 
-@g_row(
-    "cpo", "L = sp(-beta*(c - r)) - alpha*c/nw", "2401.08417, eq. 3", "L", "c r X",
-    beta=positive(0.1), alpha=non_negative(1.0),
-)  # fmt: skip
-def _(x, beta, alpha):
+@plain_row(
+    ROWS,
+    "L = sp(-beta*(c - r)) - alpha*c/nw",
+    "2401.08417, eq. 3",
+    needs="lengths",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    alpha=non_negative(1.0),
+)
+def cpo(x, beta, alpha):
     u = beta * (x.c - x.r)
     slope, nw = beta * s(-u), x.nw
     return sp(-u) - alpha * (x.c / nw), -slope - alpha / nw, slope
 
 
-@g_row(
-    "dpo_sft", "L = sp(-beta*D) - alpha*c/nw", "2404.19733 and 2405.16436", "R L", "c r X",
-    beta=positive(0.1), alpha=non_negative(1.0),
-)  # fmt: skip
-def _(x, beta, alpha):
+@plain_row(
+    ROWS,
+    "L = sp(-beta*D) - alpha*c/nw",
+    "2404.19733 and 2405.16436",
+    needs="reference lengths",
+    shape="falls_in_chosen rises_in_rejected convex",
+    beta=positive(0.1),
+    alpha=non_negative(1.0),
+)
+def dpo_sft(x, beta, alpha):
     m = x.m(beta)
     slope, nw = beta * s(-m), x.nw
     return sp(-m) - alpha * (x.c / nw), -slope - alpha / nw, slope
 
 
-@g_row(
-    "orpo", "L = -nll*cn + lam*sp(lo(rn) - lo(cn)), lo(a) = a - log(1 - e^a)",
-    "2403.07691, eq. 4 and 7", "L", "c r",
-    lam=non_negative(0.1), nll=non_negative(1.0),
-)  # fmt: skip
-def _(x, lam, nll):
+@plain_row(
+    ROWS,
+    "L = -nll*cn + lam*sp(lo(rn) - lo(cn)), lo(a) = a - log(1 - e^a)",
+    "2403.07691, eq. 4 and 7",
+    needs="lengths",
+    shape="falls_in_chosen rises_in_rejected",
+    lam=non_negative(0.1),
+    nll=non_negative(1.0),
+)
+def orpo(x, lam, nll):
     nw, nl = x.nw, x.nl
     cn, rn = below_zero(x.c / nw), below_zero(x.r / nl)
     u = log_odds(cn) - log_odds(rn)
@@ -151,23 +216,40 @@ def _(x, lam, nll):
     return -nll * (x.c / nw) + lam * sp(-u), gc, -slope / torch.expm1(rn) / nl
 
 
-@g_row(
-    "cal_dpo", "L = sp(-D) + k*((xw - h)**2 + (xl + h)**2), h = 1/(2*beta)", "2412.14516", "R", "X",
-    beta=positive(0.1), k=non_negative(1.0),
-)  # fmt: skip
-def _(x, beta, k):
+@plain_row(
+    ROWS,
+    "L = sp(-D) + k*((xw - h)**2 + (xl + h)**2), h = 1/(2*beta)",
+    "2412.14516",
+    needs="reference",
+    shape="convex",
+    beta=positive(0.1),
+    k=non_negative(1.0),
+)
+def cal_dpo(x, beta, k):
     a, b, slope = x.xw - 0.5 / beta, x.xl + 0.5 / beta, s(-x.D)
     return sp(-x.D) + k * (a * a + b * b), -slope + 2 * k * a, slope + 2 * k * b
 
 
-@g_row("simper", "L = exp(r/nl) - exp(c/nw)", "2502.00883", "L", "c r")
-def _(x):
+@plain_row(
+    ROWS,
+    "L = exp(r/nl) - exp(c/nw)",
+    "2502.00883",
+    needs="lengths",
+    shape="falls_in_chosen rises_in_rejected",
+)
+def simper(x):
     nw, nl = x.nw, x.nl
     cn, rn = x.c / nw, x.r / nl
     return exp_difference(rn, cn), -torch.exp(cn) / nw, torch.exp(rn) / nl
 
 
-@g_row("sft", "L = -c/nw", "maximum likelihood of the chosen completion", "L", "c r X")
-def _(x):
+@plain_row(
+    ROWS,
+    "L = -c/nw",
+    "maximum likelihood of the chosen completion",
+    needs="lengths",
+    shape="falls_in_chosen rises_in_rejected convex",
+)
+def sft(x):
     nw = x.nw
     return -x.c / nw, -1 / nw, torch.zeros_like(nw)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.scores import TokenScores
@@ -43,14 +43,7 @@ def ld_table(table: ScoreTable, ld_alpha: float) -> ScoreTable:
     head = table.lengths.reshape(-1, 2).amin(1).repeat_interleave(2)
     factor = torch.where(place < head[sequence], 1.0, float(ld_alpha))
     weights = factor if table.weights is None else factor * table.weights
-    return ScoreTable._checked(
-        table.logit_rows,
-        table.targets,
-        table.seq_offsets,
-        weights.to(torch.float32),
-        table.group_size,
-        table.host_offsets,
-    )
+    return table.with_weights(weights.to(torch.float32))
 
 
 def wpo_averages(scores: TokenScores, table: ScoreTable) -> tuple[Tensor, Tensor]:
@@ -110,8 +103,7 @@ def tdpo_kls(kl: Tensor, table: ScoreTable) -> tuple[Tensor, Tensor]:
         raise TensorError(f"`table` must be of pairs, found groups of {table.group_size}")
     if kl.shape != table.targets.shape:
         raise TensorError(
-            f"`kl` must have shape ({len(table.targets)},), one value a token, found "
-            f"{tuple(kl.shape)}"
+            f"`kl` must have shape ({len(table.targets)},), one value a token, found {describe(kl)}"
         )
     kw, other = twin.segment_sum(kl, table.weights, table.seq_offsets).reshape(-1, 2).unbind(1)
     return kw, other
