@@ -49,8 +49,8 @@ class Job:
         cls, paths: Paths, tokenizer: Any, options: Mapping[str, Any], progress: Progress
     ) -> Job:
         """From what a caller gave."""
-        found = sources(paths)
         checked = checked_tokenizer(tokenizer), settings(options)
+        found = sources(paths)
         return cls(found.files, *checked, progress, found.notes)
 
 
