@@ -10,7 +10,7 @@ EXTRAS := torch,arrow,hf,trl,cuda13,cli,report,testing,test,dev
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python deep check format bench wheel gpu-check clean require
+.PHONY: help setup demo test test-rust test-python deep check format docs bench wheel gpu-check clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -60,6 +60,11 @@ check: setup  ## format, clippy, ruff, mypy, stubtest, docs
 	$(BIN)/ruff check python tests benches
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest dpo_ext._core
+	$(BIN)/python docs/make_losses.py --check
+
+docs: setup  ## write the pages and pictures that are generated: docs/losses, docs/*.svg
+	$(BIN)/python docs/make_losses.py
+	$(BIN)/python docs/make_plots.py
 
 format:  ## format Rust and Python in place
 	cargo fmt
