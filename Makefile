@@ -19,7 +19,7 @@ OLDEST := all,cuda12,test,dev
 SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python test-newest test-oldest deep check format bench wheel gpu-check clean require
+.PHONY: help setup demo test test-rust test-python test-newest test-oldest deep check format docs bench wheel gpu-check clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -88,6 +88,11 @@ check: setup  ## format, clippy, ruff, mypy, stubtest, docs
 	$(BIN)/ruff check python tests benches
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest dpo_ext._core
+	$(BIN)/python docs/make_losses.py --check
+
+docs: setup  ## write the pages and pictures that are generated: docs/losses, docs/*.svg
+	$(BIN)/python docs/make_losses.py
+	$(BIN)/python docs/make_plots.py
 
 format:  ## format Rust and Python in place
 	cargo fmt

@@ -144,6 +144,30 @@ def test_bad_input_is_a_typed_error(call, kind, message):
         call()
 
 
+def test_the_number_that_is_wrong_is_called_by_its_name():
+    with pytest.raises(ValueError, match="`num_examples` must be > 0, found 0"):
+        unpaired_loss(ONE, ONE, torch.ones(3), z=0.0, num_examples=0)
+    with pytest.raises(TensorError, match="`num_lists` must be one number"):
+        list_loss(TWO, TWO, num_lists=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logps: unpaired_loss(logps[:, 0], TWO[:, 0], torch.ones(3), z=0.3),
+        lambda logps: list_loss(logps, TWO),
+    ],
+    ids=["single", "list"],
+)
+def test_a_gradient_is_made_with_a_graph_and_its_own_gradient_is_refused(loss):
+    logps = (TWO * torch.tensor([1.0, 2.0])).requires_grad_()
+    (want,) = torch.autograd.grad(loss(logps).loss, logps)
+    (gradient,) = torch.autograd.grad(loss(logps).loss, logps, create_graph=True)
+    assert torch.equal(gradient.detach(), want)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice\nhint: pass a function"):
+        gradient.sum().backward()
+
+
 def test_all_structured_losses_of_the_golden_file_are_somewhere():
     from dpo_ext.torch.losses.registry import LOSSES
 

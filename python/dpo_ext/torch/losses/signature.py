@@ -24,8 +24,12 @@ def parameters_of(function: Callable[..., Any], lengths: bool = False) -> dict[s
         TypeError: one has the name of an option of `preference_loss`.
     """
     found: dict[str, Parameter] = {}
-    for name, parameter in list(_signature(function).parameters.items())[2 + lengths :]:
+    tensors = 2 + lengths
+    for name, parameter in _signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.kind != parameter.KEYWORD_ONLY and tensors > 0:
+            tensors -= 1
             continue
         needed = parameter.default is parameter.empty
         if not needed and not isinstance(parameter.default, int | float):
