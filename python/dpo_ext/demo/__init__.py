@@ -243,7 +243,7 @@ def _run(
         for trained, name in ((model, "model"), (reference, "reference")):
             train.save(trained, out / "tokenizer", out / name)
         metrics["seconds"] = {**show.seconds}
-        page = report.render(metrics, shown, derivation=_derivation(out))
+        page = report.render(metrics, shown, derivation=derivation(out))
         (out / "report.html").write_text(page, encoding="utf-8")
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics
@@ -405,7 +405,7 @@ def _distinct_prompts(pairs: source.Source, count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def _derivation(out: Path) -> str | None:
+def derivation(out: Path) -> str | None:
     """Where docs/derivation.md is, seen from the report, if both lie in one checkout."""
     checkout, folder = Path(__file__).resolve().parents[3], out.resolve()
     found = checkout / "docs" / "derivation.md"

@@ -29,14 +29,13 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -
 
 
 def ids(values: Sequence[int], count: int = 8) -> str:
-    """The first ids of a list, and how many there are.
+    """The first ids of a list, and how many there are if that is more.
 
-    >>> ids([5, 6, 7], 2), ids([5, 6], 2), ids([])
-    ('5 6 … (3)', '5 6 (2)', '(0)')
+    >>> ids([5, 6, 7], 2), ids([5, 6], 2)
+    ('5 6 … (3 ids)', '5 6')
     """
     shown = " ".join(str(int(value)) for value in values[:count])
-    more = " …" if len(values) > count else ""
-    return f"{shown}{more} ({len(values)})".strip()
+    return f"{shown} … ({len(values):,} ids)" if len(values) > count else shown
 
 
 def _cut(text: str) -> str:

@@ -45,7 +45,8 @@ figure { margin:0 }
 figcaption { display:flex; flex-wrap:wrap; gap:0 16px; font-size:.9rem; margin-bottom:6px }
 .key { color:var(--soft); white-space:nowrap }
 .key i { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:6px }
-svg { width:100%; height:auto; display:block; overflow:visible; font:12px system-ui,-apple-system,sans-serif }
+svg { width:100%; height:auto; display:block; overflow:visible; font:12px
+  system-ui,-apple-system,sans-serif }
 text { fill:var(--ink) }
 .tick,.label { fill:var(--soft) }
 .note { fill:var(--ink); paint-order:stroke; stroke:var(--card); stroke-width:5px;
