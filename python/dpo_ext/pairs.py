@@ -18,6 +18,7 @@ from dpo_ext.report import Report
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+SHOWN = 5  # pairs in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,6 +345,25 @@ class Pairs(Sequence):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} pairs)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how much there is, and the first pairs."""
+        from dpo_ext.pages.notebook import ids, table
+
+        n = len(self)
+        reference = () if self.ref_logps is None else REFERENCE
+        rows = []
+        for i, pair in zip(range(SHOWN), self, strict=False):
+            known = () if self.ref_logps is None else (f"{x:.2f}" for x in self.ref_logps[i])
+            rows.append(
+                (i, *(ids(pair[k]) for k in IDS), *known, *(pair[name] for name in self.columns))
+            )
+        if n > SHOWN:
+            rows.append(("…", *[""] * (len(IDS) + len(reference) + len(self.columns))))
+        words = f"{n:,} pairs, {int(self.tokens.sum()):,} tokens, padded with {self.pad_id}"
+        if self.vocab_size is not None:
+            words += f", {self.vocab_size:,} tokens in the vocabulary"
+        return table(f"{type(self).__name__}: {words}", ("", *IDS, *reference, *self.columns), rows)
 
     @cached_property
     def longest(self) -> NDArray[np.int64]:

@@ -117,6 +117,17 @@ class Report:
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from dpo_ext.pages.notebook import table
+
+        rows = [("read", f"{self.read:,}", ""), ("kept", f"{self.kept:,}", "")]
+        for title, counts in (("dropped", self.dropped), ("warned", self.warned)):
+            for name, count in sorted(counts.items(), key=lambda item: -item[1]):
+                rows.append((f"{title} {name}", f"{count:,}", self._place(name).strip(" ()")))
+        rows.extend(("note", "", note) for note in self.notes)
+        return table("Report", ("", "rows", ""), rows)
+
     def _place(self, name: str) -> str:
         example = self.first.get(name)
         if example is None or example.line is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import html
 import json
 import math
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +18,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from dpo_ext import DataError, DpoExtError, cli, demo  # noqa: E402
-from dpo_ext.demo import measure, report, source, train, world  # noqa: E402
-from dpo_ext.demo.live import PlainShow  # noqa: E402
-from dpo_ext.pages import charts  # noqa: E402
+from dpo_ext import DataError, DpoExtError, PairDataset, Tokenizer, cli, demo  # noqa: E402
+from dpo_ext.demo import findings, live, measure, report, source, train, world  # noqa: E402
 
 LOG_2 = math.log(2.0)
 
@@ -261,20 +261,193 @@ def test_report_is_one_file_with_every_section_and_no_link(quick):
         f"{held['best_accuracy']:.4f}",
         f"{metrics['step_zero']['loss']:.9f}",
         f"{metrics['reward']['win_rate']['mean']:.1%}",
-        f"{metrics['kl']['policy_reference']['mean']:.2f}",
-        f"{metrics['kl']['reference_policy']['mean']:.2f}",
+        f"{metrics['heldout']['loss_floor']:.3f}",
     ):
         assert shown in page, shown
     assert "prefers-color-scheme:dark" in page
     assert "nan" not in re.sub(r"<[^>]*>", " ", page).lower().split()
 
 
-def test_run_leaves_the_rows_and_the_tokenizer(quick):
+def test_report_says_first_what_dpo_is_and_who_is_trained(quick):
+    _, page, _ = quick
+    assert page.index("Direct Preference Optimization") < page.index('id="glance"')
+    assert page.index("−log σ( β·log[") < page.index('id="glance"')
+    assert page.index("Victor") < page.index('id="glance"')
+    assert "docs/derivation.md" in page
+    assert page.index('id="next"') > page.index('id="how"')
+
+
+def test_report_links_the_derivation_where_both_lie_in_one_checkout(tmp_path):
+    root = Path(demo.__file__).resolve().parents[3]
+    assert demo.derivation(root / "demo_out") == "../docs/derivation.md"
+    assert demo.derivation(tmp_path) is None
+
+
+def test_score_chips_have_the_colour_that_their_legend_says(quick):
+    _, page, _ = quick
+    chips = re.findall(r'class="score (\w+)">([+−][0-9.]+)<', page)
+    assert len(chips) > 20
+    for css, text in chips:
+        value = float(text.replace("−", "-"))
+        expected = "good" if value > 2 else "bad" if value < -2 else "middling"
+        assert css == expected, text
+    assert "above +2" in page
+    assert "below −2" in page
+
+
+def test_heldout_is_measured_at_the_start_and_at_equal_distances_to_the_last_step(quick):
+    recipe, evaluations = quick[0]["recipe"], quick[0]["dpo"]["evaluations"]
+    steps = [e["step"] for e in evaluations]
+    assert (steps[0], steps[-1]) == (0, recipe["dpo_steps"])
+    assert len(steps) == len(set(steps)) == recipe["evaluations"] + 1
+    gaps = np.diff(steps)
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_no_expected_loss_is_below_the_floor():
+    rng = np.random.default_rng(0)
+    margin = rng.normal(size=300) * 3
+    p = 1 / (1 + np.exp(-margin))
+    floor = measure.expected_loss(margin, p)
+    assert floor == pytest.approx(-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean())
+    for _ in range(20):
+        assert measure.expected_loss(margin + rng.normal(size=300), p) > floor
+    assert measure.expected_loss(np.array([800.0]), np.array([1.0])) == 0.0
+
+
+def test_all_curves_of_the_report_start_where_policy_and_reference_are_equal(quick):
+    metrics, page, _ = quick
+    training = page.split('id="training"')[1].split("</section>")[0]
+    for chart in training.split("<figure>")[1:4]:  # loss, margin, accuracy
+        starts = {
+            re.match(r"[^ ]*", points).group(0)
+            for points in re.findall(r'<polyline[^>]*points="([^"]*)"', chart)
+        }
+        assert len(starts) == 1, starts
+    dots = training.split("<figure>")[1].count("<circle")
+    assert dots == len(metrics["dpo"]["evaluations"])
+    assert training.count("loss floor") == 1
+    assert training.count("best reachable</text>") == 1
+
+
+def test_run_leaves_the_rows_the_tokenizer_and_a_list_of_what_is_there(quick):
     metrics, _, out = quick
     rows = gzip.decompress((out / "pairs.jsonl.gz").read_bytes()).splitlines()
     assert len(rows) == metrics["train_pairs"] + metrics["heldout_pairs"]
     assert metrics["data_counts"] == {"read": len(rows), "kept": len(rows)}
     assert (out / "tokenizer" / "tokenizer.json").exists()
+    listed = (out / "contents.txt").read_text()
+    for path in out.iterdir():
+        assert path.name in listed or path.name == "contents.txt", path
+
+
+def heldout_logps(folder, pairs):
+    from transformers import AutoModelForCausalLM
+
+    from dpo_ext.torch import attach_scoring
+
+    model = attach_scoring(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return train.pair_logps(model, pairs)
+
+
+def test_saved_models_are_the_ones_that_were_measured(quick):
+    metrics, _, out = quick
+    tokenizer = Tokenizer.from_pretrained(out / "model")
+    pairs = PairDataset.from_files(out / "pairs.jsonl.gz", tokenizer, max_length=None)
+    heldout = pairs[metrics["train_pairs"] :]
+    policy, reference = (heldout_logps(out / name, heldout) for name in ("model", "reference"))
+    margin = measure.margins(policy, reference, metrics["recipe"]["beta"])
+    np.testing.assert_allclose(margin, metrics["heldout"]["margins"], atol=1e-4)
+    assert np.abs(margin).max() > 0.1
+
+
+def test_the_saved_folder_is_the_path_to_model_of_the_readme(quick):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dpo_ext.torch import (
+        PairLoader,
+        assert_packing_safe,
+        linear_sequence_logps,
+        preference_loss,
+    )
+
+    out = quick[2]
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    tokenizer = Tokenizer.from_pretrained(out / "model")
+    pairs = PairDataset.from_files(out / "pairs.jsonl.gz", tokenizer, max_length=512)
+    theirs = AutoTokenizer.from_pretrained(out / "model")
+    text = "Ada asks: how do I sharpen a knife?\n"
+    assert theirs(text)["input_ids"] == list(tokenizer.encode(text))
+    assert_packing_safe(model)
+
+    def score(batch):
+        hidden = model.model(**batch.model_inputs).last_hidden_state
+        return linear_sequence_logps(hidden, model.lm_head.weight, batch.table)
+
+    plan = pairs[:64].plan(layout="packed", tokens_per_batch=1024, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for batch in PairLoader(plan, device="cpu"):
+        with torch.no_grad():
+            before = score(batch)
+        losses = []
+        for _ in range(2):
+            out = preference_loss(score(batch), before, loss="dpo", beta=0.1)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+            losses.append(out.loss.item())
+        assert losses[0] == pytest.approx(LOG_2, abs=1e-5)
+        assert losses[1] < losses[0]
+        break
+
+
+def test_the_snippet_of_the_report_runs_beside_it(quick, monkeypatch, capsys):
+    _, page, out = quick
+    snippet = html.unescape(re.search(r"<pre id=snippet>(.*?)</pre>", page, re.DOTALL).group(1))
+    monkeypatch.chdir(out)
+    exec(compile(snippet, "snippet", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 21
+    assert float(lines[0].split()[1]) > float(lines[-1].split()[1])
+
+
+@pytest.mark.parametrize("name", ["model", "reference", "pairs.jsonl.gz"])
+def test_what_others_put_into_the_folder_is_not_replaced(fast, tmp_path, name, capsys):
+    mine = tmp_path / name
+    mine.write_text("mine")
+    assert run_cli("demo", "--quick", "--out", str(tmp_path)) == 2
+    assert f"{mine}: was not written by the demo" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_a_second_run_replaces_the_first(fast, tmp_path):
+    for seed in (0, 1):
+        demo.run_demo(None, tmp_path, quick=True, seed=seed)
+    assert not list(tmp_path.glob("*.new"))
+    assert json.loads((tmp_path / "metrics.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize(("load", "threads"), [(99.0, 1), (0.1, 3)])
+def test_a_busy_machine_gets_one_thread_and_both_are_restored(
+    fast, tmp_path, monkeypatch, load, threads
+):
+    before, seen = torch.get_num_threads(), []
+    fine_tune = train.fine_tune
+
+    def seeing(*arguments):
+        seen.append(torch.get_num_threads())
+        return fine_tune(*arguments)
+
+    monkeypatch.setattr(train, "fine_tune", seeing)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    try:
+        torch.set_num_threads(3)
+        demo.run_demo(None, tmp_path, quick=True)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads]
 
 
 def flipped(logps, ref_logps, **options):
@@ -384,7 +557,7 @@ def test_a_users_file_runs_and_none_of_its_text_is_shown(rows, fast, tmp_path, c
     assert "1 dropped" in page
     for key in ("reward", "learned"):
         assert key not in metrics or key == "learned"
-        assert report.NO_REWARD in page.split(f'id="{key}"')[1].split("</section>")[0]
+        assert findings.NO_REWARD in page.split(f'id="{key}"')[1].split("</section>")[0]
     for text in (page, stored, capsys.readouterr().out):
         assert "zanzibar" not in text
     config = json.loads((out / "tokenizer" / "tokenizer_config.json").read_text())
@@ -437,27 +610,7 @@ def test_real_conversations_run_without_showing_a_row(fast, shared_dir, tmp_path
     assert "Human:" not in texts
 
 
-# the pieces of the page and of the view
-
-
-def test_charts_escape_names_and_stay_in_their_frame():
-    chart = charts.line_chart(
-        [charts.Series("a<b", [1.0, 5.0, 3.0], "policy", [0, 1, 2])],
-        x_label="x", y_label="y", levels=[charts.Level("top", 9.0)],
-    )  # fmt: skip
-    assert "a&lt;b" in chart
-    points = re.search(r'points="([^"]*)"', chart).group(1).split()
-    for point in points:
-        x, y = map(float, point.split(","))
-        assert charts.LEFT <= x <= charts.WIDTH - charts.RIGHT
-        assert charts.TOP <= y <= charts.HEIGHT - charts.BOTTOM
-
-
-def test_charts_of_constant_values_do_not_divide_by_zero():
-    charts.line_chart([charts.Series("a", [1.0], "policy", [0])], x_label="x", y_label="y")
-    charts.histogram([charts.Series("a", [2.0, 2.0], "policy")], x_label="x")
-    charts.scatter([0.0], [0.0], x_label="x", y_label="y", diagonal="d")
-    charts.bars([("a", 0.0)], unit="s")
+# the view
 
 
 def test_rich_view_draws_every_stage_and_the_followed_answer():
@@ -479,13 +632,56 @@ def test_rich_view_draws_every_stage_and_the_followed_answer():
         assert word in text, word
 
 
-def test_plain_view_prints_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    from dpo_ext.demo.live import open_show
-
-    show = open_show("title", ("one",))
-    assert type(show) is PlainShow
+def test_plain_view_prints_lines_where_there_is_no_terminal(capsys):
+    show = live.open_show("title", ("one",), "two minutes")
+    assert type(show) is live.PlainShow
     with show, show.stage("one", 1):
         show.step(1, loss=0.5)
     lines = capsys.readouterr().out.splitlines()
     assert any("1/1  loss 0.500" in line for line in lines)
+    assert any("about two minutes" in line for line in lines)
     assert "\x1b" not in "".join(lines)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_log_has_a_line_each_ten_seconds_with_the_time_left(capsys):
+    clock = Clock()
+    show = live.PlainShow("title", ("one",), clock=clock)
+    with show.stage("one", 100):
+        clock.now += 30.0  # the first step warms up: the time left must not follow it
+        for step in range(1, 101):
+            show.step(step)
+            clock.now += 2.0
+    said = [line.split("] ")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    inside = [line for line in said if "/100" in line]
+    assert inside[0] == "1/100"
+    assert inside[1] == "6/100  3 min 8 s left"  # 94 steps of two seconds
+    assert inside[2] == "11/100  2 min 58 s left"
+    assert inside[-1] == "100/100"
+    assert len(inside) == 21
+
+
+def test_rich_view_shows_the_time_left_of_a_stage():
+    from rich.console import Console
+
+    console = Console(record=True, width=110, force_terminal=True)
+    show = live.RichShow("title", ("one",), console, "two minutes")
+    clock = show._clock = Clock()
+    show._started = 0.0
+    with show.stage("one", 10):
+        for step in (1, 2, 3):
+            show.step(step, loss=1.0)
+            clock.now += 5.0
+        console.print(show._draw())
+    text = console.export_text()
+    assert "53 s left" in text  # 15 s for two steps behind the first, seven to go
+    assert "15 s of about two minutes" in text

@@ -6,29 +6,34 @@ The ids are compared before a peer is timed; peers run in the same process, on t
 
 from __future__ import annotations
 
-import platform
+import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import datetime
+from errno import EACCES, EISDIR, ENOENT, ENOTDIR
 from importlib.metadata import version
 from json import dumps
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from dpo_ext import _core
+from dpo_ext.bench import report
+from dpo_ext.bench.machine import machine
 from dpo_ext.bench.peers import same_ids, tokenizers_peer, trl_times
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.files import opened_up
-from dpo_ext.data.options import Limits, Paths, Settings, default_threads
+from dpo_ext.data.options import Options, Paths, settings
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.layout.plan import LAYOUTS
-from dpo_ext.pages import bench_page as page
+from dpo_ext.errors import DataError
+from dpo_ext.layout.batch import Layout
+from dpo_ext.layout.plan import LAYOUTS, BatchPlan
 
 PAIRS_PER_BATCH = 64
 BIN_LENGTH = 8192
@@ -63,12 +68,12 @@ def bench_data(
     files: Paths,
     tokenizer_dir: str | PathLike[str],
     *,
-    threads: int | None = 1,
     repeats: int = 5,
     peer_pairs: int = 5000,
     out: str | PathLike[str] | None = None,
     json: str | PathLike[str] | None = None,
     show: bool = True,
+    **options: Unpack[Options],
 ) -> dict[str, Any]:
     """Times the data path on a user's own file and tokenizer.
 
@@ -80,61 +85,60 @@ def bench_data(
     TRL's own preparation and collator, where they are installed.
 
     Args:
-        files: as for :meth:`PairDataset.from_files`; bad rows are skipped.
+        files: as for :meth:`PairDataset.from_files`.
         tokenizer_dir: a model's folder.
-        threads: of our stages; None for what :meth:`PairDataset.from_files` takes by itself.
         repeats: of each of our stages and of ``tokenizers``; the median counts. TRL runs once.
         peer_pairs: the peers see at most this many pairs, the first; rates are by pair.
         out: where to write a page with the table and plots, without any link to the outside.
         json: where to write the result as JSON.
         show: print the table; needs rich.
+        options: those of :meth:`PairDataset.from_files`, but by default bad rows are skipped, no
+            side is cut, and one thread works (None for what ``from_files`` takes by itself). TRL
+            runs with the same names of fields and the same ``max_length``, and only where it knows
+            the ``truncation``.
 
     Returns:
         dict: ``stages`` (list of :class:`Stage` as dicts), ``pairs``, ``kept``, ``tokens``,
             ``bytes``, ``fill`` by layout, ``lengths`` (a histogram), ``ids_equal`` and ``trl``
             (None without the peer), ``report``, ``engine``, ``cold_seconds``, ``load_seconds``,
-            ``peak_mb`` (of the process before the peers), and what it ran on.
+            ``peak_mb`` (of the process before the peers), and what it ran on: ``files``,
+            ``tokenizer``, ``options``, ``machine`` with the versions, ``date``.
 
     Raises:
-        ValueError: a scalar out of range, or no row gives a pair.
+        DataError: no row gives a pair (``no_pairs``), or as :meth:`PairDataset.from_files`.
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: ``out`` or
+            ``json`` cannot be written there; found before anything is timed.
+        ValueError: a scalar out of range.  TypeError: an unknown option.
         DpoExtError: our ids differ from those of ``tokenizers``.
     """
     for name, value in (("repeats", repeats), ("peer_pairs", peer_pairs)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, found {value}")
-    default_threads(threads)
+    for target in (out, json):
+        if target is not None:
+            _check_place(Path(target))
+    options = {"on_bad": "skip", "max_length": None, "threads": 1, **options}
+    checked = settings(options)
     paths = opened_up(files)
     load_seconds, tokenizer = _once(lambda: Tokenizer.from_pretrained(tokenizer_dir))
 
     def whole() -> PairDataset:
-        return PairDataset.from_files(
-            paths, tokenizer, on_bad="skip", threads=threads, max_length=None
-        )
+        return PairDataset.from_files(paths, tokenizer, **options)
 
     cold_seconds, pairs = _once(whole)
     if len(pairs) == 0:
-        raise ValueError(f"no row of {paths} gives a pair: {pairs.report}")
+        raise _no_pairs(paths, pairs)
+    timed_layouts: tuple[Layout, ...] = ("padded", "packed")
     plans = {
         layout: pairs.plan(layout=layout, pairs_per_batch=PAIRS_PER_BATCH)
-        for layout in ("padded", "packed")
+        for layout in timed_layouts
     }
-    fill = {f"{name}, {PAIRS_PER_BATCH} pairs": plan.stats.fill for name, plan in plans.items()}
-    for layout in (name for name in LAYOUTS if name != "padded"):
-        budget = max(BIN_LENGTH, int(pairs.tokens.max()))
-        plan = pairs.plan(layout=layout, tokens_per_batch=budget)
-        fill[f"{layout}, bins of {budget:,}"] = plan.stats.fill
-
-    def file_to_batches(layout: str) -> None:
-        for _ in whole().plan(layout=layout, pairs_per_batch=PAIRS_PER_BATCH):
-            pass
-
-    some = min(len(pairs), peer_pairs)
-    texts = _texts(pairs, tokenizer, some)
+    texts = _texts(pairs, tokenizer, min(len(pairs), peer_pairs))
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     length = sum(len(text.encode()) for text in texts)
-    settings = Settings(limits=Limits(), threads=threads, on_bad="skip")
-    scanned, size = _core.scan(paths, tokenizer.vocab_size, settings)
+    scanned, size = _core.scan(paths, tokenizer.vocab_size, checked)
     n, m, tokens = pairs.report.read, len(pairs), int(pairs.tokens.sum())
+    some = len(texts) // 2
 
     def stage(
         name: str, work: Callable[[], Any], count: int, ids: int | None, text: int | None
@@ -142,10 +146,14 @@ def bench_data(
         return _stage(name, [_once(work)[0] for _ in range(repeats)], count, ids, text)
 
     def scan() -> None:
-        _core.scan(paths, tokenizer.vocab_size, settings)
+        _core.scan(paths, tokenizer.vocab_size, checked)
 
     def encode() -> None:
-        tokenizer.encode_batch(texts, add_special_tokens=False, threads=threads)
+        tokenizer.encode_batch(texts, add_special_tokens=False, threads=options["threads"])
+
+    def file_to_batches(layout: Layout) -> None:
+        for _ in whole().plan(layout=layout, pairs_per_batch=PAIRS_PER_BATCH):
+            pass
 
     stages = [
         stage("read and parse", scan, scanned, None, size),
@@ -158,13 +166,17 @@ def bench_data(
     ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if DARWIN else 2**10)
     to_padded, to_packed = stages[-2:]
-    peer = tokenizers_peer(tokenizer, threads)
+    peer = tokenizers_peer(tokenizer, options["threads"])
     ids_equal = None if peer is None else same_ids(peer, encoded, texts)
     if peer is not None:
         timed = [_once(lambda: peer(texts))[0] for _ in range(repeats)]
         name = "encode, peer: tokenizers"
         stages.append(_stage(name, timed, some, len(encoded.values), length, peer=True))
-    trl = trl_times(paths, str(tokenizer_dir), pairs, some, PAIRS_PER_BATCH)
+    uncut = pairs
+    if options["max_length"] is not None:
+        as_read: Options = {**options, "max_length": None}
+        uncut = PairDataset.from_files(paths, tokenizer, **as_read)
+    trl = trl_times(paths, tokenizer_dir, uncut, some, PAIRS_PER_BATCH, options)
     if trl is not None:
         steps = {
             "rows to ids, peer: TRL": trl.prepare_seconds,
@@ -180,7 +192,7 @@ def bench_data(
         "kept": m,
         "tokens": tokens,
         "bytes": size,
-        "fill": fill,
+        "fill": _fill(pairs, plans),
         "lengths": {"counts": counts.tolist(), "edges": edges.tolist()},
         "ids_equal": ids_equal,
         "trl": None
@@ -192,7 +204,8 @@ def bench_data(
             "times_padded": to_padded.pairs_per_s / stages[-1].pairs_per_s,
         },
         "engine": tokenizer.engine,
-        "threads": threads,
+        "vocab_size": tokenizer.vocab_size,
+        "threads": options["threads"],
         "repeats": repeats,
         "load_seconds": load_seconds,
         "cold_seconds": cold_seconds,
@@ -200,16 +213,54 @@ def bench_data(
         "report": pairs.report.to_dict(),
         "files": paths,
         "tokenizer": str(tokenizer_dir),
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
+        "options": {name: _plain(value) for name, value in options.items()},
+        "machine": machine(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     if show:
-        page.show(result)
+        report.show(result)
     if json is not None:
         Path(json).write_text(dumps(result, indent=2) + "\n", encoding="utf-8")
     if out is not None:
-        Path(out).write_text(page.page(result), encoding="utf-8")
+        Path(out).write_text(report.render(result), encoding="utf-8")
     return result
+
+
+def _check_place(path: Path) -> None:
+    """Whether a file can be written there, known before minutes are spent on its content."""
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(ENOENT, "no such folder", str(folder))
+    if not folder.is_dir():
+        raise NotADirectoryError(ENOTDIR, "not a folder", str(folder))
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "expected a file, found a folder", str(path))
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(EACCES, "no permission to write there", str(path))
+
+
+def _no_pairs(paths: Sequence[str], pairs: PairDataset) -> DataError:
+    names, read = ", ".join(paths), pairs.report.read
+    if read == 0:
+        return DataError(f"{names}: expected rows, found none", reason="no_pairs")
+    return DataError(f"{names}: no row gives a pair: {pairs.report}", reason="no_pairs")
+
+
+def _fill(pairs: PairDataset, plans: Mapping[Layout, BatchPlan]) -> dict[str, float]:
+    """Real tokens of all slots, by layout: of the batches that are timed, and of long rows."""
+    fill = {f"{name}, {PAIRS_PER_BATCH} pairs": plan.stats.fill for name, plan in plans.items()}
+    budget = max(BIN_LENGTH, int(pairs.tokens.max()))
+    for layout in (name for name in LAYOUTS if name != "padded"):
+        plan = pairs.plan(layout=layout, tokens_per_batch=budget)
+        fill[f"{layout}, bins of {budget:,}"] = plan.stats.fill
+    return fill
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON has it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value if value is None or isinstance(value, int | str) else list(value)
 
 
 def _stage(
@@ -229,9 +280,13 @@ def _stage(
 
 
 def _edges(longest: int) -> list[int]:
-    """Borders of at most 24 bins of equal width for lengths up to ``longest``."""
-    width = max(1, -(-(longest + 1) // 24))
-    return list(range(0, longest + 1 + width, width))
+    """Borders of at most 20 bins for lengths up to ``longest``, at round numbers."""
+    power = 1
+    while True:
+        for width in (power, 2 * power, 5 * power):
+            if longest < 20 * width:
+                return list(range(0, longest + 1 + width, width))
+        power *= 10
 
 
 def _once(work: Callable[[], Any]) -> tuple[float, Any]:

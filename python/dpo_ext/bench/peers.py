@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DpoExtError
 from dpo_ext.pairs import Ragged
 
+TRUNCATIONS = ("keep_start", "keep_end")  # those of TRL
 Encode = Callable[[Sequence[str]], list[Any]]
 
 
@@ -68,13 +71,22 @@ class TrlTimes:
 
 
 def trl_times(
-    paths: Sequence[str], folder: str, ours: PairDataset, pairs: int, pairs_per_batch: int
+    paths: Sequence[str],
+    folder: str | PathLike[str],
+    ours: PairDataset,
+    pairs: int,
+    pairs_per_batch: int,
+    options: Options,
 ) -> TrlTimes | None:
     """TRL's own preparation and collator on the rows of our first `pairs` pairs.
 
-    None without TRL, or where a file is not JSONL. The rows are parsed before the clock starts, and
-    nothing comes from a cache.
+    None without TRL, where a file is not JSONL, or where TRL has no such truncation. The rows are
+    parsed before the clock starts, and nothing comes from a cache. TRL cuts in its collator, so
+    `ours` must not be cut for its ids to be compared.
     """
+    max_length, truncation = options.get("max_length"), options.get("truncation", "keep_start")
+    if max_length is not None and truncation not in TRUNCATIONS:
+        return None
     try:
         import datasets
         from transformers import AutoTokenizer
@@ -85,7 +97,7 @@ def trl_times(
     lines = _lines(paths, ours.rows[:pairs])
     if lines is None:
         return None
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(fspath(folder))
     if theirs.pad_token is None:
         theirs.pad_token = theirs.eos_token or theirs.convert_ids_to_tokens(0)
     args: Any = SimpleNamespace(
@@ -98,10 +110,13 @@ def trl_times(
         table = datasets.load_dataset(
             "json", data_files=str(path), split="train", cache_dir=str(path.with_name("cache"))
         )
+        table = _named(table, options)
         start = time.perf_counter()
         prepared = DPOTrainer._prepare_dataset(trainer, table, theirs, args, "train")  # noqa: SLF001
         middle = time.perf_counter()
-        collator = DataCollatorForPreference(pad_token_id=theirs.pad_token_id)
+        collator = DataCollatorForPreference(
+            pad_token_id=theirs.pad_token_id, max_length=max_length, truncation_mode=truncation
+        )
         for first in range(0, len(prepared), pairs_per_batch):
             last = min(first + pairs_per_batch, len(prepared))
             collator([prepared[i] for i in range(first, last)])
@@ -109,6 +124,18 @@ def trl_times(
         ids = prepared.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         tokens, same = _compare(ids, ours)
     return TrlTimes(len(lines), tokens, middle - start, end - middle, same)
+
+
+def _named(table: Any, options: Options) -> Any:
+    """The table with TRL's names of the fields."""
+    ours = {
+        options.get("prompt_key"): "prompt",
+        options.get("chosen_key"): "chosen",
+        options.get("rejected_key"): "rejected",
+    }
+    names = {name: theirs for name, theirs in ours.items() if name not in (None, theirs)}
+    in_the_way = [name for name in names.values() if name in table.column_names]
+    return table.remove_columns(in_the_way).rename_columns(names)
 
 
 def _compare(prepared: Any, ours: PairDataset) -> tuple[int, int]:

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EEXIST
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,19 @@ STAGES = (
     "data", "tokenizer", "encode", "fine-tune", "reference", "DPO", "measure", "report",
 )  # fmt: skip
 SHOWN_SAMPLES = 12
+PROMISES = {
+    False: "two minutes on two cores that are free",
+    True: "twenty seconds on two free cores",
+}
+CONTENTS = """Written by `dpo-ext demo`, which replaces it at its next run.
+
+report.html      what was trained, measured and learned; one file, needs nothing else
+metrics.json     every number of the report
+model/           the policy after DPO: a folder of transformers with its tokenizer
+reference/       the model that DPO started from, which is its reference
+tokenizer/       the tokenizer alone
+pairs.jsonl.gz   the generated pairs, those held out last; with --data there are none
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +125,8 @@ def run_demo(
     Args:
         data: a JSONL file of preferences, plain or gzip; None generates a world whose reward is
             known.
-        out: folder for report.html, metrics.json, the tokenizer and, if generated, pairs.jsonl.gz.
+        out: folder for report.html, metrics.json, the models before and after DPO, the tokenizer
+            and, if generated, pairs.jsonl.gz; contents.txt says what is what.
         seed: >= 0; draws the world, the weights, the order of the pairs and the answers.
         quick: a smaller model for fewer steps; the targets are shown but not expected to be
             reached.
@@ -122,15 +141,47 @@ def run_demo(
         DpoExtError: the first step is not what the mathematics says: loss log 2, gradient as in
             float64.
         DataError: the file has too few usable pairs.  FileNotFoundError: there is none.
+        FileExistsError: ``out`` holds a file of that name that the demo did not write.
     """
     if seed < 0:
         raise ValueError(f"`seed` must be at least 0, found {seed}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    _take(folder)
     title = f"dpo_ext demo, seed {seed}" + (f", {Path(data).name}" if data is not None else "")
     _quiet_host()
-    with open_show(title, STAGES) as show:
+    with open_show(title, STAGES, PROMISES[quick]) as show, _free_cores(show):
         return _run(None if data is None else Path(data), folder, seed, quick, show_samples, show)
+
+
+def _take(folder: Path) -> None:
+    """Marks a folder as the demo's, unless it holds things of others that a run would replace."""
+    mark = folder / "contents.txt"
+    if not mark.exists():
+        for name in ("model", "reference", "tokenizer", "pairs.jsonl.gz", "report.html"):
+            if (folder / name).exists():
+                raise FileExistsError(
+                    EEXIST,
+                    "was not written by the demo, which would replace it",
+                    str(folder / name),
+                )
+    mark.write_text(CONTENTS, encoding="utf-8")
+
+
+@contextmanager
+def _free_cores(show: PlainShow) -> Iterator[None]:
+    """One thread where others use the cores: two that wait for each other are many times slower."""
+    import torch
+
+    threads = torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if threads > 1 and load > 1.5 * (os.cpu_count() or 1):
+        show.note(f"one thread, for the machine is busy (load {load:.0f})")
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(
@@ -166,8 +217,8 @@ def _run(
         history, step_zero = train.train_dpo(
             model, pairs.train.with_ref_logps(ref_train), recipe, seed, show, evaluate
         )
-    with show.stage("measure"):
-        found, samples = _measure(model, reference, pairs, ref_heldout, size, seed)
+    with show.stage("measure", 2 * size.new_tokens):
+        found, samples = _measure(model, reference, pairs, ref_heldout, size, seed, show)
     metrics = {
         "source": pairs.name,
         "known_reward": pairs.known_reward,
@@ -194,8 +245,11 @@ def _run(
     }
     shown = samples if pairs.known_reward or show_samples else None
     with show.stage("report"):
+        for trained, name in ((model, "model"), (reference, "reference")):
+            train.save(trained, out / "tokenizer", out / name)
         metrics["seconds"] = {**show.seconds}
-        (out / "report.html").write_text(report.render(metrics, shown), encoding="utf-8")
+        page = report.render(metrics, shown, derivation=derivation(out))
+        (out / "report.html").write_text(page, encoding="utf-8")
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics
 
@@ -232,15 +286,19 @@ def _read(data: Path | None, out: Path, seed: int, size: _Size, show: PlainShow)
 def _heldout_curve(
     logps: np.ndarray, ref_logps: np.ndarray, beta: float, truth: list[world.LabelledPair] | None
 ) -> dict[str, float]:
-    """Loss, margin and accuracy on held-out pairs at one moment of training."""
+    """Loss, margin and accuracy on held-out pairs at one moment of training; loss and accuracy in
+    expectation over the labels where their probabilities are known.
+    """
     margin = measure.margins(logps, ref_logps, beta)
     rewards = beta * (logps - ref_logps).mean(0)
     if truth is None:
-        accuracy = measure.drawn_accuracy(margin)
+        accuracy, loss = measure.drawn_accuracy(margin), float(np.logaddexp(0.0, -margin).mean())
     else:
-        accuracy = measure.expected_accuracy(margin, np.array([pair.p_label for pair in truth]))
+        p_label = np.array([pair.p_label for pair in truth])
+        accuracy = measure.expected_accuracy(margin, p_label)
+        loss = measure.expected_loss(margin, p_label)
     return {
-        "loss": float(np.logaddexp(0.0, -margin).mean()),
+        "loss": loss,
         "margin": float(margin.mean()),
         "accuracy": accuracy,
         "chosen_reward": float(rewards[0]),
@@ -255,16 +313,20 @@ def _measure(
     ref_heldout: np.ndarray,
     size: _Size,
     seed: int,
+    show: PlainShow,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Everything that is measured after training, and rows of samples."""
     truth = pairs.heldout_pairs
     margin = measure.margins(train.pair_logps(policy, pairs.heldout), ref_heldout, size.recipe.beta)
     agrees = measure.drawn_accuracy(margin)
+    longer = pairs.heldout.chosen_ids.lengths - pairs.heldout.rejected_ids.lengths
     found: dict[str, Any] = {
         "heldout": {
             "drawn_accuracy": agrees,
             "drawn_error": float(np.sqrt(agrees * (1.0 - agrees) / len(margin))),
             "margins": margin.tolist(),
+            "length_differences": longer.tolist(),
+            "length_correlation": measure.correlation(longer, margin),
         },
         "checks": [],
     }
@@ -272,10 +334,19 @@ def _measure(
     prompts = [pairs.heldout[i]["prompt_ids"].tolist() for i in chosen]
     theirs, ours = (
         measure.sample_answers(
-            model, pairs.decode, prompts, max_new_tokens=size.new_tokens, seed=seed + k
+            model,
+            pairs.decode,
+            prompts,
+            max_new_tokens=size.new_tokens,
+            seed=seed + k,
+            on_token=partial(_told, show, k * size.new_tokens),
         )
         for k, model in enumerate((reference, policy))
     )
+    found["answer_tokens"] = {
+        name: [len(ids) for ids in side.answer_ids]
+        for name, side in (("reference", theirs), ("policy", ours))
+    }
     pad = pairs.train.pad_id
     found["kl"] = {
         "policy_reference": measure.sequence_kl(policy, reference, ours, pad).as_dict(),
@@ -297,6 +368,7 @@ def _measure(
         found["heldout"] |= {
             "expected_accuracy": expected,
             "best_accuracy": best,
+            "loss_floor": measure.expected_loss(np.array([p.margin for p in truth]), p_label),
             "drawn_accuracy_of_truth": measure.drawn_accuracy(
                 np.array([pair.margin for pair in truth])
             ),
@@ -322,6 +394,10 @@ def _measure(
     return found, samples[:SHOWN_SAMPLES]
 
 
+def _told(show: PlainShow, before: int, done: int) -> None:
+    show.step(before + done)
+
+
 def _check(name: str, value: float, target: float) -> dict[str, Any]:
     return {"name": name, "value": value, "target": target, "passed": bool(value >= target)}
 
@@ -332,6 +408,15 @@ def _distinct_prompts(pairs: source.Source, count: int) -> list[int]:
     for i in range(len(pairs.heldout)):
         first.setdefault(pairs.heldout[i]["prompt_ids"].tobytes(), i)
     return list(first.values())[:count]
+
+
+def derivation(out: Path) -> str | None:
+    """Where docs/derivation.md is, seen from the report, if both lie in one checkout."""
+    checkout, folder = Path(__file__).resolve().parents[3], out.resolve()
+    found = checkout / "docs" / "derivation.md"
+    if not found.is_file() or not folder.is_relative_to(checkout):
+        return None
+    return Path(os.path.relpath(found, folder)).as_posix()
 
 
 def _versions() -> dict[str, str]:

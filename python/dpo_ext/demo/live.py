@@ -7,23 +7,37 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+from dpo_ext.pages.numbers import duration
+
 BLOCKS = " ▁▂▃▄▅▆▇█"
+EVERY_SECONDS = 10.0
 
 
 class PlainShow:
-    """One line for each stage, and one about every two seconds inside a stage."""
+    """One line for each stage, and one about every ten seconds inside a stage, with its time left.
 
-    def __init__(self, title: str, stages: tuple[str, ...]) -> None:
+    ``promise`` says how long the whole takes on a machine that does nothing else.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        stages: tuple[str, ...],
+        promise: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.seconds: dict[str, float] = {}
-        self._names, self._steps = stages, 0
-        self._started = time.perf_counter()
-        self._last = 0.0
+        self._names, self._steps, self._promise, self._clock = stages, 0, promise, clock
+        self._started = self._stage_started = self._last = clock()
+        self._first: tuple[int, float] | None = None
         self._say(title)
+        if promise:
+            self._say(f"about {promise}")
 
     def __enter__(self) -> PlainShow:
         return self
@@ -34,20 +48,21 @@ class PlainShow:
     @contextmanager
     def stage(self, name: str, steps: int = 0) -> Iterator[None]:
         """A named stage, timed; ``steps`` is how often `step` will be called."""
-        self._steps = steps
+        self._steps, self._first = steps, None
+        self._stage_started = self._last = self._clock()
         self._open(name)
-        start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self._clock() - self._stage_started
         self._close(name)
 
     def step(self, done: int, **values: float) -> None:
         """Progress inside the stage, with the numbers to show."""
-        now = time.perf_counter()
-        if now - self._last > 2.0 or done == self._steps:
+        self._reached(done)
+        now = self._clock()
+        if now - self._last >= EVERY_SECONDS or done == self._steps:
             self._last = now
-            numbers = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            self._say(f"  {done}/{self._steps}  {numbers}")
+            numbers = [f"{name} {value:.3f}" for name, value in values.items()]
+            self._say("  ".join([f"  {done}/{self._steps}", *numbers, self._left(done)]).rstrip())
 
     def note(self, text: str) -> None:
         """A finding worth a line."""
@@ -58,20 +73,34 @@ class PlainShow:
         value = "" if reward is None else f"  (true reward {reward:+.1f})"
         self._say(f"  {prompt.strip()} -> {answer.strip()}{value}")
 
+    def _reached(self, done: int) -> None:
+        """The first step warms things up, so that the clock of the others starts behind it."""
+        if self._first is None:
+            self._first = done, self._clock()
+
+    def _left(self, done: int) -> str:
+        """How long the stage still takes if it goes on as it went behind the first step."""
+        if self._first is None or not self._first[0] < done < self._steps:
+            return ""
+        first, since = self._first
+        return f"{duration((self._clock() - since) / (done - first) * (self._steps - done))} left"
+
     def _open(self, name: str) -> None:
         self._say(name)
 
     def _close(self, name: str) -> None:
-        self._say(f"  {name}: {self.seconds[name]:.1f} s")
+        self._say(f"  {name}: {duration(self.seconds[name])}")
 
     def _say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self._started:6.1f} s] {text}", flush=True)
+        print(f"[{self._clock() - self._started:6.1f} s] {text}", flush=True)
 
 
 class RichShow(PlainShow):
     """The same, redrawn in place: stages and their seconds, curves, and an answer as it changes."""
 
-    def __init__(self, title: str, stages: tuple[str, ...], console: Any) -> None:
+    def __init__(
+        self, title: str, stages: tuple[str, ...], console: Any, promise: str = ""
+    ) -> None:
         from rich.live import Live
         from rich.spinner import Spinner
 
@@ -82,7 +111,7 @@ class RichShow(PlainShow):
         self._curves: dict[str, list[float]] = {}
         self._notes: list[str] = []
         self._answers: list[tuple[str, str, float | None]] = []
-        super().__init__(title, stages)
+        super().__init__(title, stages, promise)
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._draw)
 
     def __enter__(self) -> RichShow:
@@ -95,6 +124,7 @@ class RichShow(PlainShow):
         self._live.__exit__(*exc)
 
     def step(self, done: int, **values: float) -> None:
+        self._reached(done)
         self._done = done
         for name, value in values.items():
             self._curves.setdefault(name, []).append(value)
@@ -126,11 +156,11 @@ class RichShow(PlainShow):
         parts: list[Any] = [body]
         if self._answers:
             parts += ["", self._draw_answers()]
-        elapsed = time.perf_counter() - self._started
+        passed = duration(self._clock() - self._started)
         return Panel(
             Group(*parts),
             title=f"[bold]{self._title}[/]",
-            subtitle=f"{elapsed:.0f} s",
+            subtitle=f"{passed} of about {self._promise}" if self._promise else passed,
             border_style="cyan",
             padding=(1, 2),
         )
@@ -142,14 +172,14 @@ class RichShow(PlainShow):
         table = Table.grid(padding=(0, 1))
         for name in self._names:
             if name in self.seconds:
-                table.add_row("[green]✓[/]", name, f"[dim]{self.seconds[name]:.1f} s[/]")
+                table.add_row("[green]✓[/]", name, f"[dim]{duration(self.seconds[name])}[/]")
             elif name == self._now:
                 bar = (
                     ProgressBar(total=self._steps, completed=self._done, width=16)
                     if self._steps
                     else ""
                 )
-                table.add_row(self._spinner, f"[bold]{name}[/]", bar)
+                table.add_row(self._spinner, f"[bold]{name}[/]", bar, self._left(self._done))
             else:
                 table.add_row(" ", f"[dim]{name}[/]", "")
         return table
@@ -189,15 +219,15 @@ class RichShow(PlainShow):
         return table
 
 
-def open_show(title: str, stages: tuple[str, ...]) -> PlainShow:
+def open_show(title: str, stages: tuple[str, ...], promise: str = "") -> PlainShow:
     """The rich view where there is a terminal, no CI, and rich is installed; else plain lines."""
     if sys.stdout.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
         try:
             from rich.console import Console
         except ImportError:
-            return PlainShow(title, stages)
-        return RichShow(title, stages, Console())
-    return PlainShow(title, stages)
+            return PlainShow(title, stages, promise)
+        return RichShow(title, stages, Console(), promise)
+    return PlainShow(title, stages, promise)
 
 
 def _spark(values: list[float], width: int) -> str:

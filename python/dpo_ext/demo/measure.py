@@ -4,7 +4,7 @@ ways.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,28 @@ def best_accuracy(p_label: np.ndarray) -> float:
     return float(np.mean(np.maximum(p_label, 1.0 - p_label)))
 
 
+def expected_loss(margin: np.ndarray, p_label: np.ndarray) -> float:
+    """The DPO loss in expectation over the labels: lowest, the entropy of the labels, where the
+    margins are those of the true reward.
+    """
+    agrees, differs = np.logaddexp(0.0, -margin), np.logaddexp(0.0, margin)
+    return float(np.mean(p_label * agrees + (1.0 - p_label) * differs))
+
+
 @torch.no_grad()
 def sample_answers(
-    model: Any, decode: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seed: int
+    model: Any,
+    decode: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    on_token: Callable[[int], None] | None = None,
 ) -> Answers:
-    """One answer a prompt, drawn from the model itself: temperature 1, nothing cut off."""
+    """One answer a prompt, drawn from the model itself: temperature 1, nothing cut off.
+
+    ``on_token`` hears how many tokens the longest answer has so far.
+    """
     model.eval()
     pad, eos = model.config.pad_token_id, model.config.eos_token_id
     width = max(map(len, prompts))
@@ -87,6 +104,12 @@ def sample_answers(
         row[width - len(prompt) :] = torch.tensor(prompt)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     torch.manual_seed(seed)
+
+    def never(found: Tensor, scores: Any, **_: Any) -> Tensor:
+        if on_token is not None:
+            on_token(found.shape[1] - width)
+        return torch.zeros(len(found), dtype=torch.bool)
+
     drawn = model.generate(
         input_ids=ids,
         attention_mask=attention,
@@ -97,6 +120,7 @@ def sample_answers(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=eos,
+        stopping_criteria=[never],
     )[:, width:].tolist()
     answers = [row[: row.index(eos) + 1] if eos in row else row for row in drawn]
     return Answers(
@@ -190,6 +214,13 @@ def learned_weights(pairs: Sequence[world.LabelledPair], margin: np.ndarray) -> 
         rows.append([chosen[name] - rejected[name] for name in used])
     weights, *_ = np.linalg.lstsq(np.array(rows, float), margin, rcond=None)
     return dict(zip(used, map(float, weights), strict=True))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's, 0 where one side does not vary."""
+    if np.std(a) == 0 or np.std(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _mean_features(tasks: Sequence[world.Task], texts: Sequence[str]) -> dict[str, float]:

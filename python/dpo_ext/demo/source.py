@@ -134,7 +134,12 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, chat: bool, folder: P
     )
     folder.mkdir(parents=True, exist_ok=True)
     builder.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {"pad_token": PAD, "eos_token": TURN_END if chat else EOS}
+    config: dict[str, Any] = {
+        # By the model's type transformers would build Llama's own tokenizer around the vocabulary.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "eos_token": TURN_END if chat else EOS,
+    }
     if chat:
         config["chat_template"] = CHATML
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
@@ -191,8 +196,8 @@ def encode(
     vocabulary = decoder.get_vocab()
     return Source(
         name=name,
-        train=_subset(pairs, order[:border]),
-        heldout=_subset(pairs, order[border:]),
+        train=pairs.select(order[:border]),
+        heldout=pairs.select(order[border:]),
         report=pairs.report,
         tokenizer=tokenizer,
         decode=lambda ids: decoder.decode(list(ids), skip_special_tokens=False),
@@ -200,14 +205,6 @@ def encode(
         heldout_pairs=truth,
         limits=said,
     )
-
-
-def _subset(pairs: PairDataset, index: np.ndarray) -> PairDataset:
-    chosen = [pairs[int(i)] for i in index]
-    columns = (
-        [row[name] for row in chosen] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    return PairDataset.from_ids(*columns, pad_id=pairs.pad_id, vocab_size=pairs.vocab_size)
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,11 +153,13 @@ def train_dpo(
     """DPO on pairs that carry reference log-probs; raises if the first step is not what the
     mathematics says.
 
-    ``evaluate(step)`` is called before the first step and then ``recipe.evaluations`` times.
+    ``evaluate(step)`` is called before the first step and then ``recipe.evaluations`` times, the
+    last time after the last step.
     """
     optimizer, scheduler = _optimizer(policy, recipe.dpo_lr, recipe.dpo_steps)
     history, step_zero = History(), None
-    every = max(1, recipe.dpo_steps // recipe.evaluations)
+    parts = min(recipe.evaluations, recipe.dpo_steps)
+    evaluated = {round(recipe.dpo_steps * (k + 1) / parts) for k in range(parts)}
     history.evaluations.append({"step": 0, **evaluate(0)})
     for step, batch in enumerate(_batches(pairs, recipe.dpo_pairs, recipe.dpo_steps, seed + 1), 1):
         policy.train()
@@ -175,7 +179,7 @@ def train_dpo(
         show.step(
             step, loss=history.loss[-1], margin=history.margin[-1], accuracy=history.accuracy[-1]
         )
-        if step % every == 0 or step == recipe.dpo_steps:
+        if step in evaluated:
             history.evaluations.append({"step": step, **evaluate(step)})
     assert step_zero is not None  # dpo_steps >= 1
     return history, step_zero
@@ -206,6 +210,18 @@ def check_step_zero(policy: Any, batch: Any, loss: float, beta: float) -> StepZe
         gradient_error=((ours - theirs).norm() / theirs.norm()).item(),
         gradient_cosine=torch.nn.functional.cosine_similarity(ours, theirs, 0).item(),
     )
+
+
+def save(model: Any, tokenizer: Path, folder: Path) -> None:
+    """A folder that transformers and `Tokenizer.from_pretrained` load: weights, configuration, and
+    the tokenizer's files. What stood there is replaced as a whole.
+    """
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    shutil.copytree(tokenizer, fresh, dirs_exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
 
 
 def frozen(model: Any) -> Any:

@@ -140,6 +140,20 @@ class Batch:
     def n_pairs(self) -> int:
         return len(self.pair_index)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every field that this layout has."""
+        from dpo_ext.pages.notebook import table
+
+        rows = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("layout", "columns") or value is None:
+                continue
+            rows.append((f.name, *_described(value)))
+        rows += [(f"columns[{name!r}]", *_described(v)) for name, v in self.columns.items()]
+        title = f"Batch: {self.n_pairs} pairs, {self.layout}"
+        return table(title, ("field", "dtype", "shape", "values"), rows)
+
     @cached_property
     def table(self) -> Any:
         """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
@@ -233,6 +247,17 @@ class Batch:
 
 
 _DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}
+
+
+def _described(value: Any) -> tuple[str, str, str]:
+    """Dtype, shape and the first values of a field, for a reader."""
+    if hasattr(value, "dtype"):
+        values = " ".join(str(v) for v in value.reshape(-1)[:8].tolist())
+        more = " …" if value.reshape(-1).shape[0] > 8 else ""
+        return str(value.dtype).removeprefix("torch."), str(tuple(value.shape)), values + more
+    if isinstance(value, list):
+        return "str", f"({len(value)},)", " ".join(map(str, value[:8]))
+    return type(value).__name__, "", str(value)
 
 
 def _tensor(value: Any) -> Any:

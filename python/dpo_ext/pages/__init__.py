@@ -1,1 +1,1 @@
-"""Self-contained HTML, for the demo and the bench."""
+"""Self-contained HTML, for the demo, the bench and notebooks."""
