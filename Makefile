@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := .stamps
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 # CUDA 13 is what torch 2.13.0 from PyPI brings; NVRTC in its wheels compiles our kernels without a GPU.
 EXTRAS := all,cuda13,test,dev
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
@@ -19,7 +20,7 @@ OLDEST := all,cuda12,test,dev
 SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python test-newest test-oldest deep check format docs bench wheel gpu-check clean require
+.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest deep check format docs bench wheel gpu-check clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -54,7 +55,16 @@ test-rust: setup
 	cargo test --release --quiet
 
 test-python: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --doctest-modules tests python/dpo_ext
+	$(PYTEST) --doctest-modules tests python/dpo_ext docs
+
+test-fast: setup  ## the tests that a change breaks first, under 90 s: no process starts, nothing compiles, few examples
+	DPO_EXT_EXAMPLES=8 $(PYTEST) --fast tests
+
+test-slowest: setup  ## the Python tests, then the 30 of most CPU time
+	$(PYTEST) --slowest 30 tests
+
+flaky: setup  ## the Python tests in random order; SEED=n repeats the order of a run that failed
+	$(PYTEST) -p randomly $(if $(SEED),--randomly-seed=$(SEED)) tests
 
 .venv-newest/.stamp: $(SOURCE) | require
 	test -x .venv-newest/bin/python || $(PYTHON_NEWEST) -m venv .venv-newest
@@ -75,17 +85,17 @@ test-newest: .venv-newest/.stamp  ## the Python tests with the newest version of
 test-oldest: .venv-oldest/.stamp  ## the Python tests with the lower bounds of pyproject.toml, in .venv-oldest
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal tests
 
-deep: setup  ## the exhaustive tests: every code point for every tokenizer, long fuzzing, 5,000 examples a property
+deep: setup flaky  ## the exhaustive tests: every code point for every tokenizer, every sabotage, long fuzzing, 5,000 examples a property
 	DPO_EXT_DEEP=1 cargo test --release --lib bpe
 	DPO_EXT_DEEP=1 cargo test --release --test fuzz
-	DPO_EXT_EXAMPLES=5000 $(BIN)/python -m pytest -q -n 2 tests
+	DPO_EXT_DEEP=1 DPO_EXT_EXAMPLES=5000 $(PYTEST) tests
 
 check: setup  ## format, clippy, ruff, mypy, stubtest, docs
 	cargo fmt --check
 	cargo clippy --release --quiet --features python --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --release --quiet --no-deps --document-private-items
-	$(BIN)/ruff format --check python tests benches
-	$(BIN)/ruff check python tests benches
+	$(BIN)/ruff format --check python tests benches docs examples
+	$(BIN)/ruff check python tests benches docs examples
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest dpo_ext._core
 	$(BIN)/python docs/make_losses.py --check
@@ -96,8 +106,8 @@ docs: setup  ## write the pages and pictures that are generated: docs/losses, do
 
 format:  ## format Rust and Python in place
 	cargo fmt
-	$(BIN)/ruff format python tests benches
-	$(BIN)/ruff check --fix python tests benches
+	$(BIN)/ruff format python tests benches docs examples
+	$(BIN)/ruff check --fix python tests benches docs examples
 
 bench: setup  ## the CPU benchmarks, each verified before it is timed
 	$(BIN)/python benches/logps.py

@@ -6,10 +6,13 @@ Works where hypothesis, transformers or torch are missing, as on a bare GPU mach
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import sampled
 from faults import FAULTS, HAZARDS
 from places import NO_SHARED, SHARED
 from slowest import Clock
@@ -99,6 +102,7 @@ def library():
     """The CUDA kernels compiled for the host."""
     from cuda_host.emulator import Emulator
 
+    running.clear()  # what compiles here, once, is no process of the test that came first
     return Emulator()
 
 
@@ -112,8 +116,13 @@ def emulator(library, monkeypatch):
 
 
 def pytest_runtest_setup(item) -> None:
+    running.append(item.nodeid)
     if item.get_closest_marker("gpu") is not None and not cuda_device():
         pytest.skip(NO_DEVICE)
+
+
+def pytest_runtest_teardown() -> None:
+    running.clear()
 
 
 class Tally:
@@ -147,6 +156,7 @@ class Tally:
         result = yield  # pytest's own summary, with its closing line, is written in here
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and not session.config.option.collectonly:
+            terminal.write_line(sampled.header())
             if self.no_shared:
                 terminal.write_line(f"tests without {NO_SHARED[3:]}: {len(self.no_shared)} skipped")
             terminal.write_line(self.line())
@@ -162,9 +172,35 @@ def pytest_itemcollected(item) -> None:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--slowest", type=int, metavar="N", help="list the N tests of most CPU time")
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="leave out what is marked slow; no test starts a process",
+    )
+
+
+WHOLE_FILE_SLOW = re.compile(r"^pytestmark = .*mark\.slow", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """With --fast a file that is slow as a whole is not even imported."""
+    if not config.option.fast or not collection_path.name.startswith("test_"):
+        return None
+    return bool(WHOLE_FILE_SLOW.search(collection_path.read_text(encoding="utf-8"))) or None
+
+
+def refuse_processes(event: str, arguments: tuple) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn") and running:
+        raise RuntimeError(f"{running[-1]} starts a process ({event}): mark it slow")
+
+
+running: list[str] = []
 
 
 def pytest_configure(config) -> None:
+    if config.option.fast:
+        config.option.markexpr = "not slow and not gpu"
+        sys.addaudithook(refuse_processes)
     if config.option.slowest is not None:
         config.pluginmanager.register(Clock(config.option.slowest), "dpo_ext_clock")
     for name in FAULTS + HAZARDS:

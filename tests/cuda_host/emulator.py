@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -30,8 +31,11 @@ def compile_cached(main: str, folder: Path, flags: list[str]) -> Path:
     for path in sources:
         digest.update(path.read_bytes())
     built = ROOT / "target" / "cuda_host" / f"{main}-{digest.hexdigest()[:16]}"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with built.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other worker compiles, this one waits
+        if built.exists():
+            return built
         fresh = built.with_suffix(f".{os.getpid()}")
         command = [
             "g++",

@@ -182,7 +182,7 @@ def test_a_process_without_memory_gets_an_error_and_goes_on():
     """The gradient of 256 MB does not fit; in place it does; with the limit lifted it fits."""
     code = (
         "import resource, torch\n"
-        "from dpo_ext.torch import ops, ScoreTable, sequence_logps\n"
+        "from dpo_ext.torch import ScoreTable, sequence_logps\n"
         "z = torch.zeros(64, 1_000_000).requires_grad_()\n"
         "t = ScoreTable(logit_rows=[3, 7], targets=[1, 2], seq_offsets=[0, 1, 2])\n"
         "sequence_logps(z[:4, :10] * 1, ScoreTable(logit_rows=[0, 1], targets=[1, 2],"
@@ -219,7 +219,8 @@ sys.meta_path.insert(0, Hidden())
 import dpo_ext
 assert "torch" not in sys.modules and "cupy" not in sys.modules
 import torch
-from dpo_ext import KernelUnavailable, kernels
+from dpo_ext import KernelUnavailable
+from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch import ScoreTable, sequence_logps
 labels = torch.tensor([[-100, 1], [-100, 3]])
 z = torch.zeros(2, 2, 4).requires_grad_()
@@ -266,7 +267,7 @@ def test_eight_processes_that_start_cold_together_agree():
     """Nothing of ours has run before the fork: pool and detection of the CPU start in each child at once."""
     code = (
         "import os, sys, torch\n"
-        "from dpo_ext.torch import ops\n"
+        "from dpo_ext.torch.logps import ops\n"
         "torch.set_num_threads(2)\n"
         "rows = torch.arange(64)\n"
         "z = torch.linspace(-9, 9, 64 * 5000).sin().mul(7).view(64, 5000)\n"

@@ -1,0 +1,138 @@
+"""Children that need a fresh Python, without its start: a server that has imported once, and forks.
+
+For code that must run in a process of its own and asks nothing of how that process came to be. What
+tests starting, imports, signals or variables that are read at the start runs in a real one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from functools import cache
+from subprocess import CompletedProcess
+from typing import Any
+
+TORCH = ("torch", "dpo_ext.torch")
+NUMPY = ("dpo_ext",)
+
+SERVER = """
+import gc, importlib, json, os, signal, socket, sys, traceback
+for name in sys.argv[2].split(","):
+    importlib.import_module(name)
+gc.freeze()  # a child's first collection copies no page
+asked = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    size, fds, _, _ = socket.recv_fds(asked, 8, 2)
+    if not size:
+        os._exit(0)
+    data = b""
+    while len(data) < int.from_bytes(size, "big"):
+        data += asked.recv(1 << 16)
+    request = json.loads(data)
+    child = os.fork()
+    if child:
+        for fd in fds:
+            os.close(fd)
+        asked.sendall(child.to_bytes(8, "big"))
+        asked.sendall(os.waitpid(child, 0)[1].to_bytes(8, "big"))
+        continue
+    asked.close()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, fd in enumerate(fds, 1):
+        os.dup2(fd, target)
+        os.close(fd)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv[:] = ["-c", *request["arguments"]]
+    sys.path[:] = request["path"]
+    break
+exec(compile(request["code"], "<child>", "exec"), {"__name__": "__main__"})
+"""
+
+
+class Server:
+    """One warm process. It serves one child at a time, and ends with the one that started it."""
+
+    def __init__(self, imports: tuple[str, ...]) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-W", "ignore", "-c", SERVER, str(theirs.fileno())]
+        self.socket = ours
+        self.process = subprocess.Popen(
+            [*command, ",".join(imports)],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        theirs.close()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.wait()
+
+    def _number(self) -> int:
+        got = b""
+        while len(got) < 8:
+            part = self.socket.recv(8 - len(got))
+            assert part, "the server of warm processes has ended"
+            got += part
+        return int.from_bytes(got, "big")
+
+    def run(self, request: dict[str, Any], timeout: float) -> tuple[int, str, str]:
+        """Return code as `subprocess` gives it, output and errors."""
+        files = [os.memfd_create(name) for name in ("output", "errors")]
+        data = json.dumps(request).encode()
+        try:
+            socket.send_fds(self.socket, [len(data).to_bytes(8, "big")], files)
+            self.socket.sendall(data)
+            child = self._number()
+            self.socket.settimeout(timeout)
+            try:
+                status = self._number()
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                self.socket.settimeout(None)
+                self._number()
+                raise subprocess.TimeoutExpired(request["code"], timeout) from None
+            finally:
+                self.socket.settimeout(None)
+            said = []
+            for fd in files:
+                os.lseek(fd, 0, os.SEEK_SET)
+                with os.fdopen(os.dup(fd), encoding="utf-8", errors="replace") as file:
+                    said.append(file.read())
+        finally:
+            for fd in files:
+                os.close(fd)
+        return os.waitstatus_to_exitcode(status), said[0], said[1]
+
+
+server = cache(Server)
+
+
+def run(
+    code: str,
+    *arguments: Any,
+    imports: tuple[str, ...] = TORCH,
+    env: dict[str, str] | None = None,
+    timeout: float = 120,
+) -> CompletedProcess[str]:
+    """As ``subprocess.run([sys.executable, "-c", code, *arguments], ...)`` with the output captured.
+
+    ``env`` is added to ours; what is read before ``code`` runs (PYTHONHASHSEED) has no effect.
+    """
+    request = {
+        "code": code,
+        "arguments": [str(a) for a in arguments],
+        "env": {**os.environ, **(env or {})},
+        "cwd": os.getcwd(),  # noqa: PTH109
+        "path": ["", *sys.path],
+    }
+    return CompletedProcess(code, *server(imports).run(request, timeout))
