@@ -21,8 +21,6 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import Any
 
-from torch import Tensor
-
 
 class DpoExtError(Exception):
     """Base of all; raised as itself only for a bug of ours, which the message asks to report."""
@@ -85,7 +83,12 @@ class RefLogpsError(DpoExtError, RuntimeError):
 
 
 def describe(value: Any) -> str:
-    """``float32 of shape (4, 2)`` of a tensor, the type of anything else."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    return type(value).__name__
+    """``float32 of shape (4, 2)`` of a tensor or an array, ``float32`` of torch's dtypes, the name
+    of the type of anything else.
+    """
+    kind = type(value).__name__
+    if kind == "dtype":
+        return str(value).removeprefix("torch.")
+    if isinstance(value, type) or not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        return kind
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
