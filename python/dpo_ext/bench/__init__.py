@@ -27,7 +27,7 @@ from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.files import opened_up
 from dpo_ext.data.options import Limits, Paths, Settings, default_threads
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.layout.batch import LAYOUTS
 from dpo_ext.pages import bench_page as page
 
 PAIRS_PER_BATCH = 64

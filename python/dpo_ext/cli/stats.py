@@ -17,7 +17,7 @@ import numpy as np
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Boundary, OnBad, Paths, Progress, Truncation
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.layout.batch import LAYOUTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

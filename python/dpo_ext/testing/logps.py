@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.layout.batch import LAYOUTS
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.testing.search import Violation, hypothesis, literal, search
 from dpo_ext.testing.strategies import logits, pairs, score_tables
@@ -241,7 +241,7 @@ def check_layouts(
     subject: Callable[[Sequence[Mapping[str, np.ndarray]]], Any] | nn.Module,
     *,
     model: Callable[..., Any] | None = None,
-    layouts: Sequence[str] = LAYOUTS,
+    layouts: Sequence[str] = tuple(LAYOUTS),
     vocab_size: int | None = None,
     pad_id: int = 0,
     max_tokens: int = 8,
