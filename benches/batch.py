@@ -87,7 +87,7 @@ def filling(pairs: PairDataset) -> Times:
 
     def reused() -> None:
         loan = ring.lend()
-        plan._build(0, loan.take)
+        plan.build(0, loan.take)
         loan.end()
 
     times: Times = {"TRL collator": [], "fresh memory": [], "reused buffers": []}

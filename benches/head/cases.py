@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps
-from dpo_ext.torch.logps.head import make_head
+from dpo_ext.torch.logps.head import Head, HeadOptions, Linear
 from dpo_ext.torch.logps.scores import Transform
 
 BETA = 0.1
@@ -99,7 +99,8 @@ class HeadCase:
         )
         self.upstream = noise(self.S // 2, 2, dtype=torch.float32)
         self.how = Transform.of(1.0, model.softcap, 1.0)
-        self.head = make_head(self.hidden, self.weight, self.how, chunk_rows, "auto")
+        linear = Linear(self.hidden, self.weight, None)
+        self.head = Head.of(linear, HeadOptions(self.how, chunk_rows=chunk_rows))
         self.options = {"softcap": model.softcap, "chunk_rows": chunk_rows}
         noise_of_reference = noise(self.S // 2, 2, dtype=torch.float64) * 4
         self.ref = self.oracle.sequences + noise_of_reference

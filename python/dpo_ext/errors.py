@@ -83,7 +83,12 @@ class RefLogpsError(DpoExtError, RuntimeError):
 
 
 def describe(value: Any) -> str:
-    """``float32 of shape (4, 2)`` of a tensor or an array, the type of anything else."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    return type(value).__name__
+    """``float32 of shape (4, 2)`` of a tensor or an array, ``float32`` of torch's dtypes, the name
+    of the type of anything else.
+    """
+    kind = type(value).__name__
+    if kind == "dtype":
+        return str(value).removeprefix("torch.")
+    if isinstance(value, type) or not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        return kind
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"

@@ -29,7 +29,7 @@ def scored_by_plan(hidden, weight, table, plan, upstream=1.0, **how):
         ref = torch.zeros(table.n_groups, 2, device=x.device)
         out = linear_preference_loss(x, w, table, ref, plan=plan, **how)
         (out.loss * upstream).backward()
-        return out._logps.detach(), x.grad, w.grad
+        return out.logps, x.grad, w.grad
     value = linear_sequence_logps(x, w, table, plan=plan, **how)
     (value.sum() * upstream).backward()
     return value.detach(), x.grad, w.grad

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_ext.torch import ScoreTable, linear_sequence_logps
 from dpo_ext.torch.logps import products
-from dpo_ext.torch.logps.head import SCRATCH_BYTES, make_head
+from dpo_ext.torch.logps.head import SCRATCH_BYTES, Head, HeadOptions, Linear
 from dpo_ext.torch.logps.scores import Transform
 
 
@@ -109,14 +109,14 @@ def test_compile_fullgraph(plan):
 
 
 def test_the_default_chunk_keeps_the_scratch_within_its_budget():
-    how = Transform.of(1.0, None, 1.0)
+    options = HeadOptions(Transform.of(1.0, None, 1.0), "torch")
     for V, dtype, rows in (
         (128256, torch.bfloat16, 4096),
         (256000, torch.bfloat16, 2048),
         (7, torch.float32, None),
     ):
         hidden = torch.empty(1, 8, dtype=dtype)
-        head = make_head(hidden, torch.empty(V, 8, device="meta"), how, None, "torch")
+        head = Head.of(Linear(hidden, torch.empty(V, 8, device="meta"), None), options)
         assert head.chunk_rows * V * dtype.itemsize <= SCRATCH_BYTES
         assert rows is None or head.chunk_rows == rows
 

@@ -61,7 +61,7 @@ def both(
         out = linear_preference_loss(x, w, table, ref, bias=b, **head, **options)
     (out.loss * upstream).backward()
     grads = [None if p is None or p.grad is None else p.grad.cpu() for p in parts]
-    return [out.loss.detach().cpu(), out._logps.detach().cpu(), *grads], out
+    return [out.loss.detach().cpu(), out.logps.cpu(), *grads], out
 
 
 @pytest.mark.parametrize(

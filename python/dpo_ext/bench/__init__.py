@@ -32,8 +32,8 @@ from dpo_ext.data.files import opened_up
 from dpo_ext.data.options import Options, Paths, settings
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
-from dpo_ext.layout.batch import Layout
-from dpo_ext.layout.plan import LAYOUTS, BatchPlan
+from dpo_ext.layout.batch import LAYOUTS, Layout
+from dpo_ext.layout.plan import BatchPlan
 
 PAIRS_PER_BATCH = 64
 BIN_LENGTH = 8192

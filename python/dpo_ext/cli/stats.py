@@ -18,7 +18,7 @@ import numpy as np
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options, Paths, Progress
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.layout.batch import LAYOUTS
 from dpo_ext.report import Report
 
 if TYPE_CHECKING:

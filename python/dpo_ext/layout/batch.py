@@ -1,4 +1,4 @@
-"""`Ragged`, `Batch`: lists of ids, and the arrays that a model and the log-prob head see.
+"""`Batch`: the arrays that a model and the log-prob head see; and what each layout has.
 
 Shapes: N pairs, S = 2N sequences, T tokens of the longest row, M scored tokens.
 """
@@ -8,13 +8,78 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dpo_ext.extras import need
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from dpo_ext.layout.table import ScoreTable
+
+
 Layout = Literal["padded", "packed", "shared"]
+
+TABLE = ("logit_rows", "targets", "seq_offsets")
+BLOCKS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+
+
+@dataclass(frozen=True)
+class LayoutFields:
+    """What a layout has.
+
+    Attributes:
+        rows: arrays of a place for each slot, (R, T), and their dtypes.
+        model_inputs: fields that a Hugging Face model is called with.
+        bins: whether a row holds several sequences, so that pairs can be packed into bins.
+        masked: whether the model needs a mask of its own, which no field holds.
+    """
+
+    rows: Mapping[str, Any]
+    model_inputs: tuple[str, ...]
+    bins: bool = True
+    masked: bool = False
+
+
+LAYOUTS: Mapping[Layout, LayoutFields] = {
+    "padded": LayoutFields(
+        rows=dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), np.int64),
+        model_inputs=("input_ids", "attention_mask"),
+        bins=False,
+    ),
+    "packed": LayoutFields(
+        rows=dict.fromkeys(("input_ids", "position_ids"), np.int64),
+        model_inputs=(
+            "input_ids",
+            "position_ids",
+            "cu_seq_lens_q",
+            "cu_seq_lens_k",
+            "max_length_q",
+            "max_length_k",
+        ),
+    ),
+    "shared": LayoutFields(
+        rows={
+            "input_ids": np.int64,
+            "position_ids": np.int64,
+            "doc": np.int32,
+            "seg": np.int32,
+        },
+        model_inputs=("input_ids", "position_ids"),
+        masked=True,
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +192,7 @@ class Batch:
     full_q_indices: Any = None
 
     @classmethod
-    def _filled(cls, layout: str, **arrays: Any) -> Batch:
+    def filled(cls, layout: Layout, **arrays: Any) -> Batch:
         """Same as ``Batch(layout, **arrays)``: a frozen class sets its fields one by one, which
         costs as much as filling a small batch.
         """
@@ -155,15 +220,18 @@ class Batch:
         return table(title, ("field", "dtype", "shape", "values"), rows)
 
     @cached_property
-    def table(self) -> Any:
+    def table(self) -> ScoreTable:
         """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
-        from dpo_ext.torch import ScoreTable
+        from dpo_ext.layout.table import ScoreTable
 
         # What filled the arrays keeps every rule that ScoreTable's own check would look for.
-        offsets = _tensor(self.seq_offsets)
-        return ScoreTable._checked(
-            _tensor(self.logit_rows), _tensor(self.targets), offsets, None, 2, offsets
-        )
+        rows, targets, offsets = (_tensor(getattr(self, name)) for name in TABLE)
+        return ScoreTable.unchecked(rows, targets, offsets, offsets)
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """Of a shared batch: the arguments of FlexAttention's ``BlockMask``, by name."""
+        return {name: getattr(self, name) for name in BLOCKS}
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -174,23 +242,15 @@ class Batch:
         applies no window to a mask that it is given, and says nothing; `attach_scoring` and
         `assert_packing_safe` refuse that. :meth:`inputs_for` knows the model.
         """
-        if self.layout == "shared":
-            from dpo_ext.layout.masks import shared_inputs
+        if LAYOUTS[self.layout].masked:
+            from dpo_ext.layout.masks import plain_mask
 
-            return shared_inputs(self)
-        names = {
-            "padded": ("input_ids", "attention_mask"),
-            "packed": (
-                "input_ids",
-                "position_ids",
-                "cu_seq_lens_q",
-                "cu_seq_lens_k",
-                "max_length_q",
-                "max_length_k",
-            ),
-        }[self.layout]
-        inputs = {name: _tensor(getattr(self, name)) for name in names}
-        return {**inputs, "use_cache": False}
+            return {**self._fields_for_model(), "attention_mask": plain_mask(self)}
+        return self._fields_for_model()
+
+    def _fields_for_model(self) -> dict[str, Any]:
+        names = LAYOUTS[self.layout].model_inputs
+        return {**{name: _tensor(getattr(self, name)) for name in names}, "use_cache": False}
 
     def inputs_for(self, model: Any) -> dict[str, Any]:
         """Keyword arguments of this Hugging Face model: ``model(**batch.inputs_for(model))``.
@@ -204,13 +264,13 @@ class Batch:
             TensorError: shared, and the model's attention takes no such mask, or its layers are of
                 a kind that no mask describes.
         """
-        if self.layout != "shared":
+        if not LAYOUTS[self.layout].masked:
             return self.model_inputs
-        from dpo_ext.layout.masks import shared_inputs_for
+        from dpo_ext.layout.masks import mask_for
 
-        return shared_inputs_for(self, model)
+        return {**self._fields_for_model(), "attention_mask": mask_for(self, model)}
 
-    def block_mask(self, *, window: int | None = None) -> Any:
+    def block_mask(self, *, window: int | None = None) -> BlockMask:
         """A shared batch as FlexAttention's ``BlockMask``; see
         :func:`dpo_ext.layout.masks.block_mask`.
         """
@@ -220,7 +280,7 @@ class Batch:
 
     def _map(self, change: Any) -> Batch:
         table = change(self.table)
-        changed = {name: getattr(table, name) for name in ("logit_rows", "targets", "seq_offsets")}
+        changed: dict[str, Any] = {name: getattr(table, name) for name in TABLE}
         for f in fields(self):
             value = getattr(self, f.name)
             movable = isinstance(value, np.ndarray) or hasattr(value, "to")

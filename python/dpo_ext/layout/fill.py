@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.errors import LimitExceeded
-from dpo_ext.layout.batch import Batch
+from dpo_ext.layout.batch import BLOCKS, LAYOUTS, TABLE, Batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dpo_ext.layout.batch import Layout
     from dpo_ext.pairs import Pairs
 
     # Gives a flat array of so many places of a dtype; what is in it does not matter.
     Take = Callable[[int, Any], NDArray[Any]]
 
 BLOCK = 128
-_BLOCK_FIELDS = (
-    "kv_num_blocks",
-    "kv_indices",
-    "full_kv_num_blocks",
-    "full_kv_indices",
-    "q_num_blocks",
-    "q_indices",
-    "full_q_num_blocks",
-    "full_q_indices",
-)
 
 
 def shared_lengths(pairs: Pairs) -> NDArray[np.int64]:
@@ -70,11 +61,12 @@ def _of_pairs(pairs: Pairs, index: NDArray[np.int64], take: Take) -> dict[str, A
 
 
 def _table(scored: int, n: int, take: Take) -> dict[str, Any]:
-    return {
-        "logit_rows": take(scored, np.int64),
-        "targets": take(scored, np.int32),
-        "seq_offsets": take(2 * n + 1, np.int32),
-    }
+    sizes = ((scored, np.int64), (scored, np.int32), (2 * n + 1, np.int32))
+    return {name: take(*size) for name, size in zip(TABLE, sizes, strict=True)}
+
+
+def _rows(layout: Layout, slots: int, take: Take) -> dict[str, Any]:
+    return {name: take(slots, dtype) for name, dtype in LAYOUTS[layout].rows.items()}
 
 
 def padded(pairs: Pairs, index: NDArray[np.int64], multiple: int, take: Take = np.empty) -> Batch:
@@ -82,13 +74,12 @@ def padded(pairs: Pairs, index: NDArray[np.int64], multiple: int, take: Take = n
     lists, n = _lists(pairs), len(index)
     longest, scored, _ = _core.batch_sizes(**lists, index=index)
     width = -(-longest // multiple) * multiple
-    names = ("input_ids", "attention_mask", "completion_mask")
-    rows: dict[str, Any] = {name: take(2 * n * width, np.int64) for name in names}
+    rows = _rows("padded", 2 * n * width, take)
     table = _table(scored, n, take)
     _core.pad_into(**lists, index=index, pad_id=pairs.pad_id, **rows, **table)
     fields = _of_pairs(pairs, index, take)
     shaped = {name: array.reshape(2 * n, width) for name, array in rows.items()}
-    return Batch._filled("padded", **shaped, **table, **fields)
+    return Batch.filled("padded", **shaped, **table, **fields)
 
 
 def packed(
@@ -102,16 +93,14 @@ def packed(
     lists, n, height = _lists(pairs), len(index), len(bounds) - 1
     _, scored, _ = _core.batch_sizes(**lists, index=index)
     _check_slots(height * width, "cu_seq_lens_q")
-    rows: dict[str, Any] = {
-        name: take(height * width, np.int64) for name in ("input_ids", "position_ids")
-    }
+    rows = _rows("packed", height * width, take)
     ends = take(2 * n + height + 1, np.int32)
     table = _table(scored, n, take)
     segments, longest = _core.pack_into(
         **lists, index=index, bounds=bounds, pad_id=pairs.pad_id, **rows, cu_seq_lens=ends, **table
     )
     ends = ends[: segments + 1]
-    return Batch._filled(
+    return Batch.filled(
         "packed",
         **{name: array.reshape(height, width) for name, array in rows.items()},
         **table,
@@ -135,8 +124,7 @@ def shared(
     _, scored, prefixes = _core.batch_sizes(**lists, index=index)
     slots = height * width
     _check_slots(slots + prefixes, "cu_seq_lens_k")
-    rows: dict[str, Any] = {name: take(slots, np.int64) for name in ("input_ids", "position_ids")}
-    rows |= {name: take(slots, np.int32) for name in ("doc", "seg")}
+    rows = _rows("shared", slots, take)
     ends = [take(2 * n + height + 1, np.int32) for _ in range(2)]
     kv_rows = take(slots + prefixes, np.int64)
     table = _table(scored, n, take)
@@ -153,14 +141,13 @@ def shared(
     )
     side = -(-width // BLOCK)
     shapes: dict[str, Any] = {
-        name: (height, 1, side) if "num" in name else (height, 1, side, side)
-        for name in _BLOCK_FIELDS
+        name: (height, 1, side) if "num" in name else (height, 1, side, side) for name in BLOCKS
     }
     blocks: dict[str, Any] = {
         name: take(int(np.prod(shape)), np.int32) for name, shape in shapes.items()
     }
     _core.blocks_into(rows["doc"], rows["seg"], width, **blocks)
-    return Batch._filled(
+    return Batch.filled(
         "shared",
         **{name: array.reshape(height, width) for name, array in rows.items()},
         **table,
@@ -172,6 +159,17 @@ def shared(
         kv_rows=kv_rows[:keys],
         **{name: blocks[name].reshape(shape) for name, shape in shapes.items()},
     )
+
+
+SLOTS: Mapping[Layout, Callable[[Pairs], NDArray[np.int64]]] = {
+    "padded": lambda pairs: pairs.tokens,
+    "packed": lambda pairs: pairs.tokens,
+    "shared": shared_lengths,
+}
+"""(n,) int64: slots of each pair, without padding."""
+
+FILL: Mapping[Layout, Callable[..., Batch]] = {"packed": packed, "shared": shared}
+"""Of the layouts with bins."""
 
 
 def _check_slots(slots: int, field: str) -> None:

@@ -5,7 +5,7 @@ Letters: R rows, T slots of a row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,25 +15,33 @@ from dpo_ext.errors import TensorError
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from dpo_ext.layout.batch import Batch
 
-_BLOCK_FIELDS = (
-    "kv_num_blocks",
-    "kv_indices",
-    "full_kv_num_blocks",
-    "full_kv_indices",
-    "q_num_blocks",
-    "q_indices",
-    "full_q_num_blocks",
-    "full_q_indices",
-)
+class SharedRows(Protocol):
+    """What a mask is made of: a batch of ``layout="shared"``."""
+
+    @property
+    def layout(self) -> str: ...
+    @property
+    def position_ids(self) -> Any: ...
+    @property
+    def doc(self) -> Any: ...
+    @property
+    def seg(self) -> Any: ...
+
+
+class SharedBlocks(SharedRows, Protocol):
+    """The same, with the blocks of FlexAttention counted."""
+
+    @property
+    def blocks(self) -> dict[str, Any]: ...
+
 
 # Marks a mask that knows no windows: nothing in its numbers tells.
 _PLAIN = "_dpo_ext_plain"
 
 
 def dense_mask(
-    batch: Batch, *, window: int | None = None, dtype: torch.dtype | None = None
+    batch: SharedRows, *, window: int | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The mask of a shared batch, slot against slot, on the batch's device.
 
@@ -80,7 +88,7 @@ def dense_mask(
     return added.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def block_mask(batch: Batch, *, window: int | None = None) -> BlockMask:
+def block_mask(batch: SharedBlocks, *, window: int | None = None) -> BlockMask:
     """The mask of a shared batch for ``torch.nn.attention.flex_attention``.
 
     Same as ``create_block_mask`` of the rule of :func:`dense_mask`, but nothing is evaluated on the
@@ -106,15 +114,15 @@ def block_mask(batch: Batch, *, window: int | None = None) -> BlockMask:
         return create_block_mask(
             allowed, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=doc.device.type
         )
-    blocks: dict[str, Any] = {name: torch.as_tensor(getattr(batch, name)) for name in _BLOCK_FIELDS}
+    blocks = {name: torch.as_tensor(value) for name, value in batch.blocks.items()}
     return BlockMask(seq_lengths=(width, width), mask_mod=allowed, **blocks)
 
 
-def shared_inputs(batch: Batch) -> dict[str, Any]:
-    """``Batch.model_inputs`` of a shared batch."""
+def plain_mask(batch: SharedRows) -> Tensor:
+    """The mask of ``Batch.model_inputs``, which `check_windows` knows again."""
     mask = dense_mask(batch, dtype=torch.float32)
     setattr(mask, _PLAIN, True)
-    return {**_without_mask(batch), "attention_mask": mask}
+    return mask
 
 
 def check_windows(mask: Any, model: Any) -> None:
@@ -133,8 +141,8 @@ def check_windows(mask: Any, model: Any) -> None:
             )
 
 
-def shared_inputs_for(batch: Batch, model: Any) -> dict[str, Any]:
-    """``Batch.inputs_for`` of a shared batch."""
+def mask_for(batch: SharedBlocks, model: Any) -> Any:
+    """The mask of ``Batch.inputs_for``: one, or one for each kind of layer."""
     config = _config(model)
     implementation = getattr(config, "_attn_implementation", None)
 
@@ -153,8 +161,7 @@ def shared_inputs_for(batch: Batch, model: Any) -> dict[str, Any]:
         )
     windows = layer_windows(model)
     masks = {kind: mask(window) for kind, window in windows.items()}
-    only = next(iter(masks.values())) if len(masks) == 1 else None
-    return {**_without_mask(batch), "attention_mask": masks if only is None else only}
+    return next(iter(masks.values())) if len(masks) == 1 else masks
 
 
 def layer_windows(model: Any) -> dict[str, int | None]:
@@ -185,12 +192,7 @@ def _config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _without_mask(batch: Batch) -> dict[str, Any]:
-    names = ("input_ids", "position_ids")
-    return {**{n: torch.as_tensor(getattr(batch, n)) for n in names}, "use_cache": False}
-
-
-def _ids(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _ids(batch: SharedRows) -> tuple[Tensor, Tensor, Tensor]:
     if batch.layout != "shared":
         raise TensorError(f'only layout="shared" has such a mask, found "{batch.layout}"')
     doc, seg, positions = (

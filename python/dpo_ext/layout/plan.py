@@ -6,23 +6,22 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, SupportsIndex, get_args, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.errors import DataError
-from dpo_ext.layout.batch import Batch, Layout
-from dpo_ext.layout.fill import packed, padded, shared, shared_lengths
+from dpo_ext.layout.batch import LAYOUTS, Batch
+from dpo_ext.layout.fill import FILL, SLOTS, padded
 from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dpo_ext.layout.batch import Layout
     from dpo_ext.layout.fill import Take
     from dpo_ext.pairs import Pairs
-
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,15 @@ class BatchPlan(Sequence[Batch]):
         pairs: Pairs,
         *,
         layout: Layout,
-        pairs_per_batch: int | None,
-        tokens_per_batch: int | None,
-        seed: int,
-        epoch: int,
-        rank: int,
-        world_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        pad_to_multiple_of: int,
+        pairs_per_batch: int | None = None,
+        tokens_per_batch: int | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        pad_to_multiple_of: int = 1,
         bin_length: int | None = None,
     ) -> None:
         if layout not in LAYOUTS:
@@ -146,11 +145,12 @@ class BatchPlan(Sequence[Batch]):
                 raise ValueError(f"`{name}` must be in 0..2**64, found {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be in 0..{world_size}, found {rank}")
-        if bin_length is not None and (layout == "padded" or tokens_per_batch is None):
+        bins = LAYOUTS[layout].bins
+        if bin_length is not None and not (bins and tokens_per_batch is not None):
             raise ValueError(
                 '`bin_length` needs `layout="packed"` or "shared", and `tokens_per_batch`'
             )
-        if layout != "padded" and tokens_per_batch is not None:
+        if bins and tokens_per_batch is not None:
             bin_length = tokens_per_batch if bin_length is None else bin_length
             self._width = -(-bin_length // pad_to_multiple_of) * pad_to_multiple_of
             self._rows_per_batch = tokens_per_batch // self._width
@@ -160,8 +160,7 @@ class BatchPlan(Sequence[Batch]):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
-        # (n,) slots of each pair, without padding.
-        self._lengths = shared_lengths(pairs) if layout == "shared" else pairs.tokens
+        self._lengths = SLOTS[layout](pairs)
         self.layout = layout
         self.bin_length = bin_length
         self.pairs_per_batch = pairs_per_batch
@@ -187,7 +186,7 @@ class BatchPlan(Sequence[Batch]):
         self._items: NDArray[np.int64] | None = None
         if self.pairs_per_batch is not None:
             bounds = _every(n, self.pairs_per_batch, self.drop_last)
-        elif self.layout != "padded":
+        elif LAYOUTS[self.layout].bins:
             self._items, self._bins = self._pack(epoch)
             self._bin_bounds = _every(len(self._bins) - 1, self._rows_per_batch, self.drop_last)
             bounds = self._bins[self._bin_bounds]
@@ -244,13 +243,13 @@ class BatchPlan(Sequence[Batch]):
         k = int(i)
         if not -self._steps <= k < self._steps:
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
-        return self._build(k % self._steps, np.empty)
+        return self.build(k % self._steps, np.empty)
 
-    def _build(self, i: int, take: Take) -> Batch:
-        """Batch ``i`` in memory that ``take`` gives."""
+    def build(self, i: int, take: Take) -> Batch:
+        """Batch ``i``, from 0, in flat arrays that ``take(count, dtype)`` gives, of any content."""
         batch = (i * self.world_size + self.rank) % self._batches
         index = self._index(batch)
-        if self.layout == "padded":
+        if not LAYOUTS[self.layout].bins:
             return padded(self._pairs, index, self.pad_to_multiple_of, take)
         if self._items is None:
             multiple, slots = self.pad_to_multiple_of, int(self._lengths[index].sum())
@@ -258,8 +257,7 @@ class BatchPlan(Sequence[Batch]):
         else:
             first, last = self._bin_bounds[batch], self._bin_bounds[batch + 1]
             bounds, width = self._bins[first : last + 1] - self._bins[first], self._width
-        build = packed if self.layout == "packed" else shared
-        return build(self._pairs, index, bounds, width, take)
+        return FILL[self.layout](self._pairs, index, bounds, width, take)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(self._steps))
@@ -357,7 +355,7 @@ class BatchPlan(Sequence[Batch]):
         tokens = np.add.reduceat(self._lengths[order], starts)
         if self._items is not None:
             places = np.diff(self._bin_bounds) * self._width
-        elif self.layout != "padded":
+        elif LAYOUTS[self.layout].bins:
             places = -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
         else:
             width = np.maximum.reduceat(self._pairs.longest[order], starts)

@@ -6,6 +6,7 @@ The shift by one of labels against logits happens here (or in Rust, with the bat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 
 IGNORE_INDEX = -100
 _NOT_A_TOKEN = -1  # what a label outside int32 becomes on a device: the kernels answer NaN
@@ -93,20 +94,22 @@ class ScoreTable:
         _check_values(self)
 
     @classmethod
-    def _checked(
-        cls,
-        logit_rows: Tensor,
-        targets: Tensor,
-        seq_offsets: Tensor,
-        weights: Tensor | None,
-        group_size: int,
-        host_offsets: Tensor,
+    def unchecked(
+        cls, logit_rows: Tensor, targets: Tensor, seq_offsets: Tensor, host_offsets: Tensor
     ) -> ScoreTable:
-        """A table from parts known to be right: nothing is compared, no device is waited for."""
+        """A table of pairs, all weights 1, from parts known to be right: nothing is compared and no
+        device is waited for.
+        """
         table = cls.__new__(cls)
-        table.logit_rows, table.targets, table.weights = logit_rows, targets, weights
+        table.logit_rows, table.targets, table.weights = logit_rows, targets, None
         table.seq_offsets, table.host_offsets = seq_offsets, host_offsets
-        table.group_size = group_size
+        table.group_size = 2
+        return table
+
+    def _like(self, logit_rows: Tensor, targets: Tensor, weights: Tensor | None) -> ScoreTable:
+        """The same sequences with other tokens, as many as before."""
+        table = ScoreTable.unchecked(logit_rows, targets, self.seq_offsets, self.host_offsets)
+        table.weights, table.group_size = weights, self.group_size
         return table
 
     @classmethod
@@ -134,6 +137,9 @@ class ScoreTable:
             TensorError: wrong dtype or shape, an odd number of rows; on the CPU also a label that
                 is negative and not -100, or above int32. On a GPU that gives a NaN log-prob.
 
+        Warns where every label on the CPU is -100: all log-probs are then 0 and no model learns
+        from them. Labels on a GPU are not looked at, which would wait for it.
+
         >>> ScoreTable.from_labels(torch.tensor([[-100, 5, 6], [-100, 7, -100]]))
         ScoreTable(n_groups=1, group_size=2, n_tokens=4, device=cpu)
           sequence 0 (group 0): row 0 -> 5, row 1 -> 6
@@ -143,7 +149,7 @@ class ScoreTable:
             raise TypeError(f"`labels` must be a torch.Tensor, found {type(labels).__name__}")
         if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 2:
             raise TensorError(
-                f"`labels` must be int64 or int32 of shape (2N, T), found {_is(labels)}"
+                f"`labels` must be int64 or int32 of shape (2N, T), found {describe(labels)}"
             )
         rows, T = labels.shape
         if rows % 2:
@@ -155,16 +161,23 @@ class ScoreTable:
         shifted = labels[:, 1:].reshape(2, N, per_row).transpose(0, 1)
         limit = torch.iinfo(torch.int32).max
         wrong = ((shifted < 0) & (shifted != IGNORE_INDEX)) | (shifted > limit)
-        if device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong.any()):
-            raise TensorError(
-                f"`labels` must be -100 or in 0..{limit}, found {int(shifted[wrong][0])}"
-            )
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            if bool(wrong.any()):
+                raise TensorError(
+                    f"`labels` must be -100 or in 0..{limit}, found {int(shifted[wrong][0])}"
+                )
+            if shifted.numel() and bool((shifted == IGNORE_INDEX).all()):
+                warnings.warn(
+                    "no token is scored: every label behind the first column is -100, so that all "
+                    "log-probs are 0\nhint: look at what masks the prompt",
+                    stacklevel=2,
+                )
         targets = shifted.masked_fill(wrong, _NOT_A_TOKEN).to(torch.int32).reshape(-1)
         row = torch.arange(rows, device=device).reshape(2, N, 1).transpose(0, 1)
         logit_rows = (row * T + torch.arange(per_row, device=device)).reshape(-1)
         host_offsets = torch.arange(rows + 1, dtype=torch.int32) * per_row
         offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * per_row
-        return cls._checked(logit_rows, targets, offsets, None, 2, host_offsets)
+        return cls.unchecked(logit_rows, targets, offsets, host_offsets)
 
     def compact(self) -> ScoreTable:
         """The table without the tokens that are not scored (-100); the results are the same.
@@ -188,15 +201,12 @@ class ScoreTable:
         def keep(values: Tensor) -> Tensor:
             return values.new_empty(M + 1).scatter_(0, place, values)[:M]
 
-        weights = None if self.weights is None else keep(self.weights)
-        return ScoreTable._checked(
-            keep(self.logit_rows),
-            keep(self.targets),
-            offsets,
-            weights,
-            self.group_size,
-            host_offsets,
+        table = ScoreTable.unchecked(
+            keep(self.logit_rows), keep(self.targets), offsets, host_offsets
         )
+        table.weights = None if self.weights is None else keep(self.weights)
+        table.group_size = self.group_size
+        return table
 
     @property
     def n_tokens(self) -> int:
@@ -249,14 +259,7 @@ class ScoreTable:
 
     def with_rows(self, logit_rows: Tensor, targets: Tensor) -> ScoreTable:
         """The same sequences with other rows (M,) int64 and targets (M,) int32, not compared."""
-        return ScoreTable._checked(
-            logit_rows,
-            targets,
-            self.seq_offsets,
-            self.weights,
-            self.group_size,
-            self.host_offsets,
-        )
+        return self._like(logit_rows, targets, self.weights)
 
     def with_weights(self, weights: Tensor) -> ScoreTable:
         """The same tokens with other weights (M,) float32, not compared."""
@@ -270,14 +273,10 @@ class ScoreTable:
         )
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> ScoreTable:
-        return ScoreTable._checked(
-            move(self.logit_rows),
-            move(self.targets),
-            move(self.seq_offsets),
-            None if self.weights is None else move(self.weights),
-            self.group_size,
-            self.host_offsets,
-        )
+        weights = None if self.weights is None else move(self.weights)
+        table = self._like(move(self.logit_rows), move(self.targets), weights)
+        table.seq_offsets = move(self.seq_offsets)
+        return table
 
     def __repr__(self) -> str:
         head = (
@@ -311,24 +310,15 @@ def _scored_before(scored: Tensor) -> Tensor:
     return torch.nn.functional.pad(scored.cumsum(0), (1, 0))
 
 
-def _is(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-
-
 def _tensor(name: str, value: Any) -> Tensor:
     dtype = _FIELDS[name]
     if isinstance(value, np.ndarray):
-        if str(value.dtype) != str(dtype).removeprefix("torch."):
-            raise TensorError(
-                f"`{name}` must be {str(dtype).removeprefix('torch.')}, "
-                f"found {value.dtype} of shape {value.shape}"
-            )
+        if str(value.dtype) != describe(dtype):
+            raise TensorError(f"`{name}` must be {describe(dtype)}, found {describe(value)}")
         return torch.from_numpy(value if value.flags.writeable else value.copy()).contiguous()
     if isinstance(value, Tensor):
         if value.dtype != dtype:
-            raise TensorError(
-                f"`{name}` must be {str(dtype).removeprefix('torch.')}, found {_is(value)}"
-            )
+            raise TensorError(f"`{name}` must be {describe(dtype)}, found {describe(value)}")
         return value.detach().contiguous()
     try:
         return torch.tensor(list(value), dtype=dtype)
@@ -344,10 +334,10 @@ def _check_shapes(table: ScoreTable) -> None:
             continue
         if value.dim() != 1 or value.shape[0] != M:
             shape = f"({M},), as `targets` has" if name != "targets" else "(M,)"
-            raise TensorError(f"`{name}` must have shape {shape}, found {_is(value)}")
+            raise TensorError(f"`{name}` must have shape {shape}, found {describe(value)}")
     offsets = table.seq_offsets
     if offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise TensorError(f"`seq_offsets` must have shape (S+1,), found {_is(offsets)}")
+        raise TensorError(f"`seq_offsets` must have shape (S+1,), found {describe(offsets)}")
     for name in ("logit_rows", "seq_offsets", "weights"):
         value = getattr(table, name)
         if value is not None and value.device != table.device:

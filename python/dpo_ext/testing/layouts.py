@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.layout.batch import Layout
-from dpo_ext.layout.plan import LAYOUTS
+from dpo_ext.layout.batch import LAYOUTS, Layout
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.testing.logps import definition
 from dpo_ext.testing.search import Violation, hypothesis, search
@@ -63,7 +62,7 @@ def check_layouts(
     subject: Callable[[Sequence[Mapping[str, np.ndarray]]], Any] | nn.Module,
     *,
     model: Callable[..., Any] | None = None,
-    layouts: Sequence[Layout] = LAYOUTS,
+    layouts: Sequence[Layout] = tuple(LAYOUTS),
     vocab_size: int | None = None,
     pad_id: int = 0,
     max_tokens: int = 8,

@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo_ext.data.dataset import PairDataset
 from dpo_ext.errors import TensorError
-from dpo_ext.layout.batch import Batch
+from dpo_ext.layout.batch import LAYOUTS, Batch
 from dpo_ext.layout.masks import layer_windows
+from dpo_ext.layout.plan import BatchPlan
+from dpo_ext.pairs import Pairs, Ragged
+from dpo_ext.report import Report
 
-LAYOUTS = ("packed", "shared")
+PackedLayout = Literal["packed", "shared"]
+PACKED: tuple[PackedLayout, ...] = get_args(PackedLayout)
 _LENGTHS = ((5, 4, 6), (3, 1, 7))  # (prompt, chosen, rejected) of the two pairs
 # Two runs of one shape differ by no rounding, so that any change is a leak.
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-5}
@@ -28,6 +31,8 @@ _SAME_LOW = 1e-3
 # A row alone is another shape: rounding, relative to the spread of the logits.
 _CLOSE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 1e-2}
 _CLOSE_LOW = 5e-2
+# What Hugging Face's gradient checkpointing reads of a module: whether, and by what.
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 _HINTS = {
     "packed": "pass use_cache=False and no attention_mask, as `batch.model_inputs` does, to a "
     'model that reads `position_ids`; else use layout="padded"',
@@ -39,7 +44,7 @@ _HINTS = {
 def assert_packing_safe(
     model: nn.Module,
     *,
-    layout: str = "packed",
+    layout: PackedLayout = "packed",
     inputs: Callable[[Batch], dict[str, Any]] | None = None,
 ) -> None:
     """Refuses a model that lets packed segments see each other, or counts their positions wrongly.
@@ -78,12 +83,12 @@ def assert_packing_safe(
     Traceback (most recent call last):
     dpo_ext.errors.TensorError: packed segments see each other in eval mode: ...
     """
-    if layout not in LAYOUTS:
-        known = ", ".join(f'"{name}"' for name in LAYOUTS)
+    if layout not in PACKED:
+        known = ", ".join(f'"{name}"' for name in PACKED)
         raise ValueError(f"unknown `layout` {layout!r}: there is {known}")
     make = inputs or (lambda batch: batch.model_inputs)
     probe = _Probe(model, layout, make)
-    if layout == "shared":
+    if LAYOUTS[layout].masked:
         probe.check_windows()
     with _state_kept(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # checkpointing says that no input needs a gradient
@@ -99,7 +104,7 @@ def assert_packing_safe(
 class _Probe:
     """Two pairs, and how far the logits of their completions move."""
 
-    def __init__(self, model: nn.Module, layout: str, make: Callable) -> None:
+    def __init__(self, model: nn.Module, layout: PackedLayout, make: Callable) -> None:
         self._model, self._layout, self._make = model, layout, make
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         vocabulary = _vocabulary(model)
@@ -173,9 +178,9 @@ class _Probe:
                 )
 
     def _batch(self, pairs: list[list[np.ndarray]]) -> Batch:
-        prompt, chosen, rejected = zip(*pairs, strict=True)
-        data = PairDataset.from_ids(prompt, chosen, rejected)
-        plan = data.plan(layout=self._layout, pairs_per_batch=2, shuffle=False)
+        ids = (Ragged.from_lists(lists) for lists in zip(*pairs, strict=True))
+        probe = Pairs(*ids, report=Report(len(pairs), len(pairs)), pad_id=0, vocab_size=None)
+        plan = BatchPlan(probe, layout=self._layout, pairs_per_batch=len(pairs), shuffle=False)
         return plan[0].to(self._device)
 
     def _call(self, arguments: dict[str, Any], seed: int) -> Tensor:
@@ -219,17 +224,19 @@ def _checkpointed(model: nn.Module) -> list[nn.Module]:
 
 def _set_checkpointing(model: nn.Module, on: bool) -> None:
     # Not `gradient_checkpointing_enable`, which adds hooks to a model with adapters.
-    for module in _checkpointed(model):
-        module.gradient_checkpointing = on  # type: ignore[assignment]
-        module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    attributes = zip(_CHECKPOINTING, (on, partial(checkpoint, use_reentrant=False)), strict=True)
+    for name, value in attributes:
+        for module in _checkpointed(model):
+            setattr(module, name, value)
 
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
     """Restores modes, checkpointing and random state."""
     modes = [(module, module.training) for module in model.modules()]
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [(m, {n: vars(m)[n] for n in names if n in vars(m)}) for m in _checkpointed(model)]
+    before = [
+        (m, {n: vars(m)[n] for n in _CHECKPOINTING if n in vars(m)}) for m in _checkpointed(model)
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]):
         try:
@@ -238,6 +245,6 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             for module, values in before:
-                for name in names:
+                for name in _CHECKPOINTING:
                     vars(module).pop(name, None)
                 vars(module).update(values)

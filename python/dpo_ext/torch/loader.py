@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Never, Protocol
 from weakref import WeakSet, finalize
 
 import torch
 
+from dpo_ext.errors import describe
+from dpo_ext.pairs import Pairs
 from dpo_ext.torch.ring import Loan, Ring
+
+if TYPE_CHECKING:
+    from dpo_ext.layout.batch import Batch
 
 _EPOCH_SET = "the epoch of the plan was set while its batches were being read"
 
@@ -20,7 +25,7 @@ class Plan(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int, /) -> Any: ...
+    def __getitem__(self, i: int, /) -> Batch: ...
 
 
 class PairLoader:
@@ -51,7 +56,8 @@ class PairLoader:
         prefetch: batches built ahead, >= 0; 0 builds each when it is asked for, without a thread.
 
     Raises:
-        TypeError: ``plan`` has no length or no index. ValueError: ``prefetch`` < 0.
+        TypeError: ``plan`` is a data set, or gives no batches; an option of other loaders, such as
+            ``num_workers``. ValueError: ``prefetch`` < 0.
 
     >>> from dpo_ext import PairDataset
     >>> pairs = PairDataset.from_ids([[1, 2], [6]], [[3, 4], [7]], [[5], [8, 9]])
@@ -61,8 +67,23 @@ class PairLoader:
     """
 
     def __init__(
-        self, plan: Plan, device: torch.device | str | int | None = None, prefetch: int = 2
+        self,
+        plan: Plan,
+        device: torch.device | str | int | None = None,
+        prefetch: int = 2,
+        **others: Never,
     ) -> None:
+        if others:
+            raise TypeError(
+                f"`{next(iter(others))}` is no option of PairLoader: one thread builds the batches "
+                "in Rust, without the GIL\n"
+                "hint: `prefetch` says how many are built ahead"
+            )
+        if isinstance(plan, Pairs):
+            raise TypeError(
+                f"`plan` must be a BatchPlan, found {type(plan).__name__}, a data set\n"
+                "hint: use pairs.plan(...)"
+            )
         if not (hasattr(plan, "__len__") and hasattr(plan, "__getitem__")):
             raise TypeError(
                 f"`plan` must have a length and batches by index, found {type(plan).__name__}\n"
@@ -129,7 +150,7 @@ class PairLoader:
         for filler in list(self._fillers):
             filler.close()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         start, self._start = self._start, 0
         filler = _Filler(self.plan, self._ring, self.device, self.prefetch, start)
         self._fillers.add(filler)
@@ -137,14 +158,14 @@ class PairLoader:
         return _Batches(filler, self.device)
 
 
-class _Batches(Iterator[Any]):
+class _Batches(Iterator["Batch"]):
     """One pass over a plan. The thread does not know it, so that dropping it ends the thread."""
 
     def __init__(self, filler: _Filler, device: torch.device) -> None:
         self._filler, self._device = filler, device
         self._close = finalize(self, filler.close)  # also at exit, before the interpreter is gone
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Batch:
         if not self._close.alive or self._filler.taken == self._filler.length:
             self._close()
             raise StopIteration
@@ -178,7 +199,7 @@ class _Filler:
             self._thread = threading.Thread(target=self._run, name="dpo_ext-loader", daemon=True)
             self._thread.start()
 
-    def take(self) -> tuple[Any, Loan | None]:
+    def take(self) -> tuple[Batch, Loan | None]:
         """The next batch and the buffer that it is in; raises what the thread raised."""
         if self._closed:
             raise RuntimeError(_EPOCH_SET)
@@ -198,10 +219,14 @@ class _Filler:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _build(self, i: int) -> tuple[Any, Loan | None]:
-        fill = getattr(self._plan, "_build", None)
+    def _build(self, i: int) -> tuple[Batch, Loan | None]:
+        fill = getattr(self._plan, "build", None)
         if fill is None:
             batch = self._plan[i]
+            if not hasattr(batch, "to"):
+                raise TypeError(
+                    f"`plan` must give batches, found {describe(batch)}\nhint: use pairs.plan(...)"
+                )
             return (batch.pin_memory() if self._device.type == "cuda" else batch), None
         loan = self._ring.lend()
         batch = fill(i, loan.take)

@@ -9,7 +9,7 @@ that is longer than a chunk is folded piece by piece and then run again: 8MHV fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,16 +17,23 @@ from torch import Tensor
 from dpo_ext.errors import TensorError
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import twin
-from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
+from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
-from dpo_ext.torch.logps.scores import Transform, check_is_table, check_plain, token_grad
+from dpo_ext.torch.logps.scores import (
+    Impl,
+    Transform,
+    check_is_table,
+    check_plain,
+    token_grad,
+)
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 from dpo_ext.torch.losses.ranks import check_group, count_pairs
 from dpo_ext.torch.once import differentiable_once
 
-PLANS = ("auto", "frozen", "pairwise", "recompute")
+Plan = Literal["auto", "frozen", "pairwise", "recompute"]
+PLANS: tuple[Plan, ...] = get_args(Plan)
 
 
 def linear_preference_loss(
@@ -44,13 +51,13 @@ def linear_preference_loss(
     compat: str | None = None,
     loss_weights: Sequence[float] | None = None,
     group: Any = None,
-    plan: str = "auto",
+    plan: Plan = "auto",
     chunk_rows: int | None = None,
     exact_target: bool = False,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    impl: str = "auto",
+    impl: Impl = "auto",
     **params: Any,
 ) -> PreferenceLoss:
     """Preference loss of pairs from hidden states, with the gradient made in the forward pass.
@@ -133,9 +140,9 @@ def linear_preference_loss(
         out.plan = plan
         return out
 
-    rows = check_head(hidden, weight, bias, table)
+    linear = Linear.of(hidden, weight, bias, table)
     how = Transform.of(logit_scale, softcap, temperature)
-    head = make_head(rows, weight, how, chunk_rows, impl, exact_target)
+    head = Head.of(linear, HeadOptions(how, impl, chunk_rows, exact_target))
     N, ref = table.n_groups, ref_logps
     if ref is not None:
         ref = ref.to(wide(head.dtype))
@@ -149,14 +156,10 @@ def linear_preference_loss(
             like = hidden.new_zeros((), dtype=wide(head.dtype))
             options["num_pairs"] = count_pairs(N, like, ranks)
     losses = _Losses(ref, lengths, options, by_pair, N)
-    trained = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (rows, weight, bias)
-    )
-    scored = table.without_zero_weights()
-    total, logps = _PairwiseHead.apply(rows, weight, bias, scored, head, losses, trained)
-    whole = losses.all(logps)
-    out = PreferenceLoss(total, whole.per_pair.detach(), logps, ref, whole.scale)
-    out.plan = plan
+    job = _Job(table.without_zero_weights(), head, losses, linear.trains())
+    total, logps = _PairwiseHead.apply(*linear, job)
+    out = losses.all(logps)
+    out.loss, out.per_pair, out.plan = total, out.per_pair.detach(), plan
     return out
 
 
@@ -225,28 +228,31 @@ def chunks_of_pairs(offsets: Sequence[int], most: int) -> Iterator[slice]:
         yield slice(start, len(borders) - 1)
 
 
+class _Job(NamedTuple):
+    """What is computed of a head: which tokens, how, and for which loss."""
+
+    table: ScoreTable
+    head: Head
+    losses: _Losses
+    trained: bool
+
+
 class _PairwiseHead(torch.autograd.Function):
     """``(loss, log-probs (N, 2))``; the loss is differentiable, from gradients made in forward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        table: ScoreTable,
-        head: Head,
-        losses: _Losses,
-        trained: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor]:
-        work = _Work(hidden, weight, bias, table, head, losses, trained)
-        logps = work.run()
-        total = losses.all(logps).loss.detach().clone()
-        ctx.scale, ctx.height, ctx.place = work.scale, hidden.shape[0], work.rows.place
-        ctx.how = (table, head, losses)
-        ctx.needed = work.needed
+        linear = Linear(hidden, weight, bias)
+        ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
+        run = _Pass(linear, job, ctx.needed)
+        logps = run.logps()
+        total = job.losses.all(logps).loss.detach().clone()
+        ctx.scale, ctx.height, ctx.place = run.scale, hidden.shape[0], run.work.rows.place
+        ctx.job = job
         # No saved tensors: backward scales them where they lie and gives them away.
-        ctx.made = (work.dx, work.dw, work.db)
+        ctx.made = (run.dx, run.dw, run.db)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.mark_non_differentiable(logps)
         return total, logps
@@ -256,9 +262,8 @@ class _PairwiseHead(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         made, ctx.made = ctx.made, None
         if made is None:  # a second backward pass through one graph
-            table, head, losses = ctx.how
-            again = _Work(hidden, weight, bias, table, head, losses, True, ctx.needed)
-            again.run()
+            again = _Pass(Linear(hidden, weight, bias), ctx.job, ctx.needed)
+            again.logps()
             made = (again.dx, again.dw, again.db)
         dx, dw, db = made
         del made
@@ -273,88 +278,74 @@ class _PairwiseHead(torch.autograd.Function):
             if db is not None:
                 db = db.mul_(factor).to(bias.dtype)
         grads = (None if d is None else differentiable_once(d, g) for d in (dx, dw, db))
-        return (*grads, None, None, None, None)
+        return (*grads, None)
 
 
-class _Work:
+class _Pass:
     """The buffers of one forward pass, and what a chunk of pairs does with them."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        table: ScoreTable,
-        head: Head,
-        losses: _Losses,
-        trained: bool,
-        needed: tuple[bool, ...] | None = None,
-    ) -> None:
-        self.hidden, self.table, self.head, self.losses = hidden, table, head, losses
-        self.rows = Rows.of(table.logit_rows, table.targets, hidden.shape[0])
-        self.w = weight.to(head.dtype)
-        self.b = None if bias is None else bias.to(head.dtype)
-        self.trained = trained
-        self.scale = 2.0 ** (losses.pairs - 1).bit_length() if losses.pairs else 1.0
-        self.needed = needed or tuple(
-            trained and t is not None and t.requires_grad for t in (hidden, weight, bias)
-        )
-        need_x, need_w, need_b = self.needed
-        sums, M = wide(head.dtype), table.n_tokens
+    def __init__(self, linear: Linear, job: _Job, needed: tuple[bool, ...]) -> None:
+        self.job = job
+        hidden, weight, _ = linear
+        table, head, pairs = job.table, job.head, job.losses.pairs
+        self.work = Work.of(linear, Rows.of(table.logit_rows, table.targets, hidden.shape[0]), head)
+        self.scale = 2.0 ** (pairs - 1).bit_length() if pairs else 1.0
+        need_x, need_w, need_b = needed
+        M = table.n_tokens
         self.dx = hidden.new_empty(M, hidden.shape[1]) if need_x else None
         self.dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
-        self.db = weight.new_zeros(len(weight), dtype=sums) if need_b else None
-        self.scratch = head.scratch(self.w, M)
+        self.db = weight.new_zeros(len(weight), dtype=self._wide) if need_b else None
         self.first = True
 
-    def run(self) -> Tensor:
+    def logps(self) -> Tensor:
         """(N, 2) log-probs; the gradients, if any, are then complete."""
-        offsets = self.table.host_offsets.tolist()
-        chunks = chunks_of_pairs(offsets, self.head.chunk_rows)
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+        offsets, hidden = self.job.table.host_offsets.tolist(), self.work.hidden
+        chunks = chunks_of_pairs(offsets, self.job.head.chunk_rows)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             sums = [self.pairs(p, offsets[2 * p.start : 2 * p.stop + 1]) for p in chunks]
         if self.first and self.dw is not None:  # no pair has a token
             self.dw.zero_()
-        return torch.cat(sums) if sums else self.hidden.new_zeros(0, 2, dtype=self._wide)
+        return torch.cat(sums) if sums else hidden.new_zeros(0, 2, dtype=self._wide)
 
     def pairs(self, pairs: slice, offsets: list[int]) -> Tensor:
         """(n, 2) log-probs of some whole pairs; adds their part of the gradients."""
         first, last = offsets[0], offsets[-1]
-        pieces = [slice(first + p.start, first + p.stop) for p in self.head.chunks(last - first)]
+        pieces = [
+            slice(first + p.start, first + p.stop) for p in self.job.head.chunks(last - first)
+        ]
         folded = [self._fold(piece) for piece in pieces]
-        borders = self.table.seq_offsets[2 * pairs.start : 2 * pairs.stop + 1] - first
-        weights = self.table.weights
+        borders = self.job.table.seq_offsets[2 * pairs.start : 2 * pairs.stop + 1] - first
+        weights = self.job.table.weights
         weights = None if weights is None else weights[first:last]
-        joined = torch.cat([logps for logps, _, _, _ in folded])
+        joined = torch.cat([values[0] for _, _, (values, _) in folded])
         add: Callable[..., Tensor] = (
-            torch.ops.dpo_ext.segment_sum if self.head.kernels else twin.segment_sum
+            torch.ops.dpo_ext.segment_sum if self.job.head.kernels else twin.segment_sum
         )
         logps = add(joined, weights, borders).reshape(-1, 2)
-        if not self.trained:
+        if not self.job.trained:
             return logps
-        c = self.losses.coefficients(logps, pairs) * self.scale
+        c = self.job.losses.coefficients(logps, pairs) * self.scale
         g = token_grad(c.reshape(-1), weights, borders, last - first)
-        for piece, (_, state, x, z) in zip(pieces, folded, strict=True):
+        for piece, (x, z, (_, state)) in zip(pieces, folded, strict=True):
             if len(pieces) > 1:  # the scratch held another piece since
-                z = self.head.logits(x, self.w, self.b, self.scratch)
-            self._add(piece, x, z, state, g[piece.start - first : piece.stop - first])
+                z = self.work.logits(x)
+            part = g[piece.start - first : piece.stop - first]
+            dz = self.job.head.gradient(z, self.work.rows.targets[piece], state, part)
+            self._add(piece, x, dz)
         return logps
 
     @property
     def _wide(self) -> torch.dtype:
-        return wide(self.head.dtype)
+        return wide(self.job.head.dtype)
 
-    def _fold(self, piece: slice) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        x = self.rows.gather(self.hidden, piece, self.head.dtype)
-        z = self.head.logits(x, self.w, self.b, self.scratch)
-        t = self.rows.targets[piece]
-        values, state = self.head.fold(z, t, False, self.head.exact(x, self.w, self.b, t))
-        return values[0], state, x, z
+    def _fold(self, piece: slice) -> tuple[Tensor, Tensor, Folded]:
+        x = self.work.gather(piece)
+        z = self.work.logits(x)
+        return x, z, self.work.fold(x, z, piece, False)
 
-    def _add(self, piece: slice, x: Tensor, z: Tensor, state: list[Tensor], g: Tensor) -> None:
-        dz = self.head.gradient(z, self.rows.targets[piece], state, g)
+    def _add(self, piece: slice, x: Tensor, dz: Tensor) -> None:
         if self.dx is not None:
-            self.dx[piece] = product(dz, self.w)
+            self.dx[piece] = product(dz, self.work.weight)
         if self.dw is not None:
             add_product(self.dw, dz, x, first=self.first)
         if self.db is not None:

@@ -7,13 +7,13 @@ with the same log-probs. Context parallel: each rank holds other rows of the sam
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import ops
 from dpo_ext.torch.logps.head import Rows
@@ -83,7 +83,8 @@ def vocab_parallel_sequence_logps(
     rows = _rows_of(logits)
     check_table(table, rows, "logits")
     scored = table.without_zero_weights()
-    logps = _VocabParallel.apply(rows, scored.logit_rows, scored.targets, how, vocab_start, group)
+    shard = _Shard(how, vocab_start, group)
+    logps = _VocabParallel.apply(rows, scored.logit_rows, scored.targets, shard)
     return sum_sequences(logps, table, kernels=True)
 
 
@@ -99,10 +100,18 @@ def _rows_of(logits: Tensor) -> Tensor:
             f"`logits` must have shape (R, V) or (B, T, V), found {tuple(logits.shape)}"
         )
     if logits.dtype not in ops.DTYPES:
-        found = str(logits.dtype).removeprefix("torch.")
-        raise TensorError(f"`logits` must be {', '.join(ops.DTYPES.values())}, found {found}")
+        accepted = ", ".join(ops.DTYPES.values())
+        raise TensorError(f"`logits` must be {accepted}, found {describe(logits.dtype)}")
     rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
     return rows if rows.is_contiguous() else rows.contiguous()
+
+
+class _Shard(NamedTuple):
+    """The columns of a rank, from ``start`` on, and the ranks that hold the others."""
+
+    how: Transform
+    start: int
+    group: Any
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -110,14 +119,9 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        logit_rows: Tensor,
-        targets: Tensor,
-        how: Transform,
-        vocab_start: int,
-        group: Any,
+        ctx: Any, logits: Tensor, logit_rows: Tensor, targets: Tensor, shard: _Shard
     ) -> Tensor:
+        how, vocab_start, group = shard
         (R, V), M = logits.shape, targets.shape[0]
         rows = Rows.of(logit_rows, targets, R)
         scored = targets != IGNORE_INDEX
@@ -155,7 +159,7 @@ class _VocabParallel(torch.autograd.Function):
         logits, logit_rows, local, place, mine, top, given, total, y = ctx.saved_tensors
         with torch.no_grad():
             if not logits.shape[1]:
-                return (torch.zeros_like(logits),) + (None,) * 5
+                return (torch.zeros_like(logits),) + (None,) * 3
             g = g.contiguous()
             dz = torch.ops.dpo_ext.logits_grad(logits, logit_rows, local, top, given, g, *ctx.how)
             # Column 0 of rows whose target is elsewhere: there is no onehot here.
@@ -166,7 +170,7 @@ class _VocabParallel(torch.autograd.Function):
             column = torch.cat([dz[:, 0], dz.new_zeros(1)])
             column.index_copy_(0, torch.where(mine, ctx.height, place), fix.to(dz.dtype))
             dz[:, 0] = column[: ctx.height]
-        return (differentiable_once(dz, g), None, None, None, None, None)
+        return (differentiable_once(dz, g), None, None, None)
 
 
 def _pick(logits: Tensor, rows: Rows, columns: Tensor) -> Tensor:
@@ -248,10 +252,7 @@ def context_parallel_table(table: ScoreTable, rows: Tensor) -> ScoreTable:
       sequence 1 (group 0): row 1 -> 9
     """
     if rows.dtype != torch.int64 or rows.dim() != 1:
-        found = str(rows.dtype).removeprefix("torch.")
-        raise TensorError(
-            f"`rows` must be int64 of shape (R_local,), found {found} of shape {tuple(rows.shape)}"
-        )
+        raise TensorError(f"`rows` must be int64 of shape (R_local,), found {describe(rows)}")
     if rows.device != table.device:
         raise TensorError(f"`rows` must be on {table.device}, found {rows.device}")
     order = rows.argsort()

@@ -42,15 +42,20 @@ class Ring:
                 event.synchronize()  # the copy to the device may still be reading
             if len(store) >= self.size_bytes:
                 return Loan(self, store)
-        return Loan(self, self._allocate(self.size_bytes))
+        return Loan(self, self.allocate(self.size_bytes))
 
-    def _allocate(self, size_bytes: int) -> NDArray[np.uint8]:
+    def allocate(self, size_bytes: int) -> NDArray[np.uint8]:
+        """Fresh memory, page-locked if the ring's is."""
         size_bytes = max(size_bytes, _ALIGNMENT)
         if self._pinned:
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
         store = np.empty(size_bytes + _ALIGNMENT, np.uint8)
         start = -store.ctypes.data % _ALIGNMENT
         return store[start : start + size_bytes]
+
+    def take_back(self, store: NDArray[np.uint8], event: Any) -> None:
+        """A buffer that nobody holds, free once ``event`` (or None) has happened."""
+        self._free.append((store, event))
 
     def close(self) -> None:
         """Waits for copies that still read from a free buffer, before its memory goes."""
@@ -86,7 +91,7 @@ class Loan:
             return self._root[start : start + size].view(dtype)
         # A quarter more, since the next batches differ.
         self._ring.size_bytes = max(self._ring.size_bytes, self._used + self._used // 4)
-        return self._ring._allocate(size)[:size].view(dtype)
+        return self._ring.allocate(size)[:size].view(dtype)
 
     def copied(self, event: Any) -> None:
         """Says that the buffer is read until ``event``, recorded on a stream."""
@@ -101,6 +106,6 @@ def _give_back(ring: weakref.ref[Ring], store: NDArray[np.uint8], events: list[A
     event = events[-1] if events else None
     alive = ring()
     if alive is not None:
-        alive._free.append((store, event))
+        alive.take_back(store, event)
     elif event is not None:
         event.synchronize()

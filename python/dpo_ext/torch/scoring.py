@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from dpo_ext.torch.logps.scores import (
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss
 
+Model = TypeVar("Model", bound=nn.Module)
 _ORIGINAL, _HEAD, _LOSS = "_dpo_ext_forward", "_dpo_ext_head", "_dpo_ext_loss"
 
 
@@ -58,13 +59,13 @@ class ModelScores(NamedTuple):
 
 
 def attach_scoring(
-    model: Any,
+    model: Model,
     *,
-    plan: str = "auto",
+    plan: pairwise.Plan = "auto",
     loss: str | Sequence[str] | Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     exact_target: bool = False,
-) -> Any:
+) -> Model:
     """The model, whose forward pass also takes ``score_table=`` and then returns log-probs.
 
     Same as, for ``scores = model(**inputs, score_table=table)``::
@@ -127,7 +128,7 @@ def attach_scoring(
     >>> model(input_ids=ids).logits.shape
     torch.Size([2, 3, 11])
     """
-    plans = PLANS if loss is None else pairwise.PLANS
+    plans: tuple[str, ...] = PLANS if loss is None else pairwise.PLANS
     if plan not in plans:
         hint = "\nhint: it needs a `loss`" if plan in pairwise.PLANS else ""
         raise ValueError(f"`plan` must be one of {', '.join(plans)}, found {plan!r}{hint}")
@@ -152,7 +153,7 @@ def attach_scoring(
     ) -> Any:
         if score_table is not None:
             step = {"ref_logps": ref_logps, "num_pairs": num_pairs}
-            return _score(self, score_table, score_stats, step, args, kwargs)
+            return _score(self, score_table, score_stats, step, _keywords(self, args, kwargs))
         given = {"score_stats": score_stats or None, "ref_logps": ref_logps, "num_pairs": num_pairs}
         for name, value in given.items():
             if value is not None:
@@ -256,13 +257,16 @@ def logit_transform(config: Any) -> dict[str, float | None]:
     return {"logit_scale": 1.0 if scale is None else scale, "softcap": softcap}
 
 
+def _keywords(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the model by name: the positions of its backbone's differ."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(type(model).forward).bind_partial(model, *args).arguments
+    return {**dict(list(bound.items())[1:]), **kwargs}
+
+
 def _score(
-    model: Any,
-    table: ScoreTable,
-    stats: Any,
-    step: dict[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    model: Any, table: ScoreTable, stats: Any, step: dict[str, Any], kwargs: dict[str, Any]
 ) -> ModelScores:
     """The forward pass of a model with a score table."""
     check_is_table(table)
@@ -281,9 +285,6 @@ def _score(
     )
     if wanted and names:
         raise ValueError("`score_stats` cannot be combined with a loss inside the forward pass")
-    if args:  # the backbone's positions differ from the model's
-        bound = inspect.signature(type(model).forward).bind_partial(model, *args).arguments
-        kwargs = {**dict(list(bound.items())[1:]), **kwargs}
     for name in ("labels", "logits_to_keep", "past_key_values"):
         value = kwargs.pop(name, None)
         if isinstance(value, Tensor) or value:
@@ -307,7 +308,7 @@ def _score(
         out = pairwise.linear_preference_loss(
             hidden, weight, table, bias=bias, **how, **step, **options
         )
-        return ModelScores(out._logps.detach(), None, out.loss, out, out.plan)
+        return ModelScores(out.logps, None, out.loss, out, out.plan)
     if how["plan"] == "pairwise":
         how["plan"] = "auto"
     taken = choose_plan(how["plan"], weight, bias)

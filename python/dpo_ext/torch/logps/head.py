@@ -11,83 +11,97 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.ops import fresh
 from dpo_ext.torch.logps.products import logits_into, wide
-from dpo_ext.torch.logps.scores import Transform, check_table, is_dtensor, uses_kernels
+from dpo_ext.torch.logps.scores import Impl, Transform, check_table, is_dtensor, uses_kernels
 
 SCRATCH_BYTES = 1_100_000_000
 """Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""
 EXACT_ROWS = 512
 """Rows whose exact target logits are computed at a time: 8 MB of float32 at H = 4096."""
 Exact = Tensor | None
+Folded = tuple[list[Tensor], list[Tensor]]
+"""Values of each row, and what is kept for their gradient."""
 _NO_ROW = -1  # target of a token whose row does not exist: the fold answers NaN
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: ScoreTable) -> Tensor:
-    """(R, H) view of ``hidden`` after comparing everything's shape, dtype and device."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"`{name}` must be a torch.Tensor, found {type(value).__name__}")
-        if is_dtensor(value):
+class Linear(NamedTuple):
+    """A head and the hidden states that it multiplies, checked."""
+
+    hidden: Tensor
+    """(R, H)"""
+    weight: Tensor
+    """(V, H)"""
+    bias: Tensor | None
+    """(V,)"""
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: ScoreTable) -> Linear:
+        """Compares everything's shape, dtype and device; ``hidden`` may be (B, T, H)."""
+        for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+                raise TypeError(f"`{name}` must be a torch.Tensor, found {describe(value)}")
+            if is_dtensor(value):
+                raise TensorError(
+                    f"`{name}` must be a plain tensor, found a DTensor\n"
+                    "hint: score inside the wrapped model: model = wrap(attach_scoring(model))"
+                )
+        if hidden.dim() not in (2, 3):
             raise TensorError(
-                f"`{name}` must be a plain tensor, found a DTensor\n"
-                "hint: score inside the wrapped model: model = wrap(attach_scoring(model))"
+                f"`hidden` must have shape (R, H) or (B, T, H), found {tuple(hidden.shape)}"
             )
-    if hidden.dim() not in (2, 3):
-        raise TensorError(
-            f"`hidden` must have shape (R, H) or (B, T, H), found {tuple(hidden.shape)}"
-        )
-    if hidden.is_meta:
-        raise TensorError("`hidden` must hold values, found a tensor on the meta device")
-    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() == 3 else hidden
-    H = rows.shape[1]
-    if weight.dim() != 2 or weight.shape[1] != H:
-        raise TensorError(f"`weight` must have shape (V, {H}), found {tuple(weight.shape)}")
-    V = weight.shape[0]
-    if bias is not None and tuple(bias.shape) != (V,):
-        raise TensorError(f"`bias` must have shape ({V},), found {tuple(bias.shape)}")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise TensorError(f"`{name}` must be on {hidden.device}, found {value.device}")
-        if value.dtype != hidden.dtype and not autocast:
-            ours, theirs = (str(t.dtype).removeprefix("torch.") for t in (hidden, value))
-            raise TensorError(f"`{name}` must be {ours}, as `hidden` is, found {theirs}")
-    check_table(table, rows, "hidden")
-    return rows
+        if hidden.is_meta:
+            raise TensorError("`hidden` must hold values, found a tensor on the meta device")
+        rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() == 3 else hidden
+        H = rows.shape[1]
+        if weight.dim() != 2 or weight.shape[1] != H:
+            raise TensorError(f"`weight` must have shape (V, {H}), found {tuple(weight.shape)}")
+        V = weight.shape[0]
+        if bias is not None and tuple(bias.shape) != (V,):
+            raise TensorError(f"`bias` must have shape ({V},), found {tuple(bias.shape)}")
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is None:
+                continue
+            if value.device != hidden.device:
+                raise TensorError(f"`{name}` must be on {hidden.device}, found {value.device}")
+            if value.dtype != hidden.dtype and not autocast:
+                ours, theirs = describe(hidden.dtype), describe(value.dtype)
+                raise TensorError(f"`{name}` must be {ours}, as `hidden` is, found {theirs}")
+        check_table(table, rows, "hidden")
+        return Linear(rows, weight, bias)
+
+    def trains(self) -> bool:
+        """Whether anything here gets a gradient."""
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self)
+
+    def detached(self) -> Linear:
+        bias = None if self.bias is None else self.bias.detach()
+        return Linear(self.hidden.detach(), self.weight.detach(), bias)
 
 
-def make_head(
-    rows: Tensor,
-    weight: Tensor,
-    how: Transform,
-    chunk_rows: int | None,
-    impl: str,
-    exact_target: bool = False,
-) -> Head:
-    """The dtype of the products, kernels or twin, and the size of a chunk."""
-    if not isinstance(exact_target, bool):
-        raise TypeError(f"`exact_target` must be a bool, found {type(exact_target).__name__}")
-    if not rows.is_floating_point():
-        found = str(rows.dtype).removeprefix("torch.")
-        raise TensorError(f"`hidden` must have a floating-point dtype, found {found}")
-    dtype, where = rows.dtype, rows.device.type
-    if torch.is_autocast_enabled(where) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(where)
-    kernels = uses_kernels(torch.empty(0, dtype=dtype, device=rows.device), impl, "hidden")
+class HeadOptions(NamedTuple):
+    """What a caller says of the head; `Head.of` checks it."""
+
+    transform: Transform
+    impl: Impl = "auto"
+    chunk_rows: int | None = None
+    exact_target: bool = False
+
+
+def check_chunk_rows(chunk_rows: int | None, row_bytes: int, budget: int) -> int:
+    """Rows of a chunk; by default as many as the budget holds, a multiple of 256 if it can be."""
     if chunk_rows is None:
-        fit = SCRATCH_BYTES // max(weight.shape[0] * dtype.itemsize, 1)
-        chunk_rows = max(fit // 256 * 256 or fit, 1)
-    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise TypeError(f"`chunk_rows` must be an int or None, found {type(chunk_rows).__name__}")
-    elif chunk_rows < 1:
+        fit = budget // max(row_bytes, 1)
+        return max(fit // 256 * 256 or fit, 1)
+    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+        raise TypeError(f"`chunk_rows` must be an int or None, found {describe(chunk_rows)}")
+    if chunk_rows < 1:
         raise ValueError(f"`chunk_rows` must be at least 1, found {chunk_rows}")
-    return Head(how, kernels, dtype, chunk_rows, exact_target)
+    return chunk_rows
 
 
 class Head(NamedTuple):
@@ -100,6 +114,25 @@ class Head(NamedTuple):
     chunk_rows: int
     exact_target: bool = False
     """Whether the target's logit is a product of its own, not rounded to ``dtype``."""
+
+    @staticmethod
+    def of(linear: Linear, options: HeadOptions) -> Head:
+        """The dtype of the products, kernels or twin, and the size of a chunk."""
+        rows = linear.hidden
+        if not isinstance(options.exact_target, bool):
+            found = describe(options.exact_target)
+            raise TypeError(f"`exact_target` must be a bool, found {found}")
+        if not rows.is_floating_point():
+            found = describe(rows.dtype)
+            raise TensorError(f"`hidden` must have a floating-point dtype, found {found}")
+        dtype, where = rows.dtype, rows.device.type
+        if torch.is_autocast_enabled(where) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(where)
+        like = torch.empty(0, dtype=dtype, device=rows.device)
+        kernels = uses_kernels(like, options.impl, "hidden")
+        row_bytes = linear.weight.shape[0] * dtype.itemsize
+        chunk_rows = check_chunk_rows(options.chunk_rows, row_bytes, SCRATCH_BYTES)
+        return Head(options.transform, kernels, dtype, chunk_rows, options.exact_target)
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """At least one, which is empty where there is no token."""
@@ -132,9 +165,7 @@ class Head(NamedTuple):
         y = torch.cat(parts)
         return y if bias is None else y + bias[column]
 
-    def fold(
-        self, z: Tensor, targets: Tensor, stats: bool, exact: Exact = None
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def fold(self, z: Tensor, targets: Tensor, stats: bool, exact: Exact = None) -> Folded:
         """Log-probs and statistics of each row, and what `gradient` needs of them."""
         rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
@@ -222,3 +253,36 @@ class Rows(NamedTuple):
     def new_gradient(self, like: Tensor) -> Tensor:
         """(R+1, H) zeros; the spare last row takes what belongs nowhere."""
         return like.new_zeros(self.height + 1, like.shape[1])
+
+
+class Work(NamedTuple):
+    """A head at work: its operands in the dtype of the products, and the scratch of one chunk."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: Rows
+    head: Head
+    scratch: Tensor
+
+    @staticmethod
+    def of(linear: Linear, rows: Rows, head: Head, scratch: Tensor | None = None) -> Work:
+        """With a scratch of its own, or one that an earlier pass left."""
+        weight = linear.weight.to(head.dtype)
+        bias = None if linear.bias is None else linear.bias.to(head.dtype)
+        if scratch is None:
+            scratch = head.scratch(weight, rows.targets.shape[0])
+        return Work(linear.hidden, weight, bias, rows, head, scratch)
+
+    def gather(self, chunk: slice) -> Tensor:
+        """(C, H) hidden states."""
+        return self.rows.gather(self.hidden, chunk, self.head.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(C, V), in the scratch."""
+        return self.head.logits(x, self.weight, self.bias, self.scratch)
+
+    def fold(self, x: Tensor, z: Tensor, chunk: slice, stats: bool) -> Folded:
+        """Log-probs and statistics of the chunk's rows, and what their gradient needs."""
+        t = self.rows.targets[chunk]
+        return self.head.fold(z, t, stats, self.head.exact(x, self.weight, self.bias, t))

@@ -5,20 +5,28 @@ Letters: R rows of logits, H hidden, V vocabulary, M tokens of the table, C rows
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
-from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
+from dpo_ext.torch.logps.head import (
+    Head,
+    HeadOptions,
+    Linear,
+    Rows,
+    Work,
+    check_chunk_rows,
+)
 from dpo_ext.torch.logps.products import add_product, product, wide
 from dpo_ext.torch.logps.scores import Transform, check_plain, check_table
 from dpo_ext.torch.once import differentiable_once
 
-DIRECTIONS = ("ref_policy", "policy_ref")
+Direction = Literal["ref_policy", "policy_ref"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 CHUNK_BYTES = 64 << 20
 """Default bound of one chunk of float32 logits; a call has about six such buffers at a time."""
 
@@ -28,7 +36,7 @@ def token_kl(
     ref_logits: Tensor,
     table: ScoreTable,
     *,
-    direction: str = "ref_policy",
+    direction: Direction = "ref_policy",
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -74,10 +82,10 @@ def token_kl(
     rows, ref_rows = (_rows(n, x) for n, x in (("logits", logits), ("ref_logits", ref_logits)))
     _check_pair("ref_logits", ref_rows, rows)
     check_table(table, rows, "logits")
-    C = _chunk_rows(chunk_rows, rows.shape[1])
-    return _TokenKL.apply(
-        rows, ref_rows.detach(), table.logit_rows, table.targets, how, direction, C
-    )
+    C = check_chunk_rows(chunk_rows, 4 * rows.shape[1], CHUNK_BYTES)
+    kl = _Divergence(direction, Head(how, False, rows.dtype, C))
+    places = Rows.of(table.logit_rows, table.targets, rows.shape[0])
+    return _TokenKL.apply(rows, ref_rows.detach(), places, kl)
 
 
 def linear_token_kl(
@@ -89,7 +97,7 @@ def linear_token_kl(
     *,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    direction: str = "ref_policy",
+    direction: Direction = "ref_policy",
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -126,21 +134,17 @@ def linear_token_kl(
     tensor([0.1201])
     """
     how = _checked(direction, temperature, softcap, logit_scale)
-    rows = check_head(hidden, weight, bias, table)
-    ref_rows = check_head(ref_hidden, ref_weight, ref_bias, table)
+    policy = Linear.of(hidden, weight, bias, table)
+    ref = Linear.of(ref_hidden, ref_weight, ref_bias, table).detached()
     _check_pair("ref_weight", ref_weight[:, :0], weight[:, :0])
-    if ref_rows.shape[0] != rows.shape[0]:
-        raise TensorError(
-            f"`ref_hidden` must have {rows.shape[0]} rows, as `hidden` has, found "
-            f"{ref_rows.shape[0]}"
-        )
-    C = _chunk_rows(chunk_rows, weight.shape[0])
-    head = make_head(rows, weight, how, C, "torch")
-    ref_head = make_head(ref_rows, ref_weight, how, C, "torch")
-    ref = (ref_rows.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach())
-    return _LinearTokenKL.apply(
-        rows, weight, bias, *ref, table.logit_rows, table.targets, head, ref_head, direction
-    )
+    (R, _), ref_R = policy.hidden.shape, ref.hidden.shape[0]
+    if ref_R != R:
+        raise TensorError(f"`ref_hidden` must have {R} rows, as `hidden` has, found {ref_R}")
+    C = check_chunk_rows(chunk_rows, 4 * weight.shape[0], CHUNK_BYTES)
+    options = HeadOptions(how, "torch", C)
+    kl = _Divergence(direction, Head.of(policy, options))
+    places = Rows.of(table.logit_rows, table.targets, R)
+    return _LinearTokenKL.apply(*policy, places, _Reference(kl, ref, Head.of(ref, options)))
 
 
 def _checked(
@@ -154,12 +158,12 @@ def _checked(
 def _rows(name: str, logits: Tensor) -> Tensor:
     """(R, V) view or copy."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor, found {type(logits).__name__}")
+        raise TypeError(f"`{name}` must be a torch.Tensor, found {describe(logits)}")
     check_plain(name, logits)
     if logits.dim() not in (2, 3) or not logits.is_floating_point():
-        found = f"{str(logits.dtype).removeprefix('torch.')} of shape {tuple(logits.shape)}"
         raise TensorError(
-            f"`{name}` must be floating-point of shape (R, V) or (B, T, V), found {found}"
+            f"`{name}` must be floating-point of shape (R, V) or (B, T, V), found "
+            f"{describe(logits)}"
         )
     return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
 
@@ -171,16 +175,6 @@ def _check_pair(name: str, ref: Tensor, policy: Tensor) -> None:
         )
     if ref.device != policy.device:
         raise TensorError(f"`{name}` must be on {policy.device}, found {ref.device}")
-
-
-def _chunk_rows(chunk_rows: int | None, V: int) -> int:
-    if chunk_rows is None:
-        return max(CHUNK_BYTES // (4 * max(V, 1)), 1)
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise TypeError(f"`chunk_rows` must be an int or None, found {type(chunk_rows).__name__}")
-    if chunk_rows < 1:
-        raise ValueError(f"`chunk_rows` must be at least 1, found {chunk_rows}")
-    return chunk_rows
 
 
 def _log_softmax(y: Tensor) -> Tensor:
@@ -195,143 +189,113 @@ def _sum(weight: Tensor, terms: Tensor) -> Tensor:
     return torch.where(weight > 0, weight * terms, 0.0).sum(-1, dtype=torch.float64)
 
 
-def _forward(z: Tensor, ref_z: Tensor, scored: Tensor, how: Transform, direction: str) -> Tensor:
-    """(C,) divergences of rows of raw logits."""
-    log_p, log_q = (_log_softmax(twin.transform(x, *how)) for x in (z, ref_z))
-    if direction == "ref_policy":
-        kl = _sum(log_q.exp(), log_q - log_p)
-    else:
-        kl = _sum(log_p.exp(), log_p - log_q)
-    return torch.where(scored, kl, 0.0).to(log_p.dtype)
+class _Divergence(NamedTuple):
+    """Which of the two divergences, of logits as ``head`` transforms and cuts them."""
+
+    direction: Direction
+    head: Head
+
+    def of(self, z: Tensor, ref_z: Tensor, scored: Tensor) -> Tensor:
+        """(C,) divergences of rows of raw logits."""
+        log_p, log_q = (_log_softmax(twin.transform(x, *self.head.how)) for x in (z, ref_z))
+        if self.direction == "ref_policy":
+            kl = _sum(log_q.exp(), log_q - log_p)
+        else:
+            kl = _sum(log_p.exp(), log_p - log_q)
+        return torch.where(scored, kl, 0.0).to(log_p.dtype)
+
+    def gradient(self, z: Tensor, ref_z: Tensor, scored: Tensor, g: Tensor) -> Tensor:
+        """(C, V) gradient with respect to the raw logits of the policy, in their dtype."""
+        how = self.head.how
+        y = twin.transform(z, *how)
+        log_p, log_q = _log_softmax(y), _log_softmax(twin.transform(ref_z, *how))
+        p = log_p.exp()
+        if self.direction == "ref_policy":
+            dy = p - log_q.exp()
+        else:
+            excess = log_p - log_q
+            kl = _sum(p, excess).to(p.dtype)
+            dy = torch.where(p > 0, p * (excess - kl[:, None]), 0.0)
+        # dy/dz = scale / T * (1 - (y T / cap)^2)
+        slope = how.logit_scale / how.temperature
+        if how.softcap:
+            dy = dy * (1.0 - (y * (how.temperature / how.softcap)) ** 2)
+        used = scored & (g != 0)
+        return torch.where(used[:, None], dy * (slope * g)[:, None], 0.0).to(z.dtype)
 
 
-def _gradient(
-    z: Tensor, ref_z: Tensor, scored: Tensor, g: Tensor, how: Transform, direction: str
-) -> Tensor:
-    """(C, V) gradient with respect to the raw logits of the policy, in their dtype."""
-    y = twin.transform(z, *how)
-    log_p, log_q = _log_softmax(y), _log_softmax(twin.transform(ref_z, *how))
-    p = log_p.exp()
-    if direction == "ref_policy":
-        dy = p - log_q.exp()
-    else:
-        excess = log_p - log_q
-        kl = _sum(p, excess).to(p.dtype)
-        dy = torch.where(p > 0, p * (excess - kl[:, None]), 0.0)
-    # dy/dz = scale / T * (1 - (y T / cap)^2)
-    slope = how.logit_scale / how.temperature
-    if how.softcap:
-        dy = dy * (1.0 - (y * (how.temperature / how.softcap)) ** 2)
-    used = scored & (g != 0)
-    return torch.where(used[:, None], dy * (slope * g)[:, None], 0.0).to(z.dtype)
+class _Reference(NamedTuple):
+    """What the reference brings to a divergence of two heads."""
 
-
-def _pick(rows: Tensor, place: Tensor) -> Tensor:
-    """Rows ``place`` of (R, V); a place of R is a row of zeros."""
-    R = rows.shape[0]
-    if not R:
-        return rows.new_zeros(place.shape[0], rows.shape[1])
-    picked = rows.index_select(0, place.clamp(max=R - 1))
-    return picked.masked_fill_((place == R)[:, None], 0)
-
-
-def _chunks(M: int, C: int) -> list[slice]:
-    return [slice(start, min(start + C, M)) for start in range(0, M, C)]
-
-
-def _places(logit_rows: Tensor, targets: Tensor, R: int) -> tuple[Tensor, Tensor]:
-    """Row of each token, R where it has none, and whether it is scored.
-
-    A scored row beyond R, which only a GPU can meet here, reads zeros and is answered by NaN.
-    """
-    scored = targets != IGNORE_INDEX
-    exists = scored & (logit_rows >= 0) & (logit_rows < R)
-    return torch.where(exists, logit_rows, R), scored
+    kl: _Divergence
+    linear: Linear
+    head: Head
 
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        ref_rows: Tensor,
-        logit_rows: Tensor,
-        targets: Tensor,
-        how: Transform,
-        direction: str,
-        C: int,
+        ctx: Any, logits: Tensor, ref_logits: Tensor, rows: Rows, kl: _Divergence
     ) -> Tensor:
-        place, scored = _places(logit_rows, targets, rows.shape[0])
-        out = torch.zeros(len(targets), dtype=_result(rows.dtype), device=rows.device)
-        for part in _chunks(len(targets), C):
-            z, ref_z = _pick(rows, place[part]), _pick(ref_rows, place[part])
-            out[part] = _forward(z, ref_z, scored[part], how, direction)
-        out[scored & (place == rows.shape[0])] = torch.nan
-        ctx.save_for_backward(rows, ref_rows, place, scored)
-        ctx.how, ctx.direction, ctx.C = how, direction, C
+        scored = rows.targets != IGNORE_INDEX
+        out = logits.new_zeros(len(scored), dtype=wide(logits.dtype))
+        for part in kl.head.chunks(len(scored)):
+            z, ref_z = (rows.gather(x, part, x.dtype) for x in (logits, ref_logits))
+            out[part] = kl.of(z, ref_z, scored[part])
+        # A row beyond R, which only a GPU can meet here.
+        out[scored & (rows.place == rows.height)] = torch.nan
+        ctx.save_for_backward(logits, ref_logits, rows.place, rows.targets)
+        ctx.kl = kl
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        rows, ref_rows, place, scored = ctx.saved_tensors
+        logits, ref_logits, place, targets = ctx.saved_tensors
+        rows, scored = Rows(place, targets, logits.shape[0]), targets != IGNORE_INDEX
         with torch.no_grad():
-            # one spare row takes what belongs nowhere
-            grad = rows.new_zeros(rows.shape[0] + 1, rows.shape[1])
-            for part in _chunks(len(place), ctx.C):
-                z, ref_z = _pick(rows, place[part]), _pick(ref_rows, place[part])
-                dz = _gradient(z, ref_z, scored[part], g[part], ctx.how, ctx.direction)
+            grad = rows.new_gradient(logits)
+            for part in ctx.kl.head.chunks(len(place)):
+                z, ref_z = (rows.gather(x, part, x.dtype) for x in (logits, ref_logits))
+                dz = ctx.kl.gradient(z, ref_z, scored[part], g[part])
                 grad.index_copy_(0, place[part], dz)
-            grad = grad[: rows.shape[0]]
-        return (differentiable_once(grad, g), *(None for _ in range(6)))
+        return (differentiable_once(grad[: rows.height], g), None, None, None)
 
 
 class _LinearTokenKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        ref_bias: Tensor | None,
-        logit_rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        ref_head: Head,
-        direction: str,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, ref: _Reference
     ) -> Tensor:
-        out = torch.zeros(len(targets), dtype=_result(hidden.dtype), device=hidden.device)
-        rows, scored = Rows.of(logit_rows, targets, hidden.shape[0]), targets != IGNORE_INDEX
-        both = _Both(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, head, ref_head)
+        scored, kl = rows.targets != IGNORE_INDEX, ref.kl
+        out = hidden.new_zeros(len(scored), dtype=wide(hidden.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in head.chunks(len(targets)):
+            both = _Both.of(Linear(hidden, weight, bias), rows, ref)
+            for part in kl.head.chunks(len(scored)):
                 _, z, ref_z = both.logits(part)
-                out[part] = _forward(z, ref_z, scored[part], head.how, direction)
+                out[part] = kl.of(z, ref_z, scored[part])
         out[scored & (rows.place == rows.height)] = torch.nan
-        ctx.save_for_backward(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows.place, targets
-        )
-        ctx.head, ctx.ref_head, ctx.direction = head, ref_head, direction
+        ctx.save_for_backward(hidden, weight, bias, *ref.linear, rows.place, rows.targets)
+        ctx.kl, ctx.ref_head = kl, ref.head
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *ref, place, targets = ctx.saved_tensors
-        head: Head = ctx.head
+        hidden, weight, bias, *linear, place, targets = ctx.saved_tensors
+        kl: _Divergence = ctx.kl
         rows, scored = Rows(place, targets, hidden.shape[0]), targets != IGNORE_INDEX
-        both = _Both(hidden, weight, bias, ref[0], ref[1], ref[2], rows, head, ctx.ref_head)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        sums = wide(head.dtype)
+        sums = wide(kl.head.dtype)
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            ref = _Reference(kl, Linear(*linear), ctx.ref_head)
+            both = _Both.of(Linear(hidden, weight, bias), rows, ref)
             dx = rows.new_gradient(hidden) if need_x else None
             dw = weight.new_zeros(weight.shape, dtype=sums) if need_w else None
             db = weight.new_zeros(weight.shape[0], dtype=sums) if need_b else None
-            for part in head.chunks(len(targets)):
+            for part in kl.head.chunks(len(targets)):
                 x, z, ref_z = both.logits(part)
-                dz = _gradient(z, ref_z, scored[part], g[part], head.how, ctx.direction)
+                dz = kl.gradient(z, ref_z, scored[part], g[part])
                 if dx is not None:
-                    dx.index_copy_(0, place[part], product(dz, both.w).to(dx.dtype))
+                    dx.index_copy_(0, place[part], product(dz, both.policy.weight).to(dx.dtype))
                 if dw is not None:
                     add_product(dw, dz, x, first=part.start == 0)
                 if db is not None:
@@ -342,40 +306,21 @@ class _LinearTokenKL(torch.autograd.Function):
             None if db is None or bias is None else db.to(bias.dtype),
         )
         once = [None if d is None else differentiable_once(d, g) for d in grads]
-        return (*once, *(None for _ in range(8)))
+        return (*once, None, None)
 
 
-class _Both:
-    """The logits of a chunk under the policy and under the reference."""
+class _Both(NamedTuple):
+    """The policy's head and the reference's on the same rows."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        ref_bias: Tensor | None,
-        rows: Rows,
-        head: Head,
-        ref_head: Head,
-    ) -> None:
-        self._hidden, self._ref_hidden = hidden, ref_hidden
-        self._rows, self._head, self._ref_head = rows, head, ref_head
-        self.w, self._ref_w = weight.to(head.dtype), ref_weight.to(ref_head.dtype)
-        self._b = None if bias is None else bias.to(head.dtype)
-        self._ref_b = None if ref_bias is None else ref_bias.to(ref_head.dtype)
-        M = len(rows.targets)
-        self._scratch = head.scratch(self.w, M)
-        self._ref_scratch = ref_head.scratch(self._ref_w, M)
+    policy: Work
+    reference: Work
+
+    @staticmethod
+    def of(policy: Linear, rows: Rows, ref: _Reference) -> _Both:
+        return _Both(Work.of(policy, rows, ref.kl.head), Work.of(ref.linear, rows, ref.head))
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden rows of the policy (C, H), its logits and the reference's (C, V)."""
-        x = self._rows.gather(self._hidden, part, self._head.dtype)
-        ref_x = self._rows.gather(self._ref_hidden, part, self._ref_head.dtype)
-        z = self._head.logits(x, self.w, self._b, self._scratch)
-        return x, z, self._ref_head.logits(ref_x, self._ref_w, self._ref_b, self._ref_scratch)
-
-
-def _result(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        x = self.policy.gather(part)
+        z, ref_z = self.policy.logits(x), self.reference.logits(self.reference.gather(part))
+        return x, z, ref_z

@@ -21,15 +21,16 @@ and with a single chunk 6MHV, what autograd needs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.torch.logps.head import Head, Rows, check_head, make_head
+from dpo_ext.torch.logps.head import Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
 from dpo_ext.torch.logps.scores import (
+    Impl,
     TokenScores,
     Transform,
     check_is_table,
@@ -39,7 +40,8 @@ from dpo_ext.torch.logps.scores import (
 )
 from dpo_ext.torch.once import differentiable_once
 
-PLANS = ("auto", "frozen", "recompute")
+Plan = Literal["auto", "frozen", "recompute"]
+PLANS: tuple[Plan, ...] = get_args(Plan)
 
 
 def linear_sequence_logps(
@@ -48,13 +50,13 @@ def linear_sequence_logps(
     table: ScoreTable,
     *,
     bias: Tensor | None = None,
-    plan: str = "auto",
+    plan: Plan = "auto",
     chunk_rows: int | None = None,
     exact_target: bool = False,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Log-prob of each sequence from hidden states and the head's weight.
 
@@ -106,8 +108,10 @@ def linear_sequence_logps(
     """
     how = Transform.of(logit_scale, softcap, temperature)
     check_is_table(table)
-    scored, chunks = table.without_zero_weights(), (chunk_rows, exact_target)
-    scores, kernels = _score(hidden, weight, bias, scored, plan, chunks, how, False, impl)
+    options = HeadOptions(how, impl, chunk_rows, exact_target)
+    scored = table.without_zero_weights()
+    linear = Linear.of(hidden, weight, bias, scored)
+    scores, kernels = _score(linear, scored, plan, options, False)
     return sum_sequences(scores.logps, table, kernels)
 
 
@@ -118,13 +122,13 @@ def linear_token_scores(
     *,
     stats: Iterable[str] = (),
     bias: Tensor | None = None,
-    plan: str = "auto",
+    plan: Plan = "auto",
     chunk_rows: int | None = None,
     exact_target: bool = False,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> TokenScores:
     """Log-prob and, on request, statistics of each token, from hidden states.
 
@@ -152,32 +156,30 @@ def linear_token_scores(
     """
     names = check_stats(stats)
     how = Transform.of(logit_scale, softcap, temperature)
-    chunks = (chunk_rows, exact_target)
-    scores, _ = _score(hidden, weight, bias, table, plan, chunks, how, bool(names), impl)
+    options = HeadOptions(how, impl, chunk_rows, exact_target)
+    linear = Linear.of(hidden, weight, bias, table)
+    scores, _ = _score(linear, table, plan, options, bool(names))
     return only(scores, names)
 
 
+class _Call(NamedTuple):
+    """What one call computes, and for which gradients."""
+
+    head: Head
+    stats: bool
+    frozen: bool
+    trained: bool
+
+
 def _score(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    table: ScoreTable,
-    plan: str,
-    chunks: tuple[int | None, bool],
-    how: Transform,
-    stats: bool,
-    impl: str,
+    linear: Linear, table: ScoreTable, plan: str, options: HeadOptions, stats: bool
 ) -> tuple[TokenScores, bool]:
     """All statistics or none of each token, and whether the kernels computed them."""
-    rows = check_head(hidden, weight, bias, table)
-    frozen = choose_plan(plan, weight, bias) == "frozen"
-    chunk_rows, exact_target = chunks
-    head = make_head(rows, weight, how, chunk_rows, impl, exact_target)
-    inputs = (rows,) if frozen else (rows, weight, bias)
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    out = _LinearLogps.apply(
-        rows, weight, bias, table.logit_rows, table.targets, head, stats, frozen, trained
-    )
+    frozen = choose_plan(plan, linear.weight, linear.bias) == "frozen"
+    head = Head.of(linear, options)
+    trained = torch.is_grad_enabled() and linear.hidden.requires_grad if frozen else linear.trains()
+    rows = Rows.of(table.logit_rows, table.targets, linear.hidden.shape[0])
+    out = _LinearLogps.apply(*linear, rows, _Call(head, stats, frozen, trained))
     return TokenScores(*out), head.kernels
 
 
@@ -202,40 +204,29 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        logit_rows: Tensor,
-        targets: Tensor,
-        head: Head,
-        stats: bool,
-        frozen: bool,
-        trained: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, call: _Call
     ) -> tuple[Tensor, ...]:
-        rows, M = Rows.of(logit_rows, targets, hidden.shape[0]), targets.shape[0]
+        (head, stats, frozen, trained), M = call, rows.targets.shape[0]
         parts: list[list[Tensor]] = []
         kept: list[list[Tensor]] = []
         e = hidden.new_empty(M, hidden.shape[1]) if frozen and trained else None
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(head.dtype)
-            b = None if bias is None else bias.to(head.dtype)
-            scratch = head.scratch(w, M)
+            work = Work.of(Linear(hidden, weight, bias), rows, head)
             for chunk in head.chunks(M):
-                t, x = rows.targets[chunk], rows.gather(hidden, chunk, head.dtype)
-                z = head.logits(x, w, b, scratch)
-                values, state = head.fold(z, t, stats, head.exact(x, w, b, t))
+                x = work.gather(chunk)
+                z = work.logits(x)
+                values, state = work.fold(x, z, chunk, stats)
                 parts.append(values)
                 kept.append(state)
                 if e is not None:
-                    dz = head.gradient(z, t, state, torch.ones_like(values[0]))
-                    e[chunk] = product(dz, w)
+                    dz = head.gradient(z, rows.targets[chunk], state, torch.ones_like(values[0]))
+                    e[chunk] = product(dz, work.weight)
         out = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         state = [torch.cat(column) for column in zip(*kept, strict=True)]
         ctx.head, ctx.frozen, ctx.count = head, frozen, hidden.shape[0]
         # Not a saved tensor: backward overwrites it, and hooks that move those need not see it.
         keep = trained and not frozen and not torch.compiler.is_compiling()
-        ctx.last_logits = scratch if keep else None
+        ctx.last_logits = work.scratch if keep else None
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
@@ -248,19 +239,21 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 9
+            return (None,) * 5
         place, targets, *saved = ctx.saved_tensors
         rows = Rows(place, targets, ctx.count)
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            backward = _backward_frozen if ctx.frozen else _backward_recompute
-            grads: tuple[Tensor | None, ...] = backward(ctx, rows, g.contiguous(), *saved)
+            if ctx.frozen:
+                grads = _backward_frozen(rows, g, *saved)
+            else:
+                hidden, weight, bias, *state = saved
+                linear = Linear(hidden, weight, bias)
+                grads = _backward_recompute(ctx, linear, rows, state, g.contiguous())
         once = [None if d is None else differentiable_once(d, g) for d in grads]
-        return (*once, *(None for _ in range(6)))
+        return (*once, None, None)
 
 
-def _backward_frozen(
-    ctx: Any, rows: Rows, g: Tensor, e: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward_frozen(rows: Rows, g: Tensor, e: Tensor | None) -> tuple[Tensor | None, ...]:
     """dX = g * E: the only thing that the upstream gradient changes is a factor of each row."""
     if e is None:
         return None, None, None
@@ -271,43 +264,36 @@ def _backward_frozen(
 
 
 def _backward_recompute(
-    ctx: Any,
-    rows: Rows,
-    g: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *state: Tensor,
+    ctx: Any, linear: Linear, rows: Rows, state: list[Tensor], g: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Logits of each chunk again, then dz and its products."""
     head: Head = ctx.head
     need_x, need_w, need_b = ctx.needs_input_grad[:3]
-    M, sums = rows.targets.shape[0], wide(head.dtype)
-    w, b = weight.to(head.dtype), None if bias is None else bias.to(head.dtype)
+    (hidden, weight, _), M, sums = linear, rows.targets.shape[0], wide(head.dtype)
     dx = rows.new_gradient(hidden) if need_x else None
     dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
     db = torch.zeros(weight.shape[0], dtype=sums, device=weight.device) if need_b else None
     last = ctx.last_logits
     if last is not None:
         ctx.last_logits = None  # written over below: a second backward pass multiplies again
-    scratch = head.scratch(w, M) if last is None else last
+    work = Work.of(linear, rows, head, last)
     chunks = list(head.chunks(M))[::-1]
     for chunk in chunks:
-        x, t = rows.gather(hidden, chunk, head.dtype), rows.targets[chunk]
+        x, t = work.gather(chunk), rows.targets[chunk]
         if last is None or chunk is not chunks[0]:
-            z = head.logits(x, w, b, scratch)
+            z = work.logits(x)
         else:
             z = last[: len(t)]
         # a slice inside a comprehension would fix the sizes of a compiled graph
         first, end = chunk.start, chunk.stop
         dz = head.gradient(z, t, [part[first:end] for part in state], g[chunk])
         if dx is not None:
-            dx.index_copy_(0, rows.place[chunk], product(dz, w).to(dx.dtype))
+            dx.index_copy_(0, rows.place[chunk], product(dz, work.weight).to(dx.dtype))
         if dw is not None:
             add_product(dw, dz, x, first=chunk is chunks[0])
         if db is not None:
             db += dz.sum(0, dtype=sums)
-    del scratch, last, z, dz
+    del work, last, z, dz
     dtypes = ctx.dtypes
     return (
         None if dx is None else dx[: rows.height],

@@ -6,15 +6,16 @@ Letters: R rows of logits, V vocabulary, M tokens of the table, N groups (pairs)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.scores import (
+    Impl,
     TokenScores,
     Transform,
     check_is_table,
@@ -36,7 +37,7 @@ def sequence_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace_grad: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Log-prob of each sequence of the table: the weighted sum over its scored tokens.
 
@@ -88,7 +89,8 @@ def sequence_logps(
     how = Transform.of(logit_scale, softcap, temperature)
     check_is_table(table)
     scored = table.without_zero_weights()
-    scores, kernels = _token_scores(logits, scored, how, False, inplace_grad, impl)
+    rows, kernels = _rows(logits, impl, inplace_grad)
+    scores = _score(rows, scored, _Call(how, False, inplace_grad, kernels))
     return sum_sequences(scores.logps, table, kernels)
 
 
@@ -101,7 +103,7 @@ def token_scores(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace_grad: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> TokenScores:
     """Log-prob of each token of the table and, on request, statistics of its row, in one read.
 
@@ -134,21 +136,23 @@ def token_scores(
     """
     names = check_stats(stats)
     how = Transform.of(logit_scale, softcap, temperature)
-    scores, _ = _token_scores(logits, table, how, bool(names), inplace_grad, impl)
-    return only(scores, names)
+    rows, kernels = _rows(logits, impl, inplace_grad)
+    return only(_score(rows, table, _Call(how, bool(names), inplace_grad, kernels)), names)
 
 
-def _token_scores(
-    logits: Tensor,
-    table: ScoreTable,
-    how: Transform,
-    stats: bool,
-    inplace_grad: bool,
-    impl: str,
-) -> tuple[TokenScores, bool]:
-    """All statistics or none of each token, and whether the kernels computed them."""
+class _Call(NamedTuple):
+    """What one call computes, by what."""
+
+    how: Transform
+    stats: bool
+    inplace: bool
+    kernels: bool
+
+
+def _rows(logits: Tensor, impl: str, inplace_grad: bool) -> tuple[Tensor, bool]:
+    """(R, V) logits, and whether the kernels compute them."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"`logits` must be a torch.Tensor, found {type(logits).__name__}")
+        raise TypeError(f"`logits` must be a torch.Tensor, found {describe(logits)}")
     if is_dtensor(logits):
         raise TensorError(
             "`logits` must be a plain tensor, found a DTensor\n"
@@ -157,13 +161,17 @@ def _token_scores(
     kernels = uses_kernels(logits, impl)
     if inplace_grad and not kernels:
         raise ValueError("`inplace_grad` needs the kernels, and here `impl` means the torch twin")
-    rows = _flatten(logits, kernels, inplace_grad)
+    return _flatten(logits, kernels, inplace_grad), kernels
+
+
+def _score(rows: Tensor, table: ScoreTable, call: _Call) -> TokenScores:
+    """All statistics or none of each token."""
     check_table(table, rows, "logits")
-    if not kernels:
-        out = twin.token_stats(rows, table.logit_rows, table.targets, *how, stats)
-        return TokenScores(*out), False
-    out = _TokenStats.apply(rows, table.logit_rows, table.targets, how, stats, inplace_grad)
-    return TokenScores(out[0], *out[3:]), True
+    if not call.kernels:
+        out = twin.token_stats(rows, table.logit_rows, table.targets, *call.how, call.stats)
+        return TokenScores(*out)
+    out = _TokenStats.apply(rows, table.logit_rows, table.targets, call)
+    return TokenScores(out[0], *out[3:])
 
 
 def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
@@ -205,18 +213,13 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor,
-        logit_rows: Tensor,
-        targets: Tensor,
-        how: Transform,
-        stats: bool,
-        inplace: bool,
+        logits: Tensor, logit_rows: Tensor, targets: Tensor, call: _Call
     ) -> tuple[Tensor, ...]:
-        return torch.ops.dpo_ext.token_stats(logits, logit_rows, targets, *how, stats)
+        return torch.ops.dpo_ext.token_stats(logits, logit_rows, targets, *call.how, call.stats)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, logit_rows, targets, ctx.how, _, ctx.inplace = inputs
+        logits, logit_rows, targets, ctx.call = inputs
         ctx.save_for_backward(logits, logit_rows, targets, output[1], output[2])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -224,12 +227,13 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 6
+            return (None,) * 4
         logits, *saved = ctx.saved_tensors
         with torch.no_grad():
-            if not ctx.inplace:
-                dz = torch.ops.dpo_ext.logits_grad(logits, *saved, grad.contiguous(), *ctx.how)
+            how = ctx.call.how
+            if not ctx.call.inplace:
+                dz = torch.ops.dpo_ext.logits_grad(logits, *saved, grad.contiguous(), *how)
             else:
                 dz = logits.detach()
-                torch.ops.dpo_ext.logits_grad_(dz, *saved, grad.contiguous(), *ctx.how)
-        return (differentiable_once(dz, grad), None, None, None, None, None)
+                torch.ops.dpo_ext.logits_grad_(dz, *saved, grad.contiguous(), *how)
+        return (differentiable_once(dz, grad), None, None, None)

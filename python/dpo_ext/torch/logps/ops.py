@@ -11,14 +11,18 @@ here looks at shapes, dtypes and devices alone, so that nothing waits for a devi
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_ext import _core
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.torch.logps import cuda as kernels
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
@@ -38,15 +42,10 @@ _LIBRARY.define(f"logits_grad(Tensor logits, {_SAVED}, {_TRANSFORM}) -> Tensor")
 _LIBRARY.define(f"logits_grad_(Tensor(a!) logits, {_SAVED}, {_TRANSFORM}) -> ()")
 
 
-def _shape(shape: torch.Size | tuple[int, ...]) -> str:
-    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-
-
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor):
     if tensor.dtype != dtype or tensor.ndim != 1 or tuple(tensor.shape) != shape:
-        expected = f"{str(dtype).removeprefix('torch.')} of shape {_shape(shape)}"
-        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {_shape(tensor.shape)}"
-        raise TensorError(f"`{name}` must be {expected}, found {found}")
+        expected = f"{describe(dtype)} of shape {shape}"
+        raise TensorError(f"`{name}` must be {expected}, found {describe(tensor)}")
     if tensor.device != like.device:
         raise TensorError(f"`{name}` must be on {like.device}, found {tensor.device}")
 
@@ -55,10 +54,10 @@ def _check_logits(logits: Tensor) -> None:
     if logits.dtype not in DTYPES:
         names = ", ".join(DTYPES.values())
         hint = '\nhint: use impl="torch"' if logits.dtype == torch.float64 else ""
-        found = str(logits.dtype).removeprefix("torch.")
+        found = describe(logits.dtype)
         raise TensorError(f"`logits` must have one of the dtypes {names}, found {found}{hint}")
     if logits.ndim != 2:
-        raise TensorError(f"`logits` must have shape (R, V), found {_shape(logits.shape)}")
+        raise TensorError(f"`logits` must have shape (R, V), found {tuple(logits.shape)}")
     rows, columns = logits.shape
     if logits.stride(1) != 1 and columns > 1:
         raise TensorError(
@@ -83,7 +82,7 @@ def _check_transform(logit_scale: float, softcap: float, temperature: float) -> 
 def _check_token_stats(logits: Tensor, logit_rows: Tensor, targets: Tensor, *transform: float):
     _check_logits(logits)
     if logit_rows.ndim != 1:
-        raise TensorError(f"`logit_rows` must have shape (M,), found {_shape(logit_rows.shape)}")
+        raise TensorError(f"`logit_rows` must have shape (M,), found {tuple(logit_rows.shape)}")
     shape = tuple(logit_rows.shape)
     _check("logit_rows", logit_rows, torch.int64, shape, logits)
     _check("targets", targets, torch.int32, shape, logits)
@@ -99,15 +98,40 @@ def _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *tr
 
 def _check_segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> None:
     if values.ndim != 1:
-        raise TensorError(f"`values` must have shape (M,), found {_shape(values.shape)}")
+        raise TensorError(f"`values` must have shape (M,), found {tuple(values.shape)}")
     _check("values", values, torch.float32, tuple(values.shape), values)
     if weights is not None:
         _check("weights", weights, torch.float32, tuple(values.shape), values)
     if seq_offsets.ndim != 1 or seq_offsets.shape[0] == 0:
         raise TensorError(
-            f"`seq_offsets` must have shape (S + 1,), found {_shape(seq_offsets.shape)}"
+            f"`seq_offsets` must have shape (S + 1,), found {tuple(seq_offsets.shape)}"
         )
     _check("seq_offsets", seq_offsets, torch.int32, tuple(seq_offsets.shape), values)
+
+
+def _implement(device: str, bodies: dict[str, Callable[..., Any]]) -> None:
+    for name, body in bodies.items():
+        _LIBRARY.impl(name, _outside_graphs(body), device)
+
+
+def _outside_graphs(body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body`` where Dynamo does not look.
+
+    Behind a graph break Dynamo watches every call, an operator's body too, and stops at functions
+    of Rust and CuPy. Telling it takes its import, of a second or more, so only those pay for it who
+    have compiled something.
+    """
+    hidden: Callable[..., Any] | None = None
+
+    @functools.wraps(body)
+    def run(*arguments: Any) -> Any:
+        nonlocal hidden
+        if hidden is None and "torch._dynamo" in sys.modules:
+            hidden = torch.compiler.disable(body)
+            torch._dynamo.skip(run)  # noqa: SLF001 - torch has no public name for it
+        return (hidden or body)(*arguments)
+
+    return run
 
 
 # ---- CPU ------------------------------------------------------------
@@ -202,10 +226,15 @@ def _segment_sum_cpu(values, weights, seq_offsets):
     return torch.from_numpy(_core.segment_sum(*arrays))
 
 
-_LIBRARY.impl("token_stats", _token_stats_cpu, "CPU")
-_LIBRARY.impl("logits_grad", _logits_grad_cpu, "CPU")
-_LIBRARY.impl("logits_grad_", _logits_grad_in_place_cpu, "CPU")
-_LIBRARY.impl("segment_sum", _segment_sum_cpu, "CPU")
+_implement(
+    "CPU",
+    {
+        "token_stats": _token_stats_cpu,
+        "logits_grad": _logits_grad_cpu,
+        "logits_grad_": _logits_grad_in_place_cpu,
+        "segment_sum": _segment_sum_cpu,
+    },
+)
 
 
 # ---- CUDA ------------------------------------------------------------
@@ -241,10 +270,15 @@ def _segment_sum_cuda(values, weights, seq_offsets):
     return kernels.segment_sum(values, weights, seq_offsets)
 
 
-_LIBRARY.impl("token_stats", _token_stats_cuda, "CUDA")
-_LIBRARY.impl("logits_grad", _logits_grad_cuda, "CUDA")
-_LIBRARY.impl("logits_grad_", _logits_grad_in_place_cuda, "CUDA")
-_LIBRARY.impl("segment_sum", _segment_sum_cuda, "CUDA")
+_implement(
+    "CUDA",
+    {
+        "token_stats": _token_stats_cuda,
+        "logits_grad": _logits_grad_cuda,
+        "logits_grad_": _logits_grad_in_place_cuda,
+        "segment_sum": _segment_sum_cuda,
+    },
+)
 
 
 # ---- shapes alone: meta and fake tensors ------------------------------

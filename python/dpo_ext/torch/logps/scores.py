@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import KernelUnavailable, TensorError
+from dpo_ext.errors import KernelUnavailable, TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import ops, twin
 
-IMPLS = ("auto", "cuda", "cpu", "torch")
+Impl = Literal["auto", "cuda", "cpu", "torch"]
+IMPLS: tuple[Impl, ...] = get_args(Impl)
 STATS = ("entropy", "mean_logit", "log_sum_sq", "is_top1")
 
 
@@ -85,13 +85,12 @@ def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {', '.join(IMPLS)}, found {impl!r}")
     if not values.is_floating_point():
-        found = str(values.dtype).removeprefix("torch.")
+        found = describe(values.dtype)
         raise TensorError(f"`{name}` must have a floating-point dtype, found {found}")
     where = values.device.type
     if values.dtype not in ops.DTYPES and values.dtype != torch.float64:
-        found = str(values.dtype).removeprefix("torch.")
         accepted = ", ".join((*ops.DTYPES.values(), "float64"))
-        raise TensorError(f"`{name}` must be {accepted}, found {found}")
+        raise TensorError(f"`{name}` must be {accepted}, found {describe(values.dtype)}")
     if impl == "torch":
         return False
     if impl == "auto":
@@ -107,18 +106,19 @@ def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
             'hint: use impl="auto" to choose by device'
         )
     if values.dtype not in ops.DTYPES:
-        found = str(values.dtype).removeprefix("torch.")
-        accepted = ", ".join(ops.DTYPES.values())
         raise TensorError(
-            f'`{name}` must be {accepted} for impl="{impl}", found {found}\nhint: use impl="torch"'
+            f'`{name}` must be {", ".join(ops.DTYPES.values())} for impl="{impl}", found '
+            f'{describe(values.dtype)}\nhint: use impl="torch"'
         )
     return True
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether ``value`` is a DTensor, without importing torch.distributed for it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    """Whether ``value`` is a DTensor, told by a method that no other tensor has: no import of
+    torch.distributed, and no look at the modules that are loaded, which a compiled region would
+    read once and for all.
+    """
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
 def check_plain(name: str, value: Any) -> None:

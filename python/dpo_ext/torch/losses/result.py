@@ -58,9 +58,14 @@ class PreferenceLoss:
         return self._rewards()[1]
 
     @property
+    def logps(self) -> Tensor:
+        """(N, 2) detached, the log-probs that the loss was computed of."""
+        return self._logps.detach()
+
+    @property
     def metrics(self) -> dict[str, Tensor]:
         chosen, rejected = self._rewards()
-        logps = self._logps.detach()
+        logps = self.logps
         above = (chosen > rejected).to(logps.dtype)
         columns = torch.stack(
             (chosen, rejected, above, chosen - rejected, logps[:, 0], logps[:, 1])
@@ -70,7 +75,7 @@ class PreferenceLoss:
         return dict(zip((*keys, "logps/chosen", "logps/rejected"), means, strict=True))
 
     def _rewards(self) -> tuple[Tensor, Tensor]:
-        ratios = self._logps.detach()
+        ratios = self.logps
         if self._ref_logps is not None:
             ratios = ratios - self._ref_logps
         chosen, rejected = ratios.unbind(1)
