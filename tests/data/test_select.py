@@ -50,7 +50,9 @@ def test_select_is_the_list_of_rows(prompts, data):
     assert (part.pad_id, part.vocab_size) == (7, 500)
     assert (part.report.read, part.report.kept) == (len(index), len(index))
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), bool)
-    assert rows(pairs.select(mask)) == [row for row, keep in zip(rows(pairs), mask, strict=True) if keep]
+    assert rows(pairs.select(mask)) == [
+        row for row, keep in zip(rows(pairs), mask, strict=True) if keep
+    ]
 
 
 @given(lists, st.slices(8))
