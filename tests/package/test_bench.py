@@ -8,6 +8,8 @@ from byte_tokenizer import write_folder
 from dpo_ext import DpoExtError, PairDataset, Tokenizer
 from dpo_ext.bench import bench_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def world(tmp_path):

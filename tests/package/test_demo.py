@@ -21,6 +21,8 @@ from dpo_ext.demo import measure, report, source, train, world  # noqa: E402
 from dpo_ext.demo.live import PlainShow  # noqa: E402
 from dpo_ext.pages import charts  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LOG_2 = math.log(2.0)
 
 
