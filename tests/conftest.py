@@ -179,7 +179,7 @@ def pytest_addoption(parser) -> None:
     )
 
 
-WHOLE_FILE_SLOW = re.compile(r"^pytestmark = .*mark\.slow", re.MULTILINE)
+WHOLE_FILE_SLOW = re.compile(r"^pytestmark = (\[[^\]]*)?pytest\.mark\.slow", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:

@@ -4,6 +4,8 @@ import pytest
 from doc_blocks import run_blocks
 from places import DOCS
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("trl")

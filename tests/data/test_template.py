@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import warm
 from byte_tokenizer import TEMPLATE, tokenizer
 
 from dpo_ext import DataError, LimitExceeded, Tokenizer, TokenizerError
@@ -221,15 +222,13 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_ends_at_once_and_small(tmp_path, name):
-    """In a child with 1 GiB of address space; a template may also render harmless text."""
-    import resource
-    import subprocess
-    import sys
+    """In a child with 2 GiB of address space; a template may also render harmless text."""
     import time
 
     tokenizer(tmp_path / "m", template=ATTACKS[name])
     code = (
-        "import sys, dpo_ext\n"
+        "import resource, sys, dpo_ext\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
         "t = dpo_ext.Tokenizer.from_pretrained(sys.argv[1])\n"
         "try:\n"
         "    out = t.apply_chat_template([{'role': 'user', 'content': 'x'}])\n"
@@ -238,14 +237,7 @@ def test_an_attack_ends_at_once_and_small(tmp_path, name):
         "    print('refused')\n"
     )
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "m"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
-    )
+    done = warm.run(code, tmp_path / "m", imports=warm.NUMPY, timeout=60)
     assert done.returncode == 0, done.stderr[-500:]
     if name == "attributes":
         assert done.stdout.split()[0] in ("refused", "rendered")

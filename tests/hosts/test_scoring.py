@@ -2,10 +2,10 @@
 
 import copy
 import inspect
-import os
 
 import pytest
 import torch
+import warm
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -412,7 +412,6 @@ def test_what_a_loss_inside_cannot_do_is_refused():
 
 def two_ranks(rank, store, wrapper, result):
     """Each rank scores one of the two pairs; rank 0 writes what the wrapper made of the gradients."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
@@ -460,9 +459,8 @@ def two_ranks(rank, store, wrapper, result):
 
 def spawn(tmp_path, wrapper):
     result = tmp_path / "grads.pt"
-    torch.multiprocessing.spawn(
-        two_ranks, (str(tmp_path / "store"), wrapper, str(result)), nprocs=2
-    )
+    imports = (*warm.TORCH, "transformers.models.llama.modeling_llama")
+    warm.ranks(__name__, "two_ranks", tmp_path / "store", wrapper, result, imports=imports)
     return torch.load(result)
 
 

@@ -44,6 +44,7 @@ from dpo_ext.trl import DPOTrainer, PairCollator
 from dpo_ext.trl.collator import REF_COLUMNS, TABLE_KEY
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*"),
     pytest.mark.filterwarnings("ignore:.*truncation mode is deprecated.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -635,7 +636,6 @@ class KeepGradients(TrainerCallback):
             self.first = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(own, tmp_path):
     """DDP over gloo: a rank sees half of a step's pairs. The number of rows is odd: the last batch is not even."""
     keep = KeepGradients()

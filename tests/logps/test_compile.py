@@ -13,6 +13,8 @@ from dpo_ext.torch import (
     token_scores,
 )
 
+pytestmark = pytest.mark.slow
+
 H, V = 6, 11
 REF = torch.tensor([[-4.0, -6.0], [-5.0, -3.0]])
 
@@ -81,13 +83,11 @@ def run(function, name, pairs=2, x=None):
 
 
 EAGER = [("aot_eager", name) for name in STEPS if name != "pairwise"]
-SLOW = [("inductor", name) for name in ("logits in place", "frozen", "recompute")]
+INDUCTOR = [("inductor", name) for name in ("logits in place", "frozen", "recompute")]
 
 
 @pytest.mark.fault("K11")
-@pytest.mark.parametrize(
-    ("backend", "name"), [*EAGER, *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)]
-)
+@pytest.mark.parametrize(("backend", "name"), [*EAGER, *INDUCTOR])
 def test_one_graph_gives_what_eager_gives(backend, name):
     compiled = torch.compile(STEPS[name], fullgraph=True, backend=backend)
     for a, b in zip(run(compiled, name), run(STEPS[name], name), strict=True):
@@ -121,7 +121,6 @@ def test_another_batch_size_needs_at_most_one_other_graph(name):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.slow
 @pytest.mark.fault("K11")
 def test_compiled_in_place_gradients_need_no_second_buffer_of_logits():
     """What functionalisation copies, inductor's re-inplacing takes out again: one buffer, the logits' own."""

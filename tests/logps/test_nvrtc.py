@@ -18,6 +18,8 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 from cuda.pathfinder import find_nvidia_header_directory
 from cupy.cuda import nvrtc
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # 64 registers leave room for four blocks of 256 threads on every architecture here, 80 for three.
 REGISTERS = {"token_stats.cu": 80, "logits_grad.cu": 64, "segment_sum.cu": 40}
@@ -84,12 +86,7 @@ def gate(file: str, arch: str, source: str | None = None, only: str = "") -> int
     return max(registers)
 
 
-FAST = ("sm_80", "sm_90")  # `make test-fast` compiles for these alone
-
-
-@pytest.mark.parametrize(
-    "arch", [a if a in FAST else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
-)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("file", sorted(TEMPLATES))
 def test_every_kernel_compiles_without_spills_with_wide_loads(file, arch):
     assert gate(file, arch) > 0

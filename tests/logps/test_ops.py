@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import reference
 import torch
+import warm
 from compare import assert_no_worse
 
 from dpo_ext import TensorError
@@ -462,7 +461,8 @@ def test_a_child_of_a_fork_computes_the_same():
         "if pid == 0: os._exit(0 if torch.equal(run(), parent) else 7)\n"
         "assert os.waitpid(pid, 0)[1] == 0\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+    done = warm.run(code, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.fault("K4", "K11")

@@ -1,12 +1,12 @@
 """Log-probs over two processes: vocabulary and context in parts give what one process gives."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from logps_cases import HOWS, random_case
 
 from dpo_ext import TensorError
@@ -139,7 +139,6 @@ CHECKS = [
 
 
 def two_ranks(rank, store):
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
@@ -152,7 +151,7 @@ def two_ranks(rank, store):
 
 def test_two_processes(tmp_path):
     """All checks of this file in one pair of processes, whose start is most of the time."""
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"),), nprocs=2)
+    warm.ranks(__name__, "two_ranks", tmp_path / "store")
 
 
 def test_the_part_of_a_table_that_a_rank_can_score():

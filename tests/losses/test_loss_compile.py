@@ -7,6 +7,8 @@ from loss_cases import BUILT_IN, COUPLED, LISTS, SINGLE, batch_of
 
 from dpo_ext.torch import preference_loss
 
+pytestmark = pytest.mark.slow
+
 CALLS = [
     *((of_pairs, name) for name in BUILT_IN),
     *((of_single, name) for name in SINGLE),
@@ -43,7 +45,6 @@ def agree(compiled, plain, tensors, options):
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name"), CALLS, ids=lambda x: x if isinstance(x, str) else "")
 def test_every_loss_traces_into_one_graph(make, name):
     """With arrays as parameters, `weight` and a tensor as `num_pairs` where the loss takes them."""
@@ -60,7 +61,6 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_backward_is_compiled_too(options):
     logps, ref, lengths = batch_of(5)
@@ -69,7 +69,6 @@ def test_backward_is_compiled_too(options):
     agree(compiled, plain, (logps, ref), {"lengths": lengths, **options})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "simpo", "exo_pair"])
 def test_one_graph_of_inductor_serves_every_batch_size(name):
     plain = outputs(preference_loss)

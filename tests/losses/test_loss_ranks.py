@@ -1,11 +1,11 @@
 """Losses whose batch is spread over ranks: the batch's number and gradient, or a refusal, in two processes."""
 
-import os
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_ext import TensorError
@@ -218,7 +218,6 @@ CHECKS = [
 
 
 def two_ranks(rank, store):
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
@@ -230,7 +229,7 @@ def two_ranks(rank, store):
 
 def test_two_processes(tmp_path):
     """All checks of this file in one pair of processes, whose start is most of the time."""
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "store"),), nprocs=2)
+    warm.ranks(__name__, "two_ranks", tmp_path / "store")
 
 
 @pytest.mark.parametrize("name", COUPLED)

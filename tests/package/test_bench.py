@@ -15,6 +15,8 @@ from dpo_ext import DataError, DpoExtError, PairDataset, Tokenizer
 from dpo_ext.bench import bench_data
 from dpo_ext.bench.machine import machine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def world(tmp_path):

@@ -20,14 +20,25 @@ def test_cpu(): pass
 """
 
 
-@pytest.mark.parametrize("extra", [[], ["-q"], ["-n", "2"]], ids=["plain", "quiet", "xdist"])
+TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra", [[], ["-q"], ["-p", "xdist", "-n", "2"]], ids=["plain", "quiet", "xdist"]
+)
 def test_what_did_not_run_is_counted_in_the_last_lines(tmp_path, extra):
-    if extra[:1] == ["-n"]:
+    if "xdist" in extra:
         pytest.importorskip("xdist")
     tests = tmp_path / "repo" / "tests"
     tests.mkdir(parents=True)
     shutil.copy(TESTS / "conftest.py", tests)
     shutil.copytree(SUPPORT, tests / "support")
+    # Which device there is does not matter here, and torch takes seconds to load.
+    (tests.parent / "torch.py").write_text(TORCH, encoding="utf-8")
     (tests / "test_suite.py").write_text(SUITE, encoding="utf-8")
     (tests.parent / "pytest.ini").write_text(
         "[pytest]\nmarkers = gpu\npythonpath = tests/support\n", encoding="utf-8"
@@ -38,7 +49,7 @@ def test_what_did_not_run_is_counted_in_the_last_lines(tmp_path, extra):
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+        env={"PATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-2:] == [
@@ -47,15 +58,17 @@ def test_what_did_not_run_is_counted_in_the_last_lines(tmp_path, extra):
     ]
 
 
-@pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.stem)
-def test_no_test_file_imports_another(path):
+def test_no_test_file_imports_another():
     """Nor conftest.py: what two files need lies in tests/support."""
-    others = {"conftest"} | {other.stem for other in TESTS.rglob("test_*.py")}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.module not in others, f"line {node.lineno}"
-        elif isinstance(node, ast.Import):
-            assert not others & {alias.name for alias in node.names}, f"line {node.lineno}"
+    files = sorted(TESTS.rglob("test_*.py"))
+    others = {"conftest", *(path.stem for path in files)}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in others, f"{path.name}, line {node.lineno}"
+            elif isinstance(node, ast.Import):
+                named = {alias.name for alias in node.names}
+                assert not others & named, f"{path.name}, line {node.lineno}"
 
 
 def test_no_worse_accepts_the_error_of_the_baseline_and_the_slack():

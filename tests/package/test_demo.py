@@ -21,6 +21,8 @@ pytest.importorskip("tokenizers")
 from dpo_ext import DataError, DpoExtError, PairDataset, Tokenizer, cli, demo  # noqa: E402
 from dpo_ext.demo import findings, live, measure, report, source, train, world  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LOG_2 = math.log(2.0)
 
 

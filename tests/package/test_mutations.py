@@ -15,6 +15,8 @@ from torch.nn.functional import logsigmoid, softplus
 from dpo_ext.testing import check_layouts, check_logps, check_loss_invariants, search
 from dpo_ext.torch import ScoreTable, preference_loss, sequence_logps
 
+pytestmark = pytest.mark.slow
+
 BETA = 0.1
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run(*command, **options):
     done = subprocess.run(

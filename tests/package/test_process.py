@@ -18,6 +18,8 @@ from places import ROOT
 
 from dpo_ext import PairDataset
 
+pytestmark = pytest.mark.slow
+
 SOURCE = ROOT / "python"
 ROWS = [{"prompt": f"q {i}: ", "chosen": f"yes {i} the", "rejected": f"no {i}"} for i in range(300)]
 

@@ -9,6 +9,8 @@ import pytest
 from doc_blocks import blocks
 from places import ROOT
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("trl")

@@ -40,7 +40,9 @@ while True:
         for fd in fds:
             os.close(fd)
         asked.sendall(child.to_bytes(8, "big"))
-        asked.sendall(os.waitpid(child, 0)[1].to_bytes(8, "big"))
+        _, status, used = os.wait4(child, 0)
+        asked.sendall(int(1e6 * (used.ru_utime + used.ru_stime)).to_bytes(8, "big"))
+        asked.sendall(status.to_bytes(8, "big"))
         continue
     asked.close()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -55,6 +57,10 @@ while True:
     break
 exec(compile(request["code"], "<child>", "exec"), {"__name__": "__main__"})
 """
+
+
+spent = 0.0
+"""Seconds of CPU of all children so far; the system counts them for the server."""
 
 
 class Server:
@@ -84,6 +90,10 @@ class Server:
             got += part
         return int.from_bytes(got, "big")
 
+    def _spend(self) -> None:
+        global spent
+        spent += self._number() / 1e6
+
     def run(self, request: dict[str, Any], timeout: float) -> tuple[int, str, str]:
         """Return code as `subprocess` gives it, output and errors."""
         files = [os.memfd_create(name) for name in ("output", "errors")]
@@ -94,11 +104,13 @@ class Server:
             child = self._number()
             self.socket.settimeout(timeout)
             try:
+                self._spend()
                 status = self._number()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
                 self.socket.settimeout(None)
+                self._spend()
                 self._number()
                 raise subprocess.TimeoutExpired(request["code"], timeout) from None
             finally:
@@ -136,3 +148,47 @@ def run(
         "path": ["", *sys.path],
     }
     return CompletedProcess(code, *server(imports).run(request, timeout))
+
+
+RANKS = """
+import importlib, os, signal, sys, traceback
+module, function, count, *arguments = sys.argv[1:]
+function = getattr(importlib.import_module(module), function)
+ranks = {}
+for rank in range(int(count)):
+    child = os.fork()
+    if not child:
+        failed = True
+        try:
+            function(rank, *arguments)
+            failed = False
+        except BaseException:
+            print(f"rank {rank}:", file=sys.stderr)
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(failed)
+    ranks[child] = rank
+failed = 0
+while ranks:
+    child, status = os.wait()
+    del ranks[child]
+    failed |= status != 0
+    for other in ranks if status else ():  # it would wait for the one that is gone
+        os.kill(other, signal.SIGKILL)
+sys.exit(failed)
+"""
+
+
+def ranks(
+    module: str,
+    function: str,
+    *arguments: Any,
+    count: int = 2,
+    imports: tuple[str, ...] = TORCH,
+    timeout: float = 240,
+) -> None:
+    """Calls ``function(rank, *arguments)`` of a test file in processes; the arguments are texts."""
+    done = run(RANKS, module, function, count, *arguments, imports=imports, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
