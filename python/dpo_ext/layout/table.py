@@ -263,14 +263,7 @@ class ScoreTable:
 
     def with_weights(self, weights: Tensor) -> ScoreTable:
         """The same tokens with other weights (M,) float32, not compared."""
-        return ScoreTable._checked(
-            self.logit_rows,
-            self.targets,
-            self.seq_offsets,
-            weights,
-            self.group_size,
-            self.host_offsets,
-        )
+        return self._like(self.logit_rows, self.targets, weights)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> ScoreTable:
         weights = None if self.weights is None else move(self.weights)

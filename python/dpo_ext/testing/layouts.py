@@ -145,7 +145,7 @@ def check_layouts(
 class _Laid:
     """Rows as a batch of one of our layouts, with the inputs of a model."""
 
-    def __init__(self, layout: str, model: nn.Module) -> None:
+    def __init__(self, layout: Layout, model: nn.Module) -> None:
         self._layout, self._model = layout, model
 
     def __call__(

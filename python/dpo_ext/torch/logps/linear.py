@@ -183,7 +183,7 @@ def _score(
     return TokenScores(*out), head.kernels
 
 
-def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> str:
+def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> Literal["frozen", "recompute"]:
     """``"frozen"`` or ``"recompute"``; ValueError for a plan that cannot serve."""
     if plan not in PLANS:
         hint = "\nhint: that is the plan of linear_preference_loss" if plan == "pairwise" else ""
