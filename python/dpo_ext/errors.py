@@ -85,6 +85,10 @@ class RefLogpsError(DpoExtError, RuntimeError):
 def describe(value: Any) -> str:
     """``float32 of shape (4, 2)`` of a tensor or an array, ``float32`` of torch's dtypes, the name
     of the type of anything else.
+
+    >>> import numpy as np
+    >>> describe(np.zeros((4, 2), np.float32)), describe([1])
+    ('float32 of shape (4, 2)', 'list')
     """
     kind = type(value).__name__
     if kind == "dtype":

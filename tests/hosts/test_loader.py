@@ -212,3 +212,20 @@ def test_batches_are_pinned_and_copied_without_waiting():
     for i, batch in enumerate(PairLoader(Plan(20), device="cuda")):
         assert batch.tensor.device.type == "cuda"
         assert bool((batch.tensor == i).all())
+
+
+def test_what_is_no_plan_of_batches_is_refused_by_name():
+    pairs = PairDataset.from_ids([[1, 2]], [[3]], [[4]])
+    with pytest.raises(
+        TypeError, match=r"must be a BatchPlan, found PairDataset, a data set\n.*plan"
+    ):
+        PairLoader(pairs)
+    for prefetch in (0, 1):
+        with pytest.raises(TypeError, match="must give batches, found dict"):
+            next(iter(PairLoader([{"input_ids": [1]}], prefetch=prefetch)))
+
+
+def test_options_of_loaders_with_workers_are_refused_with_a_word_on_the_thread():
+    plan = FakePlan(1)
+    with pytest.raises(TypeError, match=r"`num_workers` is no option.*one thread.*\n.*prefetch"):
+        PairLoader(plan, num_workers=2)

@@ -163,6 +163,18 @@ def test_wrong_labels_are_refused(labels, message):
         ScoreTable.from_labels(labels)
 
 
+def test_labels_of_which_none_is_scored_warn():
+    """A chat mask that hides the whole conversation; the first column is no target of any row."""
+    labels = torch.full((4, 3), -100)
+    labels[:, 0] = 7
+    with pytest.warns(UserWarning, match="no token is scored: every label .* is -100"):
+        table = ScoreTable.from_labels(labels)
+    assert table.lengths.tolist() == [[0, 0], [0, 0]]
+    labels[3, 2] = 5
+    for quiet in (labels, labels[:, :1], labels[:0]):  # a warning would be an error here
+        ScoreTable.from_labels(quiet)
+
+
 def test_from_labels_never_looks_at_values_on_a_device():
     table = ScoreTable.from_labels(torch.zeros(4, 3, dtype=torch.int64, device="meta"))
     assert table.device.type == "meta"

@@ -1,5 +1,8 @@
 """The log-probs and heads inside `torch.compile(fullgraph=True)`: one graph, eager's numbers, no copy of the logits."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -105,6 +108,35 @@ def test_the_pairwise_plan_breaks_the_graph_and_gives_what_eager_gives():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
         run(torch.compile(step, fullgraph=True, backend="aot_eager"), "pairwise")
+
+
+@pytest.mark.fault("K11")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_no_graph_holds_what_an_operator_does_inside():
+    """Behind a graph break Dynamo watches every call; torch 2.15 warns of each function of Rust."""
+    lines = []
+
+    def backend(graph, inputs):
+        lines.extend(str(node.meta.get("stack_trace")) for node in graph.graph.nodes)
+        return graph.forward
+
+    run(torch.compile(STEPS["pairwise"], backend=backend), "pairwise")
+    assert any("pairwise.py" in line for line in lines)
+    assert [line for line in lines if "logps/ops.py" in line] == []
+
+
+@pytest.mark.parametrize("name", ["logits", "frozen", "recompute"])
+def test_modules_that_are_loaded_later_need_no_other_graph(monkeypatch, name):
+    """A graph that asks which modules are loaded is compiled anew, or fails, when they change."""
+    import torch.distributed.tensor
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(STEPS[name], fullgraph=True, backend=counter)
+    first = run(compiled, name)
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", types.ModuleType("another"))
+    for a, b in zip(run(compiled, name), first, strict=True):
+        assert torch.equal(a, b)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.fault("K11")

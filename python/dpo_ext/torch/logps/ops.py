@@ -127,8 +127,10 @@ def _outside_graphs(body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         nonlocal hidden
         if hidden is None and "torch._dynamo" in sys.modules:
+            from torch._dynamo import skip
+
             hidden = torch.compiler.disable(body)
-            torch._dynamo.skip(run)
+            skip(run)
         return (hidden or body)(*arguments)
 
     return run
