@@ -33,15 +33,15 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-import dpo_ext.trl
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError, TensorError
+from dpo_ext.pairs import IDS
 from dpo_ext.torch import scoring
 from dpo_ext.torch.logps import linear
 from dpo_ext.torch.logps import logits as logps
 from dpo_ext.trl import DPOTrainer, PairCollator
-from dpo_ext.trl.collator import REF_COLUMNS, TABLE_KEY
+from dpo_ext.trl.collator import REFERENCE, TABLE_KEY
 
 pytestmark = [
     pytest.mark.slow,
@@ -474,7 +474,7 @@ def test_ids_equal_stocks(material):
         data = runs.load(material, name)
         stock = runs.build(trl.DPOTrainer, material, data).train_dataset
         found = runs.build(DPOTrainer, material, data).train_dataset
-        for column in dpo_ext.trl.ID_COLUMNS:
+        for column in IDS:
             assert found[:][column] == stock[:][column], (name, column)
 
 
@@ -492,7 +492,7 @@ def test_the_prompt_ends_where_trl_ends_it(own):
     data = Dataset.from_list([row])
     for kind in (trl.DPOTrainer, DPOTrainer):
         (found,) = runs.build(kind, own, data, {"processing_class": tokenizer}).train_dataset
-        assert [found[name] for name in dpo_ext.trl.ID_COLUMNS] == [[], [2, 5, 2, 1], [2, 5, 3, 1]]
+        assert [found[name] for name in IDS] == [[], [2, 5, 2, 1], [2, 5, 3, 1]]
 
 
 def test_ids_of_rows_with_tools_equal_stocks(own):
@@ -546,7 +546,7 @@ def test_preparing_twice_changes_nothing(own):
 def test_reference_columns_of_the_rows_are_used(own):
     data = runs.load(own, "text_explicit")
     first = runs.build(DPOTrainer, own, data, precompute_ref_log_probs=True)
-    for name in REF_COLUMNS:
+    for name in REFERENCE:
         data = data.add_column(name, [v - 1.0 for v in first.train_dataset[:][name]])
     second = runs.build(DPOTrainer, own, data, precompute_ref_log_probs=True)
     second.train()

@@ -19,7 +19,7 @@ import dpo_ext.trl
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.torch.losses import compat as loss_compat
 from dpo_ext.trl import HONOURED, REFUSED, DPOTrainer
-from dpo_ext.trl.collator import REF_COLUMNS
+from dpo_ext.trl.collator import REFERENCE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*"),
@@ -199,7 +199,7 @@ def test_dataset_num_proc_is_the_number_of_threads(own, data, monkeypatch):
         seen.append(options["threads"])
         return from_rows(rows, tokenizer, **options)
 
-    monkeypatch.setattr(dpo_ext.trl.PairDataset, "from_rows", spy)
+    monkeypatch.setattr(dpo_ext.trl.trainer.PairDataset, "from_rows", spy)
     runs.build(DPOTrainer, own, data, dataset_num_proc=2)
     assert seen == [2]
 
@@ -221,7 +221,7 @@ def test_precomputed_references_need_no_second_model_and_are_computed_in_the_bat
     assert trainer.ref_model is None
     assert sizes == [9, 9, 6]
     stock = runs.build(trl.DPOTrainer, own, data, **options)
-    for name in REF_COLUMNS:
+    for name in REFERENCE:
         found = torch.tensor(trainer.train_dataset[:][name])
         assert (found - torch.tensor(stock.train_dataset[:][name])).abs().max() <= runs.LOGPS_BOUND
 

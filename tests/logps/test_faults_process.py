@@ -225,7 +225,6 @@ sys.meta_path.insert(0, Hidden())
 import dpo_ext
 assert "torch" not in sys.modules and "cupy" not in sys.modules
 import torch
-import warm
 from dpo_ext import KernelUnavailable
 from dpo_ext.torch.logps import cuda as kernels
 from dpo_ext.torch import ScoreTable, sequence_logps

@@ -435,7 +435,7 @@ def test_modules_that_are_not_installed_are_named(tmp_path, monkeypatch):
     )
     assert gpu_check.missing_modules(tmp_path / "test_a.py") == {"no_such", "also_not"}
     monkeypatch.undo()
-    assert gpu_check.missing_modules(gpu_check.TESTS / "test_gpu.py") == set()
+    assert gpu_check.missing_modules(gpu_check.TESTS / "logps" / "test_gpu.py") == set()
 
 
 def test_what_did_not_run_is_counted_with_its_reason(tmp_path):

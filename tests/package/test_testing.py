@@ -253,7 +253,7 @@ def test_it_says_which_extra_is_missing():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert re.search(
-        r"ImportError: dpo_ext.testing needs Hypothesis\nhint: .*\[testing\]", run.stderr
+        r"ModuleNotFoundError: dpo_ext.testing needs hypothesis\nhint: .*\[testing\]", run.stderr
     ), run.stderr
 
 

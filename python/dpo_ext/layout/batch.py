@@ -222,6 +222,7 @@ class Batch:
     @cached_property
     def table(self) -> ScoreTable:
         """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
+        need("torch", "a batch of tensors")
         from dpo_ext.layout.table import ScoreTable
 
         # What filled the arrays keeps every rule that ScoreTable's own check would look for.

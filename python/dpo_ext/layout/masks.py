@@ -114,7 +114,7 @@ def block_mask(batch: SharedBlocks, *, window: int | None = None) -> BlockMask:
         return create_block_mask(
             allowed, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=doc.device.type
         )
-    blocks: dict[str, Any] = {name: torch.as_tensor(value) for name, value in batch.blocks.items()}
+    blocks: dict[str, Any] = {n: torch.as_tensor(value) for n, value in batch.blocks.items()}
     return BlockMask(seq_lengths=(width, width), mask_mod=allowed, **blocks)
 
 

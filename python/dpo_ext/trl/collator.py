@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from dpo_ext.errors import DataError
+from dpo_ext.layout.batch import Layout
 from dpo_ext.layout.table import ScoreTable
-
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+from dpo_ext.pairs import REFERENCE
 
 # Stock TRL hands every key it does not know to a model that ignores what it does not know, so that
 # a table under a name of ours would vanish without a word. This keyword stock TRL passes itself: a
 # batch of ours that reaches one of its methods is a `TypeError` there.
 TABLE_KEY = "fused_lm_head"
-LAYOUTS = ("padded", "packed")
+SERVED: tuple[Layout, ...] = ("padded", "packed")
 NUM_TOKENS = "num_tokens"
 
 
@@ -113,8 +113,8 @@ class PairCollator:
     layout: str = "padded"
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"`layout` must be one of {LAYOUTS}, found {self.layout!r}")
+        if self.layout not in SERVED:
+            raise ValueError(f"`layout` must be one of {SERVED}, found {self.layout!r}")
         if self.layout == "packed" and not self.score_table:
             raise ValueError(
                 '`layout="packed"` needs `score_table=True`: it has no completion mask'
@@ -143,7 +143,7 @@ class PairCollator:
                 starts = [max(0, start - n) for start, n in zip(starts, over, strict=True)]
 
         batch = self._pack(ids, starts) if self.layout == "packed" else self._pad(ids, starts)
-        for name in REF_COLUMNS:
+        for name in REFERENCE:
             if name in rows[0]:
                 batch[name] = torch.tensor(_values(rows, name), dtype=torch.float32)
         return batch

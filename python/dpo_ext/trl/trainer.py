@@ -1,7 +1,4 @@
-"""TRL 1.16 with the data path, the log-probs and the losses of dpo_ext inside.
-
-`DPOTrainer`; `PairCollator`, TRL's collator; `HONOURED` and `REFUSED`, what becomes of each option.
-"""
+"""`DPOTrainer`: TRL 1.16's, with our data path, log-probs and losses inside."""
 
 from __future__ import annotations
 
@@ -25,37 +22,24 @@ from trl.trainer.utils import use_adapter
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
+from dpo_ext.layout.batch import LAYOUTS
+from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
 from dpo_ext.torch import assert_packing_safe, attach_scoring, preference_loss
-from dpo_ext.trl.collator import LAYOUTS, NUM_TOKENS, REF_COLUMNS, TABLE_KEY, PairCollator
+from dpo_ext.trl.collator import NUM_TOKENS, SERVED, TABLE_KEY, PairCollator
 from dpo_ext.trl.options import (
-    HONOURED,
-    REFUSED,
     check_args,
     check_dataset,
     check_model,
     loss_options,
 )
 
-__all__ = ["HONOURED", "REFUSED", "DPOTrainer", "PairCollator"]
-
 logger = logging.getLogger(__name__)
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-MODEL_KEYS = {
-    "padded": ("input_ids", "attention_mask"),
-    "packed": (
-        "input_ids",
-        "position_ids",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-    ),
-}
+_MODEL_KEYS = {name: LAYOUTS[name].model_inputs for name in SERVED}
 BATCH_KEYS = {
-    "padded": {*MODEL_KEYS["padded"], "completion_mask", *REF_COLUMNS, TABLE_KEY},
-    "packed": {*MODEL_KEYS["packed"], "completion_lengths", NUM_TOKENS, *REF_COLUMNS, TABLE_KEY},
+    "padded": {*_MODEL_KEYS["padded"], "completion_mask", *REFERENCE, TABLE_KEY},
+    "packed": {*_MODEL_KEYS["packed"], "completion_lengths", NUM_TOKENS, *REFERENCE, TABLE_KEY},
 }
 
 
@@ -129,8 +113,8 @@ class DPOTrainer(trl.DPOTrainer):
         *,
         layout: str = "padded",
     ) -> None:
-        if layout not in LAYOUTS:
-            raise ValueError(f"`layout` must be one of {LAYOUTS}, found {layout!r}")
+        if layout not in SERVED:
+            raise ValueError(f"`layout` must be one of {SERVED}, found {layout!r}")
         if args is not None:
             check_args(args)
         if quantization_config is not None:
@@ -236,13 +220,13 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add both reference columns unless they are there; the same on every rank, not cached."""
-        if set(REF_COLUMNS) <= set(dataset.column_names):
+        if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         self._attach()
         model = self.model if self.ref_model is None else self.ref_model
         loader = self.accelerator.prepare(
             DataLoader(
-                dataset.select_columns(list(ID_COLUMNS)),
+                dataset.select_columns(list(IDS)),
                 batch_size=batch_size,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
@@ -255,7 +239,7 @@ class DPOTrainer(trl.DPOTrainer):
             sides = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
             values.append(self.accelerator.gather_for_metrics(sides).cpu())
         columns = torch.cat(values).numpy()
-        for index, column in enumerate(REF_COLUMNS):
+        for index, column in enumerate(REFERENCE):
             dataset = dataset.add_column(column, columns[:, index])
         self._prepared.add(_fingerprint(dataset))
         return dataset
@@ -286,7 +270,7 @@ class DPOTrainer(trl.DPOTrainer):
             **self._model_inputs(inputs), score_stats=("entropy", "mean_logit", "is_top1")
         )
         if self.precompute_ref_logps:
-            reference = [inputs[name] for name in REF_COLUMNS]
+            reference = [inputs[name] for name in REFERENCE]
         else:
             ref_model = self.model if self.ref_model is None else self.ref_model
             reference = list(self.compute_ref_log_probs(ref_model, inputs))
@@ -305,7 +289,7 @@ class DPOTrainer(trl.DPOTrainer):
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # `compute_metrics` wants logits, which scoring never builds
-            model_inputs = {key: inputs[key] for key in MODEL_KEYS[self.layout]}
+            model_inputs = {key: inputs[key] for key in _MODEL_KEYS[self.layout]}
             return out.loss, model(**model_inputs, use_cache=False)
 
     def _record(self, mode: str, inputs: Mapping[str, Any], scores: Any, out: Any) -> None:
@@ -353,7 +337,7 @@ class DPOTrainer(trl.DPOTrainer):
                 f"the batch has no score table under `{TABLE_KEY}`\n"
                 "hint: batches come from PairCollator(..., score_table=True)"
             )
-        model_inputs = {name: inputs[name] for name in MODEL_KEYS[self.layout]}
+        model_inputs = {name: inputs[name] for name in _MODEL_KEYS[self.layout]}
         return {**model_inputs, "use_cache": False, "score_table": inputs[TABLE_KEY]}
 
     def evaluate(
@@ -371,7 +355,7 @@ class DPOTrainer(trl.DPOTrainer):
         if (
             isinstance(eval_dataset, Dataset)
             and self.precompute_ref_logps
-            and set(REF_COLUMNS) <= set(eval_dataset.column_names)
+            and set(REFERENCE) <= set(eval_dataset.column_names)
         ):
             prepared = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
             return transformers.Trainer.evaluate(self, prepared, ignore_keys, metric_key_prefix)
@@ -385,10 +369,10 @@ def _fingerprint(dataset: Dataset) -> str:
 def _as_dataset(pairs: PairDataset) -> Dataset:
     """The pairs as Arrow columns: ids, and reference log-probs where the rows had them."""
     columns: dict[str, pa.Array] = {}
-    for name in ID_COLUMNS:
+    for name in IDS:
         ragged = getattr(pairs, name)
         columns[name] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
     if pairs.ref_logps is not None:
-        for index, name in enumerate(REF_COLUMNS):
+        for index, name in enumerate(REFERENCE):
             columns[name] = pa.array(pairs.ref_logps[:, index].astype(np.float32))
     return Dataset(InMemoryTable(pa.table(columns)))
