@@ -731,7 +731,6 @@ def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    """C13"""
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
