@@ -173,20 +173,20 @@ def test_a_role_that_the_template_refuses_is_its_own_error(tmp_path):
 @pytest.mark.parametrize(
     "name", ["messages", "bos_token", "eos_token", "add_generation_prompt", "tools"]
 )
-def test_t11_a_rows_kwargs_cannot_override_the_templates_own_variables(tmp_path, name):
+def test_a_rows_kwargs_cannot_override_the_templates_own_variables(tmp_path, name):
     ours = tokenizer(tmp_path / "m")
     with pytest.raises(DataError) as caught:
         PairDataset.from_rows([row(chat_template_kwargs={name: "x"})], ours)
     assert (caught.value.reason, caught.value.field) == ("bad_messages", "chat_template_kwargs")
 
 
-def test_t11_a_rows_own_kwargs_reach_the_template(tmp_path):
+def test_a_rows_own_kwargs_reach_the_template(tmp_path):
     ours = tokenizer(tmp_path / "m", template="{{ mode }}" + TEMPLATE)
     pairs = PairDataset.from_rows([row(chat_template_kwargs={"mode": "fast"})], ours)
     assert decode(pairs[0]["prompt_ids"]).startswith("fast")
 
 
-def test_t7_a_poisoned_folder_runs_nothing(tmp_path):
+def test_a_poisoned_folder_runs_nothing(tmp_path):
     """Pickles, Python files and auto_map lie beside the tokenizer; loading touches none of them."""
     folder = write_folder(
         tmp_path / "m",
@@ -214,7 +214,7 @@ FORGED = [
 
 
 @pytest.mark.parametrize("text", FORGED)
-def test_t9_contents_cannot_forge_a_turn_when_they_stay_text(tmp_path, text):
+def test_contents_cannot_forge_a_turn_when_they_stay_text(tmp_path, text):
     ours = tokenizer(tmp_path / "m")
     control = {PAD, TURN, END}
 
@@ -236,7 +236,7 @@ def test_t9_contents_cannot_forge_a_turn_when_they_stay_text(tmp_path, text):
     assert text in decode(forged)
 
 
-def test_t12_a_bare_tokenizer_json_invents_nothing(tmp_path):
+def test_a_bare_tokenizer_json_invents_nothing(tmp_path):
     folder = write_folder(tmp_path / "m")
     bare = Tokenizer.from_file(folder / "tokenizer.json")
     full = Tokenizer.from_pretrained(folder)

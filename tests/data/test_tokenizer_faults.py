@@ -1,4 +1,4 @@
-"""`Tokenizer`: Arrow columns, and the faults T1 to T5: hostile files, ids, blocks, long words, growing caches."""
+"""`Tokenizer`: Arrow columns, and its faults: hostile files, ids, blocks, long words, growing caches."""
 
 import json
 import subprocess
@@ -117,7 +117,7 @@ PANICS = {
 
 
 @pytest.mark.parametrize("name", PANICS)
-def test_t1_what_makes_the_crate_panic_is_a_tokenizer_error(tmp_path, tok, name, capfd):
+def test_what_makes_the_crate_panic_is_a_tokenizer_error(tmp_path, tok, name, capfd):
     path = tmp_path / "tokenizer.json"
     path.write_text(PANICS[name], encoding="utf-8")
     try:
@@ -132,7 +132,7 @@ def test_t1_what_makes_the_crate_panic_is_a_tokenizer_error(tmp_path, tok, name,
     assert tok.encode("ab").tolist() == [97, 98]
 
 
-def test_t1_bengali_text_is_encoded_whole(tok, shared_dir):
+def test_bengali_text_is_encoded_whole(tok, shared_dir):
     text = (
         "\u0995\u09cd\u09b7\u09c1\u09a6\u09cd\u09b0 \u09ac\u09be\u0982\u09b2\u09be "
         "\u09a1\u09bc\u09a2\u09bc\u09df\u09cb \u09ab\u0993\u09c7\u09be"
@@ -148,7 +148,7 @@ def test_t1_bengali_text_is_encoded_whole(tok, shared_dir):
             assert mine.encode(part, add_special_tokens=False).tolist() == expected
 
 
-def test_t2_ids_that_no_vocabulary_reaches_never_come_out(tmp_path):
+def test_ids_that_no_vocabulary_reaches_never_come_out(tmp_path):
     path = tmp_path / "tokenizer.json"
     vocab = json.loads(tokenizer_json())["model"]["vocab"]
     first = next(iter(vocab))
@@ -162,7 +162,7 @@ def test_t2_ids_that_no_vocabulary_reaches_never_come_out(tmp_path):
             Tokenizer.from_file(path)
 
 
-def test_t2_an_id_of_two_tokens_and_gaps_are_noticed(tmp_path):
+def test_an_id_of_two_tokens_and_gaps_are_noticed(tmp_path):
     path = tmp_path / "tokenizer.json"
     vocab = json.loads(tokenizer_json())["model"]["vocab"]
     path.write_text(changed(model__vocab={**vocab, "zz": vocab["a"]}), encoding="utf-8")
@@ -176,7 +176,7 @@ def test_t2_an_id_of_two_tokens_and_gaps_are_noticed(tmp_path):
     assert (gaps.encode("zz a \u00e9") < gaps.vocab_size).all()
 
 
-def test_t3_calls_never_change_the_state(tmp_path):
+def test_calls_never_change_the_state(tmp_path):
     block = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     path = tmp_path / "tokenizer.json"
     path.write_text(changed(truncation=block), encoding="utf-8")
@@ -190,7 +190,7 @@ def test_t3_calls_never_change_the_state(tmp_path):
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "ab", "\u00e9", "e\u0301", "1", "'", "<|"])
-def test_t4_ten_megabytes_of_one_unit_are_linear_work(tok, shared_dir, unit):
+def test_ten_megabytes_of_one_unit_are_linear_work(tok, shared_dir, unit):
     for ours in (tok, Tokenizer.from_pretrained(shared_dir / "tokenizers" / "qwen2.5")):
         text = unit * (10_000_000 // len(unit.encode()))
         # Linear: a tenth of the text takes about a tenth of the time; a shared machine is granted a factor of three.
@@ -225,7 +225,7 @@ print((resident() - before) / 3 / 2**20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
-def test_t5_the_word_cache_stays_bounded_over_distinct_rows(tmp_path):
+def test_the_word_cache_stays_bounded_over_distinct_rows(tmp_path):
     folder = write_folder(tmp_path / "m")
     result = subprocess.run(
         [sys.executable, "-c", LEAK, folder], capture_output=True, text=True, check=True

@@ -21,7 +21,7 @@ def plan_of(layout, n=60):
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
-def test_batches_that_are_kept_are_never_written_over(layout, prefetch):  # P9
+def test_batches_that_are_kept_are_never_written_over(layout, prefetch):
     plan = plan_of(layout)
     want = [batch_bits(batch) for batch in plan]
     loader = PairLoader(plan, prefetch=prefetch)
@@ -38,7 +38,7 @@ def test_batches_that_are_kept_are_never_written_over(layout, prefetch):  # P9
     assert [batch_bits(batch) for _, batch in some] == [want[i] for i, _ in some]
 
 
-def test_arrays_outlive_loader_and_plan():  # P9
+def test_arrays_outlive_loader_and_plan():
     plan = plan_of("packed")
     want = batch_bits(plan[0])
     loader = PairLoader(plan)
@@ -58,7 +58,7 @@ def test_arrays_outlive_loader_and_plan():  # P9
 
 
 @pytest.mark.parametrize("part", ["input_ids", "targets", "seq_offsets", "table", "pair_index"])
-def test_one_view_keeps_the_whole_buffer(part):  # P9
+def test_one_view_keeps_the_whole_buffer(part):
     plan = plan_of("padded")
     loader = PairLoader(plan, prefetch=0)
     for _ in loader:  # the ring learns its size

@@ -1,4 +1,4 @@
-"""The faults of packing, batches and offsets, P1 to P10: each cannot happen, or is a typed error."""
+"""The faults of packing, batches and offsets: each cannot happen, or is a typed error."""
 
 import hashlib
 import itertools
@@ -28,7 +28,7 @@ def lengths_only(*lengths):
     return PairDataset(ids, ids, ids, report=Report(n, n), pad_id=0, vocab_size=None)
 
 
-def test_p1_sums_beyond_32_bits_are_a_limit_and_no_wrong_offset():
+def test_sums_beyond_32_bits_are_a_limit_and_no_wrong_offset():
     pairs = lengths_only(2**30, 2**30, 1)
     assert pairs.tokens.sum() == 4 * (2**31 + 1)
     for layout, field in (
@@ -55,7 +55,7 @@ def test_p1_sums_beyond_32_bits_are_a_limit_and_no_wrong_offset():
 
 
 @given(st.integers(0, 25), st.integers(0, 99), st.sampled_from(["packed", "shared"]))
-def test_p2_no_pair_is_lost_doubled_split_or_crossed(n, seed, layout):
+def test_no_pair_is_lost_doubled_split_or_crossed(n, seed, layout):
     pairs = random_pairs(n, seed, shortest=0)
     plan = pairs.plan(layout=layout, tokens_per_batch=150, bin_length=50, seed=seed)
     seen = []
@@ -76,7 +76,7 @@ def test_p2_no_pair_is_lost_doubled_split_or_crossed(n, seed, layout):
     assert sorted(seen) == list(range(n))
 
 
-def test_p3_the_head_gives_equal_bits_on_equal_rows_of_all_layouts():
+def test_the_head_gives_equal_bits_on_equal_rows_of_all_layouts():
     """Through models: `test_three_layouts_give_the_same_log_probs_and_gradients`."""
     torch = pytest.importorskip("torch")
     from dpo_ext.torch import sequence_logps
@@ -98,7 +98,7 @@ def test_p3_the_head_gives_equal_bits_on_equal_rows_of_all_layouts():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_p4_nothing_to_score_is_zero_and_counts_nothing(layout):
+def test_nothing_to_score_is_zero_and_counts_nothing(layout):
     torch = pytest.importorskip("torch")
     from dpo_ext.torch import preference_loss, sequence_logps
 
@@ -121,7 +121,7 @@ def test_p4_nothing_to_score_is_zero_and_counts_nothing(layout):
         empty[0]
 
 
-def test_p5_the_shift_by_one_is_exact_for_every_small_pair():
+def test_the_shift_by_one_is_exact_for_every_small_pair():
     """For labels: `test_every_small_label_matrix_is_shifted_by_one_and_interleaved`."""
     cases = 0
     for p, c, r in itertools.product(range(4), repeat=3):
@@ -143,7 +143,7 @@ def test_p5_the_shift_by_one_is_exact_for_every_small_pair():
     assert cases == 192
 
 
-def test_p6_release_builds_keep_overflow_checks():
+def test_release_builds_keep_overflow_checks():
     cargo = tomllib.loads((ROOT / "Cargo.toml").read_text(encoding="utf-8"))
     assert cargo["profile"]["release"]["overflow-checks"] is True
     assert cargo["lints"]["rust"]["unsafe_code"] == "deny"
@@ -184,7 +184,7 @@ print(made.hexdigest())
 """
 
 
-def test_p7_bytes_do_not_depend_on_threads_hashing_or_run():
+def test_bytes_do_not_depend_on_threads_hashing_or_run():
     found = set()
     for threads, hashing in (("1", "0"), ("2", "1"), ("8", "random")):
         environment = {
@@ -217,13 +217,13 @@ def test_p7_bytes_do_not_depend_on_threads_hashing_or_run():
         ([2**62], "pair 0 needs 4611686018427387904 tokens"),
     ],
 )
-def test_p8_lengths_that_fit_nowhere_are_named_with_what_would_work(lengths, message):
+def test_lengths_that_fit_nowhere_are_named_with_what_would_work(lengths, message):
     with pytest.raises(DataError) as caught:
         pack_lengths(lengths, 8)
     assert str(caught.value).startswith(message)
 
 
-def test_p8_length_zero_is_placed_and_a_pair_over_its_bin_is_an_error_of_the_plan():
+def test_length_zero_is_placed_and_a_pair_over_its_bin_is_an_error_of_the_plan():
     for lengths in ([0], [0, 0, 0], [8, 0, 8], [0] * 100 + [8]):
         bins = pack_lengths(lengths, 8)
         assert sorted(bins.values.tolist()) == list(range(len(lengths)))
@@ -236,7 +236,7 @@ def test_p8_length_zero_is_placed_and_a_pair_over_its_bin_is_an_error_of_the_pla
         assert len(pairs.plan(layout=layout, tokens_per_batch=need)) >= 1
 
 
-def test_p9_lists_of_batches_are_copies_of_nothing_that_changes():
+def test_lists_of_batches_are_copies_of_nothing_that_changes():
     """Views, tables, threads: test_ring.py."""
     pytest.importorskip("torch")
     from dpo_ext.torch import PairLoader
@@ -251,7 +251,7 @@ def test_p9_lists_of_batches_are_copies_of_nothing_that_changes():
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_p10_every_rank_has_as_many_batches_for_every_n_and_world_size(layout, drop_last):
+def test_every_rank_has_as_many_batches_for_every_n_and_world_size(layout, drop_last):
     for n in range(41):
         pairs = random_pairs(n, seed=n, longest=4)
         options = {"layout": layout, "tokens_per_batch": 24, "drop_last": drop_last}

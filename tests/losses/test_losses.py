@@ -39,7 +39,7 @@ def close(a, b, tolerance=1e-6):
 
 
 @given(pair_logps())
-def test_11_swapping_the_sides_negates_the_margin(case):
+def test_swapping_the_sides_negates_the_margin(case):
     m = 0.1 * margins(case)
     logps, ref, _ = swapped(case)
     back = preference_loss(logps, ref).per_pair
@@ -48,7 +48,7 @@ def test_11_swapping_the_sides_negates_the_margin(case):
     close(smooth, per_pair(case, "cdpo", label_smoothing=0.7))
 
 
-def test_12_the_value_at_policy_equal_to_reference_is_log_2_to_an_ulp():
+def test_the_value_at_policy_equal_to_reference_is_log_2_to_an_ulp():
     for dtype, ulp in ((torch.float32, 2.0**-24), (torch.float64, 2.0**-53)):
         logps = (-torch.rand(1000, 2) * 3000).to(dtype)
         out = preference_loss(logps, logps)
@@ -64,13 +64,13 @@ STEP0 = {
 
 
 @pytest.mark.parametrize("name", STEP0)
-def test_12_the_values_at_policy_equal_to_reference_are_the_catalogue_s(name):
+def test_the_values_at_policy_equal_to_reference_are_the_catalogue_s(name):
     out = preference_loss(LOGPS.double(), LOGPS.double(), loss=name)
     close(out.per_pair, torch.full((3,), STEP0[name], dtype=torch.float64), 1e-12)
 
 
 @given(pair_logps(), st.integers(1, 2000))
-def test_13_a_term_of_the_prompt_cancels_in_margin_losses_and_moves_the_others(case, k):
+def test_a_term_of_the_prompt_cancels_in_margin_losses_and_moves_the_others(case, k):
     moved = case._replace(logps=case.logps - k / 64)
     for name, row in LOSSES.items():
         if (
@@ -88,7 +88,7 @@ def test_13_a_term_of_the_prompt_cancels_in_margin_losses_and_moves_the_others(c
         "bdpo", "bpo_balanced", "fdpo_forward_kl", "fdpo_js", "fdpo_alpha", "chipo", "ipo_avg", "dpo_norm",
     ],
 )  # fmt: skip
-def test_13_the_other_losses_do_change(name):
+def test_the_other_losses_do_change(name):
     options = {"kto_pair_z": {"z": 0.5}, "bco_pair": {"delta": 0.0}}.get(name, {})
     logps, ref = LOGPS.double() - 2, REF.double()
     one = preference_loss(logps, ref, loss=name, lengths=LENGTHS, **options).per_pair
@@ -97,7 +97,7 @@ def test_13_the_other_losses_do_change(name):
 
 
 @given(pair_logps())
-def test_15_16_the_slope_is_beta_times_the_sigmoid_and_scales_with_beta(case):
+def test_the_slope_is_beta_times_the_sigmoid_and_scales_with_beta(case):
     logps = case.logps.clone().requires_grad_()
     out = preference_loss(logps, case.ref_logps, beta=0.3)
     (gradient,) = torch.autograd.grad(out.per_pair.sum(), logps)
@@ -110,7 +110,7 @@ def test_15_16_the_slope_is_beta_times_the_sigmoid_and_scales_with_beta(case):
     )
 
 
-def test_18_ipo_has_its_minimum_at_one_over_two_beta():
+def test_ipo_has_its_minimum_at_one_over_two_beta():
     d = torch.tensor([5.0, 5.5, 4.5, 6.0], dtype=torch.float64)
     logps = torch.stack((d - 20, 0 * d - 20), 1).requires_grad_()
     out = preference_loss(logps, torch.full_like(logps, -20).detach(), loss="ipo_sum", beta=0.1)
@@ -120,7 +120,7 @@ def test_18_ipo_has_its_minimum_at_one_over_two_beta():
 
 
 @given(pair_logps(), st.integers(0, 63))
-def test_20_21_smoothing_mixes_the_two_labels_and_robust_undoes_it(case, k):
+def test_smoothing_mixes_the_two_labels_and_robust_undoes_it(case, k):
     eps = k / 128
     flip = case._replace(logps=case.logps.flip(1), ref_logps=case.ref_logps.flip(1))
     mixed = (1 - eps) * per_pair(case) + eps * per_pair(flip)
@@ -131,7 +131,7 @@ def test_20_21_smoothing_mixes_the_two_labels_and_robust_undoes_it(case, k):
     close(robust, per_pair(case), 1e-9)
 
 
-def test_32_ties_follow_the_stated_rule():
+def test_ties_follow_the_stated_rule():
     start = torch.zeros(1, 2, dtype=torch.float64) - 3
 
     def gradient(logps, name, **options):

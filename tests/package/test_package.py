@@ -81,7 +81,3 @@ def test_wheel_imports_in_a_clean_environment_with_numpy_alone(wheel, tmp_path):
         "batch = pairs.plan(layout='padded', pairs_per_batch=1)[0]; print(batch.input_ids.tolist())"
     )
     assert run(python, "-c", code, cwd=tmp_path).strip() == "[[1, 2, 3, 0], [1, 2, 4, 5]]"
-
-
-def test_stub_matches_the_native_module():
-    run(sys.executable, "-m", "mypy.stubtest", "dpo_ext._core", cwd=ROOT)

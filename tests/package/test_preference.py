@@ -32,7 +32,7 @@ strengths = st.lists(st.integers(1, 1000), min_size=2, max_size=7)
 
 
 @given(strengths)
-def test_24_the_fit_of_expected_wins_returns_the_strengths(a):
+def test_the_fit_of_expected_wins_returns_the_strengths(a):
     a = np.array(a, dtype=np.float64)
     wins = bt_probability(a[:, None], a[None, :])
     np.fill_diagonal(wins, 0)
@@ -181,7 +181,7 @@ def test_the_real_reward_world():
 
 
 @given(st.lists(st.integers(-200, 200), min_size=4, max_size=12))
-def test_22_a_divergence_is_not_negative_and_0_only_for_equals(numbers):
+def test_a_divergence_is_not_negative_and_0_only_for_equals(numbers):
     half = len(numbers) // 2
     p, q = (
         torch.tensor(numbers[k * half : (k + 1) * half], dtype=torch.float64) / 16 for k in range(2)

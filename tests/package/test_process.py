@@ -36,7 +36,7 @@ def work(queue, tokenizer, rows):
     queue.put((digest(tokenizer, rows), heavy))
 
 if __name__ == "__main__":
-    method, used, workers, folder = sys.argv[1:]
+    method, used, folder = sys.argv[1:]
     rows = [{"prompt": f"q {i}: ", "chosen": f"yes {i} the", "rejected": f"no {i}"} for i in range(300)]
     tokenizer = dpo_ext.Tokenizer.from_pretrained(folder)
     want = digest(dpo_ext.Tokenizer.from_pretrained(folder), rows, 1)
@@ -44,19 +44,20 @@ if __name__ == "__main__":
         assert digest(tokenizer, rows, 2) == want
         assert digest(tokenizer, rows) == want
     context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    children = [
-        context.Process(target=work, args=(queue, tokenizer, rows)) for _ in range(int(workers))
-    ]
-    for child in children:
-        child.start()
-    for _ in children:
-        found, heavy = queue.get(timeout=10)
-        assert found == want
-        assert heavy == [], heavy
-    for child in children:
-        child.join(10)
-        assert child.exitcode == 0
+    for workers in (1, 2, 4):
+        queue = context.Queue()
+        children = [
+            context.Process(target=work, args=(queue, tokenizer, rows)) for _ in range(workers)
+        ]
+        for child in children:
+            child.start()
+        for _ in children:
+            found, heavy = queue.get(timeout=10)
+            assert found == want
+            assert heavy == [], heavy
+        for child in children:
+            child.join(10)
+            assert child.exitcode == 0
     assert digest(tokenizer, rows, 2) == want
     print("done")
 """
@@ -74,17 +75,16 @@ def child(code, *args, env=None, timeout=60, **options):
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("used", ["used", "fresh"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_f1_f2_workers_encode_the_same_ids_and_load_nothing_heavy(tmp_path, method, used, workers):
+def test_workers_encode_the_same_ids_and_load_nothing_heavy(tmp_path, method, used):
     write_folder(tmp_path / "m")
     (tmp_path / "main.py").write_text(CHILD)
-    done = child([tmp_path / "main.py"], method, used, workers, tmp_path / "m")
+    done = child([tmp_path / "main.py"], method, used, tmp_path / "m")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-800:]
 
 
-def test_f1_a_fork_while_threads_encode_does_not_block_the_child(tmp_path):
+def test_a_fork_while_threads_encode_does_not_block_the_child(tmp_path):
     """The fork happens again and again while other threads ask for pools."""
     code = (
         "import os, sys, threading, signal\n"
@@ -124,7 +124,7 @@ THREADS = (
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
-def test_f11_the_variable_and_the_affinity_bound_the_threads(tmp_path):
+def test_the_variable_and_the_affinity_bound_the_threads(tmp_path):
     write_folder(tmp_path / "m")
     allowed = os.sched_getaffinity(0)
     one = {min(allowed)}
@@ -139,7 +139,7 @@ def test_f11_the_variable_and_the_affinity_bound_the_threads(tmp_path):
         assert done.stdout == f"{want}\n", (variable, done.stderr[-500:])
 
 
-def test_f11_one_thread_inside_a_worker_of_torchs_loader(monkeypatch):
+def test_one_thread_inside_a_worker_of_torchs_loader(monkeypatch):
     import types
 
     from dpo_ext.data.options import default_threads
@@ -153,7 +153,7 @@ def test_f11_one_thread_inside_a_worker_of_torchs_loader(monkeypatch):
     assert default_threads(None) is None
 
 
-def test_p7_one_two_and_eight_threads_give_the_same_bytes(tmp_path):
+def test_one_two_and_eight_threads_give_the_same_bytes(tmp_path):
     ours = tokenizer(tmp_path / "m")
     digests = set()
     for threads in (1, 2, 8):
@@ -180,7 +180,7 @@ INTERRUPT = (
 )
 
 
-def test_f3_ctrl_c_at_random_times_ends_a_long_call_at_once(tmp_path):
+def test_ctrl_c_at_random_times_ends_a_long_call_at_once(tmp_path):
     write_folder(tmp_path / "m")
     line = json.dumps({"prompt": "q ", "chosen": "the word " * 40, "rejected": "no"}) + "\n"
     (tmp_path / "rows.jsonl").write_text(line * 100_000)
@@ -196,7 +196,7 @@ def test_f3_ctrl_c_at_random_times_ends_a_long_call_at_once(tmp_path):
     assert sorted(waits)[1] < 0.2, waits
 
 
-def test_f6_another_thread_runs_while_a_long_call_works(tmp_path):
+def test_another_thread_runs_while_a_long_call_works(tmp_path):
     ours = tokenizer(tmp_path / "m")
     texts = ["the quick brown fox " * 2000] * 300
     ticks, stop = 0, threading.Event()
@@ -218,7 +218,7 @@ def test_f6_another_thread_runs_while_a_long_call_works(tmp_path):
     assert counted > spent / 0.050
 
 
-def test_f6_two_threads_with_a_short_switch_interval(tmp_path):
+def test_two_threads_with_a_short_switch_interval(tmp_path):
     ours = tokenizer(tmp_path / "m")
     want = PairDataset.from_rows(ROWS[:20], ours).chosen_ids.values
     before = sys.getswitchinterval()
@@ -243,7 +243,7 @@ def test_f6_two_threads_with_a_short_switch_interval(tmp_path):
     assert wrong == []
 
 
-def test_f8_a_list_that_changes_during_the_call_harms_nothing(tmp_path):
+def test_a_list_that_changes_during_the_call_harms_nothing(tmp_path):
     ours = tokenizer(tmp_path / "m")
     texts = ["hello " * 50] * 2000
     stop = threading.Event()
@@ -268,7 +268,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
-def test_f9_ten_thousand_calls_leak_nothing(tmp_path):
+def test_ten_thousand_calls_leak_nothing(tmp_path):
     ours = tokenizer(tmp_path / "m")
     messages = [{"role": "user", "content": "hello " * 30}]
 
@@ -287,7 +287,7 @@ def test_f9_ten_thousand_calls_leak_nothing(tmp_path):
     assert resident() - before < 8 << 20
 
 
-def test_f13_nothing_global_is_touched(tmp_path):
+def test_nothing_global_is_touched(tmp_path):
     import locale
     import signal
 
@@ -329,7 +329,7 @@ def test_f13_nothing_global_is_touched(tmp_path):
     ],
     ids=["C", "Turkish", "no home", "hash seed"],
 )
-def test_f14_the_surroundings_change_nothing(tmp_path, env):
+def test_the_surroundings_change_nothing(tmp_path, env):
     code = (
         "import hashlib, os, sys, dpo_ext\n"
         "os.umask(0o777); os.chdir('/')\n"
