@@ -47,7 +47,8 @@ impl TokenStats {
 /// Same as, for each scored token: `y = transform(z[row])`, `logp = log_softmax(y)[target]`, in float64.
 ///
 /// # Errors
-/// [`Error::Tensor`] if the lengths disagree, [`Error::Value`] for a bad transform.
+/// [`Error::Tensor`](crate::Error::Tensor) if the lengths disagree, [`Error::Value`](crate::Error::Value) for a bad
+/// transform.
 ///
 /// ```
 /// use dpo_ext::logps::{Float32, Scoring, Shape, Tokens, Transform, token_stats};
