@@ -99,7 +99,12 @@ class RichShow(PlainShow):
     """The same, redrawn in place: stages and their seconds, curves, and an answer as it changes."""
 
     def __init__(
-        self, title: str, stages: tuple[str, ...], console: Any, promise: str = ""
+        self,
+        title: str,
+        stages: tuple[str, ...],
+        console: Any,
+        promise: str = "",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         from rich.live import Live
         from rich.spinner import Spinner
@@ -111,7 +116,7 @@ class RichShow(PlainShow):
         self._curves: dict[str, list[float]] = {}
         self._notes: list[str] = []
         self._answers: list[tuple[str, str, float | None]] = []
-        super().__init__(title, stages, promise)
+        super().__init__(title, stages, promise, clock)
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._draw)
 
     def __enter__(self) -> RichShow:

@@ -59,7 +59,7 @@ for step, batch in enumerate(PairLoader(plan, device="cpu")):
     with torch.no_grad():
         ref_logps = reference(**batch.model_inputs, score_table=batch.table).logps
     logps = policy(**batch.model_inputs, score_table=batch.table).logps
-    out = preference_loss(logps, ref_logps, loss="ipo", beta=0.1)
+    out = preference_loss(logps, ref_logps, loss="dpo", beta=0.5)
     optimizer.zero_grad()
     out.loss.backward()
     optimizer.step()
@@ -286,8 +286,9 @@ def _next(m: Mapping[str, Any]) -> str:
     )
     return (
         f"<p><b>What was trained lies beside this page.</b></p>{places}{own}"
-        f"<p><b>Train on.</b> In the folder of this page{where}, the same start with another loss "
-        f"(<code>dpo-ext losses</code> lists them):</p><pre id=snippet>{escape(snippet)}</pre>"
+        f"<p><b>A loop of yours.</b> In the folder of this page{where}, from the same start again; "
+        "another name for <code>loss</code> trains with another one, and <code>dpo-ext "
+        f"losses</code> lists them:</p><pre id=snippet>{escape(snippet)}</pre>"
         "<p><b>A model of yours.</b> Put its folder where the snippet says "
         "<code>reference</code>. Any causal language model of transformers works, and "
         "<code>from dpo_ext.trl import DPOTrainer</code> is the same in TRL's trainer: the README "
