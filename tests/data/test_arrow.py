@@ -144,6 +144,7 @@ def hf(rows, tmp_path):
     return datasets.load_from_disk(str(tmp_path / "hf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_map_gives_the_ids_and_its_cache_is_hit(hf, rows, tokenizer, num_proc, monkeypatch):
     def run(tok):

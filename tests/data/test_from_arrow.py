@@ -402,6 +402,7 @@ def test_progress_is_called_and_its_error_stops_the_call(tok):
         PairDataset.from_arrow(table, tok, threads=1, progress=stop)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_call(tmp_path):
     tokenizer(tmp_path / "m")
     code = (

@@ -555,6 +555,7 @@ def test_a_gzip_bomb_is_a_limit(load):
     assert caught.value.field == "max_unpacked_bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_a_line_without_end_costs_little_memory(tmp_path):
     path = tmp_path / "sparse.jsonl"
@@ -776,6 +777,7 @@ def test_the_gil_is_released(load):
     assert max(np.diff([start, *inside, end])) < 0.6 * (end - start)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_call(tmp_path):
     path = tmp_path / "big.jsonl"
     big = json.dumps({**GOOD, "chosen": "the a " * 20_000}).encode()

@@ -250,6 +250,7 @@ print(counts)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cut", "flip", "splat"])
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.feather"])
 def test_damaged_files_are_typed_errors(tmp_path, name, mode):
@@ -453,6 +454,7 @@ def test_a_short_run_writes_nothing_where_there_is_no_terminal(tok, tmp_path, ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.feather"])
 def test_progress_ends_at_the_size_of_the_files(tok, tmp_path, name):
     path = write(tmp_path / name, ROWS * 2000)

@@ -220,6 +220,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_ends_at_once_and_small(tmp_path, name):
     """In a child with 2 GiB of address space; a template may also render harmless text."""

@@ -106,6 +106,7 @@ def test_a_template_that_does_not_compile_here_goes_to_transformers_too(tmp_path
         assert ours.apply_chat_template(USER) == "hello11"
 
 
+@pytest.mark.slow
 def test_without_transformers_the_construct_is_named(tmp_path):
     """In a child in which transformers cannot be imported."""
     write_folder(tmp_path / "m", template=PERCENT)

@@ -51,6 +51,7 @@ def test_the_files_post_processor_wins_over_the_configuration(tmp_path, add_bos)
     assert want == [BOS, ord("a")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox20b", "qwen2.5"])
 def test_published_tokenizers_give_transformers_ids(shared_dir, name):
     transformers = pytest.importorskip("transformers")
@@ -117,6 +118,7 @@ def test_truncation_and_padding_blocks_are_switched_off(tmp_path, tok):
     assert Tokenizer.from_file(path).encode("abcd").tolist() == tok.encode("abcd").tolist()
 
 
+@pytest.mark.slow
 def test_pickles_are_stable_bytes_in_every_process(tmp_path):
     folder = write_folder(tmp_path / "m")
     ours = Tokenizer.from_pretrained(folder)

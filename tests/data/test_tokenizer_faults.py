@@ -189,6 +189,7 @@ def test_calls_never_change_the_state(tmp_path):
     assert ours.to_json() == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "ab", "\u00e9", "e\u0301", "1", "'", "<|"])
 def test_ten_megabytes_of_one_unit_are_linear_work(tok, shared_dir, unit):
     for ours in (tok, Tokenizer.from_pretrained(shared_dir / "tokenizers" / "qwen2.5")):
@@ -224,6 +225,7 @@ print((resident() - before) / 3 / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 def test_the_word_cache_stays_bounded_over_distinct_rows(tmp_path):
     folder = write_folder(tmp_path / "m")

@@ -137,6 +137,7 @@ def test_a_wide_window_is_a_limit(load, log):
         assert caught.value.field == "zstd_window"
 
 
+@pytest.mark.slow
 def test_bombs_are_limits_in_little_memory(tmp_path):
     tokenizer(tmp_path / "m")
     inner = bomb(b"\n", 96 << 20)

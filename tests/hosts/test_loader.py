@@ -143,6 +143,7 @@ def test_wrong_arguments():
         PairLoader(FakePlan(1), prefetch=-1)
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_in_the_middle_exits():
     import subprocess
     import sys

@@ -90,6 +90,7 @@ def test_a_state_of_other_batches_is_refused():
         PairLoader([1, 2]).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_plain_data_loader_resumes_by_its_sampler(layout, workers):

@@ -184,6 +184,7 @@ print(made.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_threads_hashing_or_run():
     found = set()
     for threads, hashing in (("1", "0"), ("2", "1"), ("8", "random")):

@@ -247,6 +247,7 @@ def first(batches):
     return batches[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_dataloader_reads_a_plan(workers):
     torch_data = pytest.importorskip("torch.utils.data")

@@ -182,6 +182,7 @@ def test_a_head_without_memory_changes_nothing_and_can_be_run_again(plan):
     assert sweep(step, unchanged, step()) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K14")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_a_process_without_memory_gets_an_error_and_goes_on():
@@ -246,6 +247,7 @@ except KernelUnavailable as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K15")
 @pytest.mark.parametrize(
     ("hidden", "env", "hint"),
@@ -267,6 +269,7 @@ def test_a_stripped_environment_imports_computes_and_says_what_to_install(hidden
 # ---- K16: cold starts ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K16")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_eight_processes_that_start_cold_together_agree():

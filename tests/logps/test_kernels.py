@@ -398,6 +398,7 @@ def test_without_nvrtc_the_error_says_what_to_install(
         kernels._function("segment_sum", ())
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K15")
 def test_importing_the_kernels_loads_no_cupy():
     code = "import sys, dpo_ext.torch.logps.ops; sys.exit('cupy' in sys.modules)"

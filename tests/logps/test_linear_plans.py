@@ -89,6 +89,7 @@ def test_checkpointing(plan, reentrant):
     assert torch.equal(*grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_compile_fullgraph(plan):
     torch._dynamo.reset()

@@ -451,6 +451,7 @@ def test_operators_compile_without_a_graph_break():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_child_of_a_fork_computes_the_same():
     code = (
         "import os, torch, dpo_ext.torch.logps.ops\n"

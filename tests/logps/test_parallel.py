@@ -149,6 +149,7 @@ def two_ranks(rank, store):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """All checks of this file in one pair of processes, whose start is most of the time."""
     warm.ranks(__name__, "two_ranks", tmp_path / "store")

@@ -240,6 +240,7 @@ def test_a_scalar_is_held_to_the_scale_of_its_sequences():
         case.verify(off)
 
 
+@pytest.mark.slow
 def test_a_wrong_result_of_ours_is_not_timed_and_ends_in_status_1(monkeypatch, tmp_path):
     head = main_of_head()
     import cases
@@ -326,6 +327,7 @@ def smoke(tmp_path_factory):
     return done.stdout, json.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_smoke_run_measures_every_part(smoke):
     said, found = smoke
     assert (found["warnings"], found["wrong"]) == ([], [])
@@ -346,6 +348,7 @@ def test_the_smoke_run_measures_every_part(smoke):
     assert "softcap 5" in said
 
 
+@pytest.mark.slow
 def test_the_smoke_run_says_what_was_left_out_and_records_nothing(smoke):
     said, found = smoke
     for name in ("Liger fused linear DPO", "QuACK chunked CE"):
@@ -373,6 +376,7 @@ def test_what_would_measure_nothing_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_recorded_run_is_a_table_with_the_columns_of_the_file(tmp_path, monkeypatch):
     import report
 
@@ -438,6 +442,7 @@ def test_modules_that_are_not_installed_are_named(tmp_path, monkeypatch):
     assert gpu_check.missing_modules(gpu_check.TESTS / "logps" / "test_gpu.py") == set()
 
 
+@pytest.mark.slow
 def test_what_did_not_run_is_counted_with_its_reason(tmp_path):
     import gpu_check
 

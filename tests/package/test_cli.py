@@ -101,6 +101,7 @@ def test_version_says_what_is_not_installed(monkeypatch):
     assert lines[-1] == "CUDA kernels  cannot run: torch and CuPy not installed; a GPU"
 
 
+@pytest.mark.slow
 def test_version_loads_neither_torch_nor_cupy():
     code = (
         "import sys, dpo_ext.cli\n"
@@ -174,6 +175,7 @@ def test_every_data_command_has_the_options_of_a_data_set(command, capsys, monke
     assert f"[default: {'error' if command == ['prepare'] else 'skip'}]" in out
 
 
+@pytest.mark.slow
 def test_a_shell_is_told_how_to_complete():
     env = {"_DPO_EXT_COMPLETE": "complete_bash", "COMP_WORDS": "dpo-ext lo", "COMP_CWORD": "1"}
     done = child(env={**os.environ, **env})
@@ -220,6 +222,7 @@ def test_a_missing_module_of_our_own_is_not_blamed_on_an_extra(raising):
         cli.main(["losses"])
 
 
+@pytest.mark.slow
 def test_importing_the_command_line_loads_neither_typer_nor_torch():
     code = "import sys, dpo_ext.cli; print(sorted({'typer', 'rich', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -447,6 +450,7 @@ def zstd(text):
     return pa.Codec("zstd").compress(text, asbytes=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd], ids=["plain", "gzip", "zstd"])
 def test_standard_input_is_a_file_like_any_other(data, model, pack, tmp_path):
     rows = data.read_bytes() + json.dumps(BAD).encode() + b"\n"
@@ -466,6 +470,7 @@ def test_standard_input_is_a_file_like_any_other(data, model, pack, tmp_path):
     assert failed.stdout == b""
 
 
+@pytest.mark.slow
 def test_pipes_of_the_shell_are_read_and_leave_nothing_behind(data, model, tmp_path):
     (tmp_path / "tmp").mkdir()
     reader, writer = os.pipe()
@@ -482,6 +487,7 @@ def test_pipes_of_the_shell_are_read_and_leave_nothing_behind(data, model, tmp_p
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(data, model):
     for arguments in (["--version"], ["stats", data, "--tokenizer", model]):
         reader, writer = os.pipe()

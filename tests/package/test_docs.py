@@ -20,6 +20,7 @@ EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.usefixtures("reader_folder")
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.stem)
 def test_every_python_block_runs(page):
     run_blocks(page, {"__name__": page.stem})

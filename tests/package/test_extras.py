@@ -60,6 +60,7 @@ def test_no_other_file_says_what_to_install():
     assert saying == ["extras.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "missing", "extra"),
     [

@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 # https://docs.python.org/3/library says of each of these where it exists. torch comes first: it is built for one system.
@@ -41,11 +43,13 @@ def run(code: str, folder: Path, *, torch: bool = False) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_files_become_batches_without_what_only_posix_has(tmp_path):
     code = "print(len(pairs), pairs.plan(layout='packed', tokens_per_batch=4096)[0].n_pairs)"
     assert run(code, tmp_path) == "4 4\n"
 
 
+@pytest.mark.slow
 def test_log_probs_and_their_gradient_need_nothing_that_only_posix_has(tmp_path):
     code = """
     from dpo_ext.torch import preference_loss, sequence_logps
@@ -58,6 +62,7 @@ def test_log_probs_and_their_gradient_need_nothing_that_only_posix_has(tmp_path)
     assert run(code, tmp_path, torch=True) == "True\n"
 
 
+@pytest.mark.slow
 def test_what_needs_file_locks_says_so_where_there_are_none(tmp_path):
     code = """
     from dpo_ext.data.encode import prepare
@@ -80,6 +85,7 @@ def test_what_needs_file_locks_says_so_where_there_are_none(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_saved_data_set_is_verified_where_cores_are_not_told(tmp_path):
     code = f"""
     import os, sys

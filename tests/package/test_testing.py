@@ -43,6 +43,7 @@ def test_every_loss_of_the_table_keeps_the_invariants_and_its_flags(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo_sum", "simpo", "kto_pair_z", "dpop"])
 def test_flags_that_a_loss_does_not_have_are_refuted(name):
     row, parameters = LOSSES[name], parameters_of(name)
@@ -100,6 +101,7 @@ def pasted(error):
     return "\n".join([*lines, f"got = {call}"])
 
 
+@pytest.mark.slow
 def test_counterexamples_of_log_probs_and_layouts_can_be_pasted():
     def doubled(logits, table):
         return 2 * sequence_logps(logits, table)
@@ -126,6 +128,7 @@ def test_counterexamples_of_log_probs_and_layouts_can_be_pasted():
     assert inputs["input_ids"].shape[1] < longest
 
 
+@pytest.mark.slow
 def test_the_same_search_finds_the_same_counterexample():
     messages = []
     for _ in range(2):
@@ -241,6 +244,7 @@ def test_drawn_tables_are_accepted_by_the_table(table):
     assert isinstance(table, ScoreTable)
 
 
+@pytest.mark.slow
 def test_it_says_which_extra_is_missing():
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"
@@ -286,6 +290,7 @@ def test_margin_and_label_smoothing_move_value_and_gradient_alike(name):
     check_loss_invariants(function, reference_free=free, finite_up_to=reach, examples=8, **needs)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 def test_check_layouts_takes_a_model_and_tells_which_layout_it_breaks():
     transformers = pytest.importorskip("transformers")

@@ -252,6 +252,7 @@ def test_a_bad_row_leaves_what_was_there(tmp_path, files, tokenizer):
     assert left(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_stopped_at_every_part_the_next_run_gives_the_same_bytes(tmp_path, files, tokenizer):
     """Of an interrupted run nothing is visible, and the next one is complete."""
@@ -412,6 +413,7 @@ def knobs(tmp_path, files, tokenizer):
     return calls
 
 
+@pytest.mark.slow
 def test_every_knob_that_may_change_ids_is_a_miss(tmp_path, files, tokenizer, encoded):
     cache = tmp_path / "c"
     base = {"on_bad": "skip", "cache_dir": cache}
@@ -572,6 +574,7 @@ print(len(calls), len(pairs), int(pairs.chosen_ids.values.sum()))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_encode_it_once(tmp_path, files, tokenizer):
     """Also after the one that encoded was killed."""
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())

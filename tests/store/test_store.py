@@ -101,6 +101,7 @@ def test_hugging_face_reads_it(tmp_path):
     assert loaded.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
+@pytest.mark.slow
 def test_ids_are_views_of_the_file(tmp_path):
     n, length = 1000, 8000
     values = np.arange(n * length, dtype=np.int32) % 1000
@@ -176,6 +177,7 @@ def loads_or_refuses(path, pairs, verify=True):
     return False
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_seen(tmp_path):
     pairs = small_pairs(30)
     pairs.save(tmp_path)
@@ -191,6 +193,7 @@ def test_every_flipped_byte_is_seen(tmp_path):
     assert not loads_or_refuses(tmp_path, pairs)
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_the_manifest_is_seen_or_changes_nothing(tmp_path):
     pairs = small_pairs(5)
     pairs.save(tmp_path)
@@ -205,6 +208,7 @@ def test_every_flipped_byte_of_the_manifest_is_seen_or_changes_nothing(tmp_path)
     assert refused > 0.6 * len(good), "what is left is white space"
 
 
+@pytest.mark.slow
 def test_every_truncation_and_every_wrong_tail_is_seen(tmp_path):
     pairs = small_pairs(10)
     pairs.save(tmp_path)
@@ -233,6 +237,7 @@ def test_files_of_two_data_sets_swapped_are_seen(tmp_path):
         PairDataset.load(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_without_verification_a_flip_never_reads_out_of_bounds(tmp_path):
     pairs = small_pairs(30)
     pairs.save(tmp_path)
@@ -410,6 +415,7 @@ def start(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_old_or_the_new_one_is_there(tmp_path):
     """Forked writers are killed at random times; the next one sweeps and goes on."""
     a, b = small_pairs(200, 1), small_pairs(300, 2)
@@ -476,6 +482,7 @@ def in_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_stopped_before_every_call_the_old_or_the_new_one_is_there(tmp_path):
     """Deterministic: the process ends before its k-th open, write, fsync, rename, ..."""
     old, new = small_pairs(50, 1), small_pairs(60, 2)
@@ -504,6 +511,7 @@ def test_stopped_before_every_call_the_old_or_the_new_one_is_there(tmp_path):
     assert sizes[-1] == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_full_or_broken_disk_is_an_error_and_leaves_the_old_one(tmp_path, code):
     """Every write and fsync fails once."""
@@ -548,6 +556,7 @@ def test_short_writes_are_finished(tmp_path, monkeypatch):
     assert tiny.same_pairs(PairDataset.load(tmp_path), pairs)
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_of_the_system_is_an_error(tmp_path):
     """By the kernel itself."""
     import resource
@@ -594,6 +603,7 @@ def test_a_file_is_synced_before_its_name_counts_and_the_folder_after(tmp_path, 
     assert calls == [*one, "unlink data"]
 
 
+@pytest.mark.slow
 def test_writers_wait_for_each_other_and_readers_see_whole_data_sets(tmp_path):
     """Four writers, one of them killed while it may hold the lock, beside a reader."""
     path = tmp_path / "saved"
