@@ -163,6 +163,7 @@ def test_every_honoured_option_is_tested():
     assert TRACED.keys() | UNTRACED == HONOURED.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACED)
 def test_honoured_options_do_what_stock_does(own, data, stock_sigmoid, name):
     expected = runs.stock(own, data, **TRACED[name])
