@@ -127,7 +127,7 @@ def _outside_graphs(body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         nonlocal hidden
         if hidden is None and "torch._dynamo" in sys.modules:
-            from torch._dynamo import skip
+            from torch._dynamo.decorators import skip
 
             hidden = torch.compiler.disable(body)
             skip(run)
