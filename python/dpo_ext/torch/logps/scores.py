@@ -53,7 +53,8 @@ class Transform(NamedTuple):
         for name, value in named.items():
             if value is None and name == "softcap":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            # Not `int | float`, which the compiler of torch 2.8 cannot trace.
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be finite and above 0, found {value}")
