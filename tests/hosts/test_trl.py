@@ -129,7 +129,6 @@ def test_collators_table_scores_every_completion_token_that_has_a_context(data, 
     assert table.lengths.flatten().tolist() == want_lengths
 
 
-@pytest.mark.filterwarnings("ignore:no token is scored")
 @given(
     data=st.lists(rows, min_size=1, max_size=5),
     max_length=st.none() | st.integers(1, 20),

@@ -195,7 +195,6 @@ def test_rows_that_are_not_scored_are_never_read_and_get_no_gradient(impl, poiso
     assert not other[1][others].signbit().any()
 
 
-@pytest.mark.filterwarnings("ignore:no token is scored")
 @pytest.mark.parametrize("impl", IMPLS)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=2, max_size=6),
