@@ -104,6 +104,7 @@ REFUSED = {"list_methods", "dict_update"}  # jinja2's sandbox changes no list an
 ELSEWHERE = {"percent_format"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.filterwarnings("ignore:the chat template is rendered by transformers:RuntimeWarning")
 def test_a_render_is_transformers_byte_for_byte(live, name):
@@ -152,6 +153,7 @@ def rows(theirs):
             yield row, texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_data_sets_rows_are_the_same_renders_joined_or_not(live, name):
     theirs, ours = live(SHAPES[name])
@@ -207,6 +209,7 @@ HOSTILE = {  # each inspects contents; none may be joined
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_inspects_contents_is_never_joined(live, name):
     theirs, ours = live(HOSTILE[name])

@@ -132,6 +132,7 @@ def test_what_makes_the_crate_panic_is_a_tokenizer_error(tmp_path, tok, name, ca
     assert tok.encode("ab").tolist() == [97, 98]
 
 
+@pytest.mark.slow
 def test_bengali_text_is_encoded_whole(tok, shared_dir):
     text = (
         "\u0995\u09cd\u09b7\u09c1\u09a6\u09cd\u09b0 \u09ac\u09be\u0982\u09b2\u09be "

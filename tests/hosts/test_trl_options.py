@@ -242,6 +242,7 @@ def test_pad_token_is_what_batches_are_padded_with(own, data):
     assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {1}
 
 
+@pytest.mark.slow
 def test_label_smoothing_that_the_loss_ignores_warns_once_and_changes_nothing(
     own, data, stock_sigmoid, monkeypatch
 ):
@@ -338,6 +339,7 @@ def test_dispatched_batches_are_refused(own, data):
         runs.build(DPOTrainer, own, data, accelerator_config={"dispatch_batches": True})
 
 
+@pytest.mark.slow
 def test_the_router_loss_of_a_mixture_of_experts_is_refused_and_can_be_turned_off(own, data):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -33,6 +33,7 @@ from dpo_ext.torch.logps import ops
 SIZES = [1, 2, 7, 8, 9, 31, 33, 127, 128, 129, 1000, 2051, 8191, 8193, 32768, 40003]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K5", "H14")
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,6 +57,7 @@ def test_kernels_agree_with_float64(emulator, dtype, columns):
         assert bits(written) == bits(fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K4", "K13", "H15")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_alignment_schedule_or_neighbours(emulator, dtype):

@@ -153,6 +153,7 @@ def run(kernel, problem, emulator):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K1")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_answers_nan_for_what_does_not_exist(kernel, short_tiles):
@@ -212,6 +213,7 @@ def test_no_kernel_runs_where_there_is_nothing_and_no_grid_is_too_high(kernel, s
     assert max(grid[1] for _, grid in short_tiles.launched) <= 65_535
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K4")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
@@ -225,6 +227,7 @@ def test_every_kernel_honours_strides_and_addresses(kernel, dtype, short_tiles):
     assert len(results) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K5", "H14")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_takes_any_number_of_columns(kernel, short_tiles):
@@ -241,6 +244,7 @@ def test_every_kernel_takes_any_number_of_columns(kernel, short_tiles):
         run(kernel, p, short_tiles)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K6", "H9", "H10")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)

@@ -420,6 +420,7 @@ def test_inference_tensors_are_written_in_place():
         assert torch.equal(values, dz)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K11")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operators_pass_opcheck(dtype):

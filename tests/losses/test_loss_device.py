@@ -92,6 +92,7 @@ def test_lists_and_names_of_code_bases_do_not_wait_either(options, as_on_cuda):
     assert waits.found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name", "arrays"), CALLS, ids=IDS)
 def test_on_cuda_no_value_is_looked_at(make, name, arrays):
     """Fake CUDA tensors have no values: looking at one raises."""

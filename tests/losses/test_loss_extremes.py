@@ -96,6 +96,7 @@ def truth_of(name, params, row):
     return loss, -s(-u) * uc, -s(-u) * ur
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", EXPONENTIAL)
 def test_exponentials_are_infinite_only_beyond_the_dtype(name, dtype):

@@ -26,6 +26,7 @@ def test_every_python_block_runs(page):
     run_blocks(page, {"__name__": page.stem})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
 )

@@ -33,6 +33,7 @@ from dpo_ext.torch.losses.registry import LOSSES
 WORLD = json.loads((places.GOLDEN / "golden_world.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_loss_of_the_table_keeps_the_invariants_and_its_flags(name):
     check_loss_invariants(
@@ -62,6 +63,7 @@ def dpo(logps, ref_logps):
     return -logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "claims"),
     [
@@ -276,6 +278,7 @@ def test_a_registered_loss_is_checked_under_its_flags():
         del LOSSES[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if "margin" in LOSSES[name].parameters])
 def test_margin_and_label_smoothing_move_value_and_gradient_alike(name):
     parameters = {**parameters_of(name), "margin": 0.3, "label_smoothing": 0.2}
