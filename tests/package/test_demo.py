@@ -420,9 +420,17 @@ def test_what_others_put_into_the_folder_is_not_replaced(fast, tmp_path, name, c
     mine = tmp_path / name
     mine.write_text("mine")
     assert run_cli("demo", "--quick", "--out", str(tmp_path)) == 2
-    assert f"{mine}: was not written by the demo" in capsys.readouterr().err
+    assert f"{mine}: was not written by this demo" in capsys.readouterr().err
     assert mine.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [mine]
+
+
+def test_pairs_beside_the_report_are_no_hindrance_where_they_are_the_data(fast, tmp_path):
+    data = tmp_path / "pairs.jsonl.gz"
+    data.write_bytes(gzip.compress(Path(write(tmp_path / "rows", text_rows(90))).read_bytes()))
+    before = data.read_bytes()
+    assert run_cli("demo", "--quick", "--data", str(data), "--out", str(tmp_path)) == 0
+    assert data.read_bytes() == before
 
 
 def test_a_second_run_replaces_the_first(fast, tmp_path):

@@ -147,22 +147,24 @@ def run_demo(
         raise ValueError(f"`seed` must be at least 0, found {seed}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    _take(folder)
+    _take(folder, None if data is None else Path(data))
     title = f"dpo_ext demo, seed {seed}" + (f", {Path(data).name}" if data is not None else "")
     _quiet_host()
     with open_show(title, STAGES, PROMISES[quick]) as show, _free_cores(show):
         return _run(None if data is None else Path(data), folder, seed, quick, show_samples, show)
 
 
-def _take(folder: Path) -> None:
+def _take(folder: Path, data: Path | None) -> None:
     """Marks a folder as the demo's, unless it holds things of others that a run would replace."""
     mark = folder / "contents.txt"
     if not mark.exists():
-        for name in ("model", "reference", "tokenizer", "pairs.jsonl.gz", "report.html"):
+        replaced = ["model", "reference", "tokenizer", "report.html", "metrics.json"]
+        for name in [*replaced, *(["pairs.jsonl.gz"] if data is None else [])]:
             if (folder / name).exists():
                 raise FileExistsError(
                     EEXIST,
-                    "was not written by the demo, which would replace it",
+                    "was not written by this demo, which would replace it\n"
+                    "hint: name another folder with --out",
                     str(folder / name),
                 )
     mark.write_text(CONTENTS, encoding="utf-8")
