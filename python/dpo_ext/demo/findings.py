@@ -94,7 +94,8 @@ def training(m: Mapping[str, Any]) -> str:
         "Held-out loss and accuracy are expectations over the labels, which are drawn by chance: "
         f"the floor is the labels' own entropy, {held['loss_floor']:.3f}, and no model can be "
         "below it, nor above the best reachable accuracy. Training values are those of the drawn "
-        "labels, a batch each (faint) and smoothed."
+        "labels, a batch each (faint) and smoothed: labels that were seen before can be known by "
+        "heart, so these may pass both."
         if known
         else "Accuracy is the share of pairs whose chosen answer has the higher implicit reward. "
         "Training values are of a batch each (faint) and smoothed."
