@@ -273,7 +273,7 @@ def test_report_is_one_file_with_every_section_and_no_link(quick):
 def test_report_says_first_what_dpo_is_and_who_is_trained(quick):
     _, page, _ = quick
     assert page.index("Direct Preference Optimization") < page.index('id="glance"')
-    assert page.index("−log σ( β·log[") < page.index('id="glance"')
+    assert page.index('class="formula"') < page.index("−log σ(") < page.index('id="glance"')
     assert page.index("Victor") < page.index('id="glance"')
     assert "docs/derivation.md" in page
     assert page.index('id="next"') > page.index('id="how"')

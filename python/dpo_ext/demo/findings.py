@@ -71,8 +71,12 @@ def training(m: Mapping[str, Any]) -> str:
     # A batch is measured before its step, so step 0 is the start of both curves. There every
     # margin is 0, a tie, of which held-out accuracy counts half and TRL's metric nothing.
     values = {**dpo, "accuracy": [0.5, *dpo["accuracy"][1:]]}
-    floor = [Level("loss floor", held["loss_floor"], below=True)] if known else []
-    best = Level("best reachable", held["best_accuracy"]) if known else Level("chance", 0.5, True)
+    floor = [Level("loss floor", held["loss_floor"], below=True, left=True)] if known else []
+    best = (
+        Level("best reachable", held["best_accuracy"], left=True)
+        if known
+        else Level("chance", 0.5, below=True)
+    )
     # Where the floor is not known a small change would be lost above an empty chart.
     losses = [LOG_2, *dpo["loss"], *(e["loss"] for e in dpo["evaluations"])]
     title, axis = (
@@ -90,7 +94,8 @@ def training(m: Mapping[str, Any]) -> str:
         "Held-out loss and accuracy are expectations over the labels, which are drawn by chance: "
         f"the floor is the labels' own entropy, {held['loss_floor']:.3f}, and no model can be "
         "below it, nor above the best reachable accuracy. Training values are those of the drawn "
-        "labels, a batch each (faint) and smoothed."
+        "labels, a batch each (faint) and smoothed: labels that were seen before can be known by "
+        "heart, so these may pass both."
         if known
         else "Accuracy is the share of pairs whose chosen answer has the higher implicit reward. "
         "Training values are of a batch each (faint) and smoothed."
@@ -129,10 +134,11 @@ def _curve(
 
 def _fine_tuning(nats: Sequence[float]) -> str:
     return line_chart(
-        [Series("fine-tuning", nats, "reference", list(range(len(nats))))],
-        x_label="fine-tuning steps done",
+        [Series("fine-tuning", nats, "reference", list(range(1, len(nats) + 1)))],
+        x_label="fine-tuning step",
+        x_axis=Axis(1, max(2, len(nats)), is_log=True),
         y_axis=Axis.tight_log(nats),
-        title="nats a token before DPO, logarithmic",
+        title="nats a token before DPO, both axes logarithmic",
     )
 
 

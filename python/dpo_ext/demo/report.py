@@ -38,8 +38,9 @@ FILE_SECTIONS = {
     "learned": "Did it learn that longer is better?",
 }
 FORMULA = (
-    "loss = −log σ( β·log[ <i>π</i>(y<sub>w</sub>|x) ∕ <i>π</i><sub>ref</sub>(y<sub>w</sub>|x) ] "
-    "− β·log[ <i>π</i>(y<sub>l</sub>|x) ∕ <i>π</i><sub>ref</sub>(y<sub>l</sub>|x) ] )"
+    "<span>loss = −log σ(</span> <span>β·log[ <i>π</i>(y<sub>w</sub>|x) ∕ <i>π</i><sub>ref</sub>"
+    "(y<sub>w</sub>|x) ]</span> <span>− β·log[ <i>π</i>(y<sub>l</sub>|x) ∕ <i>π</i>"
+    "<sub>ref</sub>(y<sub>l</sub>|x) ] )</span>"
 )
 SNIPPET = """\
 import torch

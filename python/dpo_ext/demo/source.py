@@ -135,7 +135,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, chat: bool, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     builder.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
-        # By the model's type transformers would build Llama's own tokenizer around the vocabulary.
+        # By the model's type transformers 4 would take Llama's class, which puts <s> in front.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
         "eos_token": TURN_END if chat else EOS,

@@ -36,6 +36,7 @@ i.bad { color:var(--bad) }
 .formula { font-size:1.15rem; text-align:center; margin:1em 0; padding:14px 10px;
   background:var(--paper); border:1px solid var(--rule); border-radius:10px }
 .formula sub { font-size:.7em }
+.formula span { white-space:nowrap }
 .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));
   gap:22px 26px; align-items:start }
 .charts>* { min-width:0 }
@@ -112,6 +113,7 @@ summary { cursor:pointer; color:var(--soft) }
   .samples,.samples tbody,.samples tr,.samples td { display:block; width:auto }
   .samples tr:first-child { display:none } .samples td { border:0; padding:2px 0 }
   .samples td[data-who]::before { content:attr(data-who) ": "; color:var(--soft); font-size:.85em }
+  .samples td.q { width:auto; font-weight:600 }
   .samples tr { border-bottom:1px solid var(--rule); padding:8px 0 }
 }
 @media print { section { break-inside:avoid } }
