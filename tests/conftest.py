@@ -157,6 +157,9 @@ class Tally:
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and not session.config.option.collectonly:
             terminal.write_line(sampled.header())
+            order = getattr(session.config.option, "randomly_seed", None)
+            if order is not None:
+                terminal.write_line(f"order: make flaky SEED={order}")
             if self.no_shared:
                 terminal.write_line(f"tests without {NO_SHARED[3:]}: {len(self.no_shared)} skipped")
             terminal.write_line(self.line())
