@@ -5,6 +5,7 @@ Works where hypothesis, transformers or torch are missing, as on a bare GPU mach
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -190,6 +191,12 @@ def pytest_ignore_collect(collection_path, config) -> bool | None:
     if not config.option.fast or not collection_path.name.startswith("test_"):
         return None
     return bool(WHOLE_FILE_SLOW.search(collection_path.read_text(encoding="utf-8"))) or None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage walks over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def refuse_processes(event: str, arguments: tuple) -> None:
