@@ -678,4 +678,4 @@ def one_rank(rank: int, port: str, material: str, out: str) -> None:
         torch.save(gradients, out / f"{run}{rank}.pt")
         if rank == 0:
             (out / f"{run}.json").write_text(json.dumps(runs.history(trainer)))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
