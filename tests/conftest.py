@@ -5,6 +5,7 @@ Works where hypothesis, transformers or torch are missing, as on a bare GPU mach
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -157,6 +158,9 @@ class Tally:
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and not session.config.option.collectonly:
             terminal.write_line(sampled.header())
+            order = getattr(session.config.option, "randomly_seed", None)
+            if order is not None:
+                terminal.write_line(f"order: make flaky SEED={order}")
             if self.no_shared:
                 terminal.write_line(f"tests without {NO_SHARED[3:]}: {len(self.no_shared)} skipped")
             terminal.write_line(self.line())
@@ -187,6 +191,12 @@ def pytest_ignore_collect(collection_path, config) -> bool | None:
     if not config.option.fast or not collection_path.name.startswith("test_"):
         return None
     return bool(WHOLE_FILE_SLOW.search(collection_path.read_text(encoding="utf-8"))) or None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage walks over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def refuse_processes(event: str, arguments: tuple) -> None:

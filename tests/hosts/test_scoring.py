@@ -416,45 +416,43 @@ def two_ranks(rank, store, wrapper, result):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
-    try:
-        inside = wrapper.endswith("loss inside")
-        model = attach_scoring(tiny_llama(), loss={"loss": "dpo", "beta": 0.1} if inside else None)
-        inputs, labels = tiny_batch(3 if inside else 2)
-        # chosen and rejected of this rank's pairs; with the loss inside rank 1 has one more
-        rows = [[0, 3], [1, 2, 4, 5]][rank] if inside else [rank, 2 + rank]
-        mine = {name: value[rows] for name, value in inputs.items()}
-        table = ScoreTable.from_labels(labels[rows])
-        if wrapper.startswith("ddp"):
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        else:
-            from torch.distributed.fsdp import fully_shard
+    inside = wrapper.endswith("loss inside")
+    model = attach_scoring(tiny_llama(), loss={"loss": "dpo", "beta": 0.1} if inside else None)
+    inputs, labels = tiny_batch(3 if inside else 2)
+    # chosen and rejected of this rank's pairs; with the loss inside rank 1 has one more
+    rows = [[0, 3], [1, 2, 4, 5]][rank] if inside else [rank, 2 + rank]
+    mine = {name: value[rows] for name, value in inputs.items()}
+    table = ScoreTable.from_labels(labels[rows])
+    if wrapper.startswith("ddp"):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
 
-            torch.distributed.init_device_mesh("cpu", (2,))
-            for layer in model.model.layers:
-                fully_shard(layer)
-            if wrapper == "fsdp2, head by itself":
-                fully_shard(model.lm_head)
-            wrapped = fully_shard(model)
-        try:
-            if inside:
-                ref_logps = torch.zeros(len(rows) // 2, 2)
-                step = {"ref_logps": ref_logps, "num_pairs": 3}
-                # DDP and FSDP2 average over ranks
-                loss = 2 * wrapped(**mine, score_table=table, **step).loss
-            else:
-                loss = loss_of(wrapped(**mine, score_table=table).logps)
-        except TensorError as error:
-            if rank == 0:
-                torch.save({"error": str(error)}, result)
-            return
-        loss.backward()
-        grads = {}
-        for name, p in model.named_parameters():
-            grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer)
+        if wrapper == "fsdp2, head by itself":
+            fully_shard(model.lm_head)
+        wrapped = fully_shard(model)
+    try:
+        if inside:
+            ref_logps = torch.zeros(len(rows) // 2, 2)
+            step = {"ref_logps": ref_logps, "num_pairs": 3}
+            # DDP and FSDP2 average over ranks
+            loss = 2 * wrapped(**mine, score_table=table, **step).loss
+        else:
+            loss = loss_of(wrapped(**mine, score_table=table).logps)
+    except TensorError as error:
         if rank == 0:
-            torch.save(grads, result)
-    finally:
-        torch.distributed.destroy_process_group()
+            torch.save({"error": str(error)}, result)
+        return
+    loss.backward()
+    grads = {}
+    for name, p in model.named_parameters():
+        grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    if rank == 0:
+        torch.save(grads, result)
+    torch.distributed.barrier()
 
 
 def spawn(tmp_path, wrapper):

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,11 @@ import tokenizers
 import torch
 import trl
 import trl_runs as runs
+import warm
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from places import child_path
 from tokenizers import models
 from transformers import (
     AutoModelForCausalLM,
@@ -108,6 +106,7 @@ def test_collator_equals_trls_tensor_for_tensor(data, max_length, mode, multiple
         assert torch.equal(tensor, got[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:no token is scored:UserWarning")
 @given(
     data=st.lists(rows, min_size=1, max_size=5),
     max_length=st.none() | st.integers(1, 20),
@@ -646,22 +645,8 @@ def test_two_processes_have_the_gradients_of_one(own, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": child_path(),
-        }
-        command = [sys.executable, __file__, str(own), str(tmp_path)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-2000:]
+    imports = (*warm.TORCH, "trl", "dpo_ext.trl", "transformers.models.llama.modeling_llama")
+    warm.ranks(__name__, "one_rank", port, own, tmp_path, imports=imports)
 
     for run in ("live", "precomputed"):
         one, other = (torch.load(tmp_path / f"{run}{rank}.pt") for rank in range(2))
@@ -674,8 +659,11 @@ def test_two_processes_have_the_gradients_of_one(own, tmp_path):
         assert runs.differences(runs.history(trainer), found, skip=skip) == []
 
 
-def run_rank(material: Path, out: Path) -> None:
+def one_rank(rank: int, port: str, material: str, out: str) -> None:
     """One rank of the test above: its gradients, and from the first rank the history, to files."""
+    material, out = Path(material), Path(out)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     data = runs.load(material, "text_explicit", slice(0, 23))
     for run in ("live", "precomputed"):
         keep = KeepGradients()
@@ -686,12 +674,8 @@ def run_rank(material: Path, out: Path) -> None:
         assert trainer.accelerator.num_processes == 2
         trainer.train()
         gradients = {name.removeprefix("module."): g for name, g in keep.first.items()}
-        rank = trainer.accelerator.process_index
+        assert trainer.accelerator.process_index == rank
         torch.save(gradients, out / f"{run}{rank}.pt")
         if rank == 0:
             (out / f"{run}.json").write_text(json.dumps(runs.history(trainer)))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), Path(sys.argv[2]))
+    torch.distributed.barrier()

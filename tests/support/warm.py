@@ -45,6 +45,7 @@ while True:
         asked.sendall(status.to_bytes(8, "big"))
         continue
     asked.close()
+    os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for target, fd in enumerate(fds, 1):
         os.dup2(fd, target)
@@ -108,7 +109,7 @@ class Server:
                 status = self._number()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+                    os.killpg(child, signal.SIGKILL)  # and what it has started
                 self.socket.settimeout(None)
                 self._spend()
                 self._number()
@@ -189,6 +190,10 @@ def ranks(
     imports: tuple[str, ...] = TORCH,
     timeout: float = 240,
 ) -> None:
-    """Calls ``function(rank, *arguments)`` of a test file in processes; the arguments are texts."""
+    """Calls ``function(rank, *arguments)`` of a test file in processes; the arguments are texts.
+
+    A process ends as the function does, nothing is torn down: do not destroy a process group, which
+    would wait, holding the GIL, for a thread of Gloo that wants it, where DDP had the group last.
+    """
     done = run(RANKS, module, function, count, *arguments, imports=imports, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
