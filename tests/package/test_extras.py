@@ -50,6 +50,14 @@ def test_all_is_every_extra_that_runs_on_any_machine():
     assert sorted(named) == sorted(set(DECLARED) - CUDA - OURS - {"all"})
 
 
+def test_make_setup_builds_with_every_extra_and_asks_no_index_for_this_package():
+    # maturin hands each requirement to pip, where `dpo_ext[...]` is a package that no index has.
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    built = re.search(r"^EXTRAS := (.*)$", makefile, re.MULTILINE)[1].split(",")
+    assert sorted(built) == sorted(set(DECLARED) - (CUDA - {"cuda13"}) - {"all"})
+    assert not [line for extra in built for line in DECLARED[extra] if "dpo_ext" in line]
+
+
 def test_no_other_file_says_what_to_install():
     package = ROOT / "python" / "dpo_ext"
     saying = [
