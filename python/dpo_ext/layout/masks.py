@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.fill import BLOCK
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -115,7 +116,9 @@ def block_mask(batch: SharedBlocks, *, window: int | None = None) -> BlockMask:
             allowed, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=doc.device.type
         )
     blocks: dict[str, Any] = {n: torch.as_tensor(value) for n, value in batch.blocks.items()}
-    return BlockMask(seq_lengths=(width, width), mask_mod=allowed, **blocks)
+    return BlockMask(
+        seq_lengths=(width, width), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=allowed, **blocks
+    )
 
 
 def plain_mask(batch: SharedRows) -> Tensor:

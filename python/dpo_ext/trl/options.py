@@ -50,7 +50,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), "`label_smoothing` is the option of the loss"),
     "torch_compile": ((False,), "not tried with scoring inside the forward"),
     "deepspeed": ((None, False, ""), "use DDP"),
-    "fsdp": ((None, False, ""), "use DDP"),
+    "fsdp": ((None, False, "", []), "use DDP"),
     "parallelism_config": ((None,), "use DDP"),
 }
 """Fields that must have one of the values named here, and a hint for who needs another."""
