@@ -191,8 +191,8 @@ fn the_joint_prompt_is_the_common_prefix_inside_the_border() {
 
 #[test]
 fn ten_megabytes_of_one_character_are_linear_work() {
-    // 1 s is the promise on a quiet machine; hyper-threads and page faults double it on a busy one.
-    let limit = if cfg!(debug_assertions) { 40.0 } else { 2.0 };
+    // 1 s on a quiet machine, over 2 on a busy one; quadratic work would take hours.
+    let limit = if cfg!(debug_assertions) { 200.0 } else { 10.0 };
     let units = ["a", " ", "1", "<", "\n", "A", "e\u{301}", "\u{4e2d}", "1234567", "theof"];
     let units = if deep() { &units[..] } else { &units[..3] };
     for (name, ours, _) in built().step_by(if deep() { 1 } else { 4 }).chain(shipped()) {
