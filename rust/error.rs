@@ -74,6 +74,14 @@ pub enum Reason {
     SpecialTokenInText,
     /// The chat template refuses the row.
     TemplateError,
+    /// The template leaves out what a message says.
+    ContentDropped,
+    /// The row has a picture, a film or a sound, which nothing here carries.
+    Images,
+    /// The sides answer different prompts.
+    DifferentPrompts,
+    /// The sides share no beginning, and no field is a prompt.
+    MissingPrompt,
     /// A side has no completion.
     EmptyCompletion,
     /// Both sides are the same.
@@ -103,12 +111,64 @@ impl Reason {
             Self::Limit => "limit",
             Self::SpecialTokenInText => "special_token_in_text",
             Self::TemplateError => "template_error",
+            Self::ContentDropped => "content_dropped",
+            Self::Images => "images",
+            Self::DifferentPrompts => "different_prompts",
+            Self::MissingPrompt => "missing_prompt",
             Self::EmptyCompletion => "empty_completion",
             Self::IdenticalPair => "identical_pair",
             Self::NoCompletionTokens => "no_completion_tokens",
             Self::IdenticalAfterTruncation => "identical_after_truncation",
             Self::TooLong => "too_long",
             Self::BadInput => "bad_input",
+        }
+    }
+}
+
+/// What is counted but kept, in the order of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)] // each is documented where users meet it, in `dpo_ext.Report`
+pub enum Warning {
+    BoundaryMerge,
+    Truncated,
+    EosCut,
+    EmptyPrompt,
+    SpecialTokenInText,
+    BosInText,
+    NoTurnBoundary,
+    TemplateFallback,
+    BlankLine,
+    PromptInSides,
+    MessagesAsJsonText,
+    ArgumentsAsText,
+    ToolsDropped,
+    ToolCallsDropped,
+    ReasoningDropped,
+    UnreadSystem,
+    Images,
+}
+
+impl Warning {
+    /// The name by which Python knows it: a key of the report's `warned`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BoundaryMerge => "boundary_merge",
+            Self::Truncated => "truncated",
+            Self::EosCut => "eos_cut",
+            Self::EmptyPrompt => "empty_prompt",
+            Self::SpecialTokenInText => "special_token_in_text",
+            Self::BosInText => "bos_in_text",
+            Self::NoTurnBoundary => "no_turn_boundary",
+            Self::TemplateFallback => "template_fallback",
+            Self::BlankLine => "blank_line",
+            Self::PromptInSides => "prompt_in_sides",
+            Self::MessagesAsJsonText => "messages_as_json_text",
+            Self::ArgumentsAsText => "arguments_as_text",
+            Self::ToolsDropped => "tools_dropped",
+            Self::ToolCallsDropped => "tool_calls_dropped",
+            Self::ReasoningDropped => "reasoning_dropped",
+            Self::UnreadSystem => "unread_system",
+            Self::Images => "images",
         }
     }
 }

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from os import fspath
 from typing import Any
 
+TRLS = ("explicit", "implicit", "ids")
 NO_LINES = (".parquet", ".arrow", ".feather")
 
 
@@ -38,7 +39,13 @@ class Report:
             control token; ``bos_in_text`` the text brought its own BOS, so none was added;
             ``no_turn_boundary`` the prompt is implicit and does not end at the last turn of both
             sides, or the template renders it differently alone; ``blank_line`` counts lines, not
-            rows.
+            rows; ``prompt_in_sides`` the prompt stood in the sides once more, and was cut there;
+            ``messages_as_json_text`` a conversation was JSON in a string; ``arguments_as_text`` the
+            template encodes arguments of a call, which are JSON already, once more;
+            ``tools_dropped``, ``tool_calls_dropped``, ``reasoning_dropped`` the template does not
+            print them; ``unread_system`` a field ``system`` that the layout has not; ``images`` a
+            picture, a film or a sound was passed over.
+        layouts: kept rows by how they say their prompt and sides.
         first: the first example of each reason and warning.
         notes: facts about the whole data set.
         bytes: bytes of text read from files.
@@ -51,6 +58,7 @@ class Report:
     first: dict[str, Example] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bytes: int = 0
+    layouts: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -65,7 +73,8 @@ class Report:
             name: Example(None if path is None else fspath(path), line, where, message)
             for name, (path, line, where, message) in raw["first"].items()
         }
-        return cls(raw["read"], kept, raw["dropped"], raw["warned"], first, notes, raw["bytes"])
+        counts = (raw["dropped"], raw["warned"])
+        return cls(raw["read"], kept, *counts, first, notes, raw["bytes"], raw["layouts"])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -74,9 +83,10 @@ class Report:
         Raises:
             ValueError: they are not the values of a report.
         """
-        counts = {name: dict(values.get(name, {})) for name in ("dropped", "warned")}
+        names = ("dropped", "warned", "layouts")
+        counts = {name: dict(values.get(name, {})) for name in names}
         numbers = [values.get(name) for name in ("read", "kept", "bytes")]
-        found = [*numbers, *counts["dropped"].values(), *counts["warned"].values()]
+        found = [*numbers, *(number for count in counts.values() for number in count.values())]
         if not all(type(number) is int and number >= 0 for number in found):
             raise ValueError("expected whole numbers in a report")
         report = cls(
@@ -106,11 +116,14 @@ class Report:
                 {**report.first, **total.first},
                 tuple(dict.fromkeys((*total.notes, *report.notes))),
                 total.bytes + report.bytes,
+                _sum(total.layouts, report.layouts),
             )
         return total
 
     def __str__(self) -> str:
         lines = [f"{self.read:,} rows read, {self.kept:,} kept, {self.read - self.kept:,} dropped"]
+        for name, count in self._foreign():
+            lines.append(f"  layout {name}: {count:,}")
         for title, counts in (("dropped", self.dropped), ("warned", self.warned)):
             for name, count in sorted(counts.items(), key=lambda item: -item[1]):
                 lines.append(f"  {title} {name}: {count:,}{self._place(name)}")
@@ -122,11 +135,16 @@ class Report:
         from dpo_ext.pages.notebook import table
 
         rows = [("read", f"{self.read:,}", ""), ("kept", f"{self.kept:,}", "")]
+        rows.extend((f"layout {name}", f"{count:,}", "") for name, count in self._foreign())
         for title, counts in (("dropped", self.dropped), ("warned", self.warned)):
             for name, count in sorted(counts.items(), key=lambda item: -item[1]):
                 rows.append((f"{title} {name}", f"{count:,}", self._place(name).strip(" ()")))
         rows.extend(("note", "", note) for note in self.notes)
         return table("Report", ("", "rows", ""), rows)
+
+    def _foreign(self) -> list[tuple[str, int]]:
+        """Layouts that are not TRL's own, which need no mention."""
+        return [item for item in self.layouts.items() if item[0] not in TRLS]
 
     def _place(self, name: str) -> str:
         example = self.first.get(name)

@@ -7,10 +7,11 @@ use rayon::prelude::*;
 
 use super::job::{CHUNK, Job, OnBad, Origin, Progress, encode_chunks};
 use super::outcome::Encoded;
-use crate::error::{Reason, Result};
-use crate::pair::{Options, Refusal, Warning};
+use crate::error::{Reason, Result, Warning};
+use crate::pair::{Options, Refusal};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
+use crate::read::json::other_texts;
 use crate::read::limits::Limits;
 use crate::read::row::{Row, Rules};
 use crate::read::{Block, Line, Reader, text};
@@ -93,7 +94,13 @@ impl FileEncoder {
                         Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
                     (origin, row.map_err(Refusal::from))
                 };
-                encode_chunks(job, block.lines.len(), row, all)?;
+                let others = |i: usize| {
+                    let line = block.lines.get(i).cloned().unwrap_or_default();
+                    let bytes = block.bytes.get(line.start..line.end).unwrap_or_default();
+                    let text = text(bytes).unwrap_or_default();
+                    other_texts(text, &names, rules.limits)
+                };
+                encode_chunks(job, block.lines.len(), row, others, all)?;
                 let (count, first) = block.blank;
                 if count > 0 {
                     all.tally.warn(Warning::BlankLine, count, || {

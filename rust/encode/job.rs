@@ -91,8 +91,10 @@ fn settle(
     pair: &mut Pair,
     row: Result<Row<'_>, Refusal>,
     origin: &Origin<'_>,
+    others: impl Fn() -> Vec<String>,
 ) -> Result<()> {
     out.tally.read += 1;
+    let layout = row.as_ref().ok().map(|row| row.layout);
     let result = row.and_then(|mut row| {
         let extra = std::mem::take(&mut row.extra);
         for (i, cell) in extra.iter().enumerate() {
@@ -109,6 +111,15 @@ fn settle(
     match result {
         Ok(extra) => {
             out.tally.kept += 1;
+            if let Some(layout) = layout {
+                *out.tally.layouts.entry(layout).or_default() += 1;
+            }
+            if pair.promptless {
+                if out.tally.promptless == 0 {
+                    out.tally.others = others();
+                }
+                out.tally.promptless += 1;
+            }
             out.rows.push(out.tally.read as i64 - 1);
             for warning in &pair.warned {
                 out.tally.warn(*warning, 1, || (origin.place(None, None), String::new()));
@@ -116,7 +127,10 @@ fn settle(
             out.push(pair, extra);
         }
         Err(Refusal::Call(error)) => return Err(error),
-        Err(Refusal::Row(bad)) => {
+        Err(Refusal::Row(mut bad)) => {
+            if matches!(bad.reason, Reason::MissingField | Reason::MissingPrompt) {
+                bad.message += &elsewhere(bad.reason, &others());
+            }
             let place = origin.place(bad.field.clone(), bad.byte);
             // `truncation="drop"` is a wish, not a fault of the row.
             let wished =
@@ -130,11 +144,29 @@ fn settle(
     Ok(())
 }
 
+/// Where a prompt or a side may be that was not found.
+fn elsewhere(reason: Reason, others: &[String]) -> String {
+    let names = others.iter().take(8).map(|name| format!("`{}`", name.escape_debug()));
+    let names = names.collect::<Vec<_>>().join(", ");
+    match (reason, names.is_empty()) {
+        (Reason::MissingPrompt, true) => {
+            "\nhint: layout_of_rows=\"completions\" keeps pairs without any prompt".to_owned()
+        }
+        (Reason::MissingPrompt, false) => format!(
+            "\nhint: if the prompt is in {names}, name it by `prompt_key`; if there is none, \
+             layout_of_rows=\"completions\" keeps such pairs"
+        ),
+        (_, true) => String::new(),
+        (_, false) => format!("\nhint: other fields with text are {names}"),
+    }
+}
+
 /// Encodes `n` rows in threads and appends them to `all` in order.
 pub(super) fn encode_chunks<'a>(
     job: &Job<'_>,
     n: usize,
     row: impl Fn(usize) -> (Origin<'a>, Result<Row<'a>, Refusal>) + Sync,
+    others: impl Fn(usize) -> Vec<String> + Sync,
     all: &mut Encoded,
 ) -> Result<()> {
     let chunk = |c: usize, kinds: &[Option<Kind>]| -> Result<Encoded> {
@@ -142,7 +174,7 @@ pub(super) fn encode_chunks<'a>(
         for i in c * CHUNK..n.min((c + 1) * CHUNK) {
             job.progress.check()?;
             let (origin, row) = row(i);
-            settle(job, &mut out, &mut pair, row, &origin)?;
+            settle(job, &mut out, &mut pair, row, &origin, || others(i))?;
         }
         Ok(out)
     };

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::error::{Place, Reason};
-use crate::pair::{Pair, Warning};
+use crate::error::{Place, Reason, Warning};
+use crate::pair::Pair;
 use crate::read::bad::Bad;
 use crate::read::cell::{Cell, Kind};
+use crate::read::layouts::Layout;
 
 /// Variable-length lists in one array.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +79,12 @@ pub struct Tally {
     pub dropped: Vec<(Reason, Count)>,
     /// Kept rows with something to know.
     pub warned: BTreeMap<Warning, Count>,
+    /// Kept rows by their layout.
+    pub layouts: BTreeMap<Layout, u64>,
+    /// Kept rows whose prompt has no text.
+    pub promptless: u64,
+    /// Fields of text that nobody reads, of the first of those.
+    pub others: Vec<String>,
 }
 
 impl Tally {
@@ -109,6 +116,13 @@ impl Tally {
                 Some((_, mine)) => mine.count += count.count,
                 None => self.dropped.push((reason, count)),
             }
+        }
+        for (layout, count) in other.layouts {
+            *self.layouts.entry(layout).or_default() += count;
+        }
+        self.promptless += other.promptless;
+        if self.others.is_empty() {
+            self.others = other.others;
         }
         for (warning, Count { count, first, message }) in other.warned {
             self.warn(warning, count, || (first, message));

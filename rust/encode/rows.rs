@@ -23,6 +23,10 @@ pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Resul
     let options = job.options;
     let rules = job.rules();
     let before = all.tally.read + 1;
+    let names: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.as_ref().map(|(_, findings)| findings.others.clone()).unwrap_or_default())
+        .collect();
     let rows: Vec<Mutex<Option<Fields>>> =
         rows.into_iter().map(|row| Mutex::new(Some(row))).collect();
     let row = |i: usize| {
@@ -37,7 +41,8 @@ pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Resul
         let origin = Origin { path: None, line, byte: None };
         (origin, row.map_err(Refusal::from))
     };
-    encode_chunks(job, rows.len(), row, all)
+    let others = |i: usize| names.get(i).cloned().unwrap_or_default();
+    encode_chunks(job, rows.len(), row, others, all)
 }
 
 /// A part of a table, in the order of [`crate::read::keys::Keys::names`].
@@ -51,6 +56,8 @@ pub struct Columns<'a> {
     pub path: Option<&'a Path>,
     /// Rows of the file before these.
     pub first: u64,
+    /// Further columns of text, which nobody reads.
+    pub others: &'a [String],
 }
 
 /// Encodes the rows of Arrow columns and appends them to `all`.
@@ -58,13 +65,13 @@ pub struct Columns<'a> {
 /// # Errors
 /// As [`encode_files`](super::encode_files); columns that contradict themselves are a bad input.
 pub fn encode_columns(table: Columns<'_>, job: &Job<'_>, all: &mut Encoded) -> Result<()> {
-    let Columns { columns, rows, path, first } = table;
+    let Columns { columns, rows, path, first, others } = table;
     let rules = job.rules();
     let names = rules.keys.names();
     let before = 1 + if path.is_some() { first } else { all.tally.read };
     let row = |i: usize| {
         let origin = Origin { path, line: before + i as u64, byte: None };
-        let row = fields_at(columns, &names, i, rules.limits).and_then(|(fields, findings)| {
+        let row = fields_at(columns, &names, i, &rules).and_then(|(fields, findings)| {
             Row::from_fields(fields, &findings, &rules).map_err(Fault::Row)
         });
         let row = row.map_err(|fault| match fault {
@@ -77,5 +84,5 @@ pub fn encode_columns(table: Columns<'_>, job: &Job<'_>, all: &mut Encoded) -> R
         });
         (origin, row)
     };
-    encode_chunks(job, rows, row, all)
+    encode_chunks(job, rows, row, |_| others.to_vec(), all)
 }

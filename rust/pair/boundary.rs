@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 
 use super::options::{Boundary, Options, SpecialText};
-use super::outcome::{Pair, Refusal, Warning};
+use super::outcome::{Pair, Refusal};
 use super::text::Texts;
 use crate::bpe::{Found, Inside, PairIds};
-use crate::error::Result;
+use crate::error::{Result, Warning};
 use crate::tokenize::Tokenizer;
 
 thread_local! {

@@ -2,14 +2,17 @@
 
 use std::borrow::Cow;
 
-use super::options::{Options, SpecialText};
-use super::outcome::{Pair, Refusal, Warning};
+use super::content::{Side, check_content, joined};
+use super::options::{EmptyThink, Options, SpecialText};
+use super::outcome::{Pair, Refusal};
+use super::prompt::{Parts, parted};
+use super::render::{Renderer, failed};
 use super::text::{Texts, check_special, is_blank};
-use crate::error::{Error, Reason, Result};
+use crate::error::{Reason, Result, Warning};
 use crate::read::bad::Bad;
 use crate::read::chat::Chat;
 use crate::read::json::Value;
-use crate::template::{Conversation, RenderError, Rendered, Template, concatenate, roles};
+use crate::read::layouts::Layout;
 use crate::tokenize::Tokenizer;
 
 /// Calls `see` with every string of a message but its role.
@@ -58,87 +61,33 @@ fn says_something(message: &Value<'_>) -> bool {
     }
 }
 
-/// A template with everything but the messages filled in.
-struct Renderer<'t> {
-    template: &'t Template,
-    tokenizer: &'t Tokenizer,
-    variables: Vec<(&'t str, &'t Value<'t>)>,
-    options: &'t Options,
-}
-
-impl Renderer<'_> {
-    /// The text of `prompt` and then `rest`; without `rest`, of the prompt and what begins an answer.
-    fn render(
-        &self,
-        prompt: &[Value<'_>],
-        rest: Option<&[Value<'_>]>,
-        key: &str,
-        pair: &mut Pair,
-    ) -> Result<String, Refusal> {
-        let messages: Vec<&Value<'_>> = prompt.iter().chain(rest.unwrap_or_default()).collect();
-        let cap = self.options.limits.max_rendered_bytes;
-        let conversation = Conversation {
-            messages: &messages,
-            named: self.tokenizer.named(),
-            variables: &self.variables,
-            generation: rest.is_none(),
-            now: self.options.now,
-            cap,
-        };
-        let rendered = concatenate(self.template, &conversation)
-            .unwrap_or_else(|| self.template.render(&conversation));
-        match rendered {
-            Ok(Rendered { text, fallback }) => {
-                if fallback {
-                    pair.warn(Warning::TemplateFallback);
-                }
-                Ok(text)
-            }
-            Err(RenderError::Template(message)) => Err(failed(key, message).into()),
-            Err(RenderError::Lacks(construct)) => Err(Error::Tokenizer(construct).into()),
-            Err(RenderError::Value(field, message)) => {
-                let field = match field.as_str() {
-                    "messages" => key,
-                    "tools" => "tools",
-                    _ => "chat_template_kwargs",
-                };
-                Err(failed(field, message).into())
-            }
-            Err(RenderError::TooLong) => {
-                let message = format!("the rendered conversation has more than {cap} bytes");
-                Err(Bad::new(Reason::Limit, "max_rendered_bytes", message).into())
-            }
-        }
-    }
-}
-
-fn failed(key: &str, message: String) -> Bad {
-    Bad::new(Reason::TemplateError, key, message)
-}
-
 /// The texts of a row of messages.
 pub(super) fn texts(
     chat: Chat<'_>,
+    layout: Layout,
     tokenizer: &Tokenizer,
     options: &Options,
     pair: &mut Pair,
 ) -> Result<Texts<'static>, Refusal> {
-    let Chat { prompt, mut chosen, mut rejected, tools, kwargs } = chat;
-    let keys = &options.keys;
-    let prompt = prompt.unwrap_or_else(|| {
-        let common = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
-        // A side always keeps its last message.
-        let common = common.min(chosen.len() - 1).min(rejected.len() - 1);
-        rejected.drain(..common);
-        chosen.drain(..common).collect()
-    });
-    let parts = [(&prompt, &keys.prompt), (&chosen, &keys.chosen), (&rejected, &keys.rejected)];
-    for (messages, key) in parts {
+    let Chat { turns, tools, kwargs } = chat;
+    let names = turns.fields.map(|field| options.keys.name(field));
+    if layout.makes_turns() && tokenizer.template(false).is_err() {
+        let name = names[0];
+        let message = format!(
+            "expected a chat template, which prints rows of `{name}`, found none\nhint: give \
+             `chat_template=`, or read the field as text by `prompt_key=\"{name}\"`"
+        );
+        return Err(failed(name, message).into());
+    }
+    for part in
+        [turns.prompt.as_deref(), Some(&turns.chosen), Some(&turns.rejected)].iter().zip(names)
+    {
+        let (Some(messages), name) = part else { continue };
         let mut result = Ok(());
-        for message in messages {
+        for message in *messages {
             strings(message, &mut |text| {
                 if result.is_ok() {
-                    result = check_special(text, key, tokenizer, options, pair);
+                    result = check_special(text, name, tokenizer, options, pair);
                 }
             });
         }
@@ -147,39 +96,60 @@ pub(super) fn texts(
     let template = tokenizer.template(tools.is_some())?;
     let mut variables: Vec<(&str, &Value<'_>)> = Vec::new();
     variables.extend(tools.as_ref().map(|tools| ("tools", tools)));
-    variables.extend(kwargs.iter().map(|(name, value)| (name.as_ref(), value)));
-    let renderer = Renderer { template, tokenizer, variables, options };
-    for (messages, key) in parts {
-        if let Some(role) = roles::unknown(template, tokenizer.named(), messages, options.now) {
-            let role: String = role.escape_debug().take(80).collect();
-            let message =
-                format!("the chat template knows no role `{role}` and would drop its message");
-            return Err(Bad::new(Reason::BadMessages, key, message).into());
+    for (name, value) in &kwargs {
+        if !tokenizer.reads(name) {
+            return Err(unread(name, tokenizer).into());
+        }
+        variables.push((name.as_ref(), value));
+    }
+    for (name, value) in &options.kwargs {
+        if !variables.iter().any(|(known, _)| known == name) {
+            variables.push((name.as_str(), value));
         }
     }
-    let alone = renderer.render(&prompt, None, &keys.prompt, pair)?;
-    let whole_chosen = renderer.render(&prompt, Some(&chosen), &keys.chosen, pair)?;
-    let whole_rejected = renderer.render(&prompt, Some(&rejected), &keys.rejected, pair)?;
-    for (messages, key) in [(&chosen, &keys.chosen), (&rejected, &keys.rejected)] {
+    let renderer = Renderer { template, tokenizer, variables, options };
+    let mut parts = parted(turns, &renderer, options, pair)?;
+    if parts.prompt.is_empty() && layout != Layout::Completions {
+        let message = "expected turns that both sides share, found none";
+        return Err(Bad::new(Reason::MissingPrompt, names[0], message).into());
+    }
+    joined(&mut parts, &renderer);
+    let Parts { prompt, chosen, rejected, own, twice } = parts;
+    let alone = match renderer.render(&prompt, None, names[0], pair) {
+        Ok(rendered) => rendered.text,
+        // Templates need not know how a conversation begins without a turn.
+        Err(Refusal::Row(_)) if prompt.is_empty() => String::new(),
+        Err(refusal) => return Err(refusal),
+    };
+    let whole_chosen = renderer.render(&prompt, Some(&chosen), names[1], pair)?;
+    let whole_rejected = renderer.render(&prompt, Some(&rejected), names[2], pair)?;
+    for (messages, key) in [(&chosen, names[1]), (&rejected, names[2])] {
         if !messages.iter().any(says_something) {
             let message = "expected a completion, found none but white space";
             return Err(Bad::new(Reason::EmptyCompletion, key, message).into());
         }
     }
-    if chosen == rejected || whole_chosen == whole_rejected {
+    if chosen == rejected || whole_chosen.text == whole_rejected.text {
         let message = "expected two completions, found the same one twice";
-        return Err(Bad::new(Reason::IdenticalPair, &keys.rejected, message).into());
+        return Err(Bad::new(Reason::IdenticalPair, names[2], message).into());
     }
+    let sides = [(&chosen, &whole_chosen, names[1]), (&rejected, &whole_rejected, names[2])];
+    for (i, (side, rendered, name)) in sides.into_iter().enumerate() {
+        let messages = prompt.iter().chain(side).collect();
+        // What the prompt says is looked for once.
+        let from = if i == 0 { 0 } else { prompt.len() };
+        let names = [names[0], name];
+        let side = Side { messages, from, completion: prompt.len(), names, own, twice };
+        check_content(&side, rendered, &renderer, pair)?;
+    }
+    let (whole_chosen, whole_rejected) = (whole_chosen.text, whole_rejected.text);
     let marks = if options.special_text == SpecialText::Text
         && pair.has(Warning::SpecialTokenInText)
     {
         let mark = |side: &[Value<'_>], key: &str, plain: &str| -> Result<Vec<usize>, Refusal> {
             marks(&renderer, tokenizer, [&prompt, side], key, plain)
         };
-        Some([
-            mark(&chosen, &keys.chosen, &whole_chosen)?,
-            mark(&rejected, &keys.rejected, &whole_rejected)?,
-        ])
+        Some([mark(&chosen, names[1], &whole_chosen)?, mark(&rejected, names[2], &whole_rejected)?])
     } else {
         None
     };
@@ -197,8 +167,31 @@ pub(super) fn texts(
     } else {
         None
     };
+    if options.empty_think == EmptyThink::Prompt && alone.is_none() {
+        let ends = [&whole_chosen, &whole_rejected].map(|whole| empty_think(whole.get(cut..)));
+        if let [Some(end), Some(other)] = ends
+            && end == other
+        {
+            cut += end;
+        }
+    }
     let whole = [Cow::Owned(whole_chosen), Cow::Owned(whole_rejected)];
     Ok(Texts { whole, cut, alone, marks, are_strings: false })
+}
+
+/// How long the block of thoughts is with which an answer begins, if there is none in it.
+fn empty_think(answer: Option<&str>) -> Option<usize> {
+    let answer = answer?;
+    let rest = answer.strip_prefix("<think>")?.trim_start().strip_prefix("</think>")?;
+    Some(answer.len() - rest.trim_start_matches('\n').len())
+}
+
+/// The error of a variable that no template reads.
+fn unread(name: &str, tokenizer: &Tokenizer) -> Bad {
+    let name: String = name.escape_debug().take(80).collect();
+    let known = tokenizer.variables().join(", ");
+    let message = format!("no chat template reads `{name}`\nhint: it reads {known}");
+    Bad::new(Reason::BadMessages, "chat_template_kwargs", message)
 }
 
 /// Where in the render `plain` control tokens come from contents: found by rendering contents with a private character
@@ -219,7 +212,8 @@ fn marks(
         let change = |text: &str| tokenizer.control().marked(text, mark);
         messages.iter().map(|message| changed(message, &change).into_owned()).collect()
     };
-    let text = renderer.render(&marked(prompt), Some(&marked(side)), key, &mut Pair::default())?;
+    let text =
+        renderer.render(&marked(prompt), Some(&marked(side)), key, &mut Pair::default())?.text;
     let mut at = Vec::new();
     let mut bare = String::with_capacity(plain.len());
     for c in text.chars() {

@@ -1,8 +1,8 @@
 //! What is cut, and the rules on ids.
 
-use super::options::{Options, Truncation};
-use super::outcome::{Pair, Refusal, Warning};
-use crate::error::Reason;
+use super::options::{Boundary, Options, Truncation};
+use super::outcome::{Pair, Refusal};
+use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::keys::Keys;
 use crate::tokenize::Tokenizer;
@@ -43,7 +43,8 @@ pub(super) fn finish(
             return Err(Bad::new(Reason::TooLong, key, message).into());
         }
         let before = pair.prompt.len();
-        truncate(pair, most, options.truncation, tokenizer.eos());
+        let begin = if options.boundary == Boundary::Trl { 0 } else { begin(pair, tokenizer) };
+        truncate(pair, most, options.truncation, tokenizer.eos(), begin);
         pair.warn(Warning::Truncated);
         let no_tokens = |key: &str| {
             let message =
@@ -75,13 +76,17 @@ fn check_scored(pair: &Pair, keys: &Keys, bad: impl Fn(&str) -> Bad) -> Result<(
 }
 
 /// Cuts a pair to `most` tokens a side; the prompt is cut once, for both sides.
-fn truncate(pair: &mut Pair, most: usize, how: Truncation, eos: Option<u32>) {
+///
+/// Cuts on the left keep the first `begin` ids.
+fn truncate(pair: &mut Pair, most: usize, how: Truncation, eos: Option<u32>, begin: usize) {
     let longest = pair.prompt.len() + pair.chosen.len().max(pair.rejected.len());
     let excess = longest.saturating_sub(most);
     if how == Truncation::KeepStart {
         pair.prompt.truncate(most);
     } else {
-        pair.prompt.drain(..excess.min(pair.prompt.len()));
+        let begin = begin.min(most.saturating_sub(1));
+        let end = begin.saturating_add(excess).min(pair.prompt.len());
+        pair.prompt.drain(begin.min(end)..end);
     }
     let room = most - pair.prompt.len();
     let mut eos_cut = false;
@@ -99,4 +104,14 @@ fn truncate(pair: &mut Pair, most: usize, how: Truncation, eos: Option<u32>) {
     if eos_cut {
         pair.warn(Warning::EosCut);
     }
+}
+
+/// How many ids begin every sequence: a model is lost without its BOS.
+fn begin(pair: &Pair, tokenizer: &Tokenizer) -> usize {
+    let (before, _) = tokenizer.surroundings();
+    if pair.prompt.starts_with(before) && !before.is_empty() {
+        return before.len();
+    }
+    let bos = tokenizer.bos().map(|id| id as i32);
+    usize::from(bos.is_some() && pair.prompt.first().copied() == bos)
 }

@@ -4,9 +4,9 @@ use std::sync::LazyLock;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
-/// Ends of what stands before an assistant's answer. White space after a marker belongs to the answer, unless the
-/// format fixes it.
-const TURNS: [&str; 14] = [
+/// Ends of what stands before an assistant's answer, and then before what the assistant is asked. White space after a
+/// marker belongs to the answer, unless the format fixes it.
+const TURNS: [&str; 29] = [
     "\n\nAssistant:",
     "<|im_start|>assistant\n",
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -21,7 +21,26 @@ const TURNS: [&str; 14] = [
     "ASSISTANT:",
     "\nAssistant:",
     "\nAI:",
+    "\n\nHuman:",
+    "<|im_start|>user\n",
+    "<|start_header_id|>user<|end_header_id|>\n\n",
+    "<|header_start|>user<|header_end|>\n\n",
+    "<start_of_turn>user\n",
+    "<|user|>",
+    "<|User|>",
+    "<\u{ff5c}User\u{ff5c}>",
+    "[INST]",
+    "### Instruction:",
+    "### Human:",
+    "### User:",
+    "USER:",
+    "\nHuman:",
+    "\nUser:",
 ];
+/// Markers of answers.
+const ANSWERS: usize = 14;
+/// What a text begins with whose first turn has no line before it.
+const BEGINNINGS: [&str; 2] = ["Human:", "User:"];
 
 /// `None` only if the table above cannot be compiled, which a test looks at.
 static FINDER: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
@@ -29,7 +48,7 @@ static FINDER: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
 });
 
 /// Which markers stand in `text`, and where they end.
-fn turns(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
+fn markers(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
     FINDER
         .as_ref()
         .into_iter()
@@ -37,14 +56,46 @@ fn turns(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
         .map(|found| (found.pattern().as_usize(), found.end()))
 }
 
-/// The byte where the prompt ends, and whether the last turn of both texts begins there.
-pub fn split(chosen: &str, rejected: &str) -> (usize, bool) {
+/// The markers of answers.
+fn turns(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
+    markers(text).filter(|(marker, _)| *marker < ANSWERS)
+}
+
+/// Whether a text begins with a turn that a model is asked.
+pub(super) fn begins_asked(text: &str) -> bool {
+    let start = text.trim_start();
+    TURNS
+        .iter()
+        .skip(ANSWERS)
+        .chain(&BEGINNINGS)
+        .any(|marker| start.starts_with(marker.trim_start()))
+}
+
+/// Where two texts part.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Split {
+    /// The byte where the prompt ends.
+    pub(super) cut: usize,
+    /// The last turn of both texts begins there.
+    pub(super) at_turn: bool,
+    /// They part inside what the model is asked: there are two prompts.
+    pub(super) is_asked: bool,
+}
+
+/// Where the prompt of two texts ends.
+pub(super) fn split(chosen: &str, rejected: &str) -> Split {
     let mut common = chosen.bytes().zip(rejected.bytes()).take_while(|(a, b)| a == b).count();
     while !chosen.is_char_boundary(common) || !rejected.is_char_boundary(common) {
         common -= 1;
     }
     let start = chosen.get(..common).unwrap_or_default();
-    match turns(start).last() {
+    let answers = |text: &str| turns(text.get(common..).unwrap_or_default()).next().is_some();
+    let is_asked = match markers(start).last() {
+        Some((marker, _)) => marker >= ANSWERS,
+        None => begins_asked(start),
+    } && answers(chosen)
+        && answers(rejected);
+    let (cut, at_turn) = match turns(start).last() {
         Some((marker, cut)) => {
             let goes_on = |text: &str| {
                 turns(text.get(cut..).unwrap_or_default()).any(|(other, _)| other == marker)
@@ -52,7 +103,8 @@ pub fn split(chosen: &str, rejected: &str) -> (usize, bool) {
             (cut, !goes_on(chosen) && !goes_on(rejected))
         }
         None => (word(start, chosen, rejected), false),
-    }
+    };
+    Split { cut, at_turn, is_asked }
 }
 
 /// The start of the word in which the common text ends, less the white space before it.
@@ -95,7 +147,38 @@ mod tests {
             ("\u{e9}a", "\u{e8}a", 0, false),
         ];
         for (chosen, rejected, cut, at_turn) in cases {
-            assert_eq!(split(chosen, rejected), (cut, at_turn), "{chosen:?} {rejected:?}");
+            let found = Split { cut, at_turn, is_asked: false };
+            assert_eq!(split(chosen, rejected), found, "{chosen:?} {rejected:?}");
+        }
+    }
+
+    #[test]
+    fn texts_that_part_in_a_question_have_two_prompts() {
+        let cases = [
+            ("\n\nHuman: 2?\n\nAssistant: 4", "\n\nHuman: 3?\n\nAssistant: 7", true),
+            ("Human: 2?\n\nAssistant: 4", "Human: 3?\n\nAssistant: 7", true),
+            ("[INST] a [/INST] b", "[INST] c [/INST] d", true),
+            (
+                "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+                "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f",
+                true,
+            ),
+            // The answers part first, and other questions follow.
+            (
+                "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+                "\n\nHuman: a\n\nAssistant: e\n\nHuman: f\n\nAssistant: g",
+                false,
+            ),
+            // An answer may end as a question begins.
+            (
+                "\n\nHuman: a\n\nAssistant: b\n\nHuman: c",
+                "\n\nHuman: a\n\nAssistant: b\n\nHuman: d",
+                false,
+            ),
+            ("a b", "a c", false),
+        ];
+        for (chosen, rejected, is_asked) in cases {
+            assert_eq!(split(chosen, rejected).is_asked, is_asked, "{chosen:?} {rejected:?}");
         }
     }
 
@@ -105,10 +188,10 @@ mod tests {
             common in "[a \n:]{0,9}(\n\nAssistant:)?[a \n]{0,9}", a in "[ab \n]{0,5}", b in "[ac \n]{0,5}",
         ) {
             let (chosen, rejected) = (format!("{common}{a}"), format!("{common}{b}"));
-            let (cut, _) = split(&chosen, &rejected);
+            let Split { cut, .. } = split(&chosen, &rejected);
             prop_assert_eq!(&chosen[..cut], &rejected[..cut]);
             prop_assert!(!chosen[..cut].ends_with(char::is_whitespace));
-            prop_assert_eq!(split(&rejected, &chosen).0, cut);
+            prop_assert_eq!(split(&rejected, &chosen).cut, cut);
         }
     }
 }

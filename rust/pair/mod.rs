@@ -2,20 +2,23 @@
 
 mod boundary;
 mod chat;
+mod content;
 mod finish;
 mod implicit;
 mod options;
 mod outcome;
+mod prompt;
+mod render;
 mod text;
 
-use crate::error::Reason;
+use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::row::{Content, Row};
 use crate::tokenize::Tokenizer;
 use boundary::boundary;
 use finish::finish;
-pub use options::{Boundary, Options, SpecialText, Truncation};
-pub use outcome::{Pair, Refusal, Warning};
+pub use options::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation};
+pub use outcome::{Pair, Refusal};
 
 /// Turns one row into the ids of `pair`, whose former content is lost.
 ///
@@ -30,8 +33,18 @@ pub fn encode(
     pair.prompt.clear();
     pair.chosen.clear();
     pair.rejected.clear();
-    pair.warned.clear();
+    pair.warned.clone_from(&row.warned);
+    pair.promptless = false;
     pair.ref_logps = row.ref_logps;
+    if let Some(field) = row.media {
+        if options.images == Images::Error {
+            let message = "expected text, found a picture, a film or a sound, which nothing here carries\nhint: \
+                           images=\"ignore\" keeps the text of such rows";
+            return Err(Bad::new(Reason::Images, field, message).into());
+        }
+        pair.warn(Warning::Images);
+    }
+    let layout = row.layout;
     match row.content {
         Content::Ids { prompt, chosen, rejected } => {
             for (ids, name) in [(&chosen, "chosen_ids"), (&rejected, "rejected_ids")] {
@@ -47,11 +60,11 @@ pub fn encode(
             (pair.prompt, pair.chosen, pair.rejected) = (prompt, chosen, rejected);
         }
         Content::Text(strings) => {
-            let text = text::texts(strings, tokenizer, options, pair)?;
+            let text = text::texts(strings, layout, tokenizer, options, pair)?;
             boundary(text, tokenizer, options, pair)?;
         }
         Content::Chat(chat) => {
-            let text = chat::texts(chat, tokenizer, options, pair)?;
+            let text = chat::texts(chat, layout, tokenizer, options, pair)?;
             boundary(text, tokenizer, options, pair)?;
         }
     }

@@ -1,5 +1,6 @@
 //! How rows become pairs.
 
+use crate::read::json::Value;
 use crate::read::keys::Keys;
 use crate::read::limits::Limits;
 use crate::template::Now;
@@ -41,6 +42,24 @@ pub enum SpecialText {
     Error,
 }
 
+/// What becomes of a row with a picture, a film or a sound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Images {
+    /// It is bad.
+    Error,
+    /// It is read as if it had none.
+    Ignore,
+}
+
+/// Where a block of thoughts belongs that a template puts before an answer without any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EmptyThink {
+    /// To the answer, as the template prints it.
+    Completion,
+    /// To the prompt, as where thinking is turned off.
+    Prompt,
+}
+
 /// How rows become pairs.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -52,6 +71,12 @@ pub struct Options {
     pub boundary: Boundary,
     /// What a spelt control token means.
     pub special_text: SpecialText,
+    /// What becomes of pictures.
+    pub images: Images,
+    /// Where an empty block of thoughts belongs.
+    pub empty_think: EmptyThink,
+    /// Variables of the template for all rows; a row's own win.
+    pub kwargs: Vec<(String, Value<'static>)>,
     /// Names of the fields.
     pub keys: Keys,
     /// Limits on input.

@@ -1,39 +1,7 @@
 //! What becomes of a row: a pair with warnings, or a refusal.
 
-use crate::error::Error;
+use crate::error::{Error, Warning};
 use crate::read::bad::Bad;
-
-/// What is counted but kept, in the order of a report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[allow(missing_docs)] // each is documented where users meet it, in `dpo_ext.Report`
-pub enum Warning {
-    BoundaryMerge,
-    Truncated,
-    EosCut,
-    EmptyPrompt,
-    SpecialTokenInText,
-    BosInText,
-    NoTurnBoundary,
-    TemplateFallback,
-    BlankLine,
-}
-
-impl Warning {
-    /// The name by which Python knows it: a key of the report's `warned`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::BoundaryMerge => "boundary_merge",
-            Self::Truncated => "truncated",
-            Self::EosCut => "eos_cut",
-            Self::EmptyPrompt => "empty_prompt",
-            Self::SpecialTokenInText => "special_token_in_text",
-            Self::BosInText => "bos_in_text",
-            Self::NoTurnBoundary => "no_turn_boundary",
-            Self::TemplateFallback => "template_fallback",
-            Self::BlankLine => "blank_line",
-        }
-    }
-}
 
 /// The ids of a pair, and what was noticed on the way. Its memory is reused from row to row.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -48,6 +16,8 @@ pub struct Pair {
     pub ref_logps: Option<[f64; 2]>,
     /// What is to know of it, each once.
     pub warned: Vec<Warning>,
+    /// Its prompt has no text, and its layout does not say so.
+    pub promptless: bool,
 }
 
 impl Pair {

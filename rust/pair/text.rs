@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 
 use super::implicit;
-use super::options::{Options, SpecialText};
-use super::outcome::{Pair, Warning};
-use crate::error::Reason;
+use super::options::{Boundary, Options, SpecialText};
+use super::outcome::Pair;
+use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
+use crate::read::layouts::Layout;
 use crate::read::row::Strings;
 use crate::tokenize::Tokenizer;
 
@@ -53,14 +54,30 @@ pub(super) fn is_blank(text: &str) -> bool {
     text.chars().all(|c| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c))
 }
 
+/// Whether a text is more than a word, with which any answer may begin.
+fn is_a_prompt(text: &str) -> bool {
+    let text = text.trim();
+    text.contains(char::is_whitespace)
+        || text.chars().next_back().is_some_and(|last| !last.is_alphanumeric())
+}
+
+/// A text without its first bytes.
+fn behind(text: Cow<'_, str>, bytes: usize) -> Cow<'_, str> {
+    match text {
+        Cow::Borrowed(text) => text.get(bytes..).unwrap_or_default().into(),
+        Cow::Owned(mut text) => text.split_off(bytes).into(),
+    }
+}
+
 /// The texts of a row of strings.
 pub(super) fn texts<'a>(
     strings: Strings<'a>,
+    layout: Layout,
     tokenizer: &Tokenizer,
     options: &Options,
     pair: &mut Pair,
 ) -> Result<Texts<'a>, Bad> {
-    let Strings { prompt, chosen, rejected } = strings;
+    let Strings { prompt, mut chosen, mut rejected } = strings;
     let eos = tokenizer.eos_text();
     let body = |text: &str| eos.and_then(|eos| text.strip_suffix(eos)).unwrap_or(text).len();
     let keys = &options.keys;
@@ -72,21 +89,47 @@ pub(super) fn texts<'a>(
     for (text, key) in parts {
         check_special(text, key, tokenizer, options, pair)?;
     }
+    let different = || {
+        let message = "expected the same prompt on both sides, found texts that part in what is asked\nhint: DPO \
+                       compares answers to one prompt; where the prompts differ Z(x) does not cancel";
+        Bad::new(Reason::DifferentPrompts, &keys.rejected, message)
+    };
     let (whole, cut) = if let Some(prompt) = prompt {
-        let cut = prompt.len();
+        let mut cut = prompt.len();
+        if is_a_prompt(&prompt) && chosen.starts_with(&*prompt) && rejected.starts_with(&*prompt) {
+            pair.warn(Warning::PromptInSides);
+            // TRL trains on what stands there twice.
+            if options.boundary != Boundary::Trl {
+                (chosen, rejected) = (behind(chosen, cut), behind(rejected, cut));
+            }
+        }
+        if options.boundary != Boundary::Trl
+            && implicit::begins_asked(&chosen)
+            && implicit::begins_asked(&rejected)
+        {
+            let split = implicit::split(&chosen, &rejected);
+            if split.is_asked {
+                return Err(different());
+            }
+            cut += if split.at_turn { split.cut } else { 0 };
+        }
         let room = tokenizer.eos_text().map_or(0, str::len);
         let joined = |side: &str| {
-            let mut whole = String::with_capacity(cut + side.len() + room);
+            let mut whole = String::with_capacity(prompt.len() + side.len() + room);
             whole.push_str(&prompt);
             whole.push_str(side);
             Cow::Owned(whole)
         };
         ([joined(&chosen), joined(&rejected)], cut)
     } else {
-        let (cut, at_turn) = implicit::split(&chosen, &rejected);
-        if !at_turn {
+        let split = implicit::split(&chosen, &rejected);
+        if split.is_asked {
+            return Err(different());
+        }
+        if !split.at_turn {
             pair.warn(Warning::NoTurnBoundary);
         }
+        let cut = split.cut;
         ([chosen, rejected], cut)
     };
     let [chosen, rejected] = whole.each_ref().map(|whole| whole.get(cut..).unwrap_or_default());
@@ -104,7 +147,12 @@ pub(super) fn texts<'a>(
         ));
     }
     if cut == 0 {
+        if layout == Layout::Implicit {
+            let message = "expected a beginning that both sides share, found none";
+            return Err(Bad::new(Reason::MissingPrompt, &keys.prompt, message));
+        }
         pair.warn(Warning::EmptyPrompt);
+        pair.promptless = layout != Layout::Completions;
     }
     Ok(Texts { whole, cut, alone: None, marks: None, are_strings: true })
 }

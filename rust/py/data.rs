@@ -27,6 +27,7 @@ use crate::error::{Error, Place, Result};
 use crate::pair::Options;
 use crate::pool;
 use crate::read::cell::Cell;
+use crate::read::chat::RESERVED;
 use crate::tokenize::Tokenizer;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -48,6 +49,21 @@ impl Encoding {
     fn new(tokenizer: &Bound<'_, PyTokenizer>, given: &Bound<'_, PyAny>) -> PyResult<Self> {
         let Settings { options, on_bad, threads } = Settings::of(given)?;
         let tokenizer = Arc::clone(&tokenizer.get().inner);
+        for (name, _) in &options.kwargs {
+            if RESERVED.contains(&name.as_str()) {
+                let message = format!(
+                    "`chat_template_kwargs`: `{name}` belongs to the template's own variables"
+                );
+                return Err(PyValueError::new_err(message));
+            }
+            if !tokenizer.reads(name) {
+                let known = tokenizer.variables().join(", ");
+                let message = format!(
+                    "`chat_template_kwargs`: no chat template reads `{name}`\nhint: it reads {known}"
+                );
+                return Err(PyValueError::new_err(message));
+            }
+        }
         Ok(Self { tokenizer, options, on_bad, threads, progress: Progress::default() })
     }
 
@@ -220,7 +236,8 @@ impl PairEncoder {
     }
 
     /// Arrow columns of `rows` rows, described over `buffers`, in the order of `names`. `first` counts the rows of
-    /// the file `path` before them, and `done` the bytes of files done with them.
+    /// the file `path` before them, and `done` the bytes of files done with them; `others` are further columns of
+    /// text.
     fn add_columns(
         &self,
         py: Python<'_>,
@@ -230,6 +247,7 @@ impl PairEncoder {
         path: Option<PathBuf>,
         first: u64,
         done: u64,
+        others: Vec<String>,
     ) -> PyResult<()> {
         let slices = buffers.iter().map(|b| Ok(b.as_slice()?)).collect::<PyResult<Vec<_>>>()?;
         let columns = columns
@@ -237,7 +255,8 @@ impl PairEncoder {
             .map(|c| c.as_ref().map(|c| column(c, &slices)).transpose())
             .collect::<PyResult<Vec<_>>>()?;
         let mut all = self.take()?;
-        let table = Columns { columns: &columns, rows, path: path.as_deref(), first };
+        let (path, others) = (path.as_deref(), &others);
+        let table = Columns { columns: &columns, rows, path, first, others };
         let job = self.encoding.job();
         let work = move || {
             encode_columns(table, &job, &mut all)?;
@@ -309,6 +328,13 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
     out.set_item("read", encoded.tally.read)?;
     out.set_item("kept", encoded.tally.kept)?;
     out.set_item("bytes", encoded.bytes)?;
+    out.set_item("promptless", encoded.tally.promptless)?;
+    out.set_item("others", encoded.tally.others)?;
+    let layouts = PyDict::new(py);
+    for (layout, count) in encoded.tally.layouts {
+        layouts.set_item(layout.name(), count)?;
+    }
+    out.set_item("layouts", layouts)?;
     let first = PyDict::new(py);
     let dropped = PyDict::new(py);
     for (reason, count) in encoded.tally.dropped {

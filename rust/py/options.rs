@@ -3,9 +3,12 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use super::value::to_value;
 use crate::encode::OnBad;
-use crate::pair::{Boundary, Options, SpecialText, Truncation};
+use crate::pair::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation};
+use crate::read::json::{Findings, Value};
 use crate::read::keys::Keys;
+use crate::read::layouts::Layout;
 use crate::read::limits::Limits;
 use crate::template::Now;
 
@@ -50,7 +53,26 @@ impl Settings {
             "skip" => OnBad::Skip,
             other => return Err(unknown("on_bad", other)),
         };
+        let images = match word("images")?.as_str() {
+            "error" => Images::Error,
+            "ignore" => Images::Ignore,
+            other => return Err(unknown("images", other)),
+        };
+        let empty_think = match word("empty_think")?.as_str() {
+            "completion" => EmptyThink::Completion,
+            "prompt" => EmptyThink::Prompt,
+            other => return Err(unknown("empty_think", other)),
+        };
+        let layout = match get("layout_of_rows")?.extract::<Option<String>>()? {
+            None => None,
+            Some(name) => Some(Layout::of(&name).ok_or_else(|| unknown("layout_of_rows", &name))?),
+        };
+        let limits = limits(&get("limits")?)?;
+        let kwargs = kwargs(&get("chat_template_kwargs")?, &limits)?;
         let keys = Keys {
+            ignored: get("ignore_columns")?.extract()?,
+            layout,
+            keep_nulls: get("keep_nulls")?.extract()?,
             prompt: key("prompt_key", "prompt")?,
             prompt_required: !get("prompt_key")?.is_none(),
             chosen: key("chosen_key", "chosen")?,
@@ -62,12 +84,27 @@ impl Settings {
             truncation,
             boundary,
             special_text,
+            images,
+            empty_think,
+            kwargs,
             keys,
-            limits: limits(&get("limits")?)?,
+            limits,
             now: now(get("now")?.extract()?),
         };
         Ok(Self { options, on_bad, threads: get("threads")?.extract()? })
     }
+}
+
+/// The variables of a template for all rows.
+fn kwargs(given: &Bound<'_, PyAny>, limits: &Limits) -> PyResult<Vec<(String, Value<'static>)>> {
+    let mut findings = Findings::default();
+    let wrong = |message: &str| PyValueError::new_err(format!("`chat_template_kwargs`: {message}"));
+    let value = to_value(given, limits, 1, &mut findings).map_err(|bad| wrong(&bad.message))?;
+    if let Some((_, message)) = findings.limit {
+        return Err(wrong(&message));
+    }
+    let Value::Object(items) = value else { return Err(wrong("expected a dict")) };
+    Ok(items.into_iter().map(|(name, value)| (name.into_owned(), value)).collect())
 }
 
 fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {

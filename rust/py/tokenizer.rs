@@ -88,6 +88,17 @@ impl PyTokenizer {
         self.inner.template(false).ok().and_then(|template| template.refusal())
     }
 
+    /// Whether a chat template reads the variable, as far as that is known.
+    fn reads(&self, name: &str) -> bool {
+        self.inner.reads(name)
+    }
+
+    /// The variables that the chat templates read beside those of every template.
+    #[getter]
+    fn variables(&self) -> Vec<&str> {
+        self.inner.variables()
+    }
+
     #[getter]
     fn gaps(&self) -> usize {
         self.inner.gaps()

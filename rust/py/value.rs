@@ -9,6 +9,7 @@ use crate::error::{Place, Reason, Result};
 use crate::pair::Options;
 use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
+use crate::read::keys::MEDIA;
 use crate::read::limits::Limits;
 
 pub(super) fn kind_of(value: &Bound<'_, PyAny>) -> String {
@@ -28,11 +29,30 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
             Ok(dict) => dict.get_item(name)?,
             Err(_) => row.contains(name)?.then(|| row.get_item(name)).transpose()?,
         };
+        if MEDIA.contains(&name) {
+            // That something is there is enough.
+            let holds =
+                |value: &Bound<'_, PyAny>| !value.is_none() && !matches!(value.len(), Ok(0));
+            out.push(value.map(|value| Value::Bool(holds(&value))));
+            continue;
+        }
         match value.map(|value| to_value(&value, &options.limits, 1, &mut findings)).transpose() {
             Ok(value) => out.push(value),
             Err(mut bad) => {
                 bad.field.get_or_insert_with(|| name.to_owned());
                 return Ok(Err(bad));
+            }
+        }
+    }
+    if let Ok(dict) = row.cast::<PyDict>()
+        && dict.len() > out.iter().flatten().count()
+    {
+        let names = options.keys.names();
+        for (key, value) in dict {
+            if let (Ok(key), true) = (key.extract::<&str>(), value.is_instance_of::<PyString>())
+                && !names.contains(&key)
+            {
+                findings.others.push(key.to_owned());
             }
         }
     }

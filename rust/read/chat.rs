@@ -5,26 +5,26 @@ use std::borrow::Cow;
 use super::bad::{Bad, check_limit, wrong};
 use super::json::{Findings, Value, parse};
 use super::keys::Keys;
+use super::layouts::Turns;
 use super::limits::Limits;
 use crate::error::Reason;
 
-/// The messages of one row.
+/// The messages of one row, and what its template sees beside them.
 #[derive(Debug, Clone)]
 pub struct Chat<'a> {
-    /// The messages before the completions, `None` for the common leading messages.
-    pub prompt: Option<Vec<Value<'a>>>,
-    /// The preferred messages.
-    pub chosen: Vec<Value<'a>>,
-    /// The other messages.
-    pub rejected: Vec<Value<'a>>,
+    /// The messages.
+    pub turns: Turns<'a>,
     /// Functions that the template may describe.
     pub tools: Option<Value<'a>>,
     /// Further variables of the template.
     pub kwargs: Vec<(Cow<'a, str>, Value<'a>)>,
 }
 
+/// Roles whose contents are what a tool gave.
+const ANSWERS_OF_TOOLS: [&str; 5] = ["tool", "function", "ipython", "observation", "tool_response"];
+
 /// Names that the template already has: a row must not override them.
-const RESERVED: [&str; 14] = [
+pub const RESERVED: [&str; 14] = [
     "messages",
     "tools",
     "documents",
@@ -51,18 +51,37 @@ impl<'a> Chat<'a> {
         }
     }
 
+    /// The field whose messages have a part that is a picture, a film or a sound.
+    pub(super) fn media(&self) -> Option<&'static str> {
+        let Turns { prompt, chosen, rejected, .. } = &self.turns;
+        let parts = [
+            (prompt.as_deref().unwrap_or_default(), "prompt"),
+            (chosen, "chosen"),
+            (rejected, "rejected"),
+        ];
+        let has = |messages: &[Value<'_>]| messages.iter().any(has_media);
+        parts.into_iter().find(|(messages, _)| has(messages)).map(|(_, name)| name)
+    }
+
     /// The same messages, if nothing is wrong with them.
+    ///
+    /// The prompt may be empty where the layout `allows` that.
     pub(super) fn checked(
         mut self,
         findings: &Findings,
         keys: &Keys,
         limits: &Limits,
+        allows: bool,
     ) -> Result<Self, Bad> {
-        if let Some(messages) = &self.prompt {
-            check_messages(messages, &keys.prompt)?;
+        let Turns { prompt, chosen, rejected, fields, .. } = &self.turns;
+        let names = fields.map(|field| keys.name(field));
+        let parts = [prompt.as_deref(), Some(chosen.as_slice()), Some(rejected.as_slice())];
+        for (i, (messages, key)) in parts.into_iter().zip(names).enumerate() {
+            // A prompt may be empty where its layout says that there is none.
+            if let Some(messages) = messages.filter(|found| i > 0 || !found.is_empty() || !allows) {
+                check_messages(messages, key)?;
+            }
         }
-        check_messages(&self.chosen, &keys.chosen)?;
-        check_messages(&self.rejected, &keys.rejected)?;
         self.tools = check_tools(self.tools, limits)?;
         if let Some((name, _)) =
             self.kwargs.iter().find(|(name, _)| RESERVED.contains(&name.as_ref()))
@@ -73,23 +92,33 @@ impl<'a> Chat<'a> {
             return Err(Bad::new(Reason::BadMessages, "chat_template_kwargs", message));
         }
         check_limit(findings)?;
-        for (messages, key) in [
-            (self.prompt.as_ref(), &keys.prompt),
-            (Some(&self.chosen), &keys.chosen),
-            (Some(&self.rejected), &keys.rejected),
-        ] {
-            let found = messages.map_or(0, Vec::len);
+        let Turns { prompt, chosen, rejected, fields, .. } = &self.turns;
+        let names = fields.map(|field| keys.name(field));
+        let counts = [prompt.as_ref().map_or(0, Vec::len), chosen.len(), rejected.len()];
+        for (found, key) in counts.into_iter().zip(names) {
             if found > limits.max_messages {
                 let most = limits.max_messages;
-                return Err(Bad::new(
-                    Reason::Limit,
-                    "max_messages",
-                    format!("`{key}` has {found} messages, more than {most}"),
-                ));
+                let message = format!("`{key}` has {found} messages, more than {most}");
+                return Err(Bad::new(Reason::Limit, "max_messages", message));
             }
         }
         Ok(self)
     }
+}
+
+/// Whether a message has a part that is a picture, a film or a sound.
+fn has_media(message: &Value<'_>) -> bool {
+    let Some(Value::List(parts)) = message.get("content") else { return false };
+    let kinds = ["image", "video", "audio"];
+    parts.iter().any(|part| match part.get("type") {
+        Some(Value::Str(kind)) => {
+            kinds.iter().any(|media| kind.trim_start_matches("input_").starts_with(media))
+        }
+        _ => kinds.iter().any(|media| {
+            let held = part.get(media).filter(|held| **held != Value::Null);
+            held.is_some() || part.get(&format!("{media}_url")).is_some()
+        }),
+    })
 }
 
 fn check_messages(messages: &[Value<'_>], key: &str) -> Result<(), Bad> {
@@ -121,6 +150,9 @@ fn check_messages(messages: &[Value<'_>], key: &str) -> Result<(), Bad> {
             Some(Value::Str(_)) => {}
             Some(Value::List(parts))
                 if parts.iter().all(|p| matches!(p, Value::Object(_) | Value::Str(_))) => {}
+            // What a tool answers may be any value, which templates print or branch on.
+            Some(Value::Object(_) | Value::Int(_) | Value::Float(_) | Value::Bool(_))
+                if message.role().is_some_and(|role| ANSWERS_OF_TOOLS.contains(&role)) => {}
             Some(Value::Null) | None if has_calls => {}
             None => return bad(format!("message {i}: expected `content`, found none")),
             Some(other) => {
@@ -134,30 +166,41 @@ fn check_messages(messages: &[Value<'_>], key: &str) -> Result<(), Bad> {
     Ok(())
 }
 
-/// `tools` is a list of objects, or that list as a JSON string (data sets store it so).
+/// `tools` is a list of objects, or that list, or each of them, as a JSON string (data sets store it so).
 fn check_tools<'a>(tools: Option<Value<'a>>, limits: &Limits) -> Result<Option<Value<'a>>, Bad> {
     let bad = |message: String| Err(Bad::new(Reason::BadMessages, "tools", message));
     let tools = match tools {
         None | Some(Value::Null) => return Ok(None),
-        Some(Value::Str(text)) => match parse(&text, limits) {
-            Ok((value, findings)) => {
-                if let Some(key) = findings.duplicate {
-                    return bad(format!("expected every key once, found `{key}` twice"));
-                }
-                check_limit(&findings)?;
-                value.into_owned()
-            }
-            Err(fault) => return bad(format!("expected JSON: {}", fault.message)),
-        },
+        Some(Value::Str(text)) => json_text(&text, limits)?,
         Some(other) => other,
     };
-    match tools {
-        Value::Null => Ok(None),
-        Value::List(ref items) => match items.iter().find(|item| !matches!(item, Value::Object(_)))
-        {
-            None => Ok(Some(tools)),
-            Some(item) => bad(format!("expected a list of objects, found {} in it", item.kind())),
-        },
-        other => bad(format!("expected a list of objects, found {}", other.kind())),
+    let items = match tools {
+        Value::Null => return Ok(None),
+        Value::List(items) => items,
+        other => return bad(format!("expected a list of objects, found {}", other.kind())),
+    };
+    let mut out = Vec::with_capacity(items.len());
+    for item in items {
+        let item = match item {
+            Value::Str(text) => json_text(&text, limits)?,
+            other => other,
+        };
+        if !matches!(item, Value::Object(_)) {
+            return bad(format!("expected a list of objects, found {} in it", item.kind()));
+        }
+        out.push(item);
     }
+    Ok(Some(Value::List(out)))
+}
+
+/// The value of JSON in a string.
+fn json_text(text: &str, limits: &Limits) -> Result<Value<'static>, Bad> {
+    let bad = |message: String| Bad::new(Reason::BadMessages, "tools", message);
+    let (value, findings) =
+        parse(text, limits).map_err(|fault| bad(format!("expected JSON: {}", fault.message)))?;
+    if let Some(key) = findings.duplicate {
+        return Err(bad(format!("expected every key once, found `{key}` twice")));
+    }
+    check_limit(&findings)?;
+    Ok(value.into_owned())
 }

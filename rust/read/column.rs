@@ -5,7 +5,9 @@
 
 use super::bad::Bad;
 use super::json::{Fields, Findings, Value, parse};
+use super::keys::MEDIA;
 use super::limits::Limits;
+use super::row::Rules;
 use super::text::text;
 use crate::error::Reason;
 
@@ -147,6 +149,8 @@ fn bit(bits: &[u8], i: usize) -> Result<bool, Fault> {
 /// What reading a row needs and finds.
 struct Context<'l> {
     limits: &'l Limits,
+    /// Keys of structs that hold null are kept.
+    keep_nulls: bool,
     findings: Findings,
     /// List items that may still be built: lists of nulls have no buffer that would bound them.
     items_left: usize,
@@ -240,7 +244,11 @@ impl<'a> Column<'a> {
                 }
                 let mut out = Vec::with_capacity(fields.len().min(most));
                 for (name, field) in fields.iter().take(most) {
-                    out.push((name.as_str().into(), field.value(i, depth + 1, context)?));
+                    // Where another row's struct has the key, this one has it too, and null.
+                    let value = field.value(i, depth + 1, context)?;
+                    if value != Value::Null || context.keep_nulls {
+                        out.push((name.as_str().into(), value));
+                    }
                 }
                 Ok(Value::Object(out))
             }
@@ -279,6 +287,24 @@ impl<'a> Column<'a> {
         }
     }
 
+    /// Whether value `i` is neither null nor an empty list; nothing of it is read.
+    fn holds(&self, i: usize) -> bool {
+        let at = self.offset.saturating_add(i);
+        let is_null = self.validity.is_some_and(|validity| !bit(validity, at).unwrap_or(false));
+        let is_empty = match &self.data {
+            Data::Null => true,
+            Data::List { offsets, items } => {
+                offsets.range(at, items.len).is_ok_and(|range| range.is_empty())
+            }
+            Data::Fixed { size, .. } => *size == 0,
+            Data::Text { offsets, bytes, .. } => {
+                offsets.range(at, bytes.len()).is_ok_and(|range| range.is_empty())
+            }
+            _ => false,
+        };
+        i < self.len && !is_null && !is_empty
+    }
+
     fn list(
         &'a self,
         mut range: std::ops::Range<usize>,
@@ -310,12 +336,18 @@ pub fn fields_at<'a>(
     columns: &'a [Option<Column<'a>>],
     names: &[&str],
     i: usize,
-    limits: &Limits,
+    rules: &Rules<'_>,
 ) -> Result<(Fields<'a>, Findings), Fault> {
+    let Rules { keys, limits, .. } = *rules;
     let items_left = limits.max_row_tokens.saturating_mul(LISTS);
-    let mut context = Context { limits, findings: Findings::default(), items_left };
+    let findings = Findings::default();
+    let mut context = Context { limits, keep_nulls: keys.keep_nulls, findings, items_left };
     let mut out = Vec::with_capacity(columns.len());
     for (column, name) in columns.iter().zip(names) {
+        if let Some(column) = column.as_ref().filter(|_| MEDIA.contains(name)) {
+            out.push(Some(Value::Bool(column.holds(i))));
+            continue;
+        }
         let value = column.as_ref().map(|column| column.value(i, 1, &mut context)).transpose();
         out.push(value.map_err(|fault| match fault {
             Fault::Row(mut bad) => {

@@ -1,11 +1,13 @@
 //! The names under which a row's fields are found.
 
+use super::layouts::Layout;
+
 /// The names under which a row's fields are found.
 #[derive(Debug, Clone)]
 pub struct Keys {
     /// Name of the prompt's field.
     pub prompt: String,
-    /// The caller named the prompt, so a row without it is bad; otherwise such a row has an implicit prompt.
+    /// The caller named the prompt, so a row without it is bad.
     pub prompt_required: bool,
     /// Name of the preferred side.
     pub chosen: String,
@@ -13,6 +15,12 @@ pub struct Keys {
     pub rejected: String,
     /// Further columns to carry.
     pub extra: Vec<String>,
+    /// Fields that are not there, whatever the row says.
+    pub ignored: Vec<String>,
+    /// The layout of every row, `None` to find it for each.
+    pub layout: Option<Layout>,
+    /// Keys of Arrow structs that hold null are kept; otherwise they are not there.
+    pub keep_nulls: bool,
 }
 
 impl Default for Keys {
@@ -23,28 +31,97 @@ impl Default for Keys {
             chosen: "chosen".to_owned(),
             rejected: "rejected".to_owned(),
             extra: Vec::new(),
+            ignored: Vec::new(),
+            layout: None,
+            keep_nulls: false,
         }
     }
 }
 
+/// A field that some layout reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // each is documented where users meet it, in docs/data.md
+pub enum Field {
+    Prompt,
+    Chosen,
+    Rejected,
+    Tools,
+    Kwargs,
+    PromptIds,
+    ChosenIds,
+    RejectedIds,
+    RefChosen,
+    RefRejected,
+    Messages,
+    Conversations,
+    RejectedResponse,
+    RejectedMessages,
+    ChosenResponse,
+    Instruction,
+    Input,
+    History,
+    Question,
+    System,
+}
+
+/// What a picture, a film or a sound is called; that one is there is all that is looked at.
+pub const MEDIA: [&str; 6] = ["image", "images", "video", "videos", "audio", "audios"];
+
+const NAMES: [&str; Field::System as usize + 1] = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "tools",
+    "chat_template_kwargs",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "messages",
+    "conversations",
+    "rejected_response",
+    "rejected_messages",
+    "chosen_response",
+    "instruction",
+    "input",
+    "history",
+    "question",
+    "system",
+];
 /// Fields of a row before the extra ones.
-pub(super) const FIELDS: usize = 10;
+pub(super) const FIELDS: usize = NAMES.len() + MEDIA.len();
+/// No field has this name.
+const NOTHING: &str = "\u{0}";
 
 impl Keys {
+    /// The name of a field.
+    pub fn name(&self, field: Field) -> &str {
+        match field {
+            Field::Prompt => &self.prompt,
+            Field::Chosen => &self.chosen,
+            Field::Rejected => &self.rejected,
+            other => NAMES.get(other as usize).copied().unwrap_or_default(),
+        }
+    }
+
     /// The field names in the order of [`super::row::Row::from_fields`].
     pub fn names(&self) -> Vec<&str> {
-        let fields: [&str; FIELDS] = [
-            &self.prompt,
-            &self.chosen,
-            &self.rejected,
-            "tools",
-            "chat_template_kwargs",
-            "prompt_ids",
-            "chosen_ids",
-            "rejected_ids",
-            "ref_chosen_logps",
-            "ref_rejected_logps",
-        ];
-        fields.into_iter().chain(self.extra.iter().map(String::as_str)).collect()
+        let given: [&str; 3] = [&self.prompt, &self.chosen, &self.rejected];
+        let rest = NAMES.into_iter().skip(given.len()).chain(MEDIA);
+        let mut names: Vec<&str> = given.into_iter().chain(rest).collect();
+        for i in 0..names.len() {
+            let (before, rest) = names.split_at_mut(i);
+            // A name that the caller gave to another field stands for that one alone.
+            if let Some(name) = rest.first_mut() {
+                let is = |other: &String| other == name;
+                let carried = MEDIA.contains(name) && self.extra.iter().any(is);
+                if before.contains(name) || self.ignored.iter().any(is) || carried {
+                    *name = NOTHING;
+                }
+            }
+        }
+        names.extend(self.extra.iter().map(String::as_str));
+        names
     }
 }

@@ -2,14 +2,17 @@
 
 pub mod bad;
 pub mod cell;
+mod cells;
 pub mod chat;
 pub mod column;
 pub mod json;
 pub mod keys;
+pub mod layouts;
 pub mod limits;
 mod packed;
 pub mod row;
 mod text;
+pub mod turns;
 
 use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};

@@ -4,11 +4,14 @@ use std::borrow::Cow;
 
 use super::bad::{Bad, check_limit, missing, required, wrong};
 use super::cell::{Cell, cell};
+use super::cells::Cells;
 use super::chat::Chat;
 use super::json::{Fields, Findings, Value, parse_fields};
-use super::keys::{FIELDS, Keys};
+use super::keys::{FIELDS, Field, Keys};
+use super::layouts::{Layout, Said, found, read};
 use super::limits::Limits;
-use crate::error::Reason;
+use super::turns::{Spelt, spelt};
+use crate::error::{Reason, Warning};
 
 /// Two texts and what stands before them.
 #[derive(Debug, Clone)]
@@ -44,6 +47,12 @@ pub enum Content<'a> {
 pub struct Row<'a> {
     /// Text, messages or ids.
     pub content: Content<'a>,
+    /// How the row says it.
+    pub layout: Layout,
+    /// The field in which the row has a picture, a film or a sound.
+    pub media: Option<&'static str>,
+    /// What is to know of how it was read.
+    pub warned: Vec<Warning>,
     /// Log-probs of the two sides under the reference.
     pub ref_logps: Option<[f64; 2]>,
     /// The extra columns, in the order of [`Keys::extra`].
@@ -109,76 +118,53 @@ impl<'a> Row<'a> {
                 "expected every key once, found it twice",
             ));
         }
-        let mut take = |slot: usize| fields.get_mut(slot).and_then(Option::take);
-        let [prompt, chosen, rejected, tools, kwargs] = [0, 1, 2, 3, 4].map(&mut take);
-        let ids = [5, 6, 7].map(&mut take);
-        let ref_logps = [8, 9].map(&mut take);
-        let ref_logps = reference(ref_logps)?;
+        let ref_logps = reference(
+            [Field::RefChosen, Field::RefRejected]
+                .map(|field| fields.get_mut(field as usize).and_then(Option::take)),
+        )?;
+        let names = keys.names();
         let extra = keys
             .extra
             .iter()
             .enumerate()
-            .map(|(i, name)| cell(required(take(FIELDS + i), name)?, name))
+            .map(|(i, name)| {
+                // The field of a layout may be carried along, too.
+                let own = names.iter().position(|known| known == name).filter(|at| *at < FIELDS);
+                let value = match own {
+                    Some(at) => fields.get(at).cloned().flatten(),
+                    None => fields.get_mut(FIELDS + i).and_then(Option::take),
+                };
+                cell(required(value, name)?, name)
+            })
             .collect::<Result<_, _>>()?;
-        let is_text = chosen.is_some() || rejected.is_some();
-        let is_ids =
-            ids.iter().all(Option::is_some) || (!is_text && ids.iter().any(Option::is_some));
-        let content = if is_ids {
-            Self::ids(ids, findings, limits, vocab)?
+        let mut cells = Cells(fields);
+        let mut warned = Vec::new();
+        let media = cells.media();
+        unpack(&mut cells, keys, limits, &mut warned)?;
+        let layout = found(&cells, keys);
+        let content = if layout == Layout::Ids {
+            let ids = [Field::PromptIds, Field::ChosenIds, Field::RejectedIds];
+            Self::ids(ids.map(|field| cells.take(field)), findings, limits, vocab)?
         } else {
-            let chosen = required(chosen, &keys.chosen)?;
-            let rejected = required(rejected, &keys.rejected)?;
-            if prompt.is_none() && keys.prompt_required {
-                return Err(missing(&keys.prompt));
-            }
-            match (chosen, rejected) {
-                (Value::Str(chosen), Value::Str(rejected)) => {
-                    let prompt = match prompt {
-                        None => None,
-                        Some(Value::Str(text)) => Some(text),
-                        Some(other) => {
-                            return Err(wrong(
-                                &keys.prompt,
-                                "a string, as in the completions",
-                                &other,
-                            ));
-                        }
-                    };
+            match read(layout, &mut cells, keys, limits, &mut warned)? {
+                Said::Text(strings) => {
                     check_limit(findings)?;
-                    Content::Text(Strings { prompt, chosen, rejected })
+                    Content::Text(strings)
                 }
-                (Value::List(chosen), Value::List(rejected)) => {
-                    let prompt = match prompt {
-                        None => None,
-                        Some(Value::List(messages)) => Some(messages),
-                        Some(other) => {
-                            return Err(wrong(
-                                &keys.prompt,
-                                "a list of messages, as in the completions",
-                                &other,
-                            ));
-                        }
-                    };
-                    let kwargs = Chat::kwargs(kwargs)?;
-                    let chat = Chat { prompt, chosen, rejected, tools, kwargs };
-                    Content::Chat(chat.checked(findings, keys, limits)?)
-                }
-                (Value::Str(_), other) => {
-                    return Err(wrong(&keys.rejected, "a string, as in the other side", &other));
-                }
-                (Value::List(_), other) => {
-                    return Err(wrong(
-                        &keys.rejected,
-                        "a list of messages, as in the other side",
-                        &other,
-                    ));
-                }
-                (other, _) => {
-                    return Err(wrong(&keys.chosen, "a string or a list of messages", &other));
+                Said::Turns(turns) => {
+                    let tools = cells.take(Field::Tools);
+                    let kwargs = Chat::kwargs(cells.take(Field::Kwargs))?;
+                    let allows = layout == Layout::Completions;
+                    let chat = Chat { turns, tools, kwargs };
+                    Content::Chat(chat.checked(findings, keys, limits, allows)?)
                 }
             }
         };
-        Ok(Self { content, ref_logps, extra })
+        let media = match &content {
+            Content::Chat(chat) => media.or(chat.media()),
+            _ => media,
+        };
+        Ok(Self { content, layout, media, warned, ref_logps, extra })
     }
 
     fn ids(
@@ -226,6 +212,59 @@ impl<'a> Row<'a> {
         let [prompt, chosen, rejected] = out;
         Ok(Content::Ids { prompt, chosen, rejected })
     }
+}
+
+/// Conversations that were stored as JSON in strings, made conversations.
+fn unpack(
+    cells: &mut Cells<'_>,
+    keys: &Keys,
+    limits: &Limits,
+    warned: &mut Vec<Warning>,
+) -> Result<(), Bad> {
+    // Each alone, or both sides of a pair.
+    let groups: [&[Field]; 5] = [
+        &[Field::Chosen, Field::Rejected],
+        &[Field::Prompt],
+        &[Field::Messages],
+        &[Field::Conversations],
+        &[Field::RejectedMessages],
+    ];
+    for fields in groups {
+        let looks = |field: &&Field| {
+            cells.text(**field).is_some_and(|text| text.trim_start().starts_with(['[', '{']))
+        };
+        if fields.iter().find(looks).is_none() {
+            continue;
+        }
+        let mut texts = 0;
+        let mut found = Vec::with_capacity(fields.len());
+        for field in fields {
+            if let Some(text) = cells.text(*field) {
+                let spelt = spelt(text, limits);
+                texts += usize::from(matches!(spelt, Spelt::Text));
+                found.push((*field, spelt));
+            }
+        }
+        if texts == found.len() {
+            continue;
+        }
+        for (field, spelt) in found {
+            let bad = |message: String| Bad::new(Reason::BadMessages, keys.name(field), message);
+            match spelt {
+                Spelt::Turns(turns) if texts == 0 => cells.put(field, turns),
+                Spelt::Turns(_) => {
+                    let message = "found turns in JSON text, and the other side is no such text";
+                    return Err(bad(message.to_owned()));
+                }
+                Spelt::Broken(message) if texts == 0 => return Err(bad(message)),
+                Spelt::Broken(_) | Spelt::Text => {}
+            }
+        }
+        if texts == 0 && !warned.contains(&Warning::MessagesAsJsonText) {
+            warned.push(Warning::MessagesAsJsonText);
+        }
+    }
+    Ok(())
 }
 
 fn reference(values: [Option<Value<'_>>; 2]) -> Result<Option<[f64; 2]>, Bad> {

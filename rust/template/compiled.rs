@@ -1,5 +1,6 @@
 //! A chat template, compiled once and rendered under fuel and a cap.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -101,6 +102,12 @@ impl Template {
         &self.source
     }
 
+    /// The variables that the template reads; `None` if only another renderer knows.
+    pub fn reads(&self) -> Option<HashSet<String>> {
+        let template = self.levels.first()?.get_template(NAME).ok()?;
+        Some(template.undeclared_variables(false))
+    }
+
     /// Renders `conversation`. The messages and their bytes set the fuel.
     ///
     /// # Errors
@@ -110,7 +117,7 @@ impl Template {
             return self.elsewhere(conversation, construct);
         }
         match self.render_here(conversation) {
-            Ok(text) => Ok(Rendered { text, fallback: false }),
+            Ok(text) => Ok(Rendered { text, fallback: false, complete: false }),
             Err(RenderError::Lacks(construct)) => self.elsewhere(conversation, &construct),
             Err(error) => Err(error),
         }
@@ -126,7 +133,7 @@ impl Template {
         };
         match fallback(&conversation.to_json()?, construct) {
             Answer::Text(text) if text.len() > conversation.cap => Err(RenderError::TooLong),
-            Answer::Text(text) => Ok(Rendered { text, fallback: true }),
+            Answer::Text(text) => Ok(Rendered { text, fallback: true, complete: false }),
             Answer::Refused(_) if self.broken.is_some() => {
                 Err(RenderError::Lacks(construct.to_owned()))
             }

@@ -41,6 +41,8 @@ pub struct Rendered {
     pub text: String,
     /// Whether it was rendered elsewhere.
     pub fallback: bool,
+    /// It was joined from all contents, so that none is missing.
+    pub complete: bool,
 }
 
 /// Why a conversation was not rendered.

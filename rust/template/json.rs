@@ -55,6 +55,16 @@ pub(super) fn dumps(value: &Jinja) -> Result<String, minijinja::Error> {
     Ok(out)
 }
 
+/// What stands between the quotes of a string of JSON.
+pub(super) fn in_json(text: &str, ascii: bool) -> String {
+    let style =
+        Style { ascii, indent: None, item: String::new(), pair: String::new(), sort: false };
+    let mut out = String::new();
+    // Strings are always written.
+    let _ = dump(&Jinja::from(text), &style, 0, &mut out);
+    out.get(1..out.len().saturating_sub(1)).unwrap_or_default().to_owned()
+}
+
 /// Python's `str.isprintable` of one character: the standard library's own table, which `escape_debug` reads.
 fn is_printable(c: char) -> bool {
     let after = ['a', c].iter().collect::<String>();

@@ -12,8 +12,9 @@ mod json;
 mod probe;
 mod program;
 mod python;
-pub(crate) mod roles;
+mod shown;
 
 pub use compiled::{Answer, Fallback, Template};
 pub use conversation::{Conversation, Now, RenderError, Rendered};
 pub(crate) use program::concatenate;
+pub(crate) use shown::{Shown, strip};

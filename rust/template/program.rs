@@ -34,11 +34,13 @@ enum Piece {
 struct Program {
     literals: String,
     pieces: Vec<Piece>,
+    /// Every content has its place.
+    complete: bool,
 }
 
 impl Program {
     /// Reads a render of probes. `None` if they are not in it as they were given.
-    fn read(text: &str) -> Option<Self> {
+    fn read(text: &str, contents: usize) -> Option<Self> {
         let mut program = Self::default();
         let mut literal = 0;
         let mut rest = text;
@@ -71,6 +73,10 @@ impl Program {
         if literal > 0 {
             program.pieces.push(Piece::Literal(literal));
         }
+        let has = |i: usize| {
+            program.pieces.iter().any(|p| matches!(p, Piece::Content { index, .. } if *index == i))
+        };
+        program.complete = (0..contents).all(has);
         Some(program)
     }
 
@@ -213,11 +219,12 @@ pub(crate) fn concatenate(
             }
             let probes = probe(messages);
             let text = render(&probes.iter().collect::<Vec<_>>()).ok();
-            let program = text.and_then(|rendered| Program::read(&rendered.text));
+            let program = text.and_then(|rendered| Program::read(&rendered.text, messages.len()));
             shapes.map.insert(key.clone(), Shape { program, uses: 0 });
         }
         let shape = shapes.map.get_mut(key.as_slice())?;
-        let text = shape.program.as_ref()?.run(&contents)?;
+        let program = shape.program.as_ref()?;
+        let (text, complete) = (program.run(&contents)?, program.complete);
         if text.len() > cap {
             return Some(Err(RenderError::TooLong));
         }
@@ -229,6 +236,6 @@ pub(crate) fn concatenate(
                 return Some(rendered);
             }
         }
-        Some(Ok(Rendered { text, fallback: false }))
+        Some(Ok(Rendered { text, fallback: false, complete }))
     })
 }

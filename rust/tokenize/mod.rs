@@ -13,6 +13,7 @@ use tokenizers::PostProcessorWrapper;
 
 use crate::bpe::{Bpe, Found, Inside, PairIds, Scratch};
 use crate::error::{Error, Result};
+use crate::read::chat::RESERVED;
 use crate::template::{Fallback, Template};
 pub use control::Control;
 use engine::{add_tokens, both, checked, recognised, signed, surroundings};
@@ -43,6 +44,10 @@ pub struct Tokenizer {
     template: Option<Template>,
     tool_template: Option<Template>,
     control: Control,
+    /// What the templates read, sorted.
+    variables: Vec<String>,
+    /// A template that minijinja cannot compile may read anything.
+    reads_any: bool,
 }
 
 /// Ids that no real vocabulary reaches: twice the tokens and this many more.
@@ -109,7 +114,10 @@ impl Tokenizer {
         let (prefix, suffix) = surroundings(post.as_ref())?;
         let template = source.template.as_deref().map(Template::new);
         let tool_template = source.tool_template.as_deref().map(Template::new);
+        let mut reads_any = false;
         let mut tokenizer = Self {
+            variables: Vec::new(),
+            reads_any,
             spelling: fast.is_err().then(|| Spelling::new(&inner, vocab_size)),
             control: Control::default(),
             fast,
@@ -133,6 +141,16 @@ impl Tokenizer {
         let templates = [&tokenizer.template, &tokenizer.tool_template];
         let templates: Vec<&Template> = templates.into_iter().flatten().collect();
         tokenizer.control = Control::new(&tokenizer.inner, &templates);
+        let mut variables = Vec::new();
+        for template in templates {
+            match template.reads() {
+                Some(names) => variables.extend(names),
+                None => reads_any = true,
+            }
+        }
+        variables.sort();
+        variables.dedup();
+        (tokenizer.variables, tokenizer.reads_any) = (variables, reads_any);
         Ok(tokenizer)
     }
 
@@ -188,6 +206,16 @@ impl Tokenizer {
                 "the tokenizer has no chat template\nhint: give `chat_template=`, or rows of strings".to_owned(),
             )
         })
+    }
+
+    /// The variables that some template reads, sorted; without those that every template has.
+    pub fn variables(&self) -> Vec<&str> {
+        self.variables.iter().map(String::as_str).filter(|name| !RESERVED.contains(name)).collect()
+    }
+
+    /// Whether some template reads a variable, as far as that is known.
+    pub fn reads(&self, name: &str) -> bool {
+        self.reads_any || self.variables.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }
 
     /// Renders elsewhere what minijinja cannot; `make` is given the text of each template.

@@ -2,7 +2,9 @@
 
 # No `from __future__ import annotations`: typer reads the annotations of what is put together here.
 
+import json
 from collections.abc import Callable
+from datetime import datetime
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,9 @@ import typer
 
 from dpo_ext.data.options import (
     Boundary,
+    EmptyThink,
+    Images,
+    LayoutOfRows,
     OnBad,
     Options,
     SpecialTokensInText,
@@ -87,6 +92,49 @@ def data_options(
             help="A further field to carry; may be given several times.", rich_help_panel=PANEL
         ),
     ] = None,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A field that is not read, though a layout has it; may be given several times.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    layout_of_rows: Annotated[
+        LayoutOfRows | None,
+        typer.Option(
+            help="How every row says its prompt and sides; by default found for each.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
+    images: Annotated[
+        Images,
+        typer.Option(
+            help="A row with a picture is bad, or read as if it had none.", rich_help_panel=PANEL
+        ),
+    ] = "error",
+    keep_nulls: Annotated[
+        bool,
+        typer.Option(
+            "--keep-nulls", help="Keep keys of Arrow structs that are null.", rich_help_panel=PANEL
+        ),
+    ] = False,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help="Variables of the chat template for all rows, as JSON.", rich_help_panel=PANEL
+        ),
+    ] = None,
+    empty_think: Annotated[
+        EmptyThink,
+        typer.Option(
+            help="Where a block of thoughts belongs in which there is none.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "completion",
+    now: Annotated[
+        datetime | None,
+        typer.Option(help="The time that chat templates see.", rich_help_panel=PANEL),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="Threads; by default all.", rich_help_panel=PANEL),
@@ -103,11 +151,19 @@ def data_options(
         "chosen_key": chosen_key,
         "rejected_key": rejected_key,
         "columns": tuple(column or ()),
+        "ignore_columns": tuple(ignore_column or ()),
+        "layout_of_rows": layout_of_rows,
+        "images": images,
+        "keep_nulls": keep_nulls,
+        "empty_think": empty_think,
+        "now": now,
         "threads": threads,
     }
     try:
+        if chat_template_kwargs is not None:
+            options["chat_template_kwargs"] = json.loads(chat_template_kwargs)
         settings(options)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
     return options
 

@@ -104,6 +104,20 @@ class PairDataset(Pairs):
             prompt_key, chosen_key, rejected_key: other names of the fields. A prompt named here
                 must be in every row.
             columns: further fields to carry: numbers, booleans or strings, of one kind in all rows.
+            ignore_columns: fields that count as missing, though a layout has them.
+            layout_of_rows: how every row says its prompt and sides, by a name of the table in
+                docs/data.md; None to find it for each row. ``completions`` is for pairs that have
+                no prompt at all, which other layouts refuse.
+            images: ``error``: a row with a picture, a film or a sound is bad, in a part of a
+                message or in a column; ``ignore``: its text alone is read, and it is counted.
+            keep_nulls: keep the keys of Arrow structs that hold null. They mostly are there because
+                another row has them, and templates print them, so by default they are not.
+            chat_template_kwargs: variables of the chat template for all rows; those of a row win.
+                One that no template reads is an error.
+            empty_think: where a block ``<think></think>`` belongs that the template puts before an
+                answer without thoughts: to the ``completion``, as printed, or to the ``prompt``, as
+                generation has it with thinking turned off.
+            now: the time that templates see; None for the time of the call.
             limits: :class:`Limits`.
             threads: number of threads; by default ``RAYON_NUM_THREADS``, else what affinity and
                 cgroup allow.

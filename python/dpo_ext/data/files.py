@@ -199,10 +199,11 @@ def feed_files(encoder: _core.PairEncoder, files: Sequence[str], limits: Limits)
 def feed_table(encoder: _core.PairEncoder, source: Any, limits: Limits) -> None:
     """Encodes a table, a stream or a data set."""
     names = encoder.names
-    batches = tables.record_batches(source, names)
+    others: list[str] = []
+    batches = tables.record_batches(source, names, others)
     first = 0
     while (batch := _next(batches, None)) is not None:
-        first, _ = _feed_batch(encoder, batch, None, first, 0, limits)
+        first, _ = _feed_batch(encoder, batch, None, first, 0, limits, others)
 
 
 def _next(batches: Iterator[Any], path: str | None) -> Any:
@@ -211,7 +212,13 @@ def _next(batches: Iterator[Any], path: str | None) -> Any:
 
 
 def _feed_batch(
-    encoder: _core.PairEncoder, batch: Any, path: str | None, first: int, done: int, limits: Limits
+    encoder: _core.PairEncoder,
+    batch: Any,
+    path: str | None,
+    first: int,
+    done: int,
+    limits: Limits,
+    others: list[str],
 ) -> tuple[int, int]:
     """Encodes a record batch: the number of rows up to its end, and the bytes that were decoded."""
     names, bytes_decoded = encoder.names, 0
@@ -221,10 +228,10 @@ def _feed_batch(
         with tables.pyarrow_errors(path):
             described, buffers, size = tables.tree_of(part, names, limits.max_depth, path)
         bytes_decoded += size
-        encoder.add_columns(part.num_rows, described, buffers, path, first, 0)
+        encoder.add_columns(part.num_rows, described, buffers, path, first, 0, others)
         first += part.num_rows
     if done:
-        encoder.add_columns(0, [None] * len(names), [], path, first, done)
+        encoder.add_columns(0, [None] * len(names), [], path, first, done, [])
     return first, bytes_decoded
 
 
@@ -235,13 +242,14 @@ def feed_arrow_file(
     before = Path(path).stat()
     read = _parquet if kind == "parquet" else _ipc
     first, done, unpacked = 0, 0, 0
-    with closing(read(path, encoder.names)) as batches:
+    others: list[str] = []
+    with closing(read(path, encoder.names, others)) as batches:
         while (found := _next(batches, path)) is not None:
             batch, share = found
             unpacked += batch.nbytes
             _check_expansion(path, unpacked, before.st_size, limits)
             step = max(0, int(share * before.st_size) - done)
-            first, bytes_decoded = _feed_batch(encoder, batch, path, first, step, limits)
+            first, bytes_decoded = _feed_batch(encoder, batch, path, first, step, limits, others)
             unpacked += bytes_decoded
             _check_expansion(path, unpacked, before.st_size, limits)
             done += step
@@ -251,7 +259,8 @@ def feed_arrow_file(
         raise DataError(
             f"{path}: the file changed while it was read", path=path, reason="bad_input"
         )
-    encoder.add_columns(0, [None] * len(encoder.names), [], path, first, before.st_size - done)
+    missing = [None] * len(encoder.names)
+    encoder.add_columns(0, missing, [], path, first, before.st_size - done, [])
 
 
 def _check_expansion(path: str, unpacked: int, packed: int, limits: Limits) -> None:
@@ -268,7 +277,9 @@ def _check_expansion(path: str, unpacked: int, packed: int, limits: Limits) -> N
         )
 
 
-def _parquet(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], None, None]:
+def _parquet(
+    path: str, names: Sequence[str], others: list[str]
+) -> Generator[tuple[Any, float], None, None]:
     """The record batches of a Parquet file, and which share of its rows is read with each."""
     pa = arrow("reading Parquet")
     import pyarrow.parquet as pq
@@ -279,6 +290,7 @@ def _parquet(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], No
             file, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True
         )
         known = parquet.schema_arrow.names
+        others.extend(tables.text_columns(parquet.schema_arrow, names))
         # Without a column there is nothing that could contradict the number of rows.
         wanted = [name for name in known if name in names] or known[:1]
         total, read = parquet.metadata.num_rows, 0
@@ -293,7 +305,9 @@ def _parquet(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], No
             raise ValueError(f"the file claims {total} rows and has {read}")
 
 
-def _ipc(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], None, None]:
+def _ipc(
+    path: str, names: Sequence[str], others: list[str]
+) -> Generator[tuple[Any, float], None, None]:
     """The record batches of an Arrow file or stream, and which share of it is read with each."""
     pa = arrow("reading Arrow files")
     size = max(1, Path(path).stat().st_size)
@@ -302,6 +316,7 @@ def _ipc(path: str, names: Sequence[str]) -> Generator[tuple[Any, float], None, 
         file.seek(0)
         reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
         kept = [i for i, name in enumerate(reader.schema.names) if name in names]
+        others.extend(tables.text_columns(reader.schema, names))
         if is_file:
             for i in range(reader.num_record_batches):
                 yield reader.get_batch(i).select(kept), (i + 1) / reader.num_record_batches

@@ -17,6 +17,20 @@ Truncation = Literal["keep_start", "keep_end", "keep_completions", "drop", "erro
 Boundary = Literal["joint", "separate", "trl"]
 OnBad = Literal["error", "skip"]
 SpecialTokensInText = Literal["special", "text", "error"]
+Images = Literal["error", "ignore"]
+EmptyThink = Literal["completion", "prompt"]
+LayoutOfRows = Literal[
+    "explicit",
+    "implicit",
+    "completions",
+    "ids",
+    "ultrafeedback",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "question",
+    "swift",
+]
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 Progress = bool | Callable[[int, int], Any]
 
@@ -79,9 +93,9 @@ class Limits:
             raise ValueError(f"`max_depth` must be at most {DEEPEST}, found {self.max_depth}")
 
 
-def local_time() -> tuple[int, int, int, int, int, int, int, int]:
+def local_time(moment: datetime | None = None) -> tuple[int, int, int, int, int, int, int, int]:
     """What templates see as now, taken once a data set."""
-    t = datetime.now().timetuple()
+    t = (moment or datetime.now()).timetuple()
     return (t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec, t.tm_wday, t.tm_yday)
 
 
@@ -111,6 +125,13 @@ class Options(TypedDict, total=False):
     chosen_key: str | None
     rejected_key: str | None
     columns: Sequence[str]
+    ignore_columns: Sequence[str]
+    layout_of_rows: LayoutOfRows | None
+    images: Images
+    keep_nulls: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+    empty_think: EmptyThink
+    now: datetime | None
     limits: Limits | None
     threads: int | None
 
@@ -128,6 +149,12 @@ class Settings:
     chosen_key: str | None = None
     rejected_key: str | None = None
     columns: tuple[str, ...] = ()
+    ignore_columns: tuple[str, ...] = ()
+    layout_of_rows: LayoutOfRows | None = None
+    images: Images = "error"
+    keep_nulls: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    empty_think: EmptyThink = "completion"
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
     now: tuple[int, ...] = field(default_factory=local_time)
@@ -140,10 +167,13 @@ class Settings:
             "boundary": Boundary,
             "on_bad": OnBad,
             "special_tokens_in_text": SpecialTokensInText,
+            "images": Images,
+            "empty_think": EmptyThink,
+            "layout_of_rows": LayoutOfRows,
         }
         for name, literal in choices.items():
             value, known = getattr(self, name), literal.__args__  # type: ignore[attr-defined]
-            if value not in known:
+            if value not in known and not (name == "layout_of_rows" and value is None):
                 raise ValueError(
                     f"unknown `{name}` {value!r}: there is {', '.join(map(repr, known))}"
                 )
@@ -157,16 +187,39 @@ class Settings:
         ]
         if len(set(names)) < len(names):
             raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
+        if self.prompt_key is not None and self.layout_of_rows not in (None, "explicit"):
+            raise ValueError(
+                "`prompt_key` names a field of `layout_of_rows` \"explicit\", found "
+                f"{self.layout_of_rows!r}"
+            )
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            found = type(self.chat_template_kwargs).__name__
+            raise TypeError(f"`chat_template_kwargs` must be a dict, found {found}")
         self._check_columns()
+        self._check_ignored()
         object.__setattr__(self, "threads", default_threads(self.threads))
 
-    def _check_columns(self) -> None:
-        if isinstance(self.columns, str):
-            raise TypeError(f"`columns` must be a sequence of names, found {self.columns!r}")
-        columns = tuple(self.columns)
-        for name in columns:
+    def _names(self, option: str) -> tuple[str, ...]:
+        given = getattr(self, option)
+        if isinstance(given, str):
+            raise TypeError(f"`{option}` must be a sequence of names, found {given!r}")
+        names = tuple(given)
+        for name in names:
             if not isinstance(name, str):
-                raise TypeError(f"`columns` must hold names, found {type(name).__name__}")
+                raise TypeError(f"`{option}` must hold names, found {type(name).__name__}")
+        return names
+
+    def _check_ignored(self) -> None:
+        ignored = self._names("ignore_columns")
+        wanted = {self.prompt_key, self.chosen_key or "chosen", self.rejected_key or "rejected"}
+        for name in ignored:
+            if name in wanted or name in self.columns:
+                raise ValueError(f"`ignore_columns` names {name!r}, which is read")
+        object.__setattr__(self, "ignore_columns", ignored)
+
+    def _check_columns(self) -> None:
+        columns = self._names("columns")
+        for name in columns:
             if name in FIELDS or name in (self.prompt_key, self.chosen_key, self.rejected_key):
                 raise ValueError(f"`columns` names {name!r}, which is a field of its own")
         if len(set(columns)) < len(columns):
@@ -188,9 +241,13 @@ def settings(options: Mapping[str, Any]) -> Settings:
             + (f"\nhint: did you mean `{close[0]}`?" if close else "")
         )
     given = dict(options)
-    if given.get("limits", Limits) is None:
-        del given["limits"]
-    return Settings(**given)
+    for name in ("limits", "chat_template_kwargs"):
+        if name in given and given[name] is None:
+            del given[name]
+    now = given.pop("now", None)
+    if now is not None and not isinstance(now, datetime):
+        raise TypeError(f"`now` must be a datetime, found {type(now).__name__}")
+    return Settings(**given, now=local_time(now))
 
 
 @contextmanager

@@ -70,8 +70,19 @@ def rows_instead(source: Any) -> bool:
     return _hugging_face(source) == "IterableDataset" and source.features is None
 
 
-def record_batches(source: Any, names: Sequence[str]) -> Iterator[Any]:
-    """The record batches of a table, a stream or a data set, without needless columns.
+def text_columns(schema: Any, names: Sequence[str]) -> list[str]:
+    """The columns of text in a schema that have none of these names."""
+    is_text = _is_text()
+    return [
+        field.name
+        for field in schema
+        if field.name not in names and any(is_kind(field.type) for is_kind in is_text)
+    ]
+
+
+def record_batches(source: Any, names: Sequence[str], others: list[str]) -> Iterator[Any]:
+    """The record batches of a table, a stream or a data set, without needless columns; the names of
+    those of text come to ``others``.
 
     Raises:
         TypeError: ``source`` is nothing of the kind.
@@ -87,10 +98,18 @@ def record_batches(source: Any, names: Sequence[str]) -> Iterator[Any]:
             "expected a table with `__arrow_c_stream__` or `__arrow_c_array__`, or a data set of "
             f"`datasets`, found {type(source).__name__}"
         )
-    return _batches(source, kind, names, arrow(f"reading {type(source).__name__}"))
+    pa = arrow(f"reading {type(source).__name__}")
+    return _batches(source, kind, names, others, pa)
 
 
-def _batches(source: Any, kind: str | None, names: Sequence[str], pa: Any) -> Iterator[Any]:
+def _batches(
+    source: Any, kind: str | None, names: Sequence[str], others: list[str], pa: Any
+) -> Iterator[Any]:
+    schema = getattr(source, "schema", None)
+    if kind is not None:
+        schema = getattr(source.features, "arrow_schema", None)
+    if isinstance(schema, pa.Schema):
+        others.extend(text_columns(schema, names))
     if kind is not None:
         columns = [name for name in source.column_names or () if name in names]
         if columns:

@@ -28,6 +28,20 @@ pub fn parse<'a>(text: &'a str, limits: &Limits) -> Result<(Value<'a>, Findings)
     Ok((value, scanner.findings))
 }
 
+/// The top fields of a line that hold text and have none of these names.
+pub fn other_texts(text: &str, wanted: &[&str], limits: &Limits) -> Vec<String> {
+    match parse(text, limits) {
+        Ok((Value::Object(items), _)) => items
+            .into_iter()
+            .filter(|(key, value)| {
+                matches!(value, Value::Str(_)) && !wanted.contains(&key.as_ref())
+            })
+            .map(|(key, _)| key.into_owned())
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
 /// Reads a line that should be an object, and builds only the fields that `wanted` names.
 ///
 /// Returns `Ok(None)` for valid JSON that is no object.

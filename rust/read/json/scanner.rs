@@ -15,6 +15,8 @@ pub struct Findings {
     pub duplicate: Option<String>,
     /// An exceeded limit: its name, and what was found.
     pub limit: Option<(&'static str, String)>,
+    /// Fields of text that nobody reads, of rows from memory: those of a line are looked up when asked for.
+    pub others: Vec<String>,
 }
 
 pub(super) struct Keys<'a> {

@@ -63,6 +63,43 @@ impl Value<'_> {
         }
     }
 
+    /// A message of one role and one text.
+    pub fn turn<'a>(role: &'a str, text: Cow<'a, str>) -> Value<'a> {
+        let role = Value::Str(role.into());
+        Value::Object(vec![("role".into(), role), ("content".into(), Value::Str(text))])
+    }
+
+    /// The role of a message, if that is a string.
+    pub fn role(&self) -> Option<&str> {
+        match self.get("role") {
+            Some(Value::Str(role)) => Some(role),
+            _ => None,
+        }
+    }
+
+    /// Whether both say the same: whatever the order of keys, null or no key, 1 or 1.0.
+    pub fn same(&self, other: &Value<'_>) -> bool {
+        match (self, other) {
+            (Self::Object(mine), Value::Object(theirs)) => {
+                let in_other = |(key, value): &(Cow<'_, str>, Self)| match other.get(key) {
+                    Some(found) => value.same(found),
+                    None => *value == Self::Null,
+                };
+                let in_mine = |(key, value): &(Cow<'_, str>, Value<'_>)| {
+                    *value == Value::Null || self.get(key).is_some()
+                };
+                mine.iter().all(in_other) && theirs.iter().all(in_mine)
+            }
+            (Self::List(mine), Value::List(theirs)) => {
+                mine.len() == theirs.len() && mine.iter().zip(theirs).all(|(a, b)| a.same(b))
+            }
+            (Self::Int(whole), Value::Float(number)) | (Self::Float(number), Value::Int(whole)) => {
+                *whole as f64 == *number
+            }
+            _ => self == other,
+        }
+    }
+
     /// The value of `key`, if this is an object that has it.
     pub fn get(&self, key: &str) -> Option<&Self> {
         match self {

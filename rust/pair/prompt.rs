@@ -1,0 +1,140 @@
+//! Which turns are the prompt of both sides.
+
+use super::options::{Boundary, Options};
+use super::outcome::{Pair, Refusal};
+use super::render::Renderer;
+use crate::error::{Reason, Warning};
+use crate::read::bad::Bad;
+use crate::read::json::Value;
+use crate::read::layouts::Turns;
+use crate::read::turns::is_asked;
+use crate::template::strip;
+
+/// A prompt and two sides.
+pub(super) struct Parts<'a> {
+    pub(super) prompt: Vec<Value<'a>>,
+    pub(super) chosen: Vec<Value<'a>>,
+    pub(super) rejected: Vec<Value<'a>>,
+    /// Turns of the prompt that its own field has; the others stood in the sides.
+    pub(super) own: usize,
+    /// Turns of the sides that were the prompt's once more.
+    pub(super) twice: usize,
+}
+
+/// Finds the turns that both sides share, by what the template prints of them.
+pub(super) fn parted<'a>(
+    turns: Turns<'a>,
+    renderer: &Renderer<'_>,
+    options: &Options,
+    pair: &mut Pair,
+) -> Result<Parts<'a>, Refusal> {
+    let Turns { prompt, said, chosen, rejected, fields } = turns;
+    let names = fields.map(|field| options.keys.name(field));
+    let is_implicit = prompt.is_none();
+    let prompt = prompt.unwrap_or_default();
+    let mut parts = Parts { own: prompt.len(), twice: 0, prompt, chosen, rejected };
+    if is_implicit {
+        let shared = shared(&parts, renderer);
+        parts.take(shared);
+    } else {
+        let twice = parts.prompt_in_sides();
+        if twice > 0 {
+            pair.warn(Warning::PromptInSides);
+        }
+        // TRL trains on what stands there twice.
+        if options.boundary != Boundary::Trl {
+            parts.twice = twice;
+            parts.chosen.drain(..twice);
+            parts.rejected.drain(..twice);
+            let asked = parts.chosen.iter().take_while(|turn| is_asked(turn)).count();
+            if asked > 0 {
+                let shared = shared(&parts, renderer).min(asked);
+                parts.take(shared);
+            }
+        }
+    }
+    let first = [parts.chosen.first(), parts.rejected.first()];
+    let asks = first.into_iter().flatten().any(is_asked);
+    if asks && parts.chosen != parts.rejected && (is_implicit || options.boundary != Boundary::Trl)
+    {
+        let same = matches!(first, [Some(a), Some(b)] if a.same(b));
+        if same {
+            let short = usize::from(parts.chosen.len() > parts.rejected.len());
+            let message = "expected an answer behind the prompt, found none";
+            return Err(Bad::new(Reason::EmptyCompletion, names[1 + short], message).into());
+        }
+        let turn = parts.prompt.len() + 1;
+        let message = format!(
+            "expected the same prompt on both sides, found different turns at message {turn}\nhint: \
+             DPO compares answers to one prompt; where the prompts differ Z(x) does not cancel"
+        );
+        return Err(Bad::new(Reason::DifferentPrompts, names[2], message).into());
+    }
+    if let Some(said) = said {
+        let has =
+            |turn: &Value<'_>| turn.get("content").is_some_and(|content| contains(content, &said));
+        if !parts.prompt.iter().any(has) {
+            let message =
+                "expected the text of a turn that both sides share, found it in none of them";
+            return Err(Bad::new(Reason::DifferentPrompts, names[0], message).into());
+        }
+    }
+    Ok(parts)
+}
+
+/// Whether a content, or a part of it, contains a text.
+fn contains(content: &Value<'_>, text: &str) -> bool {
+    match content {
+        Value::Str(content) => content.contains(strip(text)),
+        Value::List(parts) => {
+            parts.iter().any(|part| contains(part.get("text").unwrap_or(part), text))
+        }
+        _ => false,
+    }
+}
+
+impl Parts<'_> {
+    /// Makes the first turns of the sides the prompt's last.
+    fn take(&mut self, shared: usize) {
+        self.rejected.drain(..shared);
+        self.prompt.extend(self.chosen.drain(..shared));
+    }
+
+    /// How many of the first turns of both sides are the prompt's last ones once more.
+    fn prompt_in_sides(&self) -> usize {
+        let longest = self.prompt.len().min(self.chosen.len() - 1).min(self.rejected.len() - 1);
+        let is_twice = |count: &usize| {
+            let end = self.prompt.get(self.prompt.len() - count..).unwrap_or_default();
+            let same = |side: &[Value<'_>]| end.iter().zip(side).all(|(a, b)| a.same(b));
+            end.first().is_some_and(is_asked) && same(&self.chosen) && same(&self.rejected)
+        };
+        (1..=longest).rev().find(is_twice).unwrap_or(0)
+    }
+}
+
+/// How many leading turns the template prints alike on both sides. A side always keeps its last turn.
+fn shared(parts: &Parts<'_>, renderer: &Renderer<'_>) -> usize {
+    let Parts { prompt, chosen, rejected, .. } = parts;
+    let most = (chosen.len() - 1).min(rejected.len() - 1);
+    let equal = |from: usize| {
+        let sides = chosen.iter().zip(rejected).take(most).skip(from);
+        from + sides.take_while(|(a, b)| a == b).count()
+    };
+    let mut shared = equal(0);
+    if shared == most {
+        return shared;
+    }
+    let whole: Vec<&Value<'_>> = prompt.iter().chain(rejected).collect();
+    let Some(own) = renderer.try_render(&whole) else { return shared };
+    while shared < most {
+        // With the other side's turn in the place of its own the conversation must read as before.
+        let begin = chosen.iter().take(shared + 1);
+        let rest = rejected.iter().skip(shared + 1);
+        let swapped: Vec<&Value<'_>> = prompt.iter().chain(begin).chain(rest).collect();
+        if renderer.try_render(&swapped).as_deref() != Some(&own) {
+            break;
+        }
+        shared = equal(shared + 1);
+    }
+    shared
+}

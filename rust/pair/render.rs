@@ -1,0 +1,77 @@
+//! Messages to text, by the template of a tokenizer.
+
+use super::options::Options;
+use super::outcome::{Pair, Refusal};
+use crate::error::{Error, Reason, Warning};
+use crate::read::bad::Bad;
+use crate::read::json::Value;
+use crate::template::{Conversation, RenderError, Rendered, Template, concatenate};
+use crate::tokenize::Tokenizer;
+
+/// A template with everything but the messages filled in.
+pub(super) struct Renderer<'t> {
+    pub(super) template: &'t Template,
+    pub(super) tokenizer: &'t Tokenizer,
+    pub(super) variables: Vec<(&'t str, &'t Value<'t>)>,
+    pub(super) options: &'t Options,
+}
+
+impl Renderer<'_> {
+    fn run(&self, messages: &[&Value<'_>], generation: bool) -> Result<Rendered, RenderError> {
+        let conversation = Conversation {
+            messages,
+            named: self.tokenizer.named(),
+            variables: &self.variables,
+            generation,
+            now: self.options.now,
+            cap: self.options.limits.max_rendered_bytes,
+        };
+        concatenate(self.template, &conversation)
+            .unwrap_or_else(|| self.template.render(&conversation))
+    }
+
+    /// The text of `prompt` and then `rest`; without `rest`, of the prompt and what begins an answer. Faults are those
+    /// of the field `key`.
+    pub(super) fn render(
+        &self,
+        prompt: &[Value<'_>],
+        rest: Option<&[Value<'_>]>,
+        key: &str,
+        pair: &mut Pair,
+    ) -> Result<Rendered, Refusal> {
+        let messages: Vec<&Value<'_>> = prompt.iter().chain(rest.unwrap_or_default()).collect();
+        match self.run(&messages, rest.is_none()) {
+            Ok(rendered) => {
+                if rendered.fallback {
+                    pair.warn(Warning::TemplateFallback);
+                }
+                Ok(rendered)
+            }
+            Err(RenderError::Template(message)) => Err(failed(key, message).into()),
+            Err(RenderError::Lacks(construct)) => Err(Error::Tokenizer(construct).into()),
+            Err(RenderError::Value(field, message)) => {
+                let field = match field.as_str() {
+                    "messages" => key,
+                    "tools" => "tools",
+                    _ => "chat_template_kwargs",
+                };
+                Err(failed(field, message).into())
+            }
+            Err(RenderError::TooLong) => {
+                let cap = self.options.limits.max_rendered_bytes;
+                let message = format!("the rendered conversation has more than {cap} bytes");
+                Err(Bad::new(Reason::Limit, "max_rendered_bytes", message).into())
+            }
+        }
+    }
+
+    /// The text of a conversation, if the template takes it.
+    pub(super) fn try_render(&self, messages: &[&Value<'_>]) -> Option<String> {
+        self.run(messages, false).ok().map(|rendered| rendered.text)
+    }
+}
+
+/// A template that refuses a row.
+pub(super) fn failed(key: &str, message: String) -> Bad {
+    Bad::new(Reason::TemplateError, key, message)
+}

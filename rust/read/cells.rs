@@ -1,0 +1,91 @@
+//! The fields of one row, to be looked at and taken.
+
+use super::json::{Fields, Value};
+use super::keys::{FIELDS, Field, MEDIA};
+use super::turns;
+
+/// The fields of one row.
+pub(super) struct Cells<'a>(pub(super) Fields<'a>);
+
+impl<'a> Cells<'a> {
+    fn get(&self, field: Field) -> Option<&Value<'a>> {
+        self.0.get(field as usize).and_then(Option::as_ref)
+    }
+
+    pub(super) fn take(&mut self, field: Field) -> Option<Value<'a>> {
+        self.0.get_mut(field as usize).and_then(Option::take)
+    }
+
+    /// The same, where null counts for nothing.
+    pub(super) fn take_some(&mut self, field: Field) -> Option<Value<'a>> {
+        self.take(field).filter(|value| *value != Value::Null)
+    }
+
+    pub(super) fn put(&mut self, field: Field, value: Value<'a>) {
+        if let Some(cell) = self.0.get_mut(field as usize) {
+            *cell = Some(value);
+        }
+    }
+
+    /// Whether the row has the field, be it null.
+    pub(super) fn is_there(&self, field: Field) -> bool {
+        self.get(field).is_some()
+    }
+
+    /// Whether the field holds something.
+    pub(super) fn has(&self, field: Field) -> bool {
+        self.get(field).is_some_and(|value| *value != Value::Null)
+    }
+
+    pub(super) fn text(&self, field: Field) -> Option<&str> {
+        match self.get(field) {
+            Some(Value::Str(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_text(&self, field: Field) -> bool {
+        self.text(field).is_some()
+    }
+
+    /// Whether the field holds turns, one or several.
+    pub(super) fn is_turns(&self, field: Field) -> bool {
+        matches!(self.get(field), Some(Value::List(_) | Value::Object(_)))
+    }
+
+    /// Whether the field holds a turn that is no answer: a whole conversation.
+    pub(super) fn is_conversation(&self, field: Field) -> bool {
+        self.get(field).is_some_and(turns::is_conversation)
+    }
+
+    /// Whether both sides are single answers, of which one at least is no list of turns.
+    pub(super) fn has_answers(&self) -> bool {
+        let sides = [Field::Chosen, Field::Rejected].map(|field| self.get(field));
+        let is_answer = |side: &Option<&Value<'_>>| {
+            matches!(side, Some(Value::Str(_) | Value::Object(_) | Value::List(_)))
+        };
+        sides.iter().all(is_answer)
+            && !sides.iter().all(|side| matches!(side, Some(Value::List(_))))
+    }
+
+    /// Whether both sides, which are texts, show this one.
+    pub(super) fn both_have(&self, text: &str) -> bool {
+        let text = text.trim();
+        !text.is_empty()
+            && [Field::Chosen, Field::Rejected]
+                .into_iter()
+                .all(|side| self.text(side).is_some_and(|side| side.contains(text)))
+    }
+
+    /// The name of a field with pictures, films or sounds, if there are any.
+    pub(super) fn media(&self) -> Option<&'static str> {
+        let cells = self.0.get(FIELDS - MEDIA.len()..FIELDS)?;
+        let is_there = |cell: &Option<Value<'_>>| match cell {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::List(items)) => items.iter().any(|item| *item != Value::Null),
+            Some(Value::Str(text)) => !text.is_empty(),
+            Some(_) => true,
+        };
+        MEDIA.into_iter().zip(cells).find(|(_, cell)| is_there(cell)).map(|(name, _)| name)
+    }
+}

@@ -1,0 +1,385 @@
+//! The layouts of rows: which fields each has, how one is found, and how it becomes a prompt and two sides.
+//!
+//! `docs/data.md` shows a row of each.
+
+use std::borrow::Cow;
+
+use super::bad::{Bad, missing, required, wrong};
+use super::cells::Cells;
+use super::json::Value;
+use super::keys::{Field, Keys};
+use super::limits::Limits;
+use super::row::Strings;
+use super::turns::{answer, history, is_answer, said, turns};
+use crate::error::{Reason, Warning};
+
+/// How a row says its prompt and its two sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Layout {
+    /// `prompt`, `chosen`, `rejected`: text, or messages.
+    Explicit,
+    /// `chosen`, `rejected`: whole texts or conversations that begin alike.
+    Implicit,
+    /// `chosen`, `rejected`, and no prompt at all.
+    Completions,
+    /// `prompt_ids`, `chosen_ids`, `rejected_ids`.
+    Ids,
+    /// `prompt`, the text of a turn that both conversations `chosen` and `rejected` have.
+    UltraFeedback,
+    /// `messages`, or another conversation, with one answer each in `chosen` and `rejected`.
+    Messages,
+    /// `conversations` of `from` and `value`, with one answer each in `chosen` and `rejected`.
+    ShareGpt,
+    /// `instruction`, `input`, `history`, `system`, with the texts `chosen` and `rejected`.
+    Alpaca,
+    /// `question` and `system`, with the texts `chosen` and `rejected`.
+    Question,
+    /// `messages`, whose last turn is chosen, with `rejected_response` or `rejected_messages`.
+    Swift,
+}
+
+impl Layout {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Explicit,
+        Self::Implicit,
+        Self::Completions,
+        Self::Ids,
+        Self::UltraFeedback,
+        Self::Messages,
+        Self::ShareGpt,
+        Self::Alpaca,
+        Self::Question,
+        Self::Swift,
+    ];
+
+    /// The name by which Python knows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Explicit => "explicit",
+            Self::Implicit => "implicit",
+            Self::Completions => "completions",
+            Self::Ids => "ids",
+            Self::UltraFeedback => "ultrafeedback",
+            Self::Messages => "messages",
+            Self::ShareGpt => "sharegpt",
+            Self::Alpaca => "alpaca",
+            Self::Question => "question",
+            Self::Swift => "swift",
+        }
+    }
+
+    /// The layout of a name.
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|layout| layout.name() == name)
+    }
+
+    /// Whether its texts are put together as turns.
+    pub fn makes_turns(self) -> bool {
+        matches!(self, Self::Alpaca | Self::Question)
+    }
+
+    /// Whether a column `system` is the first turn. TRL's own layouts have no such column.
+    fn has_system(self) -> bool {
+        use Layout::{Alpaca, Messages, Question, ShareGpt, Swift};
+        matches!(self, Messages | ShareGpt | Alpaca | Question | Swift)
+    }
+}
+
+/// The layout of a row, from all of its fields.
+pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
+    if let Some(layout) = keys.layout {
+        return layout;
+    }
+    let has = |field| cells.has(field);
+    let sides = has(Field::Chosen) || has(Field::Rejected);
+    let ids = [Field::PromptIds, Field::ChosenIds, Field::RejectedIds];
+    if ids.into_iter().all(has) || (!sides && ids.into_iter().any(has)) {
+        return Layout::Ids;
+    }
+    if keys.prompt_required {
+        return Layout::Explicit;
+    }
+    let swift = has(Field::RejectedResponse) || has(Field::RejectedMessages);
+    if swift && has(Field::Messages) && !has(Field::Chosen) {
+        return Layout::Swift;
+    }
+    let whole = cells.is_conversation(Field::Chosen) && cells.is_conversation(Field::Rejected);
+    if has(Field::Prompt) {
+        let turns = !cells.is_text(Field::Chosen) && !cells.is_text(Field::Rejected) && sides;
+        return match cells.text(Field::Prompt) {
+            Some("") if whole || turns => Layout::Implicit,
+            Some(_) if whole => Layout::UltraFeedback,
+            Some(_) if turns => Layout::Messages,
+            None if !whole && cells.is_turns(Field::Prompt) && cells.has_answers() => {
+                Layout::Messages
+            }
+            _ => Layout::Explicit,
+        };
+    }
+    if !whole && has(Field::Messages) {
+        return Layout::Messages;
+    }
+    if !whole && has(Field::Conversations) {
+        return Layout::ShareGpt;
+    }
+    let answers = sides || swift || has(Field::ChosenResponse);
+    if !whole && answers && !cells.is_there(Field::Prompt) {
+        // A transcript repeats the question that stands beside it.
+        let asks = |field| has(field) && !cells.text(field).is_some_and(|t| cells.both_have(t));
+        if asks(Field::Instruction) || asks(Field::Input) {
+            return Layout::Alpaca;
+        }
+        if asks(Field::Question) {
+            return Layout::Question;
+        }
+    }
+    if cells.is_there(Field::Prompt) { Layout::Explicit } else { Layout::Implicit }
+}
+
+/// What a row says: two texts, or turns.
+pub(super) enum Said<'a> {
+    /// Text.
+    Text(Strings<'a>),
+    /// Turns.
+    Turns(Turns<'a>),
+}
+
+/// The turns of a row.
+#[derive(Debug, Clone)]
+pub struct Turns<'a> {
+    /// The turns before the answers, `None` for those that both sides begin with.
+    pub prompt: Option<Vec<Value<'a>>>,
+    /// Text of a turn that both sides begin with.
+    pub said: Option<Cow<'a, str>>,
+    /// The preferred turns.
+    pub chosen: Vec<Value<'a>>,
+    /// The other turns.
+    pub rejected: Vec<Value<'a>>,
+    /// The fields that the three come from.
+    pub fields: [Field; 3],
+}
+
+impl<'a> Turns<'a> {
+    /// Puts the column `system` before everything.
+    fn begin_with(&mut self, system: Cow<'a, str>, warned: &mut Vec<Warning>) {
+        let first = self.prompt.as_ref().unwrap_or(&self.chosen).first();
+        match first.filter(|turn| turn.role() == Some("system")).map(|turn| turn.get("content")) {
+            Some(Some(Value::Str(text))) if *text == system => {}
+            Some(_) => warned.push(Warning::UnreadSystem),
+            None => match &mut self.prompt {
+                Some(prompt) => prompt.insert(0, Value::turn("system", system)),
+                None => {
+                    self.chosen.insert(0, Value::turn("system", system.clone()));
+                    self.rejected.insert(0, Value::turn("system", system));
+                }
+            },
+        }
+    }
+}
+
+/// The prompt and the sides of a row.
+///
+/// # Errors
+/// [`Bad`] for a field that the layout needs and the row has not, or has otherwise.
+pub(super) fn read<'a>(
+    layout: Layout,
+    cells: &mut Cells<'a>,
+    keys: &Keys,
+    limits: &Limits,
+    warned: &mut Vec<Warning>,
+) -> Result<Said<'a>, Bad> {
+    let mut row = match layout {
+        Layout::Explicit | Layout::Implicit | Layout::Completions | Layout::Ids => {
+            trl(layout, cells, keys, limits)?
+        }
+        Layout::UltraFeedback => ultrafeedback(cells, keys, limits).map(Said::Turns)?,
+        Layout::Messages | Layout::ShareGpt => {
+            messages(layout, cells, keys, limits, warned).map(Said::Turns)?
+        }
+        Layout::Alpaca => alpaca(cells, keys, limits).map(Said::Turns)?,
+        Layout::Question => question(cells, keys, limits).map(Said::Turns)?,
+        Layout::Swift => swift(cells, limits).map(Said::Turns)?,
+    };
+    if let Some(system) = cells.take_some(Field::System) {
+        match &mut row {
+            Said::Turns(turns) if layout.has_system() => {
+                let system = said(system, "system")?;
+                if !system.is_empty() {
+                    turns.begin_with(system, warned);
+                }
+            }
+            _ if matches!(&system, Value::Str(text) if text.is_empty()) => {}
+            _ => warned.push(Warning::UnreadSystem),
+        }
+    }
+    Ok(row)
+}
+
+/// TRL's layouts: both sides are text, or both are turns.
+fn trl<'a>(
+    layout: Layout,
+    cells: &mut Cells<'a>,
+    keys: &Keys,
+    limits: &Limits,
+) -> Result<Said<'a>, Bad> {
+    let prompt = cells.take(Field::Prompt).filter(|_| layout == Layout::Explicit);
+    let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
+    let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
+    if prompt.is_none() && (keys.prompt_required || keys.layout == Some(Layout::Explicit)) {
+        return Err(missing(&keys.prompt));
+    }
+    let is_turns = |value: &Value<'_>| matches!(value, Value::List(_) | Value::Object(_));
+    match (chosen, rejected) {
+        (Value::Str(chosen), Value::Str(rejected)) => {
+            let prompt = match prompt {
+                Some(Value::Str(text)) => Some(text),
+                Some(other) => {
+                    return Err(wrong(&keys.prompt, "a string, as in the completions", &other));
+                }
+                None => (layout == Layout::Completions).then(Cow::default),
+            };
+            Ok(Said::Text(Strings { prompt, chosen, rejected }))
+        }
+        (chosen, rejected) if is_turns(&chosen) && is_turns(&rejected) => {
+            let prompt = match prompt {
+                Some(prompt) if is_turns(&prompt) => Some(turns(prompt, &keys.prompt, limits)?),
+                Some(other) => {
+                    let expected = "a list of messages, as in the completions";
+                    return Err(wrong(&keys.prompt, expected, &other));
+                }
+                None => (layout == Layout::Completions).then(Vec::new),
+            };
+            let chosen = turns(chosen, &keys.chosen, limits)?;
+            let rejected = turns(rejected, &keys.rejected, limits)?;
+            let fields = [Field::Prompt, Field::Chosen, Field::Rejected];
+            Ok(Said::Turns(Turns { prompt, said: None, chosen, rejected, fields }))
+        }
+        (Value::Str(_), other) => {
+            Err(wrong(&keys.rejected, "a string, as in the other side", &other))
+        }
+        (chosen, other) if is_turns(&chosen) => {
+            Err(wrong(&keys.rejected, "a list of messages, as in the other side", &other))
+        }
+        (other, _) => Err(wrong(&keys.chosen, "a string or a list of messages", &other)),
+    }
+}
+
+fn ultrafeedback<'a>(
+    cells: &mut Cells<'a>,
+    keys: &Keys,
+    limits: &Limits,
+) -> Result<Turns<'a>, Bad> {
+    let text = said(required(cells.take(Field::Prompt), &keys.prompt)?, &keys.prompt)?;
+    let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
+    let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
+    Ok(Turns {
+        prompt: None,
+        said: Some(text),
+        chosen: turns(chosen, &keys.chosen, limits)?,
+        rejected: turns(rejected, &keys.rejected, limits)?,
+        fields: [Field::Prompt, Field::Chosen, Field::Rejected],
+    })
+}
+
+fn messages<'a>(
+    layout: Layout,
+    cells: &mut Cells<'a>,
+    keys: &Keys,
+    limits: &Limits,
+    warned: &mut Vec<Warning>,
+) -> Result<Turns<'a>, Bad> {
+    let field = match layout {
+        Layout::ShareGpt => Field::Conversations,
+        _ if cells.has(Field::Prompt) => Field::Prompt,
+        _ => Field::Messages,
+    };
+    let name = keys.name(field);
+    let mut prompt = match required(cells.take(field), name)? {
+        Value::Str(text) if field == Field::Prompt => vec![Value::turn("user", text)],
+        other => turns(other, name, limits)?,
+    };
+    let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
+    let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
+    let chosen = answer(chosen, &keys.chosen, limits)?;
+    let rejected = answer(rejected, &keys.rejected, limits)?;
+    // Logs keep the answer that was given, as the last turn, beside the pair.
+    let given =
+        |last: &Value<'_>| [&chosen, &rejected].iter().any(|s| s.as_slice() == [last.clone()]);
+    if prompt.len() > 1 && prompt.last().is_some_and(given) {
+        prompt.pop();
+        warned.push(Warning::PromptInSides);
+    }
+    let fields = [field, Field::Chosen, Field::Rejected];
+    Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
+}
+
+fn alpaca<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Turns<'a>, Bad> {
+    let mut prompt = history(cells.take_some(Field::History), limits)?;
+    let mut texts: Vec<Cow<'a, str>> = Vec::new();
+    for field in [Field::Instruction, Field::Input] {
+        if let Some(value) = cells.take_some(field) {
+            texts.push(said(value, keys.name(field))?);
+        }
+    }
+    if texts.is_empty() {
+        return Err(missing("instruction"));
+    }
+    texts.retain(|text| !text.is_empty());
+    let text = match (texts.pop(), texts.pop()) {
+        (Some(input), Some(instruction)) => format!("{instruction}\n{input}").into(),
+        (text, _) => text.unwrap_or_default(),
+    };
+    prompt.push(Value::turn("user", text));
+    answered(prompt, Field::Instruction, cells, keys, limits)
+}
+
+fn question<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Turns<'a>, Bad> {
+    let text = said(required(cells.take(Field::Question), "question")?, "question")?;
+    answered(vec![Value::turn("user", text)], Field::Question, cells, keys, limits)
+}
+
+/// A prompt with the answers of `chosen` and `rejected`, or of the same names with `_response`.
+fn answered<'a>(
+    prompt: Vec<Value<'a>>,
+    field: Field,
+    cells: &mut Cells<'a>,
+    keys: &Keys,
+    limits: &Limits,
+) -> Result<Turns<'a>, Bad> {
+    let mut side = |usual: Field, other: Field| {
+        let field = if cells.has(usual) { usual } else { other };
+        match cells.take_some(field) {
+            Some(value) => Ok((answer(value, keys.name(field), limits)?, field)),
+            None => Err(missing(keys.name(usual))),
+        }
+    };
+    let (chosen, chosen_field) = side(Field::Chosen, Field::ChosenResponse)?;
+    let (rejected, rejected_field) = side(Field::Rejected, Field::RejectedResponse)?;
+    let fields = [field, chosen_field, rejected_field];
+    Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
+}
+
+fn swift<'a>(cells: &mut Cells<'a>, limits: &Limits) -> Result<Turns<'a>, Bad> {
+    let conversation = required(cells.take(Field::Messages), "messages")?;
+    let mut prompt = turns(conversation, "messages", limits)?;
+    if let Some(other) = cells.take_some(Field::RejectedMessages) {
+        let rejected = turns(other, "rejected_messages", limits)?;
+        let fields = [Field::Messages, Field::Messages, Field::RejectedMessages];
+        return Ok(Turns { prompt: None, said: None, chosen: prompt, rejected, fields });
+    }
+    let rejected = required(cells.take(Field::RejectedResponse), "rejected_response")?;
+    let rejected = answer(rejected, "rejected_response", limits)?;
+    match prompt.pop().filter(|last| is_answer(last) && !prompt.is_empty()) {
+        Some(last) => {
+            let (chosen, fields) =
+                (vec![last], [Field::Messages, Field::Messages, Field::RejectedResponse]);
+            Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
+        }
+        None => {
+            let message =
+                "expected the chosen answer as the last turn behind a prompt, found none there";
+            Err(Bad::new(Reason::BadMessages, "messages", message))
+        }
+    }
+}
