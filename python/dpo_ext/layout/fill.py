@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.errors import LimitExceeded
+from dpo_ext.layout import BLOCK
 from dpo_ext.layout.batch import BLOCKS, LAYOUTS, TABLE, Batch
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     # Gives a flat array of so many places of a dtype; what is in it does not matter.
     Take = Callable[[int, Any], NDArray[Any]]
-
-BLOCK = 128
 
 
 def shared_lengths(pairs: Pairs) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError
-from dpo_ext.layout.fill import BLOCK
+from dpo_ext.layout import BLOCK
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
