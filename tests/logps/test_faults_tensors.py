@@ -288,10 +288,7 @@ def test_a_cpu_tensor_for_the_cuda_kernels_is_refused(name, monkeypatch):
 
 
 @pytest.mark.fault("K9")
-@pytest.mark.skipif(
-    torch.__version__ < "2.9" and not torch.cuda.is_available(),
-    reason="torch 2.8 asks the driver to slice a fake tensor of a device that is not there",
-)
+@pytest.mark.fake_cuda
 def test_meta_and_fake_tensors_have_shapes_or_are_refused():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -202,10 +202,7 @@ def test_compile_fullgraph(impl, inplace, backend):
 
 
 @pytest.mark.fault("K9")
-@pytest.mark.skipif(
-    torch.__version__ < "2.9" and not torch.cuda.is_available(),
-    reason="torch 2.8 asks the driver to slice a fake tensor of a device that is not there",
-)
+@pytest.mark.fake_cuda
 def test_fake_tensors_have_the_shapes():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -92,6 +92,7 @@ def test_lists_and_names_of_code_bases_do_not_wait_either(options, as_on_cuda):
     assert waits.found == []
 
 
+@pytest.mark.fake_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "name", "arrays"), CALLS, ids=IDS)
 def test_on_cuda_no_value_is_looked_at(make, name, arrays):
@@ -155,6 +156,7 @@ def test_a_loss_that_waits_is_caught(name, as_on_cuda):
     assert waits.found
 
 
+@pytest.mark.fake_cuda
 def test_a_copy_to_the_host_is_caught():
     with FakeTensorMode(), Waits() as waits:
         torch.empty(3, device="cuda").cpu()
