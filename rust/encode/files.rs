@@ -197,7 +197,7 @@ pub fn scan_files(
     progress: &Progress,
 ) -> Result<(u64, u64)> {
     let names = options.keys.names();
-    let rules = Rules { keys: &options.keys, limits: &options.limits, vocab };
+    let rules = options.rules(vocab);
     let mut rows = 0;
     let mut bytes = 0;
     let mut blocks = Blocks::new(paths.to_vec(), options.limits.clone());

@@ -79,8 +79,7 @@ pub struct Job<'a> {
 
 impl Job<'_> {
     pub(super) fn rules(&self) -> Rules<'_> {
-        let Options { keys, limits, .. } = self.options;
-        Rules { keys, limits, vocab: self.tokenizer.vocab_size() }
+        self.options.rules(self.tokenizer.vocab_size())
     }
 }
 

@@ -109,7 +109,7 @@ pub(super) fn texts(
     }
     let renderer = Renderer { template, tokenizer, variables, options };
     let mut parts = parted(turns, &renderer, options, pair)?;
-    if parts.prompt.is_empty() && layout != Layout::Completions {
+    if parts.prompt.is_empty() && parts.chosen != parts.rejected && layout != Layout::Completions {
         let message = "expected turns that both sides share, found none";
         return Err(Bad::new(Reason::MissingPrompt, names[0], message).into());
     }

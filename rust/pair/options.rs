@@ -2,7 +2,9 @@
 
 use crate::read::json::Value;
 use crate::read::keys::Keys;
+use crate::read::layouts::Layout;
 use crate::read::limits::Limits;
+use crate::read::row::Rules;
 use crate::template::Now;
 
 /// What happens to a side that is longer than `max_length`. One decision a pair: both sides keep the same prompt.
@@ -77,10 +79,22 @@ pub struct Options {
     pub empty_think: EmptyThink,
     /// Variables of the template for all rows; a row's own win.
     pub kwargs: Vec<(String, Value<'static>)>,
+    /// The layout of every row, `None` to find it for each.
+    pub layout: Option<Layout>,
+    /// Keys of Arrow structs that hold null are kept.
+    pub keep_nulls: bool,
     /// Names of the fields.
     pub keys: Keys,
     /// Limits on input.
     pub limits: Limits,
     /// The time that templates see.
     pub now: Now,
+}
+
+impl Options {
+    /// What rows are read by, with ids below `vocab`.
+    pub fn rules(&self, vocab: usize) -> Rules<'_> {
+        let Self { keys, limits, layout, keep_nulls, .. } = self;
+        Rules { keys, limits, vocab, layout: *layout, keep_nulls: *keep_nulls }
+    }
 }

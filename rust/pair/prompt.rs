@@ -6,7 +6,7 @@ use super::render::Renderer;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::json::Value;
-use crate::read::layouts::Turns;
+use crate::read::said::Turns;
 use crate::read::turns::is_asked;
 use crate::template::strip;
 

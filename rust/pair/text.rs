@@ -8,7 +8,7 @@ use super::outcome::Pair;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::layouts::Layout;
-use crate::read::row::Strings;
+use crate::read::said::Strings;
 use crate::tokenize::Tokenizer;
 
 /// Two texts with a common beginning, the prompt.

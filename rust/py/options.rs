@@ -71,8 +71,6 @@ impl Settings {
         let kwargs = kwargs(&get("chat_template_kwargs")?, &limits)?;
         let keys = Keys {
             ignored: get("ignore_columns")?.extract()?,
-            layout,
-            keep_nulls: get("keep_nulls")?.extract()?,
             prompt: key("prompt_key", "prompt")?,
             prompt_required: !get("prompt_key")?.is_none(),
             chosen: key("chosen_key", "chosen")?,
@@ -87,6 +85,8 @@ impl Settings {
             images,
             empty_think,
             kwargs,
+            layout,
+            keep_nulls: get("keep_nulls")?.extract()?,
             keys,
             limits,
             now: now(get("now")?.extract()?),

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use super::bad::{Bad, check_limit, wrong};
 use super::json::{Findings, Value, parse};
 use super::keys::Keys;
-use super::layouts::Turns;
 use super::limits::Limits;
+use super::said::Turns;
 use crate::error::Reason;
 
 /// The messages of one row, and what its template sees beside them.

@@ -338,10 +338,10 @@ pub fn fields_at<'a>(
     i: usize,
     rules: &Rules<'_>,
 ) -> Result<(Fields<'a>, Findings), Fault> {
-    let Rules { keys, limits, .. } = *rules;
+    let Rules { limits, keep_nulls, .. } = *rules;
     let items_left = limits.max_row_tokens.saturating_mul(LISTS);
     let findings = Findings::default();
-    let mut context = Context { limits, keep_nulls: keys.keep_nulls, findings, items_left };
+    let mut context = Context { limits, keep_nulls, findings, items_left };
     let mut out = Vec::with_capacity(columns.len());
     for (column, name) in columns.iter().zip(names) {
         if let Some(column) = column.as_ref().filter(|_| MEDIA.contains(name)) {

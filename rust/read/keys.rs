@@ -1,7 +1,5 @@
 //! The names under which a row's fields are found.
 
-use super::layouts::Layout;
-
 /// The names under which a row's fields are found.
 #[derive(Debug, Clone)]
 pub struct Keys {
@@ -17,10 +15,6 @@ pub struct Keys {
     pub extra: Vec<String>,
     /// Fields that are not there, whatever the row says.
     pub ignored: Vec<String>,
-    /// The layout of every row, `None` to find it for each.
-    pub layout: Option<Layout>,
-    /// Keys of Arrow structs that hold null are kept; otherwise they are not there.
-    pub keep_nulls: bool,
 }
 
 impl Default for Keys {
@@ -32,8 +26,6 @@ impl Default for Keys {
             rejected: "rejected".to_owned(),
             extra: Vec::new(),
             ignored: Vec::new(),
-            layout: None,
-            keep_nulls: false,
         }
     }
 }

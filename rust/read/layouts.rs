@@ -9,7 +9,7 @@ use super::cells::Cells;
 use super::json::Value;
 use super::keys::{Field, Keys};
 use super::limits::Limits;
-use super::row::Strings;
+use super::said::{Said, Strings, Turns};
 use super::turns::{answer, history, is_answer, said, turns};
 use crate::error::{Reason, Warning};
 
@@ -88,9 +88,6 @@ impl Layout {
 
 /// The layout of a row, from all of its fields.
 pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
-    if let Some(layout) = keys.layout {
-        return layout;
-    }
     let has = |field| cells.has(field);
     let sides = has(Field::Chosen) || has(Field::Rejected);
     let ids = [Field::PromptIds, Field::ChosenIds, Field::RejectedIds];
@@ -137,53 +134,13 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
     if cells.is_there(Field::Prompt) { Layout::Explicit } else { Layout::Implicit }
 }
 
-/// What a row says: two texts, or turns.
-pub(super) enum Said<'a> {
-    /// Text.
-    Text(Strings<'a>),
-    /// Turns.
-    Turns(Turns<'a>),
-}
-
-/// The turns of a row.
-#[derive(Debug, Clone)]
-pub struct Turns<'a> {
-    /// The turns before the answers, `None` for those that both sides begin with.
-    pub prompt: Option<Vec<Value<'a>>>,
-    /// Text of a turn that both sides begin with.
-    pub said: Option<Cow<'a, str>>,
-    /// The preferred turns.
-    pub chosen: Vec<Value<'a>>,
-    /// The other turns.
-    pub rejected: Vec<Value<'a>>,
-    /// The fields that the three come from.
-    pub fields: [Field; 3],
-}
-
-impl<'a> Turns<'a> {
-    /// Puts the column `system` before everything.
-    fn begin_with(&mut self, system: Cow<'a, str>, warned: &mut Vec<Warning>) {
-        let first = self.prompt.as_ref().unwrap_or(&self.chosen).first();
-        match first.filter(|turn| turn.role() == Some("system")).map(|turn| turn.get("content")) {
-            Some(Some(Value::Str(text))) if *text == system => {}
-            Some(_) => warned.push(Warning::UnreadSystem),
-            None => match &mut self.prompt {
-                Some(prompt) => prompt.insert(0, Value::turn("system", system)),
-                None => {
-                    self.chosen.insert(0, Value::turn("system", system.clone()));
-                    self.rejected.insert(0, Value::turn("system", system));
-                }
-            },
-        }
-    }
-}
-
-/// The prompt and the sides of a row.
+/// The prompt and the sides of a row, which is bad without a prompt where the caller asked for one.
 ///
 /// # Errors
 /// [`Bad`] for a field that the layout needs and the row has not, or has otherwise.
 pub(super) fn read<'a>(
     layout: Layout,
+    needs_prompt: bool,
     cells: &mut Cells<'a>,
     keys: &Keys,
     limits: &Limits,
@@ -191,7 +148,7 @@ pub(super) fn read<'a>(
 ) -> Result<Said<'a>, Bad> {
     let mut row = match layout {
         Layout::Explicit | Layout::Implicit | Layout::Completions | Layout::Ids => {
-            trl(layout, cells, keys, limits)?
+            trl(layout, needs_prompt, cells, keys, limits)?
         }
         Layout::UltraFeedback => ultrafeedback(cells, keys, limits).map(Said::Turns)?,
         Layout::Messages | Layout::ShareGpt => {
@@ -219,6 +176,7 @@ pub(super) fn read<'a>(
 /// TRL's layouts: both sides are text, or both are turns.
 fn trl<'a>(
     layout: Layout,
+    needs_prompt: bool,
     cells: &mut Cells<'a>,
     keys: &Keys,
     limits: &Limits,
@@ -226,7 +184,7 @@ fn trl<'a>(
     let prompt = cells.take(Field::Prompt).filter(|_| layout == Layout::Explicit);
     let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
     let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
-    if prompt.is_none() && (keys.prompt_required || keys.layout == Some(Layout::Explicit)) {
+    if prompt.is_none() && needs_prompt {
         return Err(missing(&keys.prompt));
     }
     let is_turns = |value: &Value<'_>| matches!(value, Value::List(_) | Value::Object(_));

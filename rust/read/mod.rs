@@ -11,6 +11,7 @@ pub mod layouts;
 pub mod limits;
 mod packed;
 pub mod row;
+pub mod said;
 mod text;
 pub mod turns;
 

@@ -1,28 +1,16 @@
 //! From named values to one row: which format it has, and what is wrong with it.
 
-use std::borrow::Cow;
-
 use super::bad::{Bad, check_limit, missing, required, wrong};
 use super::cell::{Cell, cell};
 use super::cells::Cells;
 use super::chat::Chat;
 use super::json::{Fields, Findings, Value, parse_fields};
 use super::keys::{FIELDS, Field, Keys};
-use super::layouts::{Layout, Said, found, read};
+use super::layouts::{Layout, found, read};
 use super::limits::Limits;
+use super::said::{Said, Strings};
 use super::turns::{Spelt, spelt};
 use crate::error::{Reason, Warning};
-
-/// Two texts and what stands before them.
-#[derive(Debug, Clone)]
-pub struct Strings<'a> {
-    /// The text before the completions, `None` for the common start of both.
-    pub prompt: Option<Cow<'a, str>>,
-    /// The preferred text.
-    pub chosen: Cow<'a, str>,
-    /// The other text.
-    pub rejected: Cow<'a, str>,
-}
 
 /// What a row holds.
 #[derive(Debug, Clone)]
@@ -68,6 +56,10 @@ pub struct Rules<'a> {
     pub limits: &'a Limits,
     /// One more than the largest id that a row may hold.
     pub vocab: usize,
+    /// The layout of every row, `None` to find it for each.
+    pub layout: Option<Layout>,
+    /// Keys of Arrow structs that hold null are kept; otherwise they are not there.
+    pub keep_nulls: bool,
 }
 
 const ARRAY_HINT: &str = "\nhint: write one object a line; this looks like a JSON array file";
@@ -110,7 +102,7 @@ impl<'a> Row<'a> {
         findings: &Findings,
         rules: &Rules<'_>,
     ) -> Result<Self, Bad> {
-        let Rules { keys, limits, vocab } = *rules;
+        let Rules { keys, limits, vocab, .. } = *rules;
         if let Some(key) = &findings.duplicate {
             return Err(Bad::new(
                 Reason::DuplicateKey,
@@ -141,12 +133,13 @@ impl<'a> Row<'a> {
         let mut warned = Vec::new();
         let media = cells.media();
         unpack(&mut cells, keys, limits, &mut warned)?;
-        let layout = found(&cells, keys);
+        let layout = rules.layout.unwrap_or_else(|| found(&cells, keys));
+        let needs_prompt = keys.prompt_required || rules.layout == Some(Layout::Explicit);
         let content = if layout == Layout::Ids {
             let ids = [Field::PromptIds, Field::ChosenIds, Field::RejectedIds];
             Self::ids(ids.map(|field| cells.take(field)), findings, limits, vocab)?
         } else {
-            match read(layout, &mut cells, keys, limits, &mut warned)? {
+            match read(layout, needs_prompt, &mut cells, keys, limits, &mut warned)? {
                 Said::Text(strings) => {
                     check_limit(findings)?;
                     Content::Text(strings)

@@ -1,0 +1,59 @@
+//! What a row says: two texts, or turns.
+
+use std::borrow::Cow;
+
+use super::json::Value;
+use super::keys::Field;
+use crate::error::Warning;
+
+/// Two texts and what stands before them.
+#[derive(Debug, Clone)]
+pub struct Strings<'a> {
+    /// The text before the completions, `None` for the common start of both.
+    pub prompt: Option<Cow<'a, str>>,
+    /// The preferred text.
+    pub chosen: Cow<'a, str>,
+    /// The other text.
+    pub rejected: Cow<'a, str>,
+}
+
+/// What a row says: two texts, or turns.
+pub(super) enum Said<'a> {
+    /// Text.
+    Text(Strings<'a>),
+    /// Turns.
+    Turns(Turns<'a>),
+}
+
+/// The turns of a row.
+#[derive(Debug, Clone)]
+pub struct Turns<'a> {
+    /// The turns before the answers, `None` for those that both sides begin with.
+    pub prompt: Option<Vec<Value<'a>>>,
+    /// Text of a turn that both sides begin with.
+    pub said: Option<Cow<'a, str>>,
+    /// The preferred turns.
+    pub chosen: Vec<Value<'a>>,
+    /// The other turns.
+    pub rejected: Vec<Value<'a>>,
+    /// The fields that the three come from.
+    pub fields: [Field; 3],
+}
+
+impl<'a> Turns<'a> {
+    /// Puts the column `system` before everything.
+    pub(super) fn begin_with(&mut self, system: Cow<'a, str>, warned: &mut Vec<Warning>) {
+        let first = self.prompt.as_ref().unwrap_or(&self.chosen).first();
+        match first.filter(|turn| turn.role() == Some("system")).map(|turn| turn.get("content")) {
+            Some(Some(Value::Str(text))) if *text == system => {}
+            Some(_) => warned.push(Warning::UnreadSystem),
+            None => match &mut self.prompt {
+                Some(prompt) => prompt.insert(0, Value::turn("system", system)),
+                None => {
+                    self.chosen.insert(0, Value::turn("system", system.clone()));
+                    self.rejected.insert(0, Value::turn("system", system));
+                }
+            },
+        }
+    }
+}
