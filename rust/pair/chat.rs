@@ -129,9 +129,12 @@ pub(super) fn texts(
             return Err(Bad::new(Reason::EmptyCompletion, key, message).into());
         }
     }
-    if chosen == rejected || whole_chosen.text == whole_rejected.text {
+    let identical = || {
         let message = "expected two completions, found the same one twice";
-        return Err(Bad::new(Reason::IdenticalPair, names[2], message).into());
+        Refusal::from(Bad::new(Reason::IdenticalPair, names[2], message))
+    };
+    if chosen == rejected {
+        return Err(identical());
     }
     let sides = [(&chosen, &whole_chosen, names[1]), (&rejected, &whole_rejected, names[2])];
     for (i, (side, rendered, name)) in sides.into_iter().enumerate() {
@@ -143,6 +146,10 @@ pub(super) fn texts(
         check_content(&side, rendered, &renderer, pair)?;
     }
     let (whole_chosen, whole_rejected) = (whole_chosen.text, whole_rejected.text);
+    // What the sides say is printed, and alike.
+    if whole_chosen == whole_rejected {
+        return Err(identical());
+    }
     let marks = if options.special_text == SpecialText::Text
         && pair.has(Warning::SpecialTokenInText)
     {

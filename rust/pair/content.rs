@@ -243,8 +243,7 @@ fn with_content<'v>(message: &Value<'v>, change: impl Fn(&Value<'v>) -> Value<'v
 fn only_text(message: &Value<'_>) -> Option<String> {
     let Some(Value::List(parts)) = message.get("content") else { return None };
     let text = |part: &Value<'_>| match (part, part.get("type"), part.get("text")) {
-        (Value::Str(text), ..) => Some(text.to_string()),
-        (_, None, Some(Value::Str(text))) => Some(text.to_string()),
+        (Value::Str(text), ..) | (_, None, Some(Value::Str(text))) => Some(text.to_string()),
         (_, Some(Value::Str(kind)), Some(Value::Str(text))) if kind.ends_with("text") => {
             Some(text.to_string())
         }

@@ -9,7 +9,7 @@ use crate::error::{Place, Reason, Result};
 use crate::pair::Options;
 use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
-use crate::read::keys::MEDIA;
+use crate::read::keys::{FIELDS, MEDIA};
 use crate::read::limits::Limits;
 
 pub(super) fn kind_of(value: &Bound<'_, PyAny>) -> String {
@@ -24,15 +24,17 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
     };
     let mut out = Vec::new();
     let mut findings = Findings::default();
-    for name in options.keys.names() {
+    for (slot, name) in options.keys.names().into_iter().enumerate() {
         let value = match row.cast::<PyDict>() {
             Ok(dict) => dict.get_item(name)?,
             Err(_) => row.contains(name)?.then(|| row.get_item(name)).transpose()?,
         };
-        if MEDIA.contains(&name) {
+        if slot < FIELDS && MEDIA.contains(&name) {
             // That something is there is enough.
-            let holds =
-                |value: &Bound<'_, PyAny>| !value.is_none() && !matches!(value.len(), Ok(0));
+            let holds = |value: &Bound<'_, PyAny>| match value.cast::<PyList>() {
+                Ok(items) => items.iter().any(|item| !item.is_none()),
+                Err(_) => !value.is_none() && !matches!(value.len(), Ok(0)),
+            };
             out.push(value.map(|value| Value::Bool(holds(&value))));
             continue;
         }

@@ -60,12 +60,10 @@ impl<'a> Cells<'a> {
 
     /// Whether both sides are single answers, of which one at least is no list of turns.
     pub(super) fn has_answers(&self) -> bool {
-        let sides = [Field::Chosen, Field::Rejected].map(|field| self.get(field));
-        let is_answer = |side: &Option<&Value<'_>>| {
-            matches!(side, Some(Value::Str(_) | Value::Object(_) | Value::List(_)))
-        };
-        sides.iter().all(is_answer)
-            && !sides.iter().all(|side| matches!(side, Some(Value::List(_))))
+        let is_answer = |field: Field| self.is_text(field) || self.is_turns(field);
+        let is_list = |field: Field| matches!(self.get(field), Some(Value::List(_)));
+        let sides = [Field::Chosen, Field::Rejected];
+        sides.into_iter().all(is_answer) && !sides.into_iter().all(is_list)
     }
 
     /// Whether both sides, which are texts, show this one.

@@ -5,7 +5,7 @@
 
 use super::bad::Bad;
 use super::json::{Fields, Findings, Value, parse};
-use super::keys::MEDIA;
+use super::keys::{FIELDS, MEDIA};
 use super::limits::Limits;
 use super::row::Rules;
 use super::text::text;
@@ -343,8 +343,9 @@ pub fn fields_at<'a>(
     let findings = Findings::default();
     let mut context = Context { limits, keep_nulls, findings, items_left };
     let mut out = Vec::with_capacity(columns.len());
-    for (column, name) in columns.iter().zip(names) {
-        if let Some(column) = column.as_ref().filter(|_| MEDIA.contains(name)) {
+    for (slot, (column, name)) in columns.iter().zip(names).enumerate() {
+        let is_media = slot < FIELDS && MEDIA.contains(name);
+        if let Some(column) = column.as_ref().filter(|_| is_media) {
             out.push(Some(Value::Bool(column.holds(i))));
             continue;
         }

@@ -82,7 +82,7 @@ const NAMES: [&str; Field::System as usize + 1] = [
     "system",
 ];
 /// Fields of a row before the extra ones.
-pub(super) const FIELDS: usize = NAMES.len() + MEDIA.len();
+pub const FIELDS: usize = NAMES.len() + MEDIA.len();
 /// No field has this name.
 const NOTHING: &str = "\u{0}";
 

@@ -187,7 +187,11 @@ fn trl<'a>(
     if prompt.is_none() && needs_prompt {
         return Err(missing(&keys.prompt));
     }
-    let is_turns = |value: &Value<'_>| matches!(value, Value::List(_) | Value::Object(_));
+    let is_turns = |value: &Value<'_>| {
+        let names = ["role", "from", "messages", "conversations"];
+        let is_turn = || names.iter().any(|name| value.get(name).is_some());
+        matches!(value, Value::List(_)) || is_turn()
+    };
     match (chosen, rejected) {
         (Value::Str(chosen), Value::Str(rejected)) => {
             let prompt = match prompt {
@@ -328,16 +332,11 @@ fn swift<'a>(cells: &mut Cells<'a>, limits: &Limits) -> Result<Turns<'a>, Bad> {
     }
     let rejected = required(cells.take(Field::RejectedResponse), "rejected_response")?;
     let rejected = answer(rejected, "rejected_response", limits)?;
-    match prompt.pop().filter(|last| is_answer(last) && !prompt.is_empty()) {
-        Some(last) => {
-            let (chosen, fields) =
-                (vec![last], [Field::Messages, Field::Messages, Field::RejectedResponse]);
-            Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
-        }
-        None => {
-            let message =
-                "expected the chosen answer as the last turn behind a prompt, found none there";
-            Err(Bad::new(Reason::BadMessages, "messages", message))
-        }
-    }
+    let Some(last) = prompt.pop().filter(|last| is_answer(last) && !prompt.is_empty()) else {
+        let message =
+            "expected the chosen answer as the last turn behind a prompt, found none there";
+        return Err(Bad::new(Reason::BadMessages, "messages", message));
+    };
+    let fields = [Field::Messages, Field::Messages, Field::RejectedResponse];
+    Ok(Turns { prompt: Some(prompt), said: None, chosen: vec![last], rejected, fields })
 }

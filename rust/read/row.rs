@@ -114,7 +114,7 @@ impl<'a> Row<'a> {
             [Field::RefChosen, Field::RefRejected]
                 .map(|field| fields.get_mut(field as usize).and_then(Option::take)),
         )?;
-        let names = keys.names();
+        let names = if keys.extra.is_empty() { Vec::new() } else { keys.names() };
         let extra = keys
             .extra
             .iter()

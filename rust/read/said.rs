@@ -47,13 +47,15 @@ impl<'a> Turns<'a> {
         match first.filter(|turn| turn.role() == Some("system")).map(|turn| turn.get("content")) {
             Some(Some(Value::Str(text))) if *text == system => {}
             Some(_) => warned.push(Warning::UnreadSystem),
-            None => match &mut self.prompt {
-                Some(prompt) => prompt.insert(0, Value::turn("system", system)),
-                None => {
-                    self.chosen.insert(0, Value::turn("system", system.clone()));
-                    self.rejected.insert(0, Value::turn("system", system));
+            None => {
+                let places = match &mut self.prompt {
+                    Some(prompt) => vec![prompt],
+                    None => vec![&mut self.chosen, &mut self.rejected],
+                };
+                for place in places {
+                    place.insert(0, Value::turn("system", system.clone()));
                 }
-            },
+            }
         }
     }
 }

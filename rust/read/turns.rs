@@ -7,7 +7,7 @@ use super::json::{Findings, Value, parse};
 use super::limits::Limits;
 use crate::error::Reason;
 
-/// Who `from` names in ShareGPT and its kin, and the role of a message.
+/// Who `from` names in `ShareGPT` and its kin, and the role of a message.
 const SPEAKERS: [(&str, &str); 14] = [
     ("human", "user"),
     ("user", "user"),
@@ -146,21 +146,18 @@ pub(super) fn history<'a>(
         let Value::List(pair) = round else {
             return Err(wrong("history", expected, &round));
         };
-        match <[Value<'a>; 2]>::try_from(pair) {
-            Ok([Value::Str(question), Value::Str(answer)]) => {
-                out.push(Value::turn("user", question));
-                out.push(Value::turn("assistant", answer));
-            }
-            _ => {
-                let message = format!("pair {}: expected two strings", i + 1);
-                return Err(Bad::new(Reason::BadMessages, "history", message));
-            }
-        }
+        let Ok([Value::Str(question), Value::Str(answer)]) = <[Value<'a>; 2]>::try_from(pair)
+        else {
+            let message = format!("pair {}: expected two strings", i + 1);
+            return Err(Bad::new(Reason::BadMessages, "history", message));
+        };
+        out.push(Value::turn("user", question));
+        out.push(Value::turn("assistant", answer));
     }
     Ok(out)
 }
 
-/// A message; what is no turn of ShareGPT stays as it is, to be refused or read elsewhere.
+/// A message; what is no turn of `ShareGPT` stays as it is, to be refused or read elsewhere.
 fn turn<'a>(
     value: Value<'a>,
     number: usize,

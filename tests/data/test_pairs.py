@@ -53,6 +53,10 @@ def turns(*contents):
     ]
 
 
+def answer(content):
+    return [{"role": "assistant", "content": content}]
+
+
 @given(TEXT, TEXT, TEXT)
 def test_the_prompt_is_shared_and_decodes_with_each_side_to_the_text(
     tok, slow, prompt, chosen, rejected
@@ -127,8 +131,8 @@ def test_bos_comes_once(with_bos):
 
 
 def test_chat_rows_get_neither_bos_nor_eos_but_from_the_template(with_bos):
-    prompt, chosen, _, _ = pair(with_bos, turns("a"), turns("b")[:1], turns("c")[:1])
-    assert decode(prompt + chosen) == "<|turn|>user\na<|end|>\n<|turn|>user\nb<|end|>\n"
+    prompt, chosen, _, _ = pair(with_bos, turns("a"), turns("", "b")[1:], turns("", "c")[1:])
+    assert decode(prompt + chosen) == "<|turn|>user\na<|end|>\n<|turn|>assistant\nb<|end|>\n"
     assert BOS not in prompt + chosen
 
 
@@ -178,7 +182,7 @@ def test_implicit_prompts_of_strings_end_at_the_last_common_turn(tok):
 def test_tools_and_kwargs_reach_the_template(tmp_path):
     template = "{% if tools %}{{ tools | tojson }}{% endif %}{{ mode }}" + TEMPLATE
     tok = tokenizer(tmp_path / "m", template=template)
-    row = {"prompt": turns("a"), "chosen": turns("b")[:1], "rejected": turns("c")[:1]}
+    row = {"prompt": turns("a"), "chosen": answer("b"), "rejected": answer("c")}
     tools = [{"name": "f", "x": [1, None]}]
     for given_tools in (tools, json.dumps(tools)):
         fields = {**row, "tools": given_tools, "chat_template_kwargs": {"mode": "M"}}
@@ -309,8 +313,8 @@ def test_spelt_control_tokens_are_tokens_by_default_and_counted(tok):
 @pytest.mark.parametrize("where", ["prompt", "chosen"])
 def test_as_text_the_control_ids_are_those_of_neutral_contents(tok, where, boundary):
     def control(contents):
-        fields = {"prompt": turns("a"), "chosen": turns("b")[:1], "rejected": turns("c")[:1]}
-        fields[where] = turns(contents)[:1]
+        fields = {"prompt": turns("a"), "chosen": answer("b"), "rejected": answer("c")}
+        fields[where] = turns(contents) if where == "prompt" else answer(contents)
         pairs = PairDataset.from_rows(
             [fields], tok, special_tokens_in_text="text", boundary=boundary
         )
@@ -344,6 +348,6 @@ def test_a_template_that_rewrites_forged_contents_makes_a_bad_row(tmp_path):
         tmp_path / "m",
         template=TEMPLATE.replace("message['content']", "message['content'] | tojson(true)"),
     )
-    row = {"prompt": turns(FORGED), "chosen": turns("b")[:1], "rejected": turns("c")[:1]}
+    row = {"prompt": turns(FORGED), "chosen": answer("b"), "rejected": answer("c")}
     report = PairDataset.from_rows([row], tok, special_tokens_in_text="text", on_bad="skip").report
     assert report.dropped == {"template_error": 1}

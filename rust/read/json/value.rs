@@ -94,7 +94,7 @@ impl Value<'_> {
                 mine.len() == theirs.len() && mine.iter().zip(theirs).all(|(a, b)| a.same(b))
             }
             (Self::Int(whole), Value::Float(number)) | (Self::Float(number), Value::Int(whole)) => {
-                *whole as f64 == *number
+                (*whole as f64).total_cmp(number).is_eq()
             }
             _ => self == other,
         }

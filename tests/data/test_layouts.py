@@ -1,0 +1,486 @@
+"""The layouts of rows: each gives the ids of the same row in TRL's own layout, or says why not."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from byte_tokenizer import TEMPLATE, decode, tokenizer
+
+from dpo_ext import DataError, PairDataset
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return tokenizer(tmp_path_factory.mktemp("layouts") / "model", template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A tokenizer without a chat template."""
+    return tokenizer(tmp_path_factory.mktemp("plain") / "model", template=None)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+ASK = [user("sky?")]
+BLUE, GREEN = assistant("blue"), assistant("green")
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+EARLIER = [user("hi"), assistant("hello")]
+
+
+def explicit(prompt, chosen=(BLUE,), rejected=(GREEN,)):
+    return {"prompt": list(prompt), "chosen": list(chosen), "rejected": list(rejected)}
+
+
+# name -> (row, layout, the same row as TRL has it)
+ROWS = {
+    "implicit": ({"chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN]}, "implicit", explicit(ASK)),
+    "from and value in whole conversations": (
+        {"chosen": [human("sky?"), gpt("blue")], "rejected": [human("sky?"), gpt("green")]},
+        "implicit",
+        explicit(ASK),
+    ),
+    "conversations as objects": (
+        {"chosen": {"messages": [*ASK, BLUE]}, "rejected": {"messages": [*ASK, GREEN]}},
+        "implicit",
+        explicit(ASK),
+    ),
+    "ultrafeedback": (
+        {
+            "prompt": "sky?",
+            "prompt_id": "0af3",
+            "chosen": [*ASK, BLUE],
+            "rejected": [*ASK, GREEN],
+            "messages": [*ASK, BLUE],
+            "score_chosen": 8.5,
+            "score_rejected": 3.0,
+        },
+        "ultrafeedback",
+        explicit(ASK),
+    ),
+    "ultrafeedback, a system turn and several rounds": (
+        {
+            "prompt": "hi",
+            "chosen": [system("s"), *EARLIER, *ASK, BLUE],
+            "rejected": [system("s"), *EARLIER, *ASK, GREEN],
+        },
+        "ultrafeedback",
+        explicit([system("s"), *EARLIER, *ASK]),
+    ),
+    "messages with objects": (
+        {"messages": [*EARLIER, *ASK], "chosen": BLUE, "rejected": GREEN},
+        "messages",
+        explicit([*EARLIER, *ASK]),
+    ),
+    "messages with lists of one": (
+        {"messages": ASK, "chosen": [BLUE], "rejected": [GREEN]},
+        "messages",
+        explicit(ASK),
+    ),
+    "messages with texts": (
+        {"messages": ASK, "chosen": "blue", "rejected": "green"},
+        "messages",
+        explicit(ASK),
+    ),
+    "messages that end in the chosen answer": (
+        {"messages": [*ASK, BLUE], "chosen": BLUE, "rejected": GREEN},
+        "messages",
+        explicit(ASK),
+    ),
+    "messages and a system field": (
+        {"messages": ASK, "chosen": BLUE, "rejected": GREEN, "system": "be brief"},
+        "messages",
+        explicit([system("be brief"), *ASK]),
+    ),
+    "a prompt of turns and answers of text": (
+        {"prompt": ASK, "chosen": "blue", "rejected": "green"},
+        "messages",
+        explicit(ASK),
+    ),
+    "a prompt of text and answers of turns": (
+        {"prompt": "sky?", "chosen": [BLUE], "rejected": [GREEN]},
+        "messages",
+        explicit(ASK),
+    ),
+    "sharegpt": (
+        {
+            "conversations": [{"from": "system", "value": "s"}, human("sky?")],
+            "chosen": gpt("blue"),
+            "rejected": gpt("green"),
+        },
+        "sharegpt",
+        explicit([system("s"), *ASK]),
+    ),
+    "sharegpt with several rounds, its system beside it": (
+        {
+            "conversations": [human("hi"), gpt("hello"), human("sky?")],
+            "system": "s",
+            "chosen": gpt("blue"),
+            "rejected": gpt("green"),
+        },
+        "sharegpt",
+        explicit([system("s"), *EARLIER, *ASK]),
+    ),
+    "alpaca": (
+        {"instruction": "sky?", "input": "", "chosen": "blue", "rejected": "green"},
+        "alpaca",
+        explicit(ASK),
+    ),
+    "alpaca with everything": (
+        {
+            "system": "s",
+            "history": [["hi", "hello"]],
+            "instruction": "What colour?",
+            "input": "the sky",
+            "chosen": "blue",
+            "rejected": "green",
+        },
+        "alpaca",
+        explicit([system("s"), *EARLIER, user("What colour?\nthe sky")]),
+    ),
+    "instruction with responses": (
+        {"instruction": "sky?", "chosen_response": "blue", "rejected_response": "green"},
+        "alpaca",
+        explicit(ASK),
+    ),
+    "input alone": (
+        {"system": "s", "input": "sky?", "chosen": "blue", "rejected": "green"},
+        "alpaca",
+        explicit([system("s"), *ASK]),
+    ),
+    "question": (
+        {"system": "s", "question": "sky?", "chosen": "blue", "rejected": "green"},
+        "question",
+        explicit([system("s"), *ASK]),
+    ),
+    "question, no system": (
+        {"system": "", "question": "sky?", "chosen": "blue", "rejected": "green"},
+        "question",
+        explicit(ASK),
+    ),
+    "swift with a response": (
+        {"messages": [*EARLIER, *ASK, BLUE], "rejected_response": "green"},
+        "swift",
+        explicit([*EARLIER, *ASK]),
+    ),
+    "swift with messages": (
+        {"messages": [*ASK, BLUE], "rejected_messages": [*ASK, GREEN]},
+        "swift",
+        explicit(ASK),
+    ),
+    "json text, implicit": (
+        {"chosen": json.dumps([*ASK, BLUE]), "rejected": json.dumps([*ASK, GREEN], indent=1)},
+        "implicit",
+        explicit(ASK),
+    ),
+    "json text, explicit": (
+        {
+            "prompt": json.dumps(ASK),
+            "chosen": json.dumps([BLUE]),
+            "rejected": json.dumps([GREEN]),
+        },
+        "explicit",
+        explicit(ASK),
+    ),
+    "json text, ultrafeedback": (
+        {
+            "prompt": "sky?",
+            "chosen": json.dumps([*ASK, BLUE]),
+            "rejected": json.dumps([*ASK, GREEN]),
+        },
+        "ultrafeedback",
+        explicit(ASK),
+    ),
+    "json text, sharegpt": (
+        {
+            "conversations": json.dumps([human("sky?")]),
+            "chosen": json.dumps(gpt("blue")),
+            "rejected": json.dumps(gpt("green")),
+        },
+        "sharegpt",
+        explicit(ASK),
+    ),
+    "the prompt stands in the sides, too": (
+        {"prompt": [*EARLIER, *ASK], "chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN]},
+        "explicit",
+        explicit([*EARLIER, *ASK]),
+    ),
+    "a system prompt before whole conversations": (
+        {"prompt": [system("s")], "chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN]},
+        "explicit",
+        explicit([system("s"), *ASK]),
+    ),
+}
+
+
+def ids(pairs):
+    return [{name: value.tolist() for name, value in pair.items()} for pair in pairs]
+
+
+def ways(row, tok, tmp_path, **options):
+    """The pairs of one row as a dict, as JSONL and as an Arrow table."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    yield PairDataset.from_rows([row], tok, **options)
+    yield PairDataset.from_files(path, tok, **options)
+    yield PairDataset.from_arrow(pa.Table.from_pylist([row]), tok, **options)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_gives_what_trls_layout_gives(tok, tmp_path, name):
+    row, layout, same = ROWS[name]
+    want = ids(PairDataset.from_rows([same], tok))
+    for pairs in ways(row, tok, tmp_path):
+        assert ids(pairs) == want
+        assert pairs.report.layouts == {layout: 1}
+    for pairs in ways(row, tok, tmp_path, layout_of_rows=layout):
+        assert ids(pairs) == want
+
+
+def test_mixed_layouts_are_found_row_by_row(tok):
+    rows = [row for row, _, _ in ROWS.values()]
+    pairs = PairDataset.from_rows(rows, tok)
+    assert ids(pairs) == ids(PairDataset.from_rows([same for _, _, same in ROWS.values()], tok))
+    assert sum(pairs.report.layouts.values()) == pairs.report.kept == len(ROWS)
+    assert "layout alpaca: 4" in str(pairs.report)
+    # A table of them all has every column, null where a row has it not.
+    uniform = {n: r for n, r in ROWS.items() if "json" not in n and n.startswith(("alpaca", "question", "swift"))}
+    keys = sorted({key for row, _, _ in uniform.values() for key in row})
+    table = pa.Table.from_pylist([{key: row.get(key) for key in keys} for row, _, _ in uniform.values()])
+    got = PairDataset.from_arrow(table, tok)
+    assert ids(got) == ids(PairDataset.from_rows([same for _, _, same in uniform.values()], tok))
+
+
+def test_a_call_of_a_function_and_its_answer_are_read_from_sharegpt(tmp_path):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tok = tokenizer(tmp_path / "m", template=template)
+    row = {
+        "conversations": [
+            human("look"),
+            {"from": "function_call", "value": json.dumps(CALL["function"])},
+            {"from": "observation", "value": "clouds"},
+        ],
+        "chosen": gpt("blue"),
+        "rejected": gpt("green"),
+    }
+    pairs = PairDataset.from_rows([row], tok)
+    text = decode(pairs[0]["prompt_ids"].tolist())
+    assert text == '[user]look[assistant]look{"at": "sky"}[tool]clouds[assistant]'
+
+
+TRANSCRIPT = "\n\nHuman: {}\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "warned"),
+    [
+        # a prompt that stands in the sides once more is cut there
+        ({"prompt": "What is it?", "chosen": "What is it? A", "rejected": "What is it? B"}, "What is it?", {"prompt_in_sides"}),
+        ({"prompt": TRANSCRIPT.format("q"), "chosen": TRANSCRIPT.format("q") + " a", "rejected": TRANSCRIPT.format("q") + " b"}, TRANSCRIPT.format("q"), {"prompt_in_sides"}),
+        # a word may begin any answer
+        ({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, "Hi", set()),
+        ({"prompt": "s.", "chosen": TRANSCRIPT.format("q") + " a", "rejected": TRANSCRIPT.format("q") + " b"}, "s." + TRANSCRIPT.format("q"), set()),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, "q", {"unread_system"}),
+        # a transcript beside which its question stands
+        ({"question": "q", "chosen": TRANSCRIPT.format("q") + " a", "rejected": TRANSCRIPT.format("q") + " b"}, TRANSCRIPT.format("q"), set()),
+    ],
+)  # fmt: skip
+def test_texts(tok, row, prompt, warned):
+    pairs = PairDataset.from_rows([row], tok)
+    assert decode(pairs[0]["prompt_ids"].tolist()) == prompt
+    assert set(pairs.report.warned) == warned
+
+
+# name -> (row, reason, field, what the error says)
+BAD = {
+    "other questions": (
+        {"chosen": [user("2?"), BLUE], "rejected": [user("3?"), GREEN]},
+        "different_prompts", "rejected", "Z(x) does not cancel",
+    ),
+    "other second questions": (
+        {"chosen": [*EARLIER, user("2?"), BLUE], "rejected": [*EARLIER, user("3?"), GREEN]},
+        "different_prompts", "rejected", "message 3",
+    ),
+    "other system turns": (
+        {"chosen": [system("a"), *ASK, BLUE], "rejected": [system("b"), *ASK, GREEN]},
+        "different_prompts", "rejected", "message 1",
+    ),
+    "a question and none": (
+        {"chosen": [*EARLIER, user("2?"), BLUE], "rejected": [*EARLIER, GREEN]},
+        "different_prompts", "rejected", "message 3",
+    ),
+    "other questions behind a prompt": (
+        {"prompt": [system("s")], "chosen": [user("2?"), BLUE], "rejected": [user("3?"), GREEN]},
+        "different_prompts", "rejected", "message 2",
+    ),
+    "other questions in text": (
+        {"chosen": TRANSCRIPT.format("2?") + " 4", "rejected": TRANSCRIPT.format("3?") + " 7"},
+        "different_prompts", "rejected", "Z(x) does not cancel",
+    ),
+    "a trailing space that is printed": (
+        {"chosen": [user("2? "), BLUE], "rejected": [user("2?"), GREEN]},
+        "different_prompts", "rejected", "message 1",
+    ),
+    "a prompt text that no turn has": (
+        {"prompt": "sea?", "chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN]},
+        "different_prompts", "prompt", "none of them",
+    ),
+    "no answer behind the question": (
+        {"chosen": ASK, "rejected": [*ASK, GREEN]}, "empty_completion", "chosen", "answer",
+    ),
+    "nothing shared in text": (
+        {"chosen": "Right", "rejected": "Wrong", "query": "Is it?", "n": 1},
+        "missing_prompt", "prompt", "`query`",
+    ),
+    "nothing shared in turns": (
+        {"chosen": [BLUE], "rejected": [GREEN]}, "missing_prompt", "prompt", "completions",
+    ),
+    "a speaker that nobody knows": (
+        {"conversations": [{"from": "narrator", "value": "x"}], "chosen": gpt("a"), "rejected": gpt("b")},
+        "bad_messages", "conversations", "narrator",
+    ),
+    "a turn without a value": (
+        {"conversations": [{"from": "human"}], "chosen": gpt("a"), "rejected": gpt("b")},
+        "bad_messages", "conversations", "`value`",
+    ),
+    "a call that is no JSON": (
+        {"conversations": [human("q"), {"from": "function_call", "value": "look()"}], "chosen": gpt("a"), "rejected": gpt("b")},
+        "bad_messages", "conversations", "message 2",
+    ),
+    "turns as Python prints them": (
+        {"chosen": str([*ASK, BLUE]), "rejected": str([*ASK, GREEN])},
+        "bad_messages", "chosen", "json.dumps",
+    ),
+    "turns in broken JSON": (
+        {"chosen": json.dumps([*ASK, BLUE])[:-1], "rejected": json.dumps([*ASK, GREEN])},
+        "bad_messages", "chosen", "no JSON",
+    ),
+    "turns in JSON on one side": (
+        {"prompt": "q", "chosen": json.dumps([*ASK, BLUE]), "rejected": "green"},
+        "bad_messages", "chosen", "the other side",
+    ),
+    "alpaca, a list as instruction": (
+        {"instruction": ["a"], "chosen": "a", "rejected": "b"}, "wrong_type", "instruction", "string",
+    ),
+    "alpaca, no rejected": (
+        {"instruction": "q", "chosen": "a"}, "missing_field", "rejected", "none",
+    ),
+    "alpaca, a round of three": (
+        {"instruction": "q", "history": [["a", "b", "c"]], "chosen": "a", "rejected": "b"},
+        "bad_messages", "history", "pair 1",
+    ),
+    "alpaca, history of text": (
+        {"instruction": "q", "history": ["a"], "chosen": "a", "rejected": "b"}, "wrong_type", "history", "pairs",
+    ),
+    "swift, a question last": (
+        {"messages": ASK, "rejected_response": "green"}, "bad_messages", "messages", "chosen answer",
+    ),
+    "swift, an answer alone": (
+        {"messages": [BLUE], "rejected_response": "green"}, "bad_messages", "messages", "prompt",
+    ),
+    "one answer and its label": (
+        {"prompt": "q", "completion": "a", "label": True}, "missing_field", "chosen", "`completion`",
+    ),
+    "messages of numbers": (
+        {"messages": [1], "chosen": BLUE, "rejected": GREEN}, "bad_messages", "messages", "message 1",
+    ),
+    "no messages": (
+        {"messages": [], "chosen": BLUE, "rejected": GREEN}, "bad_messages", "messages", "empty list",
+    ),
+    "a system of numbers": (
+        {"question": "q", "system": 5, "chosen": "a", "rejected": "b"}, "wrong_type", "system", "string",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_is_no_pair_says_why(tok, tmp_path, name):
+    row, reason, field, said = BAD[name]
+    good = ROWS["implicit"][0]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [good, row])), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        PairDataset.from_files(path, tok)
+    error = caught.value
+    assert (error.reason, error.line, error.field, error.path) == (reason, 2, field, str(path))
+    assert said in str(error)
+    for pairs in (
+        PairDataset.from_files(path, tok, on_bad="skip"),
+        PairDataset.from_rows([good, row], tok, on_bad="skip"),
+    ):
+        assert pairs.report.dropped == {reason: 1}
+        assert said in pairs.report.first[reason].message
+
+
+def test_rows_of_questions_need_a_template_or_a_key(plain):
+    row = {"question": "Is it?", "chosen": "yes", "rejected": "no"}
+    with pytest.raises(DataError, match='prompt_key="question"') as caught:
+        PairDataset.from_rows([row], plain)
+    assert (caught.value.reason, caught.value.field) == ("template_error", "question")
+    pairs = PairDataset.from_rows([row], plain, prompt_key="question")
+    assert decode(pairs[0]["prompt_ids"].tolist()) == "Is it?"
+
+
+def test_pairs_without_any_prompt_are_kept_where_the_layout_says_so(tok):
+    rows = [{"chosen": "Right", "rejected": "Wrong"}, {"chosen": [BLUE], "rejected": [GREEN]}]
+    pairs = PairDataset.from_rows(rows, tok, layout_of_rows="completions")
+    assert pairs[0]["prompt_ids"].tolist() == []
+    assert decode(pairs[0]["chosen_ids"].tolist()).startswith("Right")
+    assert "blue" in decode(pairs[1]["chosen_ids"].tolist())
+    assert pairs.report.layouts == {"completions": 2}
+
+
+def test_a_layout_that_is_named_is_the_only_one(tok):
+    row = {**ROWS["ultrafeedback"][0], "question": "other?"}
+    for layout in ("implicit", "ultrafeedback"):
+        pairs = PairDataset.from_rows([row], tok, layout_of_rows=layout)
+        assert ids(pairs) == ids(PairDataset.from_rows([explicit(ASK)], tok))
+    with pytest.raises(DataError) as caught:
+        PairDataset.from_rows([row], tok, layout_of_rows="sharegpt")
+    assert (caught.value.reason, caught.value.field) == ("missing_field", "conversations")
+    with pytest.raises(ValueError, match="unknown `layout_of_rows` 'hh'"):
+        PairDataset.from_rows([row], tok, layout_of_rows="hh")
+    with pytest.raises(ValueError, match="`prompt_key` names a field of"):
+        PairDataset.from_rows([row], tok, layout_of_rows="alpaca", prompt_key="x")
+
+
+def test_ignored_columns_are_not_there(tok):
+    row = {"messages": [user("other")], "chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN], "images": ["a"]}
+    pairs = PairDataset.from_rows([row], tok, ignore_columns=("messages", "images"))
+    assert pairs.report.layouts == {"implicit": 1}
+    for bad in (("chosen",), ("mine",)):
+        with pytest.raises(ValueError, match="which is read"):
+            PairDataset.from_rows([row], tok, ignore_columns=bad, columns=("mine",))
+    with pytest.raises(TypeError, match="`ignore_columns` must be a sequence"):
+        PairDataset.from_rows([row], tok, ignore_columns="messages")
+
+
+def test_a_field_of_a_layout_can_be_carried_along(tok):
+    row = {"question": "sky?", "chosen": "blue", "rejected": "green", "image": "sky.png"}
+    pairs = PairDataset.from_rows([row], tok, columns=("question", "image"))
+    want = PairDataset.from_rows([explicit(ASK)], tok)
+    assert pairs[0]["prompt_ids"].tolist() == want[0]["prompt_ids"].tolist()
+    assert pairs.columns["question"].tolist() == ["sky?"]
+    assert pairs.columns["image"].tolist() == ["sky.png"]
