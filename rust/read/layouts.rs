@@ -163,7 +163,7 @@ pub(super) fn read<'a>(
             Said::Turns(turns) if layout.has_system() => {
                 let system = said(system, "system")?;
                 if !system.is_empty() {
-                    turns.begin_with(system, warned);
+                    turns.begin_with(&system, warned);
                 }
             }
             _ if matches!(&system, Value::Str(text) if text.is_empty()) => {}

@@ -40,12 +40,12 @@ pub struct Turns<'a> {
     pub fields: [Field; 3],
 }
 
-impl<'a> Turns<'a> {
+impl Turns<'_> {
     /// Puts the column `system` before everything.
-    pub(super) fn begin_with(&mut self, system: Cow<'a, str>, warned: &mut Vec<Warning>) {
+    pub(super) fn begin_with(&mut self, system: &str, warned: &mut Vec<Warning>) {
         let first = self.prompt.as_ref().unwrap_or(&self.chosen).first();
         match first.filter(|turn| turn.role() == Some("system")).map(|turn| turn.get("content")) {
-            Some(Some(Value::Str(text))) if *text == system => {}
+            Some(Some(Value::Str(text))) if text == system => {}
             Some(_) => warned.push(Warning::UnreadSystem),
             None => {
                 let places = match &mut self.prompt {
@@ -53,7 +53,7 @@ impl<'a> Turns<'a> {
                     None => vec![&mut self.chosen, &mut self.rejected],
                 };
                 for place in places {
-                    place.insert(0, Value::turn("system", system.clone()));
+                    place.insert(0, Value::turn("system", system.to_owned().into()));
                 }
             }
         }
