@@ -5,6 +5,7 @@ import random
 import pytest
 import warm
 from byte_tokenizer import TEMPLATE, tokenizer
+from template_shapes import as_ours
 
 from dpo_ext import DataError, LimitExceeded, Tokenizer, TokenizerError
 
@@ -163,14 +164,11 @@ def conversations():
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_renders_are_transformers_bytes(live, name):
     import jinja2
-    from transformers.utils import chat_template_utils
 
-    # what transformers 5 came to write into messages, and ours whichever transformers is installed
-    synonyms = hasattr(chat_template_utils, "_REASONING_FIELDS")
     theirs, ours = live(TEMPLATES[name])
     rendered = 0
     for messages, options in conversations():
-        if not synonyms:
+        if not as_ours():
             messages = [{k: v for k, v in m.items() if k != "reasoning"} for m in messages]
         try:
             want = theirs.apply_chat_template(messages, tokenize=False, **options)

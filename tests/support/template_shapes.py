@@ -1005,3 +1005,12 @@ SHAPES["do_tag"] = (
     "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}{% if m.role == 'system' %}{% continue %}"
     "{% endif %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
 )
+
+
+def as_ours() -> bool:
+    """Whether transformers fills in the names of reasoning and leaves out what is None, as version 5
+    does and we do whichever is installed.
+    """
+    from transformers.utils import chat_template_utils
+
+    return hasattr(chat_template_utils, "_REASONING_FIELDS")
