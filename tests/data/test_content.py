@@ -5,9 +5,9 @@ from datetime import datetime
 
 import pyarrow as pa
 import pytest
-from byte_tokenizer import BOS, decode, tokenizer, tokenizer_json
+from byte_tokenizer import BOS, decode, tokenizer
 
-from dpo_ext import DataError, PairDataset, Tokenizer
+from dpo_ext import DataError, PairDataset
 
 
 def say(role, content, **more):
@@ -51,13 +51,17 @@ CALLS = (
 @pytest.fixture
 def load(tmp_path):
     def make(template, **options):
-        return tokenizer(tmp_path / f"m{len(list(tmp_path.iterdir()))}", template=template, **options)
+        return tokenizer(
+            tmp_path / f"m{len(list(tmp_path.iterdir()))}", template=template, **options
+        )
 
     return make
 
 
 def texts(pairs, i=0):
-    return [decode(pairs[i][name].tolist()) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    return [
+        decode(pairs[i][name].tolist()) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    ]
 
 
 def refused(rows, tok, reason="content_dropped", **options):
@@ -98,12 +102,17 @@ def test_text_that_the_template_leaves_out_makes_a_bad_row(load, name):
 
 
 def test_what_is_dropped_in_an_answer_names_its_side(load):
-    tok = load("{% for m in messages %}{% if m.role != 'narrator' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}")
+    tok = load(
+        "{% for m in messages %}{% if m.role != 'narrator' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+    )
     bad = row()
     bad["rejected"] = [say("assistant", "no"), say("narrator", "he said, and left the room")]
     error = refused([bad], tok)
     assert (error.field, "message 2 (`narrator`)" in str(error)) == ("rejected", True)
-    implicit = {"chosen": [*bad["prompt"], *bad["chosen"]], "rejected": [*bad["prompt"], *bad["rejected"]]}
+    implicit = {
+        "chosen": [*bad["prompt"], *bad["chosen"]],
+        "rejected": [*bad["prompt"], *bad["rejected"]],
+    }
     assert "`rejected`: message 3 (`narrator`)" in str(refused([implicit], tok))
 
 
@@ -124,7 +133,9 @@ def test_what_is_dropped_in_an_answer_names_its_side(load):
     ["  a text of words \n", "one\nand \"two\" and \\ three", "Zürich, 東京 and 🙂🙂🙂", "<think>why</think>\n\nbecause of it", "ok", "?", "\u00a0"],
 )  # fmt: skip
 def test_text_that_is_printed_otherwise_is_there(load, template, text):
-    pairs = PairDataset.from_rows([row([say("user", text)], chosen=text + "yes it is")], load(template))
+    pairs = PairDataset.from_rows(
+        [row([say("user", text)], chosen=text + "yes it is")], load(template)
+    )
     assert len(pairs) == 1
 
 
@@ -138,9 +149,14 @@ def test_a_mark_of_ours_never_reaches_the_ids(load):
 
 def test_a_template_of_parts_reads_parts(load):
     tok = load(PARTS)
-    pairs = PairDataset.from_rows([row([say("user", parts("is ", "it?"))], parts("yes"), parts("no"))], tok)
+    pairs = PairDataset.from_rows(
+        [row([say("user", parts("is ", "it?"))], parts("yes"), parts("no"))], tok
+    )
     assert texts(pairs) == ["[user]is it?\n[assistant]", "yes\n", "no\n"]
-    assert refused([row(chosen="a string that it does not print")], tok).field in ("prompt", "chosen")
+    assert refused([row(chosen="a string that it does not print")], tok).field in (
+        "prompt",
+        "chosen",
+    )
 
 
 @pytest.mark.parametrize("template", [PLAIN, CONCATENATING])
@@ -158,8 +174,15 @@ def test_a_list_is_never_trained_on_as_python_prints_it(load):
 
 
 def test_a_tools_answer_may_be_any_value(load):
-    tok = load("{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}\n{% endfor %}")
-    for answer, shown in (({"celsius": 20.5}, '{"celsius": 20.5}'), (20.5, "20.5"), (True, "true"), (parts("warm"), '[{"type": "text", "text": "warm"}]')):
+    tok = load(
+        "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}\n{% endfor %}"
+    )
+    for answer, shown in (
+        ({"celsius": 20.5}, '{"celsius": 20.5}'),
+        (20.5, "20.5"),
+        (True, "true"),
+        (parts("warm"), '[{"type": "text", "text": "warm"}]'),
+    ):
         pairs = PairDataset.from_rows([row([say("user", "is it?"), say("tool", answer)])], tok)
         assert shown in texts(pairs)[0]
     error = refused([row([say("user", {"a": 1})])], tok, "bad_messages")
@@ -248,7 +271,11 @@ def test_tools_and_calls_that_are_not_printed_are_counted_or_refused(load):
 
 def test_thoughts_of_earlier_turns_are_dropped_on_purpose(load):
     tok = load(PLAIN)
-    prompt = [say("user", "is it?"), say("assistant", "hm", reasoning_content="I wonder why"), say("user", "well?")]
+    prompt = [
+        say("user", "is it?"),
+        say("assistant", "hm", reasoning_content="I wonder why"),
+        say("user", "well?"),
+    ]
     assert PairDataset.from_rows([row(prompt)], tok).report.warned == {}
     last = row()
     last["chosen"][0]["reasoning_content"] = "I wonder why"
@@ -263,7 +290,13 @@ def test_keys_that_are_null_because_of_other_rows_are_not_there(load, tmp_path):
     rows = []
     for arguments in ({"at": "sky"}, {"city": "Bern", "days": 3}):
         prompt = [say("user", "is it?"), say("assistant", "", tool_calls=call(arguments))]
-        tool = {"type": "function", "function": {"name": "look_up", "parameters": {"properties": {key: {"type": "string"} for key in arguments}}}}
+        tool = {
+            "type": "function",
+            "function": {
+                "name": "look_up",
+                "parameters": {"properties": {key: {"type": "string"} for key in arguments}},
+            },
+        }
         rows.append(row(prompt, tools=[tool]))
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -314,7 +347,11 @@ def test_an_empty_think_block_can_be_the_prompts(load):
     )
     assert texts(PairDataset.from_rows([row()], tok))[1] == "<think>\n\n</think>\n\nyes indeed\n"
     pairs = PairDataset.from_rows([row()], tok, empty_think="prompt")
-    assert texts(pairs) == ["[user]is it?\n[assistant]<think>\n\n</think>\n\n", "yes indeed\n", "not at all\n"]
+    assert texts(pairs) == [
+        "[user]is it?\n[assistant]<think>\n\n</think>\n\n",
+        "yes indeed\n",
+        "not at all\n",
+    ]
     thoughtful = row()
     thoughtful["chosen"][0]["reasoning_content"] = "I wonder why"
     pairs = PairDataset.from_rows([thoughtful], tok, empty_think="prompt")
@@ -329,7 +366,10 @@ def test_an_empty_think_block_can_be_the_prompts(load):
 def test_cuts_on_the_left_keep_bos(load, truncation, kind):
     config = {"bos_token": "<|bos|>"}
     if kind == "chat":
-        tok, data = load("{{ bos_token }}" + PLAIN, config=config), row([say("user", "a long question " * 9)])
+        tok, data = (
+            load("{{ bos_token }}" + PLAIN, config=config),
+            row([say("user", "a long question " * 9)]),
+        )
     else:
         from byte_tokenizer import bos_processor
 

@@ -262,9 +262,15 @@ def test_mixed_layouts_are_found_row_by_row(tok):
     assert sum(pairs.report.layouts.values()) == pairs.report.kept == len(ROWS)
     assert "layout alpaca: 4" in str(pairs.report)
     # A table of them all has every column, null where a row has it not.
-    uniform = {n: r for n, r in ROWS.items() if "json" not in n and n.startswith(("alpaca", "question", "swift"))}
+    uniform = {
+        n: r
+        for n, r in ROWS.items()
+        if "json" not in n and n.startswith(("alpaca", "question", "swift"))
+    }
     keys = sorted({key for row, _, _ in uniform.values() for key in row})
-    table = pa.Table.from_pylist([{key: row.get(key) for key in keys} for row, _, _ in uniform.values()])
+    table = pa.Table.from_pylist(
+        [{key: row.get(key) for key in keys} for row, _, _ in uniform.values()]
+    )
     got = PairDataset.from_arrow(table, tok)
     assert ids(got) == ids(PairDataset.from_rows([same for _, _, same in uniform.values()], tok))
 
@@ -467,7 +473,12 @@ def test_a_layout_that_is_named_is_the_only_one(tok):
 
 
 def test_ignored_columns_are_not_there(tok):
-    row = {"messages": [user("other")], "chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN], "images": ["a"]}
+    row = {
+        "messages": [user("other")],
+        "chosen": [*ASK, BLUE],
+        "rejected": [*ASK, GREEN],
+        "images": ["a"],
+    }
     pairs = PairDataset.from_rows([row], tok, ignore_columns=("messages", "images"))
     assert pairs.report.layouts == {"implicit": 1}
     for bad in (("chosen",), ("mine",)):

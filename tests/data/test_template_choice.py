@@ -153,7 +153,9 @@ def test_a_role_that_the_template_would_drop_makes_a_bad_row(tmp_path):
     bad = row(prompt=[{"role": "moderator", "content": "be kind"}, *USER])
     pairs = PairDataset.from_rows([row(), bad, row()], ours, on_bad="skip")
     assert pairs.report.dropped == {"content_dropped": 1}
-    with pytest.raises(DataError, match=r"message 1 \(`moderator`\): .* not print its `content`") as caught:
+    with pytest.raises(
+        DataError, match=r"message 1 \(`moderator`\): .* not print its `content`"
+    ) as caught:
         PairDataset.from_rows([bad], ours)
     assert (caught.value.reason, caught.value.field) == ("content_dropped", "prompt")
     any_role = tokenizer(tmp_path / "n", template=TEMPLATE)

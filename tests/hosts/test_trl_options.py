@@ -370,3 +370,17 @@ def test_dropped_rows_are_counted_in_one_warning(own, data, caplog):
     (record,) = caplog.records
     assert "24 rows read" in record.message
     assert "dropped no_completion_tokens" in record.message
+
+
+def test_options_of_the_data_reach_the_rows(own):
+    rows = [{"question": "Is it?", "chosen": "yes", "rejected": "no"}] * 4
+    data = Dataset.from_list(rows)
+    trainer = runs.build(DPOTrainer, own, data, {"data_options": {"prompt_key": "question"}})
+    assert trainer.data_reports["train"].layouts == {"explicit": 4}
+    for bad, match in (
+        ({"max_length": 5}, "`max_length` is what the configuration says"),
+        ({"images": "keep"}, "unknown `images` 'keep'"),
+        ({"special_tokens_in_text": "text"}, "TRL has no such rule"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            runs.build(DPOTrainer, own, data, {"data_options": bad})

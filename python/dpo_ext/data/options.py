@@ -189,7 +189,7 @@ class Settings:
             raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
         if self.prompt_key is not None and self.layout_of_rows not in (None, "explicit"):
             raise ValueError(
-                "`prompt_key` names a field of `layout_of_rows` \"explicit\", found "
+                '`prompt_key` names a field of `layout_of_rows` "explicit", found '
                 f"{self.layout_of_rows!r}"
             )
         if not isinstance(self.chat_template_kwargs, Mapping):

@@ -10,6 +10,7 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 
+from dpo_ext.data.options import Options, settings
 from dpo_ext.torch import preference_loss
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
@@ -112,3 +113,16 @@ def check_dataset(name: str, dataset: Any) -> None:
         columns = {"image", "images"} & set(dataset.column_names)
         if columns:
             raise ValueError(f"`{name}`: vision data is not supported, found {sorted(columns)}")
+
+
+OF_TRL = ("max_length", "truncation", "boundary", "on_bad", "threads", "columns")
+"""Options of a data set that follow from the configuration, or are TRL's own way."""
+
+
+def check_data_options(given: Options) -> Options:
+    """The options with which rows are read; `ValueError` for one of `OF_TRL` or a bad value."""
+    for name in given:
+        if name in OF_TRL:
+            raise ValueError(f"`data_options`: `{name}` is what the configuration says")
+    settings({**given, "boundary": "trl"})
+    return given

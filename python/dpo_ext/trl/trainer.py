@@ -20,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS
@@ -29,6 +30,7 @@ from dpo_ext.torch import assert_packing_safe, attach_scoring, preference_loss
 from dpo_ext.trl.collator import NUM_TOKENS, SERVED, TABLE_KEY, PairCollator
 from dpo_ext.trl.options import (
     check_args,
+    check_data_options,
     check_dataset,
     check_model,
     loss_options,
@@ -73,6 +75,9 @@ class DPOTrainer(trl.DPOTrainer):
         layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
             padding, for models that keep packed segments apart. Whether this one does is tried
             before the first step.
+        data_options: how rows are read, as `PairDataset.from_files` documents it: `layout_of_rows`,
+            `chat_template_kwargs`, `prompt_key`, `special_tokens_in_text` and the rest but for what
+            TRL's configuration says (`OF_TRL`). By default as TRL reads them.
 
     Attributes:
         data_reports: by name of the data set, what became of its rows: read = kept + dropped,
@@ -112,6 +117,7 @@ class DPOTrainer(trl.DPOTrainer):
         peft_config: Any = None,
         *,
         layout: str = "padded",
+        data_options: Options | None = None,
     ) -> None:
         if layout not in SERVED:
             raise ValueError(f"`layout` must be one of {SERVED}, found {layout!r}")
@@ -139,6 +145,7 @@ class DPOTrainer(trl.DPOTrainer):
         else:
             check_dataset("eval_dataset", eval_dataset)
 
+        self.data_options = check_data_options(data_options or {})
         # `super().__init__` calls the methods below, so what they read must exist before it.
         self.layout = layout
         self.data_reports: dict[str, Report] = {}
@@ -200,15 +207,15 @@ class DPOTrainer(trl.DPOTrainer):
         if self._encoder is None or self._encoder[0] is not processing_class:
             self._encoder = processing_class, Tokenizer.from_pretrained(processing_class)
         keep_start = args.truncation_mode == "keep_start"
-        pairs = PairDataset.from_rows(
-            dataset,
-            self._encoder[1],
+        options: Options = {
+            **self.data_options,
             # `keep_end` is left to the collator: TRL cuts each side alone, we cut a pair as one.
-            max_length=args.max_length if keep_start else None,
-            boundary="trl",
-            on_bad="skip",
-            threads=args.dataset_num_proc,
-        )
+            "max_length": args.max_length if keep_start else None,
+            "boundary": "trl",
+            "on_bad": "skip",
+            "threads": args.dataset_num_proc,
+        }
+        pairs = PairDataset.from_rows(dataset, self._encoder[1], **options)
         self.data_reports[dataset_name] = pairs.report
         if not len(pairs):
             raise DataError(f"`{dataset_name}`: no row can be used\n{pairs.report}")
