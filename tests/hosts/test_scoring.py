@@ -296,8 +296,6 @@ def with_lora(model, **options):
     return peft.get_peft_model(model, config)
 
 
-# peft 0.18 warns of tied weights where the configuration alone says so
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "saved"])
 def test_peft_policy_and_reference(before, options):
