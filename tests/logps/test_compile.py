@@ -108,7 +108,7 @@ def test_the_pairwise_plan_breaks_the_graph_and_gives_what_eager_gives():
     torch._dynamo.reset()
     # torch 2.8 says which list it cannot inline instead
     errors = (torch._dynamo.exc.UserError, torch._dynamo.exc.Unsupported)
-    with pytest.raises(errors, match="data-dependent|SKIPPED INLINING"):
+    with pytest.raises(errors, match=r"data-dependent|SKIPPED INLINING"):
         run(torch.compile(step, fullgraph=True, backend="aot_eager"), "pairwise")
 
 
