@@ -296,8 +296,6 @@ def with_lora(model, **options):
     return peft.get_peft_model(model, config)
 
 
-# peft 0.18 warns of tied weights where the configuration alone says so
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "saved"])
 def test_peft_policy_and_reference(before, options):
@@ -464,8 +462,14 @@ def spawn(tmp_path, wrapper):
     return torch.load(result)
 
 
+FSDP2_IS_RIGHT = pytest.mark.skipif(
+    torch.__version__ < "2.9",
+    reason="FSDP2 of torch 2.8 gives other gradients over gloo, of a plain model and loss, too",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp2", marks=FSDP2_IS_RIGHT)])
 def test_two_processes_give_the_gradients_of_one(tmp_path, wrapper):
     model = attach_scoring(tiny_llama())
     inputs, labels = tiny_batch()
@@ -477,7 +481,10 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, wrapper):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp, loss inside", "fsdp2, loss inside"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["ddp, loss inside", pytest.param("fsdp2, loss inside", marks=FSDP2_IS_RIGHT)],
+)
 def test_unequal_micro_batches_of_two_processes_give_the_mean_over_all_pairs(tmp_path, wrapper):
     model = attach_scoring(tiny_llama())
     inputs, labels = tiny_batch(3)

@@ -173,6 +173,8 @@ def config(out: Path, **options: Any) -> trl.DPOConfig:
         "disable_tqdm": True,
         "seed": 0,
     }
+    # transformers 4 leaves here what an earlier configuration said.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     return trl.DPOConfig(**(defaults | options))
 
 

@@ -167,7 +167,7 @@ def _not_pairwise(loss: Any, compat: str | None, params: Sequence[Any]) -> str |
     """Why a pair's gradient may not be a function of that pair alone, or None."""
     if compat is not None:
         return "`compat` may average over the batch"
-    for name in loss if isinstance(loss, list | tuple) else [loss]:
+    for name in loss if isinstance(loss, (list, tuple)) else [loss]:  # torch 2.8 compiles no unions
         if not isinstance(name, str):
             return "a callable may look at the whole batch"
         row = find_loss(name)
@@ -192,7 +192,7 @@ class _Losses(NamedTuple):
 
     def some(self, logps: Tensor, pairs: slice) -> PreferenceLoss:
         def cut(value: Any) -> Any:
-            many = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+            many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
             return value[pairs] if many and len(value) == self.pairs else value
 
         return preference_loss(

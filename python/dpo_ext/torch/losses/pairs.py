@@ -169,7 +169,8 @@ def _sum_of_losses(terms: Sequence[Term], inputs: Inputs) -> PreferenceLoss:
     else:
         total = torch.stack([factor * part.loss for factor, part in parts]).sum()
         per_pair = torch.stack([factor * part.per_pair for factor, part in parts]).sum(0)
-    scale: Number | None = next((p.scale for _, p in parts if p.scale is not None), None)
+    scales = [part.scale for _, part in parts if part.scale is not None]
+    scale: Number | None = scales[0] if scales else None
     return PreferenceLoss(total, per_pair, inputs.logps, inputs.ref_logps, scale)
 
 
