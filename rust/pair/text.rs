@@ -152,7 +152,8 @@ pub(super) fn texts<'a>(
             return Err(Bad::new(Reason::MissingPrompt, &keys.prompt, message));
         }
         pair.warn(Warning::EmptyPrompt);
-        pair.promptless = layout != Layout::Completions;
     }
+    let prompt = whole[0].get(..cut).unwrap_or_default();
+    pair.promptless = layout != Layout::Completions && is_blank(prompt);
     Ok(Texts { whole, cut, alone: None, marks: None, are_strings: true })
 }

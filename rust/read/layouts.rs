@@ -105,7 +105,7 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
     if has(Field::Prompt) {
         let turns = !cells.is_text(Field::Chosen) && !cells.is_text(Field::Rejected) && sides;
         return match cells.text(Field::Prompt) {
-            Some("") if whole || turns => Layout::Implicit,
+            Some(text) if text.trim().is_empty() && (whole || turns) => Layout::Implicit,
             Some(_) if whole => Layout::UltraFeedback,
             Some(_) if turns => Layout::Messages,
             None if !whole && cells.is_turns(Field::Prompt) && cells.has_answers() => {
@@ -261,6 +261,10 @@ fn messages<'a>(
         Value::Str(text) if field == Field::Prompt => vec![Value::turn("user", text)],
         other => turns(other, name, limits)?,
     };
+    if prompt.is_empty() {
+        let message = "expected at least one message, found an empty list";
+        return Err(Bad::new(Reason::BadMessages, name, message));
+    }
     let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
     let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
     let chosen = answer(chosen, &keys.chosen, limits)?;
@@ -271,6 +275,9 @@ fn messages<'a>(
     if prompt.len() > 1 && prompt.last().is_some_and(given) {
         prompt.pop();
         warned.push(Warning::PromptInSides);
+    } else if field != Field::Prompt && prompt.last().is_some_and(is_answer) {
+        let message = "expected a turn to be answered at the end, found an answer of neither side";
+        return Err(Bad::new(Reason::BadMessages, name, message));
     }
     let fields = [field, Field::Chosen, Field::Rejected];
     Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
@@ -288,6 +295,9 @@ fn alpaca<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Tur
         return Err(missing("instruction"));
     }
     texts.retain(|text| !text.is_empty());
+    if texts.iter().all(|text| text.trim().is_empty()) {
+        return Err(no_text("instruction"));
+    }
     let text = match (texts.pop(), texts.pop()) {
         (Some(input), Some(instruction)) => format!("{instruction}\n{input}").into(),
         (text, _) => text.unwrap_or_default(),
@@ -298,7 +308,14 @@ fn alpaca<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Tur
 
 fn question<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Turns<'a>, Bad> {
     let text = said(required(cells.take(Field::Question), "question")?, "question")?;
+    if text.trim().is_empty() {
+        return Err(no_text("question"));
+    }
     answered(vec![Value::turn("user", text)], Field::Question, cells, keys, limits)
+}
+
+fn no_text(name: &str) -> Bad {
+    Bad::new(Reason::MissingPrompt, name, "expected a prompt, found no text")
 }
 
 /// A prompt with the answers of `chosen` and `rejected`, or of the same names with `_response`.

@@ -1,5 +1,6 @@
 """The layouts of rows: each gives the ids of the same row in TRL's own layout, or says why not."""
 
+import itertools
 import json
 
 import pyarrow as pa
@@ -495,3 +496,65 @@ def test_a_field_of_a_layout_can_be_carried_along(tok):
     assert pairs[0]["prompt_ids"].tolist() == want[0]["prompt_ids"].tolist()
     assert pairs.columns["question"].tolist() == ["sky?"]
     assert pairs.columns["image"].tolist() == ["sky.png"]
+
+
+MISSING = object()
+FAULTS = {
+    "missing": MISSING, "null": None, "number": 7, "bool": True, "float": 1.5, "empty": "", "blank": "  ", "list": [],
+    "object": {}, "list of a number": [7], "list of null": [None], "list of a list": [[]], "list of an object": [{}],
+    "another object": {"a": 1}, "role of a number": [{"role": 5, "content": "x"}], "no content": [{"role": "user"}],
+    "null content": [{"role": "user", "content": None}], "no value": [{"from": "human"}], "text": "other text",
+    "broken json": '[{"role": "user"', "an answer": [{"role": "assistant", "content": "an answer"}],
+}  # fmt: skip
+# Fields that nobody reads in these rows.
+UNREAD = {"prompt_id", "score_chosen", "score_rejected"}
+REASONS = {
+    "bad_messages", "wrong_type", "missing_field", "missing_prompt", "different_prompts", "empty_completion", "identical_pair",
+}  # fmt: skip
+
+
+def leaves(value):
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("role", "from"):
+                yield from leaves(item)
+
+
+def said_by(row, layout):
+    read = {name: value for name, value in row.items() if name not in UNREAD}
+    if layout in ("ultrafeedback", "implicit"):
+        read.pop("messages", None)
+    return {text for value in read.values() for text in leaves(value) if text}
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "json" not in name])
+def test_a_field_with_a_fault_makes_a_bad_row_or_is_wholly_read(tok, name):
+    """Over 1,000 rows: 0 panics, and of what is kept every text stands in the ids."""
+    row, bad = ROWS[name][0], 0
+    for field, (fault, value) in itertools.product(row, FAULTS.items()):
+        given = {key: v for key, v in row.items() if key != field}
+        if value is not MISSING:
+            given[field] = value
+        where = (field, fault)
+        try:
+            pairs = PairDataset.from_rows([given], tok)
+        except DataError as error:
+            bad += 1
+            assert error.reason in REASONS, where
+            assert error.line == 1, where
+            assert error.field is not None, where
+            continue
+        pair = pairs[0]
+        prompt, chosen, rejected = (
+            decode(pair[key].tolist()) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        (layout,) = pairs.report.layouts
+        for text in said_by(given, layout):
+            assert text in prompt + chosen or text in prompt + rejected, where
+        assert "'role'" not in prompt + chosen + rejected, where
+    assert bad >= 10
