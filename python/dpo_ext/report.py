@@ -13,13 +13,14 @@ NO_LINES = (".parquet", ".arrow", ".feather")
 @dataclass(frozen=True)
 class Example:
     """Where something was seen first: ``line`` is 1-based, the row where a file has no lines;
-    ``path`` is None for rows from memory.
+    ``path`` is None for rows from memory; ``row`` is the 1-based row of a table or an array.
     """
 
     path: str | None
     line: int | None
     field: str | None
     message: str
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Report:
         kept, with_ref = raw["kept"], raw["with_ref"]
         notes = (*notes, *uncarried(with_ref, kept))
         first = {
-            name: Example(None if path is None else fspath(path), line, where, message)
-            for name, (path, line, where, message) in raw["first"].items()
+            name: Example(None if path is None else fspath(path), *rest)
+            for name, (path, *rest) in raw["first"].items()
         }
         return cls(raw["read"], kept, raw["dropped"], raw["warned"], first, notes, raw["bytes"])
 
@@ -133,8 +134,12 @@ class Report:
         if example is None or example.line is None:
             return ""
         path = example.path
-        unit = "row" if path is None or path.lower().endswith(NO_LINES) else "line"
-        place = f"{unit} {example.line}" if path is None else f"{path}, {unit} {example.line}"
+        # Older reports say only by the file's name that there were rows.
+        has_rows = path is None or path.lower().endswith(NO_LINES)
+        place = f"{'row' if has_rows else 'line'} {example.line}"
+        if example.row is not None:
+            place = f"row {example.row}"
+        place = place if path is None else f"{path}, {place}"
         return f" (first: {place}{f', `{example.field}`' if example.field else ''})"
 
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::outcome::Encoded;
 use crate::error::{Error, Place, Reason, Result};
-use crate::pair::{Options, Pair, Refusal, Truncation, encode};
+use crate::pair::{Options, Pair, Refusal, Truncation, Warning, encode};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
 use crate::read::row::{Row, Rules};
@@ -40,7 +40,10 @@ impl Progress {
 /// Where a row comes from.
 pub(super) struct Origin<'a> {
     pub(super) path: Option<&'a Path>,
-    pub(super) line: u64,
+    /// The line of the text, unless there are only rows.
+    pub(super) line: Option<u64>,
+    /// The row of a table, of an array, or of rows from memory.
+    pub(super) row: Option<u64>,
     pub(super) byte: Option<u64>,
 }
 
@@ -48,8 +51,12 @@ impl Origin<'_> {
     pub(super) fn place(&self, field: Option<String>, byte: Option<usize>) -> Place {
         Place {
             path: self.path.map(Path::to_owned),
-            line: Some(self.line),
-            byte: byte.map(|at| self.byte.unwrap_or(0) + at as u64),
+            line: self.line,
+            row: self.row,
+            // An array may be one line: there the line says nothing.
+            byte: byte
+                .or((self.line.is_some() && self.row.is_some()).then_some(0))
+                .map(|at| self.byte.unwrap_or(0) + at as u64),
             field,
         }
     }
@@ -103,15 +110,20 @@ fn settle(
                 return Err(Bad::new(Reason::WrongType, name, message).into());
             }
         }
+        let non_finite = row.non_finite.take();
         encode(row, job.tokenizer, job.options, pair)?;
-        Ok(extra)
+        Ok((extra, non_finite))
     });
     match result {
-        Ok(extra) => {
+        Ok((extra, non_finite)) => {
             out.tally.kept += 1;
             out.rows.push(out.tally.read as i64 - 1);
             for warning in &pair.warned {
                 out.tally.warn(*warning, 1, || (origin.place(None, None), String::new()));
+            }
+            if non_finite.is_some() {
+                let first = || (origin.place(non_finite, None), String::new());
+                out.tally.warn(Warning::NonFinite, 1, first);
             }
             out.push(pair, extra);
         }

@@ -15,6 +15,7 @@ pub enum Warning {
     BosInText,
     NoTurnBoundary,
     TemplateFallback,
+    NonFinite,
     BlankLine,
 }
 
@@ -30,6 +31,7 @@ impl Warning {
             Self::BosInText => "bos_in_text",
             Self::NoTurnBoundary => "no_turn_boundary",
             Self::TemplateFallback => "template_fallback",
+            Self::NonFinite => "non_finite",
             Self::BlankLine => "blank_line",
         }
     }

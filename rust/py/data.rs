@@ -266,7 +266,8 @@ impl PairEncoder {
 }
 
 fn first_tuple(py: Python<'_>, place: Place, message: String) -> PyResult<Bound<'_, PyTuple>> {
-    (place.path, place.line, place.field, message).into_pyobject(py)
+    let line = place.line_or_row();
+    (place.path, line, place.field, message, place.row).into_pyobject(py)
 }
 
 /// An extra column as an array of booleans, whole numbers or numbers, or as a list of strings.

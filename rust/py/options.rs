@@ -70,7 +70,7 @@ impl Settings {
     }
 }
 
-fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
+pub(super) fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
     let get = |name: &str| limits.getattr(name);
     Ok(Limits {
         max_line_bytes: get("max_line_bytes")?.extract()?,

@@ -128,7 +128,7 @@ class PairDataset(Pairs):
             return cls._mapped(cached(job, cache_dir))
         with Bar(progress, job.files) as callback, skip_hint(job.settings):
             encoder = _core.PairEncoder(tokenizer._core, job.settings, callback)
-            feed_files(encoder, job.files, job.settings.limits)
+            feed_files(encoder, job.files, job.settings)
         return cls._from_raw(encoder.finish(), tokenizer, job.settings, job.notes)
 
     @classmethod

@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
 from dpo_ext import _core
-from dpo_ext.data.files import Kind, feed_arrow_file, kind_of, saved_files, some, sources
+from dpo_ext.data.files import Kind, by_kind, feed_arrow_file, saved_files, some, sources
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar, size_of
 from dpo_ext.data.spool import Spool
@@ -76,8 +75,9 @@ class _Parts:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         done = 0
-        for kind, group in groupby(self.job.files, kind_of):
-            names = list(group)
+        settings = self.job.settings
+        fields = _core.PairEncoder(self.job.tokenizer._core, settings).names
+        for kind, names in by_kind(self.job.files, fields, settings.limits):
             self.before = (done, self.read)
             done += sum(map(size_of, names))
             yield from self._of_lines(names) if kind == "lines" else self._of_arrow(names, kind)
@@ -94,7 +94,7 @@ class _Parts:
         encoder = _core.PairEncoder(self.job.tokenizer._core, self.job.settings, self.told)
         for path in names:
             for part in saved_files(path) if kind == "saved" else [path]:
-                for _ in feed_arrow_file(encoder, part, kind, self.job.settings.limits):
+                for _ in feed_arrow_file(encoder, part, kind, self.job.settings):
                     if encoder.kept >= self.pairs:
                         yield self._shifted(encoder.finish())
         yield self._shifted(encoder.finish())
