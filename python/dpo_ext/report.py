@@ -38,8 +38,8 @@ class Report:
             token of both sides cannot be scored; ``special_token_in_text`` the contents spell a
             control token; ``bos_in_text`` the text brought its own BOS, so none was added;
             ``no_turn_boundary`` the prompt is implicit and does not end at the last turn of both
-            sides, or the template renders it differently alone; ``blank_line`` counts lines, not
-            rows.
+            sides, or the template renders it differently alone; ``non_finite`` a field that nobody
+            reads holds NaN or an infinity; ``blank_line`` counts lines, not rows.
         first: the first example of each reason and warning.
         notes: facts about the whole data set.
         bytes: bytes of text read from files.

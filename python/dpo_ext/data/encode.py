@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from dpo_ext import _core
-from dpo_ext.data.files import Kind, by_kind, feed_arrow_file, saved_files, some, sources
+from dpo_ext.data.files import Kind, by_kind, feed_arrow_file, saved_files, sources
+from dpo_ext.data.nothing import no_pairs
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar, size_of
 from dpo_ext.data.spool import Spool
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
-from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
 from dpo_ext.store.folder import Folder, writing
@@ -29,8 +29,6 @@ from dpo_ext.store.write import write
 
 # Pairs that are held in memory at a time, about 40 MB of ids.
 PAIRS = 1 << 16
-# Why lines of a file that is of no kind we know are dropped.
-NOT_ROWS = {"bad_json", "bad_utf8", "not_an_object"}
 
 
 @dataclass(frozen=True)
@@ -176,14 +174,3 @@ def prepare(
     with writing(Path(out)) as folder:
         folder.sweep(current_file(folder.path))
         return encode_into(folder, job, {}, check)
-
-
-def no_pairs(files: Sequence[str], report: Report, besides: str = "") -> DataError:
-    """The error where no row of files gave a pair, one line if they have no rows."""
-    said = f"no row of {some(files)} gives a pair"
-    if report.read == 0:
-        return DataError(f"{said}: there are no rows{besides}", reason="no_pairs")
-    hint = ""
-    if NOT_ROWS & report.dropped.keys():
-        hint = "\nhint: rows are JSON objects, one a line; an array of rows, or CSV, is not read"
-    return DataError(f"{said}{besides}\n{report}{hint}", reason="no_pairs")

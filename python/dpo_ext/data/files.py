@@ -176,12 +176,12 @@ def kind_of(path: str, names: Sequence[str], limits: Limits) -> Kind:
         return "parquet"
     if head == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
         return "arrow"
-    if head[:1] in (b"{", b"["):
+    named = SUFFIXES.get(Path(path).suffix.lower(), "lines")
+    if head[:1] in (b"{", b"[") and named == "lines":
         return "lines"
     text = _core.FileText(path, limits).head()  # raises for a page, an archive, a pointer
-    suffix = Path(path).suffix.lower()
-    if SUFFIXES.get(suffix) in ("parquet", "arrow"):
-        return SUFFIXES[suffix]  # damaged, as pyarrow will say
+    if named != "lines":
+        return named  # damaged, as pyarrow will say
     return "lines" if delimited.header(text, path, names) is None else "csv"
 
 

@@ -200,18 +200,24 @@ class DPOTrainer(trl.DPOTrainer):
         if self._encoder is None or self._encoder[0] is not processing_class:
             self._encoder = processing_class, Tokenizer.from_pretrained(processing_class)
         keep_start = args.truncation_mode == "keep_start"
-        pairs = PairDataset.from_rows(
-            dataset,
-            self._encoder[1],
-            # `keep_end` is left to the collator: TRL cuts each side alone, we cut a pair as one.
-            max_length=args.max_length if keep_start else None,
-            boundary="trl",
-            on_bad="skip",
-            threads=args.dataset_num_proc,
-        )
+        try:
+            pairs = PairDataset.from_rows(
+                dataset,
+                self._encoder[1],
+                # `keep_end` is left to the collator: TRL cuts each side alone, we cut a pair as
+                # one.
+                max_length=args.max_length if keep_start else None,
+                boundary="trl",
+                on_bad="skip",
+                threads=args.dataset_num_proc,
+            )
+        except DataError as error:
+            if error.reason != "no_pairs":
+                raise
+            raise DataError(f"`{dataset_name}`: {error}", reason="no_pairs") from error
         self.data_reports[dataset_name] = pairs.report
         if not len(pairs):
-            raise DataError(f"`{dataset_name}`: no row can be used\n{pairs.report}")
+            raise DataError(f"`{dataset_name}`: there are no rows", reason="no_pairs")
         if pairs.report.dropped or pairs.report.warned:
             logger.warning("%s: not every row was taken as it is\n%s", dataset_name, pairs.report)
         prepared = _as_dataset(pairs)
