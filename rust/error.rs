@@ -1,7 +1,7 @@
 //! Every failure of this crate: a kind, a place, the numbers; the sentence comes last.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -11,18 +11,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub struct Place {
     /// The file, or `None` for rows from memory.
     pub path: Option<PathBuf>,
-    /// 1-based line of the unpacked text, or 1-based row for rows from memory.
+    /// 1-based line of the unpacked text.
     pub line: Option<u64>,
+    /// 1-based row of a table, of an array, or of rows from memory.
+    pub row: Option<u64>,
     /// Byte offset inside the unpacked text.
     pub byte: Option<u64>,
     /// The field, or the name of the limit that was exceeded.
     pub field: Option<String>,
 }
 
-/// Whether a file has lines, by its name; others have rows.
-fn has_lines(path: &Path) -> bool {
-    let others = ["parquet", "arrow", "feather"];
-    !path.extension().is_some_and(|e| others.iter().any(|other| e.eq_ignore_ascii_case(other)))
+impl Place {
+    /// The line, or the row where there are no lines.
+    pub fn line_or_row(&self) -> Option<u64> {
+        self.line.or(self.row)
+    }
 }
 
 impl fmt::Display for Place {
@@ -32,14 +35,11 @@ impl fmt::Display for Place {
             write!(f, "{}", path.display())?;
             separator = ", ";
         }
-        if let Some(line) = self.line {
-            let unit = if self.path.as_deref().is_some_and(has_lines) { "line" } else { "row" };
-            write!(f, "{separator}{unit} {line}")?;
-            separator = ", ";
-        }
-        if let Some(byte) = self.byte {
-            write!(f, "{separator}byte {byte}")?;
-            separator = ", ";
+        for (unit, number) in [("line", self.line), ("row", self.row), ("byte", self.byte)] {
+            if let Some(number) = number {
+                write!(f, "{separator}{unit} {number}")?;
+                separator = ", ";
+            }
         }
         if let Some(field) = &self.field {
             write!(f, "{separator}`{field}`")?;
@@ -137,6 +137,7 @@ pub enum Warning {
     BosInText,
     NoTurnBoundary,
     TemplateFallback,
+    NonFinite,
     BlankLine,
     PromptInSides,
     MessagesAsJsonText,
@@ -160,6 +161,7 @@ impl Warning {
             Self::BosInText => "bos_in_text",
             Self::NoTurnBoundary => "no_turn_boundary",
             Self::TemplateFallback => "template_fallback",
+            Self::NonFinite => "non_finite",
             Self::BlankLine => "blank_line",
             Self::PromptInSides => "prompt_in_sides",
             Self::MessagesAsJsonText => "messages_as_json_text",

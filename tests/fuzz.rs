@@ -197,6 +197,7 @@ proptest! {
         let bytes = mutated(ROWS, &changes);
         prop_assume!(!bytes.starts_with(&[0x1f, 0x8b]) && !bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]));
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+        prop_assume!(!text.trim_ascii_start().starts_with(b"["));
         let want: Vec<Vec<u8>> = text
             .split(|byte| *byte == b'\n')
             .map(|line| line.strip_suffix(b"\r").unwrap_or(line).to_vec())
@@ -206,6 +207,32 @@ proptest! {
             Ok(found) => prop_assert_eq!(found, want),
             Err(Error::Data { .. }) => {}
             Err(other) => prop_assert!(false, "{other:?}"),
+        }
+    }
+
+    /// A file that is one array gives its elements, as serde cuts them, wherever the reads of the file end; what is no
+    /// array is an error, or has an element that is no JSON.
+    #[test]
+    fn an_array_gives_its_elements(changes in changes(JSON_TOKENS), border in 0_usize..400) {
+        let filler = format!("\"{}\"", "x".repeat((256 << 10) - border));
+        let rows = ROWS.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
+        let seed = [&b"[\n"[..], &rows.collect::<Vec<_>>().join(&b",\r\n"[..]), b", [1, \"]\"] ]\n"].concat();
+        let changed = mutated(&seed, &changes);
+        prop_assume!(changed.starts_with(b"[") && changed.len() > 2);
+        let bytes = [format!("[{filler},").as_bytes(), &changed[1..]].concat();
+        let theirs = serde_json::from_slice::<Vec<serde_json::Value>>(&bytes);
+        match (lines(&bytes, &Limits::default()), theirs) {
+            (Ok(found), Ok(theirs)) => {
+                let found: Result<Vec<serde_json::Value>, _> = found.iter().map(|item| serde_json::from_slice(item)).collect();
+                prop_assert_eq!(found.unwrap(), theirs);
+            }
+            (Ok(found), Err(e)) => {
+                let is_json = |line: &Vec<u8>| std::str::from_utf8(line).is_ok_and(|text| parse(text, &Limits::default()).is_ok());
+                let e = e.to_string();
+                prop_assert!(!found.iter().all(is_json) || e.contains("recursion") || e.contains("out of range"), "{e}");
+            }
+            (Err(Error::Data { place, .. }), Err(_)) => prop_assert!(place.line.is_some() && place.byte.is_some()),
+            (Err(e), _) => prop_assert!(false, "{e:?}"),
         }
     }
 

@@ -1,5 +1,6 @@
 __all__ = [
     "FileEncoder",
+    "FileText",
     "PairEncoder",
     "Tokenizer",
     "__version__",
@@ -125,6 +126,17 @@ class FileEncoder:
     def next(
         self, pairs: int, callback: Callable[[int, int], Any] | None = None
     ) -> dict[str, Any] | None: ...
+
+@final
+class FileText:
+    def __new__(cls, path: str, limits: Any, delimiter: int | None = None) -> FileText: ...
+    @property
+    def unpacked(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def head(self) -> bytes: ...
+    def read(self, size: int) -> bytes: ...
+    def close(self) -> None: ...
 
 @final
 class PairEncoder:

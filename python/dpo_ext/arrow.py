@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.dataset import pairs_of_table
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
 from dpo_ext.store.columns import Columns, record_batch
@@ -43,8 +43,8 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
         A RecordBatch for a RecordBatch, else a Table, with ``prompt_ids``, ``chosen_ids`` and
         ``rejected_ids`` (list<int32>, or large_list beyond 2^31 ids), ``ref_chosen_logps`` and
         ``ref_rejected_logps`` (double) if all rows have them, and the extra ``columns``. With
-        ``on_bad="skip"`` it has fewer rows than ``table``. The metadata of its schema carries the
-        report under ``dpo_ext.report``; see :func:`report_of`.
+        ``on_bad="skip"`` it has fewer rows than ``table``, or none. The metadata of its schema
+        carries the report under ``dpo_ext.report``; see :func:`report_of`.
 
     Raises:
         DataError, LimitExceeded, TokenizerError: as ``from_arrow``; ``line`` is the 1-based row of
@@ -52,7 +52,7 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
         ModuleNotFoundError: pyarrow is not installed.
     """
     pa = arrow("encode_table")
-    pairs = PairDataset.from_arrow(table, tokenizer, **options)
+    pairs = pairs_of_table(table, tokenizer, **options)
     columns = Columns.of(pairs)
     # A number among the rows of one batch means nothing in what the pipeline makes of it.
     columns.numbers.pop(ROW, None)

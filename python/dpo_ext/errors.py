@@ -31,11 +31,12 @@ class DataError(DpoExtError, ValueError):
 
     Attributes:
         path: the file, None for rows from memory.
-        line: 1-based line of the unpacked text; for rows from memory the 1-based row.
+        line: 1-based line of the unpacked text, of a JSON array that in which the element begins;
+            for tables and rows from memory the 1-based row.
         byte: offset in the unpacked text, where known.
         field: the field, or the name of the limit.
-        reason: one of the keys of ``report.dropped``, or ``"bad_input"`` for an input that cannot
-            be read at all.
+        reason: one of the keys of ``report.dropped``, ``"bad_input"`` for an input that cannot
+            be read at all, or ``"no_pairs"`` for one of which no row is kept.
     """
 
     def __init__(

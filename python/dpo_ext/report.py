@@ -14,13 +14,14 @@ NO_LINES = (".parquet", ".arrow", ".feather")
 @dataclass(frozen=True)
 class Example:
     """Where something was seen first: ``line`` is 1-based, the row where a file has no lines;
-    ``path`` is None for rows from memory.
+    ``path`` is None for rows from memory; ``row`` is the 1-based row of a table or an array.
     """
 
     path: str | None
     line: int | None
     field: str | None
     message: str
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Report:
             token of both sides cannot be scored; ``special_token_in_text`` the contents spell a
             control token; ``bos_in_text`` the text brought its own BOS, so none was added;
             ``no_turn_boundary`` the prompt is implicit and does not end at the last turn of both
-            sides, or the template renders it differently alone; ``blank_line`` counts lines, not
-            rows; ``prompt_in_sides`` the prompt stood in the sides once more, and was cut there;
+            sides, or the template renders it differently alone; ``non_finite`` a field that nobody
+            reads holds NaN or an infinity; ``blank_line`` counts lines, not rows;
+            ``prompt_in_sides`` the prompt stood in the sides once more, and was cut there;
             ``messages_as_json_text`` a conversation was JSON in a string; ``arguments_as_text`` the
             template encodes arguments of a call, which are JSON already, once more;
             ``tools_dropped``, ``tool_calls_dropped``, ``reasoning_dropped`` the template does not
@@ -70,8 +72,8 @@ class Report:
         kept, with_ref = raw["kept"], raw["with_ref"]
         notes = (*notes, *uncarried(with_ref, kept))
         first = {
-            name: Example(None if path is None else fspath(path), line, where, message)
-            for name, (path, line, where, message) in raw["first"].items()
+            name: Example(None if path is None else fspath(path), *rest)
+            for name, (path, *rest) in raw["first"].items()
         }
         counts = (raw["dropped"], raw["warned"])
         return cls(raw["read"], kept, *counts, first, notes, raw["bytes"], raw["layouts"])
@@ -151,8 +153,12 @@ class Report:
         if example is None or example.line is None:
             return ""
         path = example.path
-        unit = "row" if path is None or path.lower().endswith(NO_LINES) else "line"
-        place = f"{unit} {example.line}" if path is None else f"{path}, {unit} {example.line}"
+        # Older reports say only by the file's name that there were rows.
+        has_rows = path is None or path.lower().endswith(NO_LINES)
+        place = f"{'row' if has_rows else 'line'} {example.line}"
+        if example.row is not None:
+            place = f"row {example.row}"
+        place = place if path is None else f"{path}, {place}"
         return f" (first: {place}{f', `{example.field}`' if example.field else ''})"
 
 

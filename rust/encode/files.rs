@@ -16,6 +16,12 @@ use crate::read::limits::Limits;
 use crate::read::row::{Row, Rules};
 use crate::read::{Block, Line, Reader, text};
 
+impl<'a> Origin<'a> {
+    fn of(line: &Line, path: &'a Path) -> Self {
+        Self { path: Some(path), line: Some(line.number), row: line.row, byte: Some(line.byte) }
+    }
+}
+
 fn line_result<'b>(
     bytes: &'b [u8],
     line: &Line,
@@ -24,10 +30,11 @@ fn line_result<'b>(
 ) -> Result<Row<'b>, Bad> {
     if line.too_long {
         let most = rules.limits.max_line_bytes;
+        let what = if line.row.is_some() { "row" } else { "line" };
         return Err(Bad::new(
             Reason::Limit,
             "max_line_bytes",
-            format!("the line has more than {most} bytes"),
+            format!("the {what} has more than {most} bytes"),
         ));
     }
     let text = text(bytes.get(line.start..line.end).unwrap_or_default())?;
@@ -90,9 +97,7 @@ impl FileEncoder {
                 let row = |i: usize| {
                     let line = block.lines.get(i).cloned().unwrap_or_default();
                     let row = line_result(&block.bytes, &line, &names, &rules);
-                    let origin =
-                        Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
-                    (origin, row.map_err(Refusal::from))
+                    (Origin::of(&line, path), row.map_err(Refusal::from))
                 };
                 let others = |i: usize| {
                     let line = block.lines.get(i).cloned().unwrap_or_default();
@@ -104,7 +109,8 @@ impl FileEncoder {
                 let (count, first) = block.blank;
                 if count > 0 {
                     all.tally.warn(Warning::BlankLine, count, || {
-                        let origin = Origin { path: Some(path), line: first, byte: None };
+                        let line = Some(first);
+                        let origin = Origin { path: Some(path), line, row: None, byte: None };
                         (origin.place(None, None), String::new())
                     });
                 }
@@ -211,9 +217,7 @@ pub fn scan_files(
                     if let Err(bad) = line_result(&block.bytes, line, &names, &rules)
                         && on_bad == OnBad::Error
                     {
-                        let origin =
-                            Origin { path: Some(path), line: line.number, byte: Some(line.byte) };
-                        let place = origin.place(bad.field.clone(), bad.byte);
+                        let place = Origin::of(line, path).place(bad.field.clone(), bad.byte);
                         return Err(bad.at(place));
                     }
                 }

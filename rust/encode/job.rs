@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::outcome::Encoded;
-use crate::error::{Error, Place, Reason, Result};
+use crate::error::{Error, Place, Reason, Result, Warning};
 use crate::pair::{Options, Pair, Refusal, Truncation, encode};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
+use crate::read::layouts::Layout;
 use crate::read::row::{Row, Rules};
 use crate::tokenize::Tokenizer;
 
@@ -40,7 +41,10 @@ impl Progress {
 /// Where a row comes from.
 pub(super) struct Origin<'a> {
     pub(super) path: Option<&'a Path>,
-    pub(super) line: u64,
+    /// The line of the text, unless there are only rows.
+    pub(super) line: Option<u64>,
+    /// The row of a table, of an array, or of rows from memory.
+    pub(super) row: Option<u64>,
     pub(super) byte: Option<u64>,
 }
 
@@ -48,8 +52,12 @@ impl Origin<'_> {
     pub(super) fn place(&self, field: Option<String>, byte: Option<usize>) -> Place {
         Place {
             path: self.path.map(Path::to_owned),
-            line: Some(self.line),
-            byte: byte.map(|at| self.byte.unwrap_or(0) + at as u64),
+            line: self.line,
+            row: self.row,
+            // An array may be one line: there the line says nothing.
+            byte: byte
+                .or((self.line.is_some() && self.row.is_some()).then_some(0))
+                .map(|at| self.byte.unwrap_or(0) + at as u64),
             field,
         }
     }
@@ -104,24 +112,31 @@ fn settle(
                 return Err(Bad::new(Reason::WrongType, name, message).into());
             }
         }
+        let non_finite = row.non_finite.take();
         encode(row, job.tokenizer, job.options, pair)?;
-        Ok(extra)
+        Ok((extra, non_finite))
     });
     match result {
-        Ok(extra) => {
+        Ok((extra, non_finite)) => {
             out.tally.kept += 1;
             if let Some(layout) = layout {
                 *out.tally.layouts.entry(layout).or_default() += 1;
             }
-            if pair.promptless {
-                if out.tally.promptless == 0 {
-                    out.tally.others = others();
-                }
-                out.tally.promptless += 1;
-            }
             out.rows.push(out.tally.read as i64 - 1);
+            let guessed = job.options.layout.is_none() && !job.options.keys.prompt_required;
             for warning in &pair.warned {
-                out.tally.warn(*warning, 1, || (origin.place(None, None), String::new()));
+                out.tally.warn(*warning, 1, || {
+                    // Where the prompt may be instead, if the caller did not say that it is this.
+                    let is_guess = *warning == Warning::EmptyPrompt
+                        && layout == Some(Layout::Explicit)
+                        && guessed;
+                    let message = if is_guess { named(&others()) } else { String::new() };
+                    (origin.place(None, None), message)
+                });
+            }
+            if non_finite.is_some() {
+                let first = || (origin.place(non_finite, None), String::new());
+                out.tally.warn(Warning::NonFinite, 1, first);
             }
             out.push(pair, extra);
         }
@@ -143,10 +158,15 @@ fn settle(
     Ok(())
 }
 
+/// Some names of fields.
+fn named(names: &[String]) -> String {
+    let names = names.iter().take(8).map(|name| format!("`{}`", name.escape_debug()));
+    names.collect::<Vec<_>>().join(", ")
+}
+
 /// Where a prompt or a side may be that was not found.
 fn elsewhere(reason: Reason, others: &[String]) -> String {
-    let names = others.iter().take(8).map(|name| format!("`{}`", name.escape_debug()));
-    let names = names.collect::<Vec<_>>().join(", ");
+    let names = named(others);
     match (reason, names.is_empty()) {
         (Reason::MissingPrompt, true) => {
             "\nhint: layout_of_rows=\"completions\" keeps pairs without any prompt".to_owned()

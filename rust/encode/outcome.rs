@@ -81,10 +81,6 @@ pub struct Tally {
     pub warned: BTreeMap<Warning, Count>,
     /// Kept rows by their layout.
     pub layouts: BTreeMap<Layout, u64>,
-    /// Kept rows whose prompt has no text.
-    pub promptless: u64,
-    /// Fields of text that nobody reads, of the first of those.
-    pub others: Vec<String>,
 }
 
 impl Tally {
@@ -119,10 +115,6 @@ impl Tally {
         }
         for (layout, count) in other.layouts {
             *self.layouts.entry(layout).or_default() += count;
-        }
-        self.promptless += other.promptless;
-        if self.others.is_empty() {
-            self.others = other.others;
         }
         for (warning, Count { count, first, message }) in other.warned {
             self.warn(warning, count, || (first, message));

@@ -37,8 +37,7 @@ pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Resul
         let fields = slot.and_then(|slot| if once { slot.take() } else { slot.clone() });
         let row = fields.unwrap_or_else(|| Err(Bad::new(Reason::NotAnObject, "", "no row")));
         let row = row.and_then(|(fields, findings)| Row::from_fields(fields, &findings, &rules));
-        let line = before + i as u64;
-        let origin = Origin { path: None, line, byte: None };
+        let origin = Origin { path: None, line: None, row: Some(before + i as u64), byte: None };
         (origin, row.map_err(Refusal::from))
     };
     let others = |i: usize| names.get(i).cloned().unwrap_or_default();
@@ -70,7 +69,7 @@ pub fn encode_columns(table: Columns<'_>, job: &Job<'_>, all: &mut Encoded) -> R
     let names = rules.keys.names();
     let before = 1 + if path.is_some() { first } else { all.tally.read };
     let row = |i: usize| {
-        let origin = Origin { path, line: before + i as u64, byte: None };
+        let origin = Origin { path, line: None, row: Some(before + i as u64), byte: None };
         let row = fields_at(columns, &names, i, &rules).and_then(|(fields, findings)| {
             Row::from_fields(fields, &findings, &rules).map_err(Fault::Row)
         });

@@ -34,7 +34,6 @@ pub fn encode(
     pair.chosen.clear();
     pair.rejected.clear();
     pair.warned.clone_from(&row.warned);
-    pair.promptless = false;
     pair.ref_logps = row.ref_logps;
     if let Some(field) = row.media {
         if options.images == Images::Error {

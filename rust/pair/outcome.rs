@@ -16,8 +16,6 @@ pub struct Pair {
     pub ref_logps: Option<[f64; 2]>,
     /// What is to know of it, each once.
     pub warned: Vec<Warning>,
-    /// Its prompt has no text, and its layout does not say so.
-    pub promptless: bool,
 }
 
 impl Pair {

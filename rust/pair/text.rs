@@ -153,7 +153,5 @@ pub(super) fn texts<'a>(
         }
         pair.warn(Warning::EmptyPrompt);
     }
-    let prompt = whole[0].get(..cut).unwrap_or_default();
-    pair.promptless = layout != Layout::Completions && is_blank(prompt);
     Ok(Texts { whole, cut, alone: None, marks: None, are_strings: true })
 }

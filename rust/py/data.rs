@@ -285,7 +285,8 @@ impl PairEncoder {
 }
 
 fn first_tuple(py: Python<'_>, place: Place, message: String) -> PyResult<Bound<'_, PyTuple>> {
-    (place.path, place.line, place.field, message).into_pyobject(py)
+    let line = place.line_or_row();
+    (place.path, line, place.field, message, place.row).into_pyobject(py)
 }
 
 /// An extra column as an array of booleans, whole numbers or numbers, or as a list of strings.
@@ -328,8 +329,6 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
     out.set_item("read", encoded.tally.read)?;
     out.set_item("kept", encoded.tally.kept)?;
     out.set_item("bytes", encoded.bytes)?;
-    out.set_item("promptless", encoded.tally.promptless)?;
-    out.set_item("others", encoded.tally.others)?;
     let layouts = PyDict::new(py);
     for (layout, count) in encoded.tally.layouts {
         layouts.set_item(layout.name(), count)?;

@@ -48,7 +48,7 @@ fn check_ids(
                 let row = offsets.partition_point(|start| *start <= at as i64);
                 let found = values.get(at).copied().unwrap_or_default();
                 Err(Error::Data {
-                    place: Place { line: Some(row as u64), field: Some(name), ..Place::default() },
+                    place: Place { row: Some(row as u64), field: Some(name), ..Place::default() },
                     reason: Reason::BadIds,
                     message: format!("expected token ids in 0..{most}, found {found}"),
                 })

@@ -3,6 +3,7 @@
 mod arrays;
 mod column;
 mod data;
+mod file;
 mod layout;
 mod logps;
 mod options;
@@ -31,12 +32,19 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
     Ok(match error {
         Error::Data { place, reason, .. } => ours(
             "DataError",
-            (text, place.path, place.line, place.byte, place.field, reason.name())
+            (text, &place.path, place.line_or_row(), place.byte, &place.field, reason.name())
                 .into_pyobject(py)?,
         )?,
         Error::Limit { place, .. } => ours(
             "LimitExceeded",
-            (text, place.path, place.line, place.byte, place.field, Reason::Limit.name())
+            (
+                text,
+                &place.path,
+                place.line_or_row(),
+                place.byte,
+                &place.field,
+                Reason::Limit.name(),
+            )
                 .into_pyobject(py)?,
         )?,
         Error::Io { path, source } => match source.raw_os_error() {
@@ -60,6 +68,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     tokenizer::register(m)?;
     data::register(m)?;
+    file::register(m)?;
     layout::register(m)?;
     logps::register(m)?;
     Ok(())

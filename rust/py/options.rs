@@ -107,7 +107,7 @@ fn kwargs(given: &Bound<'_, PyAny>, limits: &Limits) -> PyResult<Vec<(String, Va
     Ok(items.into_iter().map(|(name, value)| (name.into_owned(), value)).collect())
 }
 
-fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
+pub(super) fn limits(limits: &Bound<'_, PyAny>) -> PyResult<Limits> {
     let get = |name: &str| limits.getattr(name);
     Ok(Limits {
         max_line_bytes: get("max_line_bytes")?.extract()?,

@@ -313,7 +313,7 @@ impl Texts {
 
     fn get(&self, i: usize) -> Result<&str> {
         let bad = |message: String| Error::Data {
-            place: Place { line: Some(i as u64 + 1), ..Place::default() },
+            place: Place { row: Some(i as u64 + 1), ..Place::default() },
             reason: Reason::BadUtf8,
             message,
         };

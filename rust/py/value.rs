@@ -68,7 +68,7 @@ pub(super) fn borrowed<'a>(text: &'a Bound<'_, PyString>) -> Result<&'a str, Bad
 }
 
 pub(super) fn as_data_error(bad: Bad, line: Option<u64>) -> PyErr {
-    let place = Place { line, field: bad.field.clone(), ..Place::default() };
+    let place = Place { row: line, field: bad.field.clone(), ..Place::default() };
     bad.at(place).into()
 }
 

@@ -45,6 +45,8 @@ pub struct Row<'a> {
     pub ref_logps: Option<[f64; 2]>,
     /// The extra columns, in the order of [`Keys::extra`].
     pub extra: Vec<Cell>,
+    /// The field, which nobody reads, that holds a number which is none.
+    pub non_finite: Option<String>,
 }
 
 /// What a row is read by.
@@ -62,7 +64,7 @@ pub struct Rules<'a> {
     pub keep_nulls: bool,
 }
 
-const ARRAY_HINT: &str = "\nhint: write one object a line; this looks like a JSON array file";
+const ARRAY_HINT: &str = "\nhint: a row is an object; an array of rows is a file of its own";
 
 impl<'a> Row<'a> {
     /// The row of one JSON line; `names` are those of [`Keys::names`].
@@ -74,7 +76,7 @@ impl<'a> Row<'a> {
             let hint = if text.trim_start().starts_with('[') { ARRAY_HINT } else { "" };
             Bad {
                 reason: if fault.is_encoding { Reason::BadUtf8 } else { Reason::BadJson },
-                field: None,
+                field: fault.field,
                 byte: Some(fault.pos),
                 message: fault.message + hint,
             }
@@ -157,7 +159,8 @@ impl<'a> Row<'a> {
             Content::Chat(chat) => media.or(chat.media()),
             _ => media,
         };
-        Ok(Self { content, layout, media, warned, ref_logps, extra })
+        let non_finite = findings.non_finite.clone();
+        Ok(Self { content, layout, media, warned, ref_logps, extra, non_finite })
     }
 
     fn ids(

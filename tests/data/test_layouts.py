@@ -459,6 +459,27 @@ def test_pairs_without_any_prompt_are_kept_where_the_layout_says_so(tok):
     assert pairs.report.layouts == {"completions": 2}
 
 
+def test_empty_prompts_all_along_are_an_error_that_names_the_fields_with_text(tok, tmp_path):
+    rows = [{"prompt": "", "query": "sky?", "chosen": "blue", "rejected": "green"}] * 3
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for load in (
+        lambda **o: PairDataset.from_rows(rows, tok, **o),
+        lambda **o: PairDataset.from_files(path, tok, **o),
+        lambda **o: PairDataset.from_arrow(pa.Table.from_pylist(rows), tok, **o),
+        lambda **o: PairDataset.from_files(path, tok, cache_dir=tmp_path / "cache", **o),
+    ):
+        with pytest.raises(DataError, match=r"every prompt of .* is empty, .* `query`") as caught:
+            load()
+        assert caught.value.reason == "missing_prompt"
+        assert load(layout_of_rows="explicit").report.warned == {"empty_prompt": 3}
+        assert load(prompt_key="prompt").report.kept == 3
+    with_one = [*rows, {**rows[0], "prompt": "q"}]
+    assert PairDataset.from_rows(with_one, tok).report.warned == {"empty_prompt": 3}
+    bare = [{key: value for key, value in row.items() if key != "query"} for row in rows]
+    assert PairDataset.from_rows(bare, tok).report.kept == 3
+
+
 def test_a_layout_that_is_named_is_the_only_one(tok):
     row = {**ROWS["ultrafeedback"][0], "question": "other?"}
     for layout in ("implicit", "ultrafeedback"):

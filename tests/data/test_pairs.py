@@ -8,7 +8,7 @@ from byte_tokenizer import BOS, END, TEMPLATE, TURN, bos_processor, decode, toke
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ext import PairDataset, TokenizerError
+from dpo_ext import DataError, PairDataset, TokenizerError
 
 TEXT = st.text(st.sampled_from("hello the: aé🙂\n'"), max_size=12)
 
@@ -62,11 +62,12 @@ def test_the_prompt_is_shared_and_decodes_with_each_side_to_the_text(
     tok, slow, prompt, chosen, rejected
 ):
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    rows = [row, {"prompt": "1", "chosen": "2", "rejected": "3"}]  # one that is always kept
     by_engine = []
     for one in (tok, slow):
-        pairs = PairDataset.from_rows([row], one, on_bad="skip")
-        assert pairs.report.read == 1 == pairs.report.kept + sum(pairs.report.dropped.values())
-        for ids in pairs:
+        pairs = PairDataset.from_rows(rows, one, on_bad="skip")
+        assert pairs.report.read == 2 == pairs.report.kept + sum(pairs.report.dropped.values())
+        for ids in pairs[: len(pairs) - 1]:
             prompt_text = decode(ids["prompt_ids"].tolist()) if len(ids["prompt_ids"]) else ""
             for side in ("chosen", "rejected"):
                 whole = [*ids["prompt_ids"], *ids[f"{side}_ids"]]
@@ -199,7 +200,7 @@ def test_fields_under_other_names(tok):
     pairs = PairDataset.from_rows(rows, tok, prompt_key="q", chosen_key="good", rejected_key="bad")
     assert decode(pairs[0]["prompt_ids"].tolist()) == "a"
     report = PairDataset.from_rows(
-        [{"good": "b", "bad": "c"}],
+        [*rows, {"good": "b", "bad": "c"}],
         tok,
         prompt_key="q",
         chosen_key="good",
@@ -267,11 +268,13 @@ def test_truncation_keeps_one_prompt_for_both_sides(tok, how):
         if ids[1] == ids[2] or (p == 0 and min(c, r) < 2):
             continue
         row = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
-        pairs = PairDataset.from_rows([row], tok, max_length=most, truncation=how, on_bad="skip")
+        options = {"max_length": most, "truncation": how, "on_bad": "skip"}
         want = expected(*ids, most, how)
         if isinstance(want, str):
-            assert pairs.report.dropped == {want: 1}, (ids, most)
+            with pytest.raises(DataError, match=f"dropped {want}: 1 "):
+                PairDataset.from_rows([row], tok, **options)
             continue
+        pairs = PairDataset.from_rows([row], tok, **options)
         got = tuple(pairs[0][name].tolist() for name in row)
         assert got == want
         assert ("truncated" in pairs.report.warned) == (want != tuple(ids))
@@ -349,5 +352,6 @@ def test_a_template_that_rewrites_forged_contents_makes_a_bad_row(tmp_path):
         template=TEMPLATE.replace("message['content']", "message['content'] | tojson(true)"),
     )
     row = {"prompt": turns(FORGED), "chosen": answer("b"), "rejected": answer("c")}
-    report = PairDataset.from_rows([row], tok, special_tokens_in_text="text", on_bad="skip").report
-    assert report.dropped == {"template_error": 1}
+    with pytest.raises(DataError) as caught:
+        PairDataset.from_rows([row], tok, special_tokens_in_text="text")
+    assert caught.value.reason == "template_error"

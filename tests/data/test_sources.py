@@ -114,13 +114,16 @@ def test_files_of_several_kinds_are_one_data_set(tok, tmp_path):
 
 def test_columns_that_are_absent_or_null_have_the_reasons_of_the_table(tok, tmp_path):
     path = write(tmp_path / "x.parquet", TABLE.drop_columns(["chosen"]))
-    report = PairDataset.from_files(path, tok, on_bad="skip").report
-    assert (report.read, report.dropped) == (60, {"missing_field": 60})
+    good = write(tmp_path / "good.parquet", ROWS[:1])
+    report = PairDataset.from_files([good, path], tok, on_bad="skip").report
+    assert (report.read, report.dropped) == (61, {"missing_field": 60})
     path = write(tmp_path / "y.parquet", TABLE.rename_columns(["a", "b", "c", "d"]))
-    assert PairDataset.from_files(path, tok, on_bad="skip").report.dropped == {"missing_field": 60}
+    report = PairDataset.from_files([good, path], tok, on_bad="skip").report
+    assert report.dropped == {"missing_field": 60}
     nulls = TABLE.set_column(1, "chosen", pa.nulls(60, pa.string()))
     path = write(tmp_path / "z.parquet", nulls)
-    assert PairDataset.from_files(path, tok, on_bad="skip").report.dropped == {"wrong_type": 60}
+    report = PairDataset.from_files([good, path], tok, on_bad="skip").report
+    assert report.dropped == {"wrong_type": 60}
 
 
 # -- data sets and data frames ------------------------------------------------------------------
@@ -240,7 +243,7 @@ for data in cases():
     try:
         got = PairDataset.from_files(path, t, on_bad="skip", threads=1)
     except dpo_ext.DataError as error:
-        counts["bad_input" if error.reason in ("bad_input", "limit", "duplicate_key") else "row"] += 1
+        counts["bad_input" if error.reason in ("bad_input", "limit", "duplicate_key", "no_pairs") else "row"] += 1
     except MemoryError:
         counts["memory"] += 1
     else:

@@ -132,10 +132,10 @@ def test_bad_arguments_and_empty_data(world, tmp_path):
     empty.write_bytes(b"")
     with pytest.raises(DataError) as found:
         bench_data(empty, folder)
-    assert str(found.value) == f"{empty}: expected rows, found none"
+    assert str(found.value) == f"no row of {empty} gives a pair: there are no rows"
     assert found.value.reason == "no_pairs"
     empty.write_text("{}\n")
-    with pytest.raises(DataError, match="no row gives a pair: 1 rows read, 0 kept, 1 dropped"):
+    with pytest.raises(DataError, match="gives a pair\n1 rows read, 0 kept, 1 dropped"):
         bench_data(empty, folder)
 
 

@@ -382,8 +382,8 @@ def test_prepare_replaces_a_data_set_only_when_it_is_told_to(prepared, capsys):
     ("content", "says"),
     [
         (b"", "there are no rows"),
-        (b"prompt,chosen,rejected\na,b,c\n", "rows are JSON objects, one a line"),
-        (b'[{"prompt": "a", "chosen": "b", "rejected": "c"}]\n', "rows are JSON objects"),
+        (b"a,b,c\n1,2,3\n", "it may be CSV, with the columns 'a', 'b', 'c'"),
+        (b'[{"question": "a", "good": "b", "bad": "c"}]\n', "give other names"),
         (bytes(range(128, 256)), "rows are JSON objects"),
         (b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "identical_pair: 1"),
     ],

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from errno import EACCES, EISDIR, ENOENT, ENOTDIR
@@ -28,10 +28,10 @@ from dpo_ext.bench import report
 from dpo_ext.bench.machine import machine
 from dpo_ext.bench.peers import same_ids, tokenizers_peer, trl_times
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.data.files import opened_up
+from dpo_ext.data.files import by_kind, opened_up
+from dpo_ext.data.nothing import no_pairs
 from dpo_ext.data.options import Options, Paths, settings
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Layout
 from dpo_ext.layout.plan import BatchPlan
 
@@ -127,7 +127,7 @@ def bench_data(
 
     cold_seconds, pairs = _once(whole)
     if len(pairs) == 0:
-        raise _no_pairs(paths, pairs)
+        raise no_pairs(paths, pairs.report)
     timed_layouts: tuple[Layout, ...] = ("padded", "packed")
     plans = {
         layout: pairs.plan(layout=layout, pairs_per_batch=PAIRS_PER_BATCH)
@@ -136,7 +136,10 @@ def bench_data(
     texts = _texts(pairs, tokenizer, min(len(pairs), peer_pairs))
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     length = sum(len(text.encode()) for text in texts)
-    scanned, size = _core.scan(paths, tokenizer.vocab_size, checked)
+    names = _core.PairEncoder(tokenizer._core, checked).names
+    # What pyarrow reads is not parsed by us, and has no bytes of text.
+    is_text = {kind for kind, _ in by_kind(paths, names, checked.limits)} == {"lines"}
+    scanned, size = _core.scan(paths, tokenizer.vocab_size, checked) if is_text else (0, None)
     n, m, tokens = pairs.report.read, len(pairs), int(pairs.tokens.sum())
     some = len(texts) // 2
 
@@ -156,7 +159,7 @@ def bench_data(
             pass
 
     stages = [
-        stage("read and parse", scan, scanned, None, size),
+        *([stage("read and parse", scan, scanned, None, size)] if is_text else []),
         stage(f"encode, {tokenizer.engine}", encode, some, len(encoded.values), length),
         stage("file to ids", whole, n, tokens, size),
         stage("padded batches of 64", lambda: [None for _ in plans["padded"]], m, tokens, None),
@@ -176,7 +179,9 @@ def bench_data(
     if options["max_length"] is not None:
         as_read: Options = {**options, "max_length": None}
         uncut = PairDataset.from_files(paths, tokenizer, **as_read)
-    trl = trl_times(paths, tokenizer_dir, uncut, some, PAIRS_PER_BATCH, options)
+    trl = None
+    if is_text:
+        trl = trl_times(paths, tokenizer_dir, uncut, some, PAIRS_PER_BATCH, options)
     if trl is not None:
         steps = {
             "rows to ids, peer: TRL": trl.prepare_seconds,
@@ -191,7 +196,7 @@ def bench_data(
         "pairs": n,
         "kept": m,
         "tokens": tokens,
-        "bytes": size,
+        "bytes": size or 0,
         "fill": _fill(pairs, plans),
         "lengths": {"counts": counts.tolist(), "edges": edges.tolist()},
         "ids_equal": ids_equal,
@@ -237,13 +242,6 @@ def _check_place(path: Path) -> None:
         raise IsADirectoryError(EISDIR, "expected a file, found a folder", str(path))
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise PermissionError(EACCES, "no permission to write there", str(path))
-
-
-def _no_pairs(paths: Sequence[str], pairs: PairDataset) -> DataError:
-    names, read = ", ".join(paths), pairs.report.read
-    if read == 0:
-        return DataError(f"{names}: expected rows, found none", reason="no_pairs")
-    return DataError(f"{names}: no row gives a pair: {pairs.report}", reason="no_pairs")
 
 
 def _fill(pairs: PairDataset, plans: Mapping[Layout, BatchPlan]) -> dict[str, float]:

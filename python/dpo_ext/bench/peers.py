@@ -164,6 +164,8 @@ def _lines(paths: Sequence[str], rows: Any) -> list[str] | None:
         opener = gzip.open if magic[:2] == b"\x1f\x8b" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n", errors="replace") as lines:
             for line in lines:
+                if line.lstrip(" \t\r\n").startswith("["):  # an array of rows
+                    return None
                 row += bool(line.strip())
                 if row in wanted and line.strip():
                     found.append(line.rstrip("\r\n") + "\n")

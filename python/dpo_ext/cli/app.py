@@ -153,7 +153,7 @@ def stats(
 ) -> None:
     """Lengths, waste by layout, what was dropped and why, where prompts end, rows in colour."""
     from dpo_ext.cli.stats import data_stats, show_stats
-    from dpo_ext.data.encode import no_pairs
+    from dpo_ext.data.nothing import no_pairs
     from dpo_ext.data.tokenizer import Tokenizer
     from dpo_ext.report import Report
 

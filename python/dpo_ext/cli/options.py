@@ -28,7 +28,8 @@ PANEL = "Options of the data set"
 Files = Annotated[
     list[str],
     typer.Argument(
-        help="Files of preferences (JSONL, plain, gzip or zstd; Parquet; Arrow), folders of them, "
+        help="Files of preferences (JSONL, a JSON array or CSV, plain, gzip or zstd; Parquet; "
+        "Arrow), folders of them, "
         "globs, or - for standard input.",
         show_default=False,
     ),

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_ext import _core
 from dpo_ext.data.encode import Job, encode_into
+from dpo_ext.data.nothing import check_pairs
 from dpo_ext.data.options import Limits, Settings
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
@@ -62,7 +63,8 @@ def _cached(job: Job, root: Path) -> Saved:
     # The first name is for the first limits that come; others get a name of their own.
     folder = folders[1] if _is_sound(folders[0]) else folders[0]
 
-    def unchanged(_: Report) -> None:
+    def unchanged(report: Report) -> None:
+        check_pairs(job.files, report)
         for name, status in zip(job.files, before, strict=True):
             if _status(name) != status:
                 raise DataError(

@@ -13,6 +13,7 @@ from dpo_ext import _core
 from dpo_ext.data.cache import cached
 from dpo_ext.data.encode import Job
 from dpo_ext.data.files import feed_files, feed_table
+from dpo_ext.data.nothing import check_pairs
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar
 from dpo_ext.data.tables import is_arrow, rows_instead
@@ -75,8 +76,9 @@ class PairDataset(Pairs):
         progress: Progress = False,
         **options: Unpack[Options],
     ) -> Self:
-        """Reads JSONL, plain, gzip or zstd (all members, all frames), in Rust and without the GIL;
-        and Parquet, Arrow files and streams, and folders of ``save_to_disk``, through pyarrow.
+        """Reads JSONL and JSON arrays, plain, gzip or zstd (all members, all frames), in Rust and
+        without the GIL; and CSV, TSV, Parquet, Arrow files and streams, and folders of
+        ``save_to_disk``, through pyarrow.
 
         Args:
             paths: a file, a folder of ``save_to_disk``, a glob (sorted, hidden files left out), or
@@ -96,7 +98,8 @@ class PairDataset(Pairs):
                 they are encoded apart; ``trl``: TRL 1.16's rule, the common id prefix of the prompt
                 alone and the whole text, the shorter one of both sides.
             on_bad: ``error`` raises at the first bad row, ``skip`` drops and counts it. A bad
-                input, such as a damaged gzip or zstd file, is always raised.
+                input, such as a damaged gzip file, a page in HTML or an array without its end, is
+                always raised.
             special_tokens_in_text: ``special``: text that spells a control token (a special one, or
                 one that the template writes) is the token, as in transformers; ``text``: inside
                 contents it stays text, so that data cannot forge a turn (engine ``bpe`` only);
@@ -131,7 +134,8 @@ class PairDataset(Pairs):
                 the same wait for the one that encodes. Needs pyarrow.
 
         Raises:
-            DataError: a bad row or a bad input, with path, line and field.  LimitExceeded: a limit.
+            DataError: a bad row or a bad input, with path, line and field; rows of which none is
+                kept (``no_pairs``), whatever ``on_bad`` says.  LimitExceeded: a limit.
             FileNotFoundError, PermissionError: as the system says.
             TokenizerError: messages without a chat template.
 
@@ -142,8 +146,10 @@ class PairDataset(Pairs):
             return cls._mapped(cached(job, cache_dir))
         with Bar(progress, job.files) as callback, skip_hint(job.settings):
             encoder = _core.PairEncoder(tokenizer._core, job.settings, callback)
-            feed_files(encoder, job.files, job.settings.limits)
-        return cls._from_raw(encoder.finish(), tokenizer, job.settings, job.notes)
+            feed_files(encoder, job.files, job.settings)
+        pairs = cls._from_raw(encoder.finish(), tokenizer, job.settings, job.notes)
+        check_pairs(job.files, pairs.report)
+        return pairs
 
     @classmethod
     def from_rows(
@@ -167,7 +173,9 @@ class PairDataset(Pairs):
         with Bar(progress, []) as callback, skip_hint(checked):
             encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
             encoder.add_rows(rows)
-        return cls._from_raw(encoder.finish(), tokenizer, checked)
+        pairs = cls._from_raw(encoder.finish(), tokenizer, checked)
+        check_pairs([], pairs.report)
+        return pairs
 
     @classmethod
     def from_arrow(
@@ -196,6 +204,14 @@ class PairDataset(Pairs):
                 input.
             ModuleNotFoundError: pyarrow is not installed.  TypeError: ``table`` is not one.
         """
+        pairs = cls._of_table(table, tokenizer, progress, options)
+        check_pairs([], pairs.report)
+        return pairs
+
+    @classmethod
+    def _of_table(
+        cls, table: Any, tokenizer: Tokenizer, progress: Progress, options: Mapping[str, Any]
+    ) -> Self:
         checked = settings(options)
         with Bar(progress, []) as callback, skip_hint(checked):
             encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
@@ -390,6 +406,11 @@ class PairDataset(Pairs):
             pad_to_multiple_of=pad_to_multiple_of,
             bin_length=bin_length,
         )
+
+
+def pairs_of_table(table: Any, tokenizer: Tokenizer, **options: Any) -> PairDataset:
+    """:meth:`PairDataset.from_arrow` of one batch of a table, of which no row need be kept."""
+    return PairDataset._of_table(table, tokenizer, False, options)  # noqa: SLF001 - of this file
 
 
 class MappedPairs(PairDataset):

@@ -10,18 +10,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
 from dpo_ext import _core
-from dpo_ext.data.files import Kind, feed_arrow_file, kind_of, saved_files, some, sources
+from dpo_ext.data.files import Kind, by_kind, feed_arrow_file, saved_files, sources
+from dpo_ext.data.nothing import check_prompts, no_pairs
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar, size_of
 from dpo_ext.data.spool import Spool
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
-from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
 from dpo_ext.store.folder import Folder, writing
@@ -30,8 +29,6 @@ from dpo_ext.store.write import write
 
 # Pairs that are held in memory at a time, about 40 MB of ids.
 PAIRS = 1 << 16
-# Why lines of a file that is of no kind we know are dropped.
-NOT_ROWS = {"bad_json", "bad_utf8", "not_an_object"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,9 @@ class _Parts:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         done = 0
-        for kind, group in groupby(self.job.files, kind_of):
-            names = list(group)
+        settings = self.job.settings
+        fields = _core.PairEncoder(self.job.tokenizer._core, settings).names
+        for kind, names in by_kind(self.job.files, fields, settings.limits):
             self.before = (done, self.read)
             done += sum(map(size_of, names))
             yield from self._of_lines(names) if kind == "lines" else self._of_arrow(names, kind)
@@ -94,7 +92,7 @@ class _Parts:
         encoder = _core.PairEncoder(self.job.tokenizer._core, self.job.settings, self.told)
         for path in names:
             for part in saved_files(path) if kind == "saved" else [path]:
-                for _ in feed_arrow_file(encoder, part, kind, self.job.settings.limits):
+                for _ in feed_arrow_file(encoder, part, kind, self.job.settings):
                     if encoder.kept >= self.pairs:
                         yield self._shifted(encoder.finish())
         yield self._shifted(encoder.finish())
@@ -172,18 +170,8 @@ def prepare(
     def check(report: Report) -> None:
         if report.kept == 0 and not allow_empty:
             raise no_pairs(job.files, report, f"; `{out}` is left as it was")
+        check_prompts(job.files, report)
 
     with writing(Path(out)) as folder:
         folder.sweep(current_file(folder.path))
         return encode_into(folder, job, {}, check)
-
-
-def no_pairs(files: Sequence[str], report: Report, besides: str = "") -> DataError:
-    """The error where no row of files gave a pair, one line if they have no rows."""
-    said = f"no row of {some(files)} gives a pair"
-    if report.read == 0:
-        return DataError(f"{said}: there are no rows{besides}", reason="no_pairs")
-    hint = ""
-    if NOT_ROWS & report.dropped.keys():
-        hint = "\nhint: rows are JSON objects, one a line; an array of rows, or CSV, is not read"
-    return DataError(f"{said}{besides}\n{report}{hint}", reason="no_pairs")

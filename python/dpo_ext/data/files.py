@@ -10,21 +10,22 @@ import stat
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_ext import _core
-from dpo_ext.data import tables
+from dpo_ext.data import delimited, tables
 from dpo_ext.errors import DataError, LimitExceeded
 from dpo_ext.extras import arrow
 from dpo_ext.store.folder import DATA, MANIFEST
 
 if TYPE_CHECKING:
-    from dpo_ext.data.options import Limits, Paths
+    from dpo_ext.data.options import Limits, Paths, Settings
 
-Kind = Literal["lines", "parquet", "arrow", "saved"]
+Kind = Literal["lines", "csv", "parquet", "arrow", "saved"]
 
 # Rows of one Parquet batch; its buffers are read in pieces of so many bytes.
 PARQUET_ROWS = 1024
@@ -155,8 +156,15 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def kind_of(path: str) -> Kind:
-    """What a path holds, by its first bytes, and by its name where they say nothing."""
+def kind_of(path: str, names: Sequence[str], limits: Limits) -> Kind:
+    """What a path holds, by its first bytes, and by its name where they say nothing.
+
+    Args:
+        names: the fields that rows are asked for, by which a table of text is known.
+
+    Raises:
+        DataError: it holds no rows.
+    """
     mode = Path(path).stat().st_mode
     if stat.S_ISDIR(mode):
         return "saved" if _saved(path) else "lines"
@@ -164,12 +172,17 @@ def kind_of(path: str) -> Kind:
         return "lines"  # Rust refuses it, without opening it
     with Path(path).open("rb") as file:
         head = file.read(6)
-    suffix = Path(path).suffix.lower()
-    if head[:4] == b"PAR1" or suffix == ".parquet":
+    if head[:4] == b"PAR1":
         return "parquet"
-    if head == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff" or suffix in (".arrow", ".feather"):
+    if head == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
         return "arrow"
-    return "lines"
+    named = SUFFIXES.get(Path(path).suffix.lower(), "lines")
+    if head[:1] in (b"{", b"[") and named == "lines":
+        return "lines"
+    text = _core.FileText(path, limits).head()  # raises for a page, an archive, a pointer
+    if named != "lines":
+        return named  # damaged, as pyarrow will say
+    return "lines" if delimited.header(text, path, names) is None else "csv"
 
 
 def _saved(path: str) -> bool:
@@ -184,15 +197,23 @@ def _saved(path: str) -> bool:
     return (Path(path) / "state.json").is_file()
 
 
-def feed_files(encoder: _core.PairEncoder, files: Sequence[str], limits: Limits) -> None:
+def by_kind(
+    files: Sequence[str], names: Sequence[str], limits: Limits
+) -> Iterator[tuple[Kind, list[str]]]:
+    """Files in their order, those of one kind that follow each other together."""
+    for kind, group in groupby(files, partial(kind_of, names=names, limits=limits)):
+        yield kind, list(group)
+
+
+def feed_files(encoder: _core.PairEncoder, files: Sequence[str], settings: Settings) -> None:
     """Encodes files of any kinds, in order."""
-    for kind, group in groupby(files, kind_of):
+    for kind, group in by_kind(files, encoder.names, settings.limits):
         if kind == "lines":
-            encoder.add_files(list(group))
+            encoder.add_files(group)
             continue
         for path in group:
             for part in saved_files(path) if kind == "saved" else [path]:
-                for _ in feed_arrow_file(encoder, part, kind, limits):
+                for _ in feed_arrow_file(encoder, part, kind, settings):
                     pass
 
 
@@ -236,14 +257,14 @@ def _feed_batch(
 
 
 def feed_arrow_file(
-    encoder: _core.PairEncoder, path: str, kind: Kind, limits: Limits
+    encoder: _core.PairEncoder, path: str, kind: Kind, settings: Settings
 ) -> Iterator[None]:
-    """Encodes a file, with a stop behind each record batch."""
+    """Encodes a file that pyarrow reads, with a stop behind each record batch."""
     before = Path(path).stat()
-    read = _parquet if kind == "parquet" else _ipc
+    limits = settings.limits
     first, done, unpacked = 0, 0, 0
     others: list[str] = []
-    with closing(read(path, encoder.names, others)) as batches:
+    with closing(_read(path, kind, encoder.names, settings, others)) as batches:
         while (found := _next(batches, path)) is not None:
             batch, share = found
             unpacked += batch.nbytes
@@ -259,7 +280,7 @@ def feed_arrow_file(
         raise DataError(
             f"{path}: the file changed while it was read", path=path, reason="bad_input"
         )
-    missing = [None] * len(encoder.names)
+    missing: list[tuple[Any, ...] | None] = [None] * len(encoder.names)
     encoder.add_columns(0, missing, [], path, first, before.st_size - done, [])
 
 
@@ -275,6 +296,18 @@ def _check_expansion(path: str, unpacked: int, packed: int, limits: Limits) -> N
         raise LimitExceeded(
             f"{path}, `{found[0]}`: {found[1]}", path=path, field=found[0], reason="limit"
         )
+
+
+def _read(
+    path: str, kind: Kind, names: Sequence[str], settings: Settings, others: list[str]
+) -> Generator[tuple[Any, float], None, None]:
+    """The record batches of a file, and which share of it is read with each; the names of further
+    columns of text come to ``others``.
+    """
+    if kind == "csv":
+        return delimited.batches(path, names, settings.columns, settings.limits, others)
+    read = _parquet if kind == "parquet" else _ipc
+    return read(path, names, others)
 
 
 def _parquet(

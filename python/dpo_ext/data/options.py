@@ -63,7 +63,8 @@ class Limits:
     window above 2**27 bytes (``zstd_window``, fixed).
 
     Attributes:
-        max_line_bytes: of one line of text. A file without line ends costs at most about twice this
+        max_line_bytes: of one line of text, or one element of a JSON array; of one row of CSV,
+            where it is a bad input. A file without line ends costs at most about twice this
             in memory.
         max_rendered_bytes: of one rendered conversation; a template is somebody else's code.
         max_depth: nesting of a row's JSON, also in fields that nobody reads; at most 1024.

@@ -215,10 +215,15 @@ class DPOTrainer(trl.DPOTrainer):
             "on_bad": "skip",
             "threads": args.dataset_num_proc,
         }
-        pairs = PairDataset.from_rows(dataset, self._encoder[1], **options)
+        try:
+            pairs = PairDataset.from_rows(dataset, self._encoder[1], **options)
+        except DataError as error:
+            if error.reason != "no_pairs":
+                raise
+            raise DataError(f"`{dataset_name}`: {error}", reason="no_pairs") from error
         self.data_reports[dataset_name] = pairs.report
         if not len(pairs):
-            raise DataError(f"`{dataset_name}`: no row can be used\n{pairs.report}")
+            raise DataError(f"`{dataset_name}`: there are no rows", reason="no_pairs")
         if pairs.report.dropped or pairs.report.warned:
             logger.warning("%s: not every row was taken as it is\n%s", dataset_name, pairs.report)
         prepared = _as_dataset(pairs)

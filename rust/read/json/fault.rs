@@ -9,6 +9,8 @@ pub struct Fault {
     pub message: String,
     /// A byte-order mark stands where a value should: a fault of the encoding.
     pub is_encoding: bool,
+    /// The field that holds a number which is none, where that is all that is wrong.
+    pub field: Option<String>,
 }
 
 impl Fault {
@@ -20,11 +22,16 @@ impl Fault {
             Some(c) => format!("`{}`", c.escape_debug()),
         };
         let is_encoding = rest.starts_with('\u{feff}');
-        Self { pos, message: format!("expected {expected}, found {found}"), is_encoding }
+        Self {
+            pos,
+            message: format!("expected {expected}, found {found}"),
+            is_encoding,
+            field: None,
+        }
     }
 
     /// `message` says what was expected at `pos` of `text`, or at its end.
     pub(super) fn at(text: &str, pos: usize, message: impl Into<String>) -> Self {
-        Self { pos: pos.min(text.len()), message: message.into(), is_encoding: false }
+        Self { pos: pos.min(text.len()), message: message.into(), is_encoding: false, field: None }
     }
 }

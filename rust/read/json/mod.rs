@@ -42,6 +42,18 @@ pub fn other_texts(text: &str, wanted: &[&str], limits: &Limits) -> Vec<String> 
     }
 }
 
+/// Where the first value of `text` ends, behind which there may be anything.
+///
+/// # Errors
+/// The byte of the first fault of the syntax.
+pub(super) fn extent(text: &str, limits: &Limits) -> Result<usize, usize> {
+    let mut scanner = Scanner::new(text, limits);
+    match scanner.value(false, 0) {
+        Ok(_) => Ok(scanner.pos),
+        Err(fault) => Err(fault.pos),
+    }
+}
+
 /// Reads a line that should be an object, and builds only the fields that `wanted` names.
 ///
 /// Returns `Ok(None)` for valid JSON that is no object.
@@ -70,8 +82,16 @@ pub fn parse_fields<'a>(
         loop {
             let key = scanner.key()?;
             let slot = wanted.iter().position(|name| *name == key);
+            let name = key.clone();
             scanner.note_key(&mut keys, key);
-            let value = scanner.value(slot.is_some(), 1)?;
+            let value = scanner.value(slot.is_some(), 1).map_err(|fault| {
+                // In a field that is read the first one is the fault.
+                let found = scanner.non_finite.filter(|_| slot.is_some()).is_some();
+                Fault { field: found.then(|| name.to_string()), ..fault }
+            })?;
+            if scanner.non_finite.take().is_some() && scanner.findings.non_finite.is_none() {
+                scanner.findings.non_finite = Some(name.into_owned());
+            }
             if let Some(slot) = slot
                 && let Some(place) = found.get_mut(slot)
                 && place.is_none()

@@ -17,7 +17,12 @@ pub struct Findings {
     pub limit: Option<(&'static str, String)>,
     /// Fields of text that nobody reads, of rows from memory: those of a line are looked up when asked for.
     pub others: Vec<String>,
+    /// The field, which nobody reads, that holds `NaN`, `Infinity` or `-Infinity`.
+    pub non_finite: Option<String>,
 }
+
+/// Numbers that are none, as Python's `json.dumps` writes them.
+const NON_FINITE: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 
 pub(super) struct Keys<'a> {
     list: Vec<Cow<'a, str>>,
@@ -71,11 +76,13 @@ pub(super) struct Scanner<'a, 'l> {
     pub(super) pos: usize,
     limits: &'l Limits,
     pub(super) findings: Findings,
+    /// Where a number stands that is none.
+    pub(super) non_finite: Option<usize>,
 }
 
 impl<'a, 'l> Scanner<'a, 'l> {
     pub(super) fn new(text: &'a str, limits: &'l Limits) -> Self {
-        Self { text, pos: 0, limits, findings: Findings::default() }
+        Self { text, pos: 0, limits, findings: Findings::default(), non_finite: None }
     }
 
     fn bytes(&self) -> &'a [u8] {
@@ -187,7 +194,7 @@ impl<'a, 'l> Scanner<'a, 'l> {
                         None
                     }
                 }
-                _ => Some(self.scalar()?),
+                _ => Some(self.scalar(keep)?),
             };
             // Hand each finished value to its container, which may be finished by it in turn.
             while let Some(value) = done.take() {
@@ -255,10 +262,12 @@ impl<'a, 'l> Scanner<'a, 'l> {
         Ok(())
     }
 
-    fn scalar(&mut self) -> Result<Value<'a>, Fault> {
+    fn scalar(&mut self, keep: bool) -> Result<Value<'a>, Fault> {
         match self.peek() {
             Some(b'"') => Ok(Value::Str(string(self.text, &mut self.pos)?)),
-            Some(b'-' | b'0'..=b'9') => self.number(),
+            Some(b'0'..=b'9') => self.number(),
+            Some(b'-' | b'N' | b'I') if self.non_finite_word().is_some() => self.not_finite(keep),
+            Some(b'-') => self.number(),
             _ => {
                 let rest = self.text.get(self.pos..).unwrap_or_default();
                 for (word, value) in [
@@ -271,15 +280,25 @@ impl<'a, 'l> Scanner<'a, 'l> {
                         return Ok(value);
                     }
                 }
-                for word in ["NaN", "Infinity"] {
-                    if rest.starts_with(word) {
-                        return self
-                            .fault_at(self.pos, format!("expected a value, found `{word}`"));
-                    }
-                }
                 self.fault("a value")
             }
         }
+    }
+
+    fn non_finite_word(&self) -> Option<&'static str> {
+        let rest = self.text.get(self.pos..).unwrap_or_default();
+        NON_FINITE.into_iter().find(|word| rest.starts_with(word))
+    }
+
+    /// A number that is none passes where nobody reads it.
+    fn not_finite(&mut self, keep: bool) -> Result<Value<'a>, Fault> {
+        let word = self.non_finite_word().unwrap_or_default();
+        self.non_finite = Some(self.pos);
+        if keep {
+            return self.fault_at(self.pos, format!("expected a finite number, found `{word}`"));
+        }
+        self.pos += word.len();
+        Ok(Value::Null)
     }
 
     fn digits(&mut self) -> Result<(), Fault> {

@@ -1,0 +1,119 @@
+//! The text of one file for pyarrow's readers, which know less of gzip, of limits and of quotes.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::options::limits;
+use super::wait::detached;
+use crate::error::{Error, Place, Reason, Result};
+use crate::read::quotes::{Fault, Quotes};
+use crate::read::source::Source;
+
+pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<FileText>()
+}
+
+struct Open {
+    source: Source,
+    /// What was read for its sake and is still to be given.
+    head: Vec<u8>,
+    quotes: Option<Quotes>,
+}
+
+impl Open {
+    fn read(&mut self, most: usize) -> Result<Vec<u8>> {
+        let mut found = std::mem::take(&mut self.head);
+        if found.is_empty() {
+            found.resize(most, 0);
+            let n = self.source.read(&mut found)?;
+            found.truncate(n);
+        } else if most < found.len() {
+            self.head = found.split_off(most);
+        }
+        if let Some(quotes) = &mut self.quotes {
+            let followed =
+                if found.is_empty() && most > 0 { quotes.end() } else { quotes.follow(&found) };
+            followed.map_err(|fault| at(&self.source, fault))?;
+        }
+        Ok(found)
+    }
+}
+
+fn at(source: &Source, Fault { row, message, too_long }: Fault) -> Error {
+    let place = Place { row: (row > 0).then_some(row), ..source.place() };
+    if too_long {
+        let field = Some("max_line_bytes".to_owned());
+        return Error::Limit { place: Place { field, ..place }, message };
+    }
+    Error::Data { place, reason: Reason::BadInput, message }
+}
+
+/// The unpacked text of a file as something to read from.
+#[pyclass(frozen, module = "dpo_ext._core")]
+struct FileText {
+    open: Mutex<Option<Open>>,
+}
+
+impl FileText {
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl FileText {
+    /// With a delimiter the text must be a table whose quotes are in order.
+    #[new]
+    #[pyo3(signature = (path, limits_, delimiter=None))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        limits_: Bound<'_, PyAny>,
+        delimiter: Option<u8>,
+    ) -> PyResult<Self> {
+        let limits = limits(&limits_)?;
+        let open = detached(py, || {
+            let mut source = Source::open(&path, &limits)?;
+            let mut head = source.head()?;
+            if delimiter.is_some() && head.starts_with(b"\xef\xbb\xbf") {
+                head.drain(..3);
+            }
+            let quotes = delimiter.map(|byte| Quotes::new(byte, limits.max_line_bytes));
+            Ok(Open { source, head, quotes })
+        })?;
+        Ok(Self { open: Mutex::new(Some(open)) })
+    }
+
+    /// The start of the text, before anything was read.
+    fn head<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.lock().as_ref().map_or(&[], |open| &open.head))
+    }
+
+    /// The next bytes; none at the end.
+    fn read<'py>(&self, py: Python<'py>, size: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let found = detached(py, || self.lock().as_mut().map(|open| open.read(size)).transpose())?;
+        match found {
+            Some(bytes) => Ok(PyBytes::new(py, &bytes)),
+            None => Err(PyValueError::new_err("the file is closed")),
+        }
+    }
+
+    /// Bytes of text so far.
+    #[getter]
+    fn unpacked(&self) -> u64 {
+        self.lock().as_ref().map_or(0, |open| open.source.unpacked_bytes())
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    fn close(&self) {
+        *self.lock() = None;
+    }
+}
