@@ -62,6 +62,7 @@ class Tokenizer:
             self._state["json"],
             [(name, text) for name, text in self._state["named"]],
             [tuple(added) for added in self._state["added"]],
+            self._state["split_special"],
             (ids[0], ids[1], ids[2]),
             self._state["template"],
             self._state["tool_template"],
@@ -155,6 +156,8 @@ class Tokenizer:
     @property
     def notes(self) -> tuple[str, ...]:
         notes = []
+        if self._state["read_by"] is not None:
+            notes.append(f"the tokenizer was read by {self._state['read_by']}")
         if self._fallback.note is not None:
             notes.append(self._fallback.note)
         if self._core.refusal is not None:
