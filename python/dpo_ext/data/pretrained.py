@@ -23,6 +23,8 @@ MAX_TEMPLATE_BYTES = 1 << 20
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Vocabularies that only transformers turns into a tokenizer.
 VOCABULARIES = ("*.model", "*.model.v*", "tekken.json", "*.tiktoken", "vocab.json", "vocab.txt")
+# Those that transformers takes for any class.
+_ANY_CLASS = ("tekken.json", "tokenizer.model*", "tiktoken.model")
 # What a class written in Python might change of its backend's ids.
 SAMPLE = (
     "",
@@ -205,8 +207,17 @@ def _through_transformers(folder: Path, chosen: str | None, why: str) -> dict[st
             "hint: a vocabulary of SentencePiece or tiktoken needs the package of that name; save "
             "what AutoTokenizer gives elsewhere by save_pretrained(folder)"
         ) from error
+    if not (folder / "tokenizer.json").exists() and not _reads(tokenizer, folder):
+        found = type(tokenizer).__name__
+        raise TokenizerError(f"{folder}: only transformers knows {why}, and its {found} reads none")
     state = state_of_live(tokenizer, chosen, sample=True)
     return state | {"read_by": f"{by}, which alone knows {why}"}
+
+
+def _reads(tokenizer: Any, folder: Path) -> bool:
+    """Whether a folder has a file of its class; without one transformers makes up a vocabulary."""
+    names = [name for name in tokenizer.vocab_files_names.values() if name]
+    return any(next(folder.glob(name), None) for name in (*names, *_ANY_CLASS))
 
 
 def state_of_live(tokenizer: Any, chosen: str | None, *, sample: bool = False) -> dict[str, Any]:
@@ -221,6 +232,9 @@ def state_of_live(tokenizer: Any, chosen: str | None, *, sample: bool = False) -
         )
     if sample or _encodes_itself(type(tokenizer)):
         _check_backend(tokenizer, backend)
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    if split:
+        _check_special(backend)
     # Under transformers 4 a list stands there too, which templates of 5 do not see.
     named = {
         name: str(token)
@@ -235,7 +249,7 @@ def state_of_live(tokenizer: Any, chosen: str | None, *, sample: bool = False) -
     return state_of(
         backend.to_str().encode(),
         named=list(named.items()),
-        split_special=bool(getattr(tokenizer, "split_special_tokens", False)),
+        split_special=split,
         ids=(ids[0], ids[1], ids[2]),
         template=template,
         tool_template=tool_template,
@@ -261,3 +275,22 @@ def _check_backend(tokenizer: Any, backend: Any) -> None:
             raise TokenizerError(
                 f"{found} does more than its Rust backend: {text!r} gives {want}, the backend {got}"
             )
+
+
+def _check_special(backend: Any) -> None:
+    """Holds that what the backend leaves as text is what its JSON calls special: it does not
+    forget that a token was special once.
+    """
+    copy = type(backend).from_str(backend.to_str())
+    was, copy.encode_special_tokens = backend.encode_special_tokens, True
+    backend.encode_special_tokens = True
+    try:
+        for token in backend.get_added_tokens_decoder().values():
+            text = token.content
+            if not token.special and backend.encode(text).ids != copy.encode(text).ids:
+                raise TokenizerError(
+                    f"`split_special_tokens`: {text!r} was special once and is not now, which no "
+                    "tokenizer.json can say"
+                )
+    finally:
+        backend.encode_special_tokens = was

@@ -145,7 +145,7 @@ def special_tokens(
 
     there = [] if known.rebuilt else in_file
     if known.rebuilt:
-        _check_order(known, in_file, decoder, split=split)
+        _check_order(known, in_file, decoder)
     settled = {token.settled() for token in there}
     more: list[Token | str] = [
         token for _, token in sorted(decoder.items()) if token.settled() not in settled
@@ -165,6 +165,11 @@ def special_tokens(
     if known.plain_names:
         plain = [*texts.values(), *map(spelling, extras)]
         added += [Token(text, special=True) for text in dict.fromkeys(plain)]
+    # The crate forgets what it was told of a token but not that it was special.
+    specials = {token.content for token in in_file if token.special}
+    last = {token.content: token.special for token in added}
+    if split and any(not special and text in specials for text, special in last.items()):
+        raise Foreign("`split_special_tokens` with a token that is special in tokenizer.json alone")
     return Special(list(texts.items()), [token.settled() for token in added], split)
 
 
@@ -195,9 +200,7 @@ def _read_map(
         specific |= said.pop(EXTRA)
 
 
-def _check_order(
-    known: Known, in_file: list[Token], decoder: Mapping[int, Token], *, split: bool
-) -> None:
+def _check_order(known: Known, in_file: list[Token], decoder: Mapping[int, Token]) -> None:
     """Holds that the tokens which the class adds itself begin with those of the file, so that each
     has the file's id.
     """
@@ -208,8 +211,6 @@ def _check_order(
         raise Foreign(f"the class {known.name}, which does not add the tokens of tokenizer.json")
     if len(set(texts)) < len(texts):
         raise Foreign("a token that is added twice")
-    if split and any(a.special and not b.special for a, b in zip(in_file, head, strict=True)):
-        raise Foreign("`split_special_tokens` with tokens that are special in tokenizer.json alone")
 
 
 def _spelt(value: Any) -> str:
