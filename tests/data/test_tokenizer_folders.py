@@ -70,8 +70,13 @@ OWN = {
             "special_tokens_map.json": MAP
             | {
                 "image_token": "<image>",
-                "boi_token": {"content": "<boi>", "rstrip": True, "lstrip": False,
-                              "normalized": False, "single_word": False},
+                "boi_token": {
+                    "content": "<boi>",
+                    "rstrip": True,
+                    "lstrip": False,
+                    "normalized": False,
+                    "single_word": False,
+                },
                 "additional_special_tokens": ["<x>", "<|turn|>"],
                 "pad_token": None,
             }
@@ -83,17 +88,27 @@ OWN = {
         | {
             "special_tokens_map.json": {
                 "extra_special_tokens": [
-                    "<new>", {"content": "<x>", "lstrip": True, "rstrip": False,
-                              "normalized": False, "single_word": False},
+                    "<new>",
+                    {
+                        "content": "<x>",
+                        "lstrip": True,
+                        "rstrip": False,
+                        "normalized": False,
+                        "single_word": False,
+                    },
                 ]
             }
         },
     ),
     "special map with an object of extras": (
         folders.split,
-        config() | {"special_tokens_map.json": {"extra_special_tokens": {"image_token": "<image>"}}},
+        config()
+        | {"special_tokens_map.json": {"extra_special_tokens": {"image_token": "<image>"}}},
     ),
-    "added tokens": (folders.split, config() | {"added_tokens.json": {"<more>": 271, "<new>": 270}}),
+    "added tokens": (
+        folders.split,
+        config() | {"added_tokens.json": {"<more>": 271, "<new>": 270}},
+    ),
     "added tokens that are special": (
         folders.split,
         config(additional_special_tokens=["<new>"], sep_token="<x>")
@@ -101,19 +116,30 @@ OWN = {
     ),
     "decoder flags": (folders.split, config(added_tokens_decoder=DECODER, eos_token="<|end|>")),
     "decoder names a plain token": (
-        folders.split, config(added_tokens_decoder=DECODER, eos_token="<|turn|>"),
+        folders.split,
+        config(added_tokens_decoder=DECODER, eos_token="<|turn|>"),
     ),
     "decoder adds": (folders.bos, config(added_tokens_decoder=FURTHER, sep_token="<more>")),
     "decoder without the file's": (
-        folders.split, config(added_tokens_decoder={"300": decoder_entry("<new>", rstrip=True)}),
+        folders.split,
+        config(added_tokens_decoder={"300": decoder_entry("<new>", rstrip=True)}),
     ),
-    "extra list": (folders.split, config(extra_special_tokens=["<image>", added("<x>", lstrip=True)])),
+    "extra list": (
+        folders.split,
+        config(extra_special_tokens=["<image>", added("<x>", lstrip=True)]),
+    ),
     "extra object": (
         folders.split,
-        config(extra_special_tokens={"image_token": "<image>", "boi_token": added("<boi>", rstrip=True)}),
+        config(
+            extra_special_tokens={
+                "image_token": "<image>",
+                "boi_token": added("<boi>", rstrip=True),
+            }
+        ),
     ),
     "empty extra object": (
-        folders.split, config(extra_special_tokens={}, additional_special_tokens=["<image>"]),
+        folders.split,
+        config(extra_special_tokens={}, additional_special_tokens=["<image>"]),
     ),
     "additional": (folders.split, config(additional_special_tokens=["<image>", added("<x>")])),
     "additional and extra list": (
@@ -130,33 +156,54 @@ OWN = {
     ),
     "named twice with other flags": (
         folders.split,
-        config(bos_token=added("<x>", lstrip=True), eos_token="<x>", mask_token=added("<x>", rstrip=True)),
+        config(
+            bos_token=added("<x>", lstrip=True),
+            eos_token="<x>",
+            mask_token=added("<x>", rstrip=True),
+        ),
     ),
     "specific tokens": (
-        folders.split, config(model_specific_special_tokens={"video_token": "<video>"}),
+        folders.split,
+        config(model_specific_special_tokens={"video_token": "<video>"}),
     ),
     "split special": (folders.split, config(split_special_tokens=True, **PLAIN)),
     "split special and more": (
         folders.bos,
-        config(split_special_tokens=True, added_tokens_decoder=FURTHER | {"257": decoder_entry("<|turn|>", lstrip=True)}),
+        config(
+            split_special_tokens=True,
+            added_tokens_decoder=FURTHER | {"257": decoder_entry("<|turn|>", lstrip=True)},
+        ),
     ),
-    "split special by the crate": (folders.words, config(split_special_tokens=True, bos_token="<s>")),
+    "split special by the crate": (
+        folders.words,
+        config(split_special_tokens=True, bos_token="<s>"),
+    ),
     "padding of the file": (folders.padded, config()),
     "padding of the file and of the config": (folders.padded, config(pad_token=None)),
     "ignored keys": (
         folders.split,
-        config(add_bos_token=True, add_eos_token=True, add_prefix_space=True, do_lower_case=True,
-               legacy=False, clean_up_tokenization_spaces=True, model_max_length=7, **PLAIN),
+        config(
+            add_bos_token=True,
+            add_eos_token=True,
+            add_prefix_space=True,
+            do_lower_case=True,
+            legacy=False,
+            clean_up_tokenization_spaces=True,
+            model_max_length=7,
+            **PLAIN,
+        ),
     ),
     "GPT2": (folders.gpt2, config("GPT2Tokenizer", model_max_length=1024)),
     "GPT2Fast": (folders.gpt2, config("GPT2TokenizerFast", pad_token="<|pad|>", errors="replace")),
     "gpt2 by its model": (folders.gpt2, of_model("gpt2", model_max_length=1024)),
     "gpt2 with padding in the file": (
-        lambda: folders.gpt2() | {"padding": folders.padded()["padding"]}, config("GPT2Tokenizer"),
+        lambda: folders.gpt2() | {"padding": folders.padded()["padding"]},
+        config("GPT2Tokenizer"),
     ),
     "opt by its model": (folders.gpt2, of_model("opt", bos_token="<|bos|>")),
     "class of the model's config": (
-        folders.gpt2, {"config.json": {"model_type": "foo", "tokenizer_class": "GPT2Tokenizer"}},
+        folders.gpt2,
+        {"config.json": {"model_type": "foo", "tokenizer_class": "GPT2Tokenizer"}},
     ),
     "GPT2 decoder": (folders.gpt2, config("GPT2Tokenizer", added_tokens_decoder=FURTHER)),
     "GPTNeoX": (folders.neox, config("GPTNeoXTokenizerFast")),
@@ -164,22 +211,38 @@ OWN = {
     "Qwen2": (folders.qwen2, config("Qwen2Tokenizer", eos_token="<|end|>", bos_token=None)),
     "Qwen2 with flags": (
         folders.qwen2,
-        config("Qwen2TokenizerFast", added_tokens_decoder=DECODER, eos_token="<|end|>",
-               additional_special_tokens=["<|turn|>", "<image>"], split_special_tokens=False),
+        config(
+            "Qwen2TokenizerFast",
+            added_tokens_decoder=DECODER,
+            eos_token="<|end|>",
+            additional_special_tokens=["<|turn|>", "<image>"],
+            split_special_tokens=False,
+        ),
     ),
     "qwen2 whatever its class": (
-        folders.qwen2, config("PreTrainedTokenizerFast") | {"config.json": {"model_type": "qwen2"}},
+        folders.qwen2,
+        config("PreTrainedTokenizerFast") | {"config.json": {"model_type": "qwen2"}},
     ),
     "Llama": (folders.llama, config("LlamaTokenizer", legacy=False)),
-    "LlamaFast": (folders.llama, config("LlamaTokenizerFast", added_tokens_decoder={
-        "0": decoder_entry("<unk>"), "1": decoder_entry("<s>"), "2": decoder_entry("</s>", rstrip=True),
-    })),
+    "LlamaFast": (
+        folders.llama,
+        config(
+            "LlamaTokenizerFast",
+            added_tokens_decoder={
+                "0": decoder_entry("<unk>"),
+                "1": decoder_entry("<s>"),
+                "2": decoder_entry("</s>", rstrip=True),
+            },
+        ),
+    ),
     "Llama over bytes": (folders.bos, config("LlamaTokenizerFast", eos_token="<|end|>")),
     "Llama of a mistral": (
-        folders.old_llama, config("LlamaTokenizer") | {"config.json": {"model_type": "mistral"}},
+        folders.old_llama,
+        config("LlamaTokenizer") | {"config.json": {"model_type": "mistral"}},
     ),
     "Llama of phi3": (
-        folders.old_llama, config("LlamaTokenizer") | {"config.json": {"model_type": "phi3"}},
+        folders.old_llama,
+        config("LlamaTokenizer") | {"config.json": {"model_type": "phi3"}},
     ),
     "Gemma": (folders.gemma, config("GemmaTokenizer")),
     "gemma by its model": (folders.gemma, of_model("gemma2", eos_token="<eos>")),
@@ -266,12 +329,24 @@ def assert_same(ours, theirs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", CASES, indirect=True)
-def test_folder_and_live_tokenizer_are_transformers(folder, transformers):
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def test_folder_and_live_tokenizer_are_transformers(folder, request, transformers):
+    five = int(transformers.__version__.split(".")[0]) >= 5
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:
+        # Transformers 4 refuses some of what 5 reads; ours reads it where it does so by itself.
+        if five:
+            raise
+        if request.node.callspec.params["folder"] in OWN:
+            assert Tokenizer.from_pretrained(folder).encode("the").size
+            return
+        with pytest.raises(TokenizerError, match="does not load it"):
+            Tokenizer.from_pretrained(folder)
+        return
     live = Tokenizer.from_pretrained(theirs)
     assert_same(live, theirs)
     ours = Tokenizer.from_pretrained(folder)
-    if int(transformers.__version__.split(".")[0]) >= 5 or any("read by" in n for n in ours.notes):
+    if five or any("read by" in note for note in ours.notes):
         assert_same(ours, theirs)
         assert_same(pickle.loads(pickle.dumps(ours)), theirs)
         assert ours.vocab_size == live.vocab_size
@@ -417,3 +492,43 @@ def test_a_damaged_file_is_named(tmp_path, name):
     folder = folders.write(tmp_path / "folder", folders.split(), {name: "{"})
     with pytest.raises(TokenizerError, match=name):
         Tokenizer.from_pretrained(folder)
+
+
+JUNK = [7, 1e400, True, "", "x", "\ud800", [], [7], [["x"]], [None], {}, {"x": 7}, {"x": {}}, {"7": None},
+        {"content": 7}, {"__type": "AddedToken"}, {"__type": "AddedToken", "content": "\ud800"},
+        {"7": {"content": "x", "id": 7, "more": 7}}]  # fmt: skip
+JUNK_KEYS = [
+    *(
+        (CONFIG, key)
+        for key in ("eos_token", "image_token", "extra_special_tokens", "tokenizer_class")
+    ),
+    *((CONFIG, key) for key in ("additional_special_tokens", "model_specific_special_tokens")),
+    *((CONFIG, key) for key in ("added_tokens_decoder", "split_special_tokens", "unk_token")),
+    *(
+        (CONFIG, key)
+        for key in ("add_prefix_space", "legacy", "chat_template", "auto_map", "other")
+    ),
+    *(("special_tokens_map.json", key) for key in ("eos_token", "extra_special_tokens", "x_token")),
+    *(("special_tokens_map.json", key) for key in ("additional_special_tokens", "other")),
+    *(("added_tokens.json", key) for key in ("<new>", "")),
+    *(("config.json", key) for key in ("model_type", "tokenizer_class", "model_name")),
+    *(("tokenizer.json", key) for key in ("added_tokens", "padding", "post_processor", "model")),
+]
+
+
+@pytest.mark.parametrize("made", ["split", "gpt2", "gemma"])
+@pytest.mark.parametrize(("file", "key"), JUNK_KEYS)
+def test_junk_is_a_tokenizer_error_or_changes_nothing_that_panics(tmp_path, file, key, made, alone):
+    kind = {"split": None, "gpt2": "GPT2Tokenizer", "gemma": "GemmaTokenizer"}[made]
+    for number, junk in enumerate(JUNK):
+        files = {CONFIG: {"tokenizer_class": kind}, "config.json": {}}
+        if file == "tokenizer.json":
+            files[file] = getattr(folders, made)() | {key: junk}
+        else:
+            files[file] = files.get(file, {}) | {key: junk}
+        folder = folders.write(tmp_path / str(number), getattr(folders, made)(), files)
+        try:
+            ours = Tokenizer.from_pretrained(folder)
+        except TokenizerError:
+            continue
+        assert ours.encode("the").size

@@ -80,7 +80,7 @@ class Known:
                 "behavior": "MergedWithPrevious",
                 "invert": False,
             }
-            unk = text_of(config.get("unk_token", self.tokens["unk_token"]))
+            unk = text_in(config.get("unk_token", self.tokens["unk_token"]), "content")
             return {
                 "normalizer": space,
                 "pre_tokenizer": pre,
@@ -284,14 +284,13 @@ def check_steps(known: Known, outline: Parts, config: Parts) -> None:
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     ):
         raise Foreign(f"the class {known.name}, which replaces the model of tokenizer.json")
-    processor = outline.get("post_processor")
-    if not known.keeps_processor and (processor or {}).get("type", "ByteLevel") != "ByteLevel":
+    processor = outline.get("post_processor") or {"type": "ByteLevel"}
+    if not known.keeps_processor and text_in(processor, "type") != "ByteLevel":
         raise Foreign(f"the class {known.name}, which replaces the post_processor")
 
 
-def text_of(token: Any) -> Any:
-    """The text of a token that a folder writes as a string or an object."""
-    return token.get("content") if isinstance(token, Mapping) else token
+def text_in(part: Any, key: str) -> Any:
+    return part.get(key) if isinstance(part, Mapping) else part
 
 
 def _shape(part: Any, *, decodes: bool = False) -> str:

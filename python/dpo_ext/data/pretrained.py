@@ -54,6 +54,8 @@ def state_of(
     for text in (template, tool_template):
         if text is not None and len(text) > MAX_TEMPLATE_BYTES:
             raise TokenizerError(f"the chat template has more than {MAX_TEMPLATE_BYTES} bytes")
+        if text is not None and not _is_unicode(text):
+            raise TokenizerError("the chat template has a lone surrogate")
     return {
         "json": tokenizer_json,
         "named": [list(pair) for pair in named],
@@ -64,6 +66,10 @@ def state_of(
         "tool_template": tool_template,
         "read_by": None,
     }
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -85,7 +91,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         read = json.loads(_read(path, MAX_TOKENIZER_BYTES))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: {error}") from error
     if not isinstance(read, dict):
         raise TokenizerError(f"{path}: expected an object")
@@ -267,11 +273,15 @@ def _encodes_itself(kind: type) -> bool:
 
 
 def _check_backend(tokenizer: Any, backend: Any) -> None:
+    found = type(tokenizer).__name__
     for text in SAMPLE:
-        want = list(tokenizer(text)["input_ids"])
+        try:
+            want = list(tokenizer(text)["input_ids"])
+        except Exception as error:  # whatever a class of theirs raises
+            said = f"{type(error).__name__}: {error}"
+            raise TokenizerError(f"{found} does not encode a text alone: {said}") from error
         got = backend.encode(text).ids
         if got != want:
-            found = type(tokenizer).__name__
             raise TokenizerError(
                 f"{found} does more than its Rust backend: {text!r} gives {want}, the backend {got}"
             )

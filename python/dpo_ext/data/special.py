@@ -105,7 +105,7 @@ def special_tokens(
     }
     if isinstance(said.get(EXTRA), Mapping):
         specific |= said.pop(EXTRA)
-    specific = specific or dict(said.get(_SPECIFIC) or {})
+    specific = specific or dict(_mapping(said.get(_SPECIFIC) or {}, _SPECIFIC))
 
     in_file = [_token(token) for token in _list(outline.get("added_tokens"), "added_tokens")]
     decoder: dict[int, Token] = {}
@@ -115,7 +115,7 @@ def special_tokens(
     else:
         _read_map(special_map or {}, said, specific)
         special = {_spelt(said[key]) for key in NAMED if said.get(key)}
-        special |= {_spelt(token) for token in said.get(EXTRA) or ()}
+        special |= {_spelt(token) for token in _list(said.get(EXTRA) or [], EXTRA)}
         for text, index in (added_ids or {}).items():
             is_special = text in special
             decoder[_index(index)] = Token(text, normalized=not is_special, special=is_special)
@@ -140,8 +140,11 @@ def special_tokens(
     extra = said[EXTRA] if EXTRA in said else said.get(OLD_EXTRA)
     extras = [_said(token) for token in _list(extra or [], EXTRA)]
     texts = {name: spelling(token) for name, token in names.items() if token is not None}
-    if "" in {*texts.values(), *map(spelling, extras), *of_text}:
+    spelt = {*texts.values(), *map(spelling, extras), *of_text}
+    if "" in spelt:
         raise Foreign("a token without any text")
+    if any("\ud800" <= char <= "\udfff" for char in "".join(spelt)):
+        raise Foreign("a token with a lone surrogate")
 
     there = [] if known.rebuilt else in_file
     if known.rebuilt:
@@ -184,7 +187,7 @@ def _read_map(
     for key, value in special_map.items():
         if key in (EXTRA, OLD_EXTRA):
             if key == EXTRA and isinstance(value, list):
-                known = list(said.get(EXTRA) or [])
+                known = list(_list(said.get(EXTRA) or [], EXTRA))
                 for token in value:
                     made = _token({**token, "special": True}) if _is_map(token) else token
                     known += [made] if made not in known else []
@@ -217,7 +220,7 @@ def _spelt(value: Any) -> str:
     """What transformers compares with added_tokens.json, which is read before objects become
     tokens.
     """
-    return "" if isinstance(value, Mapping) else spelling(value)
+    return spelling(value) if isinstance(value, str | Token) else ""
 
 
 def _is_map(value: Any) -> bool:
@@ -239,7 +242,7 @@ def _list(value: Any, what: str) -> list[Any]:
 def _index(value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Foreign(f"an id that is no number: {value!r}") from None
 
 
