@@ -18,6 +18,7 @@ __all__ = [
     "segment_sum",
     "share_into",
     "token_stats",
+    "tokenizer_outline",
 ]
 __version__: str
 
@@ -72,6 +73,8 @@ _Ids = NDArray[int32]
 _Offsets = NDArray[int64]
 _Ragged = tuple[_Ids, _Offsets]
 
+def tokenizer_outline(json: bytes) -> str: ...
+
 @final
 class Tokenizer:
     def __new__(
@@ -79,6 +82,7 @@ class Tokenizer:
         json: bytes,
         named: list[tuple[str, str]],
         added: list[tuple[Any, ...]],
+        split_special: bool,
         ids: tuple[int | None, int | None, int | None],
         template: str | None,
         tool_template: str | None,

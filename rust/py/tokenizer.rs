@@ -21,10 +21,22 @@ use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
 use crate::template::{Answer, Conversation, Fallback, RenderError};
-use crate::tokenize::{Added, Source, Tokenizer};
+use crate::tokenize::{Added, Source, Tokenizer, outline};
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(tokenizer_outline, m)?)?;
     m.add_class::<PyTokenizer>()
+}
+
+fn utf8(json: &[u8]) -> Result<&str> {
+    std::str::from_utf8(json)
+        .map_err(|e| Error::Tokenizer(format!("tokenizer.json: expected UTF-8: {e}")))
+}
+
+/// `tokenizer.json` without its vocabulary.
+#[pyfunction]
+fn tokenizer_outline(py: Python<'_>, json: &[u8]) -> PyResult<String> {
+    detached(py, || outline(utf8(json)?))
 }
 
 #[pyclass(frozen, name = "Tokenizer", module = "dpo_ext._core")]
@@ -42,6 +54,7 @@ impl PyTokenizer {
         json: &[u8],
         named: Vec<(String, String)>,
         added: Vec<AddedTuple>,
+        split_special: bool,
         ids: (Option<u32>, Option<u32>, Option<u32>),
         template: Option<String>,
         tool_template: Option<String>,
@@ -58,11 +71,9 @@ impl PyTokenizer {
                 special,
             })
             .collect();
-        let json = std::str::from_utf8(json)
-            .map_err(|e| Error::Tokenizer(format!("tokenizer.json: expected UTF-8: {e}")))?
-            .to_owned();
+        let json = utf8(json)?.to_owned();
         let ids = [ids.0, ids.1, ids.2];
-        let source = Source { json, named, added, ids, template, tool_template };
+        let source = Source { json, named, added, split_special, ids, template, tool_template };
         let inner = detached(py, || Tokenizer::new(source))?;
         let inner = match fallback {
             Some(fallback) => inner.with_fallback(|source| elsewhere(&fallback, source)),

@@ -10,8 +10,12 @@ pub struct Control {
 }
 
 impl Control {
-    /// The control tokens of `inner` beside these templates.
-    pub(super) fn new(inner: &tokenizers::Tokenizer, templates: &[&Template]) -> Self {
+    /// The control tokens of `inner` beside these templates; special ones are none where their spelling stays text.
+    pub(super) fn new(
+        inner: &tokenizers::Tokenizer,
+        templates: &[&Template],
+        split_special: bool,
+    ) -> Self {
         let structure =
             |token: &str| templates.iter().any(|template| template.source().contains(token));
         let mut texts = Vec::new();
@@ -20,6 +24,9 @@ impl Control {
             let written = structure(&token.content);
             // `<think>` in an answer is the token that training expects, although templates mention it.
             let reasoning = token.content.contains("think") || token.content.contains("reason");
+            if split_special && token.special {
+                continue;
+            }
             if !token.content.is_empty() && (token.special || (written && !reasoning)) {
                 texts.push(token.content.clone());
                 ids.push(id as i32);

@@ -52,29 +52,19 @@ pub(super) fn checked(
     Ok(bpe)
 }
 
-/// Adds the tokens that are not there; true if there were any.
+/// Adds tokens, or gives those that are there these flags; true if that changed anything.
 pub(super) fn add_tokens(
     inner: &mut tokenizers::Tokenizer,
     tokens: &[Added],
 ) -> tokenizers::Result<bool> {
-    let mut beyond = false;
-    for added in tokens {
-        if inner.get_added_vocabulary().get_vocab().contains_key(&added.content) {
-            continue;
-        }
-        beyond = true;
-        let token = AddedToken::from(added.content.clone(), added.special)
+    let tokens = tokens.iter().map(|added| {
+        AddedToken::from(added.content.clone(), added.special)
             .lstrip(added.lstrip)
             .rstrip(added.rstrip)
             .single_word(added.single_word)
-            .normalized(added.normalized);
-        if added.special {
-            inner.add_special_tokens([token])?;
-        } else {
-            inner.add_tokens([token])?;
-        }
-    }
-    Ok(beyond)
+            .normalized(added.normalized)
+    });
+    Ok(inner.add_tokens(tokens.collect::<Vec<_>>())? > 0)
 }
 
 /// What the post-processor puts before and behind one sequence.

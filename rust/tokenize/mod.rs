@@ -4,6 +4,7 @@
 mod control;
 mod engine;
 mod guard;
+mod outline;
 mod source;
 mod spelling;
 
@@ -11,13 +12,14 @@ use std::cell::RefCell;
 
 use tokenizers::PostProcessorWrapper;
 
-use crate::bpe::{Bpe, Found, Inside, PairIds, Scratch};
+use crate::bpe::{Bpe, Found, Inside, Keep, PairIds, Scratch, not_special};
 use crate::error::{Error, Result};
 use crate::read::chat::RESERVED;
 use crate::template::{Fallback, Template};
 pub use control::Control;
 use engine::{add_tokens, both, checked, recognised, signed, surroundings};
 use guard::guarded;
+pub use outline::outline;
 pub use source::{Added, Source};
 use spelling::Spelling;
 
@@ -48,6 +50,7 @@ pub struct Tokenizer {
     variables: Vec<String>,
     /// A template that minijinja cannot compile may read anything.
     reads_any: bool,
+    split_special: bool,
 }
 
 /// Ids that no real vocabulary reaches: twice the tokens and this many more.
@@ -78,6 +81,8 @@ impl Tokenizer {
             Some(bpe) => checked(bpe, &inner),
             None => recognised(&source.json).and_then(|bpe| checked(bpe, &inner)),
         };
+        // Behind the self-check, which compares without it.
+        inner.set_encode_special_tokens(source.split_special);
         let post = inner.get_post_processor().cloned();
         inner.with_post_processor(None::<PostProcessorWrapper>);
 
@@ -133,14 +138,17 @@ impl Tokenizer {
             eos_text: None,
             template,
             tool_template,
+            split_special: source.split_special,
         };
         tokenizer.eos_text = eos.and_then(|id| {
             let text = tokenizer.inner.id_to_token(id)?;
-            tokenizer.inner.get_added_tokens_decoder().contains_key(&id).then_some(text)
+            let decoder = tokenizer.inner.get_added_tokens_decoder();
+            let token = decoder.get(&id)?;
+            (!(source.split_special && token.special)).then_some(text)
         });
         let templates = [&tokenizer.template, &tokenizer.tool_template];
         let templates: Vec<&Template> = templates.into_iter().flatten().collect();
-        tokenizer.control = Control::new(&tokenizer.inner, &templates);
+        tokenizer.control = Control::new(&tokenizer.inner, &templates, source.split_special);
         let mut variables = Vec::new();
         for template in templates {
             match template.reads() {
@@ -250,6 +258,11 @@ impl Tokenizer {
         guarded("decode", || self.inner.decode(&ids, false))
     }
 
+    /// Which added tokens text may spell, where not all.
+    fn keep(&self) -> Keep<'static> {
+        self.split_special.then_some(&not_special)
+    }
+
     /// Why the engine is not `bpe`, if it is not.
     pub fn refusal(&self) -> Option<&str> {
         self.fast.as_ref().err().map(String::as_str)
@@ -280,7 +293,8 @@ impl Tokenizer {
         }
         match &self.fast {
             Ok(bpe) => {
-                SCRATCH.with_borrow_mut(|scratch| bpe.encode_into(text, None, scratch, ids))?;
+                SCRATCH
+                    .with_borrow_mut(|scratch| bpe.encode_into(text, self.keep(), scratch, ids))?;
             }
             Err(_) => ids.extend(self.encode_slowly(text)?),
         }
@@ -318,8 +332,9 @@ impl Tokenizer {
     /// As [`Self::encode`].
     pub fn encode_pair(&self, texts: [&str; 2], border: usize, out: &mut PairIds) -> Result<()> {
         if let Ok(bpe) = &self.fast {
-            return SCRATCH
-                .with_borrow_mut(|scratch| bpe.encode_pair(texts, border, None, scratch, out));
+            return SCRATCH.with_borrow_mut(|scratch| {
+                bpe.encode_pair(texts, border, self.keep(), scratch, out)
+            });
         }
         let [first, second] = texts;
         out.reused = 0;
@@ -340,7 +355,7 @@ impl Tokenizer {
         let ends = if let Ok(bpe) = &self.fast {
             let (mut ids, mut ends) = (Vec::new(), Vec::new());
             SCRATCH.with_borrow_mut(|scratch| {
-                bpe.encode_with_ends(text, None, scratch, &mut ids, &mut ends)
+                bpe.encode_with_ends(text, self.keep(), scratch, &mut ids, &mut ends)
             })?;
             ends
         } else {
@@ -364,9 +379,10 @@ impl Tokenizer {
                 "`special_tokens_in_text=\"text\"` needs the engine bpe: {why}"
             ))
         })?;
+        let keep = |found: &Found| keep(found) && !(self.split_special && found.special);
         let (mut ids, mut ends) = (Vec::new(), Vec::new());
         SCRATCH.with_borrow_mut(|scratch| {
-            bpe.encode_with_ends(text, Some(keep), scratch, &mut ids, &mut ends)
+            bpe.encode_with_ends(text, Some(&keep), scratch, &mut ids, &mut ends)
         })?;
         Ok((ids, ends))
     }

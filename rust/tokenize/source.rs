@@ -1,6 +1,6 @@
 //! What a tokenizer is made of.
 
-/// A token that `tokenizer_config.json` adds to those of `tokenizer.json`.
+/// A token that a folder adds to those of `tokenizer.json`, or gives other flags.
 #[derive(Debug, Clone)]
 #[allow(clippy::struct_excessive_bools)] // the flags of the file format
 pub struct Added {
@@ -25,8 +25,10 @@ pub struct Source {
     pub json: String,
     /// `bos_token`, `eos_token`, ... as templates know them.
     pub named: Vec<(String, String)>,
-    /// Tokens that must be there beside those of `json`.
+    /// Tokens beside those of `json`, in order; one that is there takes these flags.
     pub added: Vec<Added>,
+    /// Whether text that spells a special token stays text.
+    pub split_special: bool,
     /// Ids that win over the named tokens.
     pub ids: [Option<u32>; 3],
     /// The chat template.

@@ -10,29 +10,40 @@ from os import PathLike, fspath, strerror
 from pathlib import Path
 from typing import Any
 
+from dpo_ext import _core
+from dpo_ext.data.classes import Foreign, check_steps, class_of
+from dpo_ext.data.special import Token, special_tokens
 from dpo_ext.data.templates import choose
 from dpo_ext.errors import TokenizerError
+from dpo_ext.extras import install, need
 
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 # How models are called on the hub: `name` or `owner/name`.
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
+# Vocabularies that only transformers turns into a tokenizer.
+VOCABULARIES = ("*.model", "*.model.v*", "tekken.json", "*.tiktoken", "vocab.json", "vocab.txt")
+# Those that transformers takes for any class.
+_ANY_CLASS = ("tekken.json", "tokenizer.model*", "tiktoken.model")
+# What a class written in Python might change of its backend's ids.
+SAMPLE = (
+    "",
+    " ",
+    "Hello, World!  it's\t2024\n\n",
+    " leading and trailing ",
+    "\u00c9cole na\u00efve \u4e2d\u6587 \ud55c\uad6d\uc5b4 \U0001f642\u200d\u2642",
+    "a\u0301 \ufb01 \u2167 \u0130 <s></s> <unk> <mask> [CLS] <|endoftext|>x",
+    "x = f(a)\r\n    return 1000000\u00a0\u3000end",
 )
+_ENCODE = ("__call__", "_encode_plus", "_batch_encode_plus", "_call_one", "encode")
 
 
 def state_of(
     tokenizer_json: bytes,
     *,
     named: Sequence[tuple[str, str]] = (),
-    added: Sequence[tuple[str, bool, bool, bool, bool, bool]] = (),
+    added: Sequence[Token] = (),
+    split_special: bool = False,
     ids: tuple[int | None, int | None, int | None] = (None, None, None),
     template: str | None = None,
     tool_template: str | None = None,
@@ -43,14 +54,22 @@ def state_of(
     for text in (template, tool_template):
         if text is not None and len(text) > MAX_TEMPLATE_BYTES:
             raise TokenizerError(f"the chat template has more than {MAX_TEMPLATE_BYTES} bytes")
+        if text is not None and not _is_unicode(text):
+            raise TokenizerError("the chat template has a lone surrogate")
     return {
         "json": tokenizer_json,
         "named": [list(pair) for pair in named],
         "added": [list(token) for token in added],
+        "split_special": split_special,
         "ids": list(ids),
         "template": template,
         "tool_template": tool_template,
+        "read_by": None,
     }
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -67,25 +86,23 @@ def _read(path: Path, most: int) -> str:
         raise TokenizerError(f"{path}: expected UTF-8: {error}") from error
 
 
-def _token(value: Any, *, special: bool = True) -> tuple[str, bool, bool, bool, bool, bool] | None:
-    """(content, lstrip, rstrip, single word, normalized, special) of a token in
-    tokenizer_config.json.
-    """
-    if isinstance(value, str):
-        return (value, False, False, False, not special, special)
-    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
-        flags = (bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word"))
-        lstrip, rstrip, single_word = flags
-        normalized = bool(value.get("normalized", not special))
-        return (value["content"], lstrip, rstrip, single_word, normalized, special)
-    return None
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        read = json.loads(_read(path, MAX_TOKENIZER_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: {error}") from error
+    if not isinstance(read, dict):
+        raise TokenizerError(f"{path}: expected an object")
+    return read
 
 
 def folder_of(source: str | PathLike[str]) -> Path:
     """The folder of a tokenizer, named by itself or by the ``tokenizer.json`` in it.
 
     Raises:
-        FileNotFoundError: there is no such folder, or none with a ``tokenizer.json``.
+        FileNotFoundError: there is no such folder, or none with a vocabulary.
         NotADirectoryError: it is another file.
     """
     path = Path(source)
@@ -99,7 +116,7 @@ def folder_of(source: str | PathLike[str]) -> Path:
             "ids of BOS, EOS and padding"
         )
         raise error
-    if path.is_dir() and not (path / "tokenizer.json").exists():
+    if path.is_dir() and not (path / "tokenizer.json").exists() and _vocabulary(path) is None:
         error = FileNotFoundError(ENOENT, strerror(ENOENT), str(path / "tokenizer.json"))
         error.add_note(
             "hint: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes it, if "
@@ -118,49 +135,99 @@ def folder_of(source: str | PathLike[str]) -> Path:
     return path
 
 
+def _vocabulary(folder: Path) -> Path | None:
+    return next((path for name in VOCABULARIES for path in sorted(folder.glob(name))), None)
+
+
 def state_of_folder(folder: Path, chosen: str | None) -> dict[str, Any]:
+    """What a folder says, through transformers where our loader does not know all of it."""
+    try:
+        return _known_folder(folder, chosen)
+    except Foreign as foreign:
+        return _through_transformers(folder, chosen, str(foreign))
+
+
+def _known_folder(folder: Path, chosen: str | None) -> dict[str, Any]:
+    config = _read_object(folder / "tokenizer_config.json") or {}
+    model = _read_object(folder / "config.json") or {}
+    if not (folder / "tokenizer.json").exists():
+        vocabulary = _vocabulary(folder)
+        raise Foreign(f"`{vocabulary and vocabulary.name}` without a tokenizer.json")
     tokenizer_json = read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
-    config: dict[str, Any] = {}
-    config_file = folder / "tokenizer_config.json"
-    if config_file.exists():
-        try:
-            config = json.loads(_read(config_file, MAX_TOKENIZER_BYTES))
-        except ValueError as error:
-            raise TokenizerError(f"{config_file}: {error}") from error
-        if not isinstance(config, dict):
-            raise TokenizerError(f"{config_file}: expected an object")
-    named, added = [], []
-    extra = [
-        *(config.get("extra_special_tokens") or []),
-        *(config.get("additional_special_tokens") or []),
-    ]
-    for name, value in [*((name, config.get(name)) for name in _NAMED), *(("", v) for v in extra)]:
-        token = _token(value)
-        if token is None:
-            continue
-        if name:
-            named.append((name, token[0]))
-        added.append(token)
+    known = class_of(
+        config,
+        model,
+        has_byte_level=b'"ByteLevel"' in tokenizer_json,
+        has_tekken=(folder / "tekken.json").exists(),
+    )
+    outline = json.loads(_core.tokenizer_outline(tokenizer_json))
+    check_steps(known, outline, config)
+    special = special_tokens(
+        known,
+        config,
+        outline,
+        _read_object(folder / "special_tokens_map.json"),
+        _read_object(folder / "added_tokens.json"),
+    )
     # As in transformers, `add_bos_token` changes nothing: tokenizer.json's post-processor wins.
-    template_file = folder / "chat_template.jinja"
-    templates = config.get("chat_template")
-    if template_file.exists():
-        templates = _read(template_file, MAX_TEMPLATE_BYTES)
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        if more:
-            named_ones = {path.stem: _read(path, MAX_TEMPLATE_BYTES) for path in more}
-            templates = {"default": templates} | named_ones
-    template, tool_template = choose(templates, chosen)
+    template, tool_template = choose(_templates(folder, config), chosen)
     return state_of(
         tokenizer_json,
-        named=named,
-        added=list(dict.fromkeys(added)),
+        named=special.named,
+        added=special.added,
+        split_special=special.split,
         template=template,
         tool_template=tool_template,
     )
 
 
-def state_of_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
+def _templates(folder: Path, config: Mapping[str, Any]) -> Any:
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if (folder / "chat_template.jinja").exists():
+        files.insert(0, folder / "chat_template.jinja")
+    texts = {
+        "default" if path.parent == folder else path.stem: _read(path, MAX_TEMPLATE_BYTES)
+        for path in files
+    }
+    if not texts:
+        return config.get("chat_template")
+    return texts["default"] if set(texts) == {"default"} else texts
+
+
+def _through_transformers(folder: Path, chosen: str | None, why: str) -> dict[str, Any]:
+    try:
+        transformers = need("transformers", f"{folder}: {why}")
+    except ModuleNotFoundError as error:
+        raise TokenizerError(
+            f"{folder}: only transformers knows {why}\nhint: {install('hf')}"
+        ) from error
+    by = f"transformers {transformers.__version__}"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a class of theirs raises
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise TokenizerError(
+            f"{folder}: only transformers knows {why}, and {by} does not load it: {said}\n"
+            "hint: a vocabulary of SentencePiece or tiktoken needs the package of that name; save "
+            "what AutoTokenizer gives elsewhere by save_pretrained(folder)"
+        ) from error
+    if not (folder / "tokenizer.json").exists() and not _reads(tokenizer, folder):
+        found = type(tokenizer).__name__
+        raise TokenizerError(f"{folder}: only transformers knows {why}, and its {found} reads none")
+    state = state_of_live(tokenizer, chosen, sample=True)
+    return state | {"read_by": f"{by}, which alone knows {why}"}
+
+
+def _reads(tokenizer: Any, folder: Path) -> bool:
+    """Whether a folder has a file of its class; without one transformers makes up a vocabulary."""
+    names = [name for name in tokenizer.vocab_files_names.values() if name]
+    return any(next(folder.glob(name), None) for name in (*names, *_ANY_CLASS))
+
+
+def state_of_live(tokenizer: Any, chosen: str | None, *, sample: bool = False) -> dict[str, Any]:
+    """What a live tokenizer says; with ``sample`` its ids are compared with its backend's."""
     # A processor of a multi-modal model carries its tokenizer along.
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -169,12 +236,71 @@ def state_of_live(tokenizer: Any, chosen: str | None) -> dict[str, Any]:
         raise TokenizerError(
             f"expected a folder or a transformers tokenizer with a Rust backend, found {found}"
         )
-    named = []
-    for name in _NAMED:
-        token = getattr(tokenizer, name, None)
-        if token is not None:
-            named.append((name, str(token)))
+    if sample or _encodes_itself(type(tokenizer)):
+        _check_backend(tokenizer, backend)
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    if split:
+        _check_special(backend)
+    # Under transformers 4 a list stands there too, which templates of 5 do not see.
+    named = {
+        name: str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if not isinstance(token, list | tuple)
+    }
+    ids = [
+        tokenizer.convert_tokens_to_ids(named[name]) if name in named else None
+        for name in ("bos_token", "eos_token", "pad_token")
+    ]
     template, tool_template = choose(getattr(tokenizer, "chat_template", None), chosen)
     return state_of(
-        backend.to_str().encode(), named=named, template=template, tool_template=tool_template
+        backend.to_str().encode(),
+        named=list(named.items()),
+        split_special=split,
+        ids=(ids[0], ids[1], ids[2]),
+        template=template,
+        tool_template=tool_template,
     )
+
+
+def _encodes_itself(kind: type) -> bool:
+    """Whether a class has its own way to encode, above the one that only calls the backend."""
+    for above in kind.__mro__:
+        if "backend_tokenizer" in vars(above):
+            return False
+        if any(name in vars(above) for name in _ENCODE):
+            return True
+    return True
+
+
+def _check_backend(tokenizer: Any, backend: Any) -> None:
+    found = type(tokenizer).__name__
+    for text in SAMPLE:
+        try:
+            want = list(tokenizer(text)["input_ids"])
+        except Exception as error:  # whatever a class of theirs raises
+            said = f"{type(error).__name__}: {error}"
+            raise TokenizerError(f"{found} does not encode a text alone: {said}") from error
+        got = backend.encode(text).ids
+        if got != want:
+            raise TokenizerError(
+                f"{found} does more than its Rust backend: {text!r} gives {want}, the backend {got}"
+            )
+
+
+def _check_special(backend: Any) -> None:
+    """Holds that what the backend leaves as text is what its JSON calls special: it does not
+    forget that a token was special once.
+    """
+    copy = type(backend).from_str(backend.to_str())
+    was, copy.encode_special_tokens = backend.encode_special_tokens, True
+    backend.encode_special_tokens = True
+    try:
+        for token in backend.get_added_tokens_decoder().values():
+            text = token.content
+            if not token.special and backend.encode(text).ids != copy.encode(text).ids:
+                raise TokenizerError(
+                    f"`split_special_tokens`: {text!r} was special once and is not now, which no "
+                    "tokenizer.json can say"
+                )
+    finally:
+        backend.encode_special_tokens = was

@@ -34,9 +34,8 @@ class Tokenizer:
     stable bytes.
 
     Same as the ``transformers`` tokenizer of the same folder: ``encode`` gives its ``input_ids``,
-    ``apply_chat_template`` its ``tokenize=False`` text. Read are ``tokenizer.json``,
-    ``tokenizer_config.json``, ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``,
-    for the template, which runs with limits.
+    ``apply_chat_template`` its ``tokenize=False`` text, by templates that run with limits.
+    :meth:`from_pretrained` says what is read.
 
     Attributes:
         engine: what encodes: ``"bpe"``, our own, for byte-level tokenizers whose structure is known
@@ -62,6 +61,7 @@ class Tokenizer:
             self._state["json"],
             [(name, text) for name, text in self._state["named"]],
             [tuple(added) for added in self._state["added"]],
+            self._state["split_special"],
             (ids[0], ids[1], ids[2]),
             self._state["template"],
             self._state["tool_template"],
@@ -100,9 +100,16 @@ class Tokenizer:
     def from_pretrained(cls, source: Any, *, chat_template: str | None = None) -> Tokenizer:
         """The tokenizer of a model's folder, or of a live ``transformers`` tokenizer.
 
-        A live one is taken as it is now: its backend's JSON, its template and its named tokens,
-        whatever was changed since it was loaded. A folder needs ``tokenizer.json``; nothing is
-        downloaded.
+        Same as ``AutoTokenizer.from_pretrained(folder)`` of transformers 5.24. Read are
+        ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json`` and
+        ``added_tokens.json`` (where there is no ``added_tokens_decoder``), the ``model_type`` of
+        ``config.json``, ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``. A class
+        or a key that changes ids in a way not known here, or a vocabulary without a
+        ``tokenizer.json``, goes through transformers, if it is installed; :attr:`notes` says so.
+        Nothing is downloaded, and no code of the folder runs.
+
+        A live one is taken as it is now: its backend's JSON, its template, its named tokens and
+        its ``split_special_tokens``, whatever was changed since it was loaded.
 
         Args:
             source: the folder, or the ``tokenizer.json`` in it; the live tokenizer; or a
@@ -112,9 +119,10 @@ class Tokenizer:
                 and ``default`` the others, as in ``transformers``.
 
         Raises:
-            FileNotFoundError: the folder has no ``tokenizer.json``.  NotADirectoryError: a file of
-                another name.  TokenizerError: a file is damaged, or a live tokenizer has no Rust
-                backend.
+            FileNotFoundError: the folder has no vocabulary.  NotADirectoryError: a file of another
+                name.  TokenizerError: a file is damaged; only transformers knows the folder, and
+                it is not installed or does not load it; a live tokenizer has no Rust backend or
+                does more than that.
         """
         if isinstance(source, cls):
             if chat_template is None:
@@ -155,6 +163,8 @@ class Tokenizer:
     @property
     def notes(self) -> tuple[str, ...]:
         notes = []
+        if self._state["read_by"] is not None:
+            notes.append(f"the tokenizer was read by {self._state['read_by']}")
         if self._fallback.note is not None:
             notes.append(self._fallback.note)
         if self._core.refusal is not None:
