@@ -97,7 +97,8 @@ pub(super) fn texts(
     let mut variables: Vec<(&str, &Value<'_>)> = Vec::new();
     variables.extend(tools.as_ref().map(|tools| ("tools", tools)));
     for (name, value) in &kwargs {
-        if !tokenizer.reads(name) {
+        // What is null may be so because another row of its table has it.
+        if *value != Value::Null && !tokenizer.reads(name) {
             return Err(unread(name, tokenizer).into());
         }
         variables.push((name.as_ref(), value));

@@ -201,6 +201,12 @@ def test_a_poisoned_folder_runs_nothing(tmp_path):
     payload = b"cos\nsystem\n(S'touch " + str(folder / "sprung").encode() + b"'\ntR."
     for name in ("tokenizer.pkl", "vocab.bin", "pytorch_model.bin"):
         (folder / name).write_bytes(payload)
+    with pytest.raises(TokenizerError, match="only transformers knows `auto_map`"):
+        Tokenizer.from_pretrained(folder)
+    assert not (folder / "sprung").exists()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["auto_map"], config["tokenizer_class"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     ours = Tokenizer.from_pretrained(folder)
     assert ours.apply_chat_template(USER).startswith("<|turn|>user")
     assert not (folder / "sprung").exists()

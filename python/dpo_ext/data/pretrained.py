@@ -208,10 +208,12 @@ def _through_transformers(folder: Path, chosen: str | None, why: str) -> dict[st
         )
     except Exception as error:  # whatever a class of theirs raises
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        hint = "a vocabulary of SentencePiece or tiktoken needs the package of that name"
+        if "auto_map" in why:
+            hint = "code of a folder is never run here: load it yourself with trust_remote_code=True"
         raise TokenizerError(
             f"{folder}: only transformers knows {why}, and {by} does not load it: {said}\n"
-            "hint: a vocabulary of SentencePiece or tiktoken needs the package of that name; save "
-            "what AutoTokenizer gives elsewhere by save_pretrained(folder)"
+            f"hint: {hint}; from_pretrained takes what AutoTokenizer gives"
         ) from error
     if not (folder / "tokenizer.json").exists() and not _reads(tokenizer, folder):
         found = type(tokenizer).__name__
