@@ -41,7 +41,7 @@ $(STAMPS)/torch: | require
 	@touch $@
 
 $(STAMPS)/package: pyproject.toml $(RUST) $(STAMPS)/torch | require
-	$(BIN)/python -m pip install --quiet 'maturin>=1.9.4,<2'
+	$(BIN)/python -m pip install --quiet 'maturin>=1.14,<2'
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --extras $(EXTRAS)
 	@touch $@
 
