@@ -82,7 +82,7 @@ def test_every_argument_of_the_constructor_is_ours_too():
     stock = inspect.signature(trl.DPOTrainer.__init__).parameters
     found = inspect.signature(DPOTrainer.__init__).parameters
     assert list(found)[: len(stock)] == list(stock)
-    assert set(found) - set(stock) == {"layout"}
+    assert set(found) - set(stock) == {"layout", "data_options"}
     assert all(found[name].default == stock[name].default for name in stock)
 
 

@@ -166,7 +166,8 @@ def test_every_data_command_has_the_options_of_a_data_set(command, capsys, monke
     monkeypatch.setenv("COLUMNS", "200")
     assert run(*command, "--help") == 0
     out = capsys.readouterr().out
-    apart = {"columns": "column", "limits": None}  # a list; too many for a command line
+    # lists; too many for a command line
+    apart = {"columns": "column", "ignore_columns": "ignore_column", "limits": None}
     for name in Options.__annotations__:
         option = apart.get(name, name)
         assert option is None or f"--{option.replace('_', '-')}" in out, name
