@@ -525,7 +525,7 @@ def test_rows_whose_prompt_fills_max_length_are_dropped_as_stock_drops_them(own)
 
 
 def test_no_usable_row_is_an_error_that_says_why(own):
-    with pytest.raises(DataError, match="`train`: no row gives a pair\n.* rows read, 0 kept"):
+    with pytest.raises(DataError, match=r"`train`: no row gives a pair\n.* rows read, 0 kept"):
         runs.build(DPOTrainer, own, runs.load(own, "text_explicit"), max_length=2)
 
 
