@@ -1,6 +1,7 @@
 //! Every failure of this crate: a kind, a place, the numbers; the sentence comes last.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 /// `Result` with this crate's [`Error`].
@@ -14,7 +15,7 @@ pub struct Place {
     /// 1-based line of the unpacked text.
     pub line: Option<u64>,
     /// 1-based row of a table, of an array, or of rows from memory.
-    pub row: Option<u64>,
+    pub row: Option<NonZeroU64>,
     /// Byte offset inside the unpacked text.
     pub byte: Option<u64>,
     /// The field, or the name of the limit that was exceeded.
@@ -24,7 +25,7 @@ pub struct Place {
 impl Place {
     /// The line, or the row where there are no lines.
     pub fn line_or_row(&self) -> Option<u64> {
-        self.line.or(self.row)
+        self.line.or(self.row.map(NonZeroU64::get))
     }
 }
 
@@ -35,7 +36,8 @@ impl fmt::Display for Place {
             write!(f, "{}", path.display())?;
             separator = ", ";
         }
-        for (unit, number) in [("line", self.line), ("row", self.row), ("byte", self.byte)] {
+        let row = self.row.map(NonZeroU64::get);
+        for (unit, number) in [("line", self.line), ("row", row), ("byte", self.byte)] {
             if let Some(number) = number {
                 write!(f, "{separator}{unit} {number}")?;
                 separator = ", ";

@@ -1,5 +1,6 @@
 //! Rows encoded in threads and put together in order.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -53,7 +54,7 @@ impl Origin<'_> {
         Place {
             path: self.path.map(Path::to_owned),
             line: self.line,
-            row: self.row,
+            row: self.row.and_then(NonZeroU64::new),
             // An array may be one line: there the line says nothing.
             byte: byte
                 .or((self.line.is_some() && self.row.is_some()).then_some(0))

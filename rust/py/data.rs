@@ -3,6 +3,7 @@
 // PyO3 extracts arguments as owned values.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -286,7 +287,7 @@ impl PairEncoder {
 
 fn first_tuple(py: Python<'_>, place: Place, message: String) -> PyResult<Bound<'_, PyTuple>> {
     let line = place.line_or_row();
-    (place.path, line, place.field, message, place.row).into_pyobject(py)
+    (place.path, line, place.field, message, place.row.map(NonZeroU64::get)).into_pyobject(py)
 }
 
 /// An extra column as an array of booleans, whole numbers or numbers, or as a list of strings.

@@ -1,5 +1,9 @@
 //! The text of one file for pyarrow's readers, which know less of gzip, of limits and of quotes.
 
+// PyO3 extracts arguments as owned values.
+#![allow(clippy::needless_pass_by_value)]
+
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -44,7 +48,7 @@ impl Open {
 }
 
 fn at(source: &Source, Fault { row, message, too_long }: Fault) -> Error {
-    let place = Place { row: (row > 0).then_some(row), ..source.place() };
+    let place = Place { row: NonZeroU64::new(row), ..source.place() };
     if too_long {
         let field = Some("max_line_bytes".to_owned());
         return Error::Limit { place: Place { field, ..place }, message };

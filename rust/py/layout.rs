@@ -3,6 +3,8 @@
 // PyO3 extracts arguments as owned values.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
+use std::num::NonZeroU64;
+
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -48,7 +50,11 @@ fn check_ids(
                 let row = offsets.partition_point(|start| *start <= at as i64);
                 let found = values.get(at).copied().unwrap_or_default();
                 Err(Error::Data {
-                    place: Place { row: Some(row as u64), field: Some(name), ..Place::default() },
+                    place: Place {
+                        row: NonZeroU64::new(row as u64),
+                        field: Some(name),
+                        ..Place::default()
+                    },
                     reason: Reason::BadIds,
                     message: format!("expected token ids in 0..{most}, found {found}"),
                 })

@@ -3,6 +3,7 @@
 // PyO3 extracts arguments as owned values.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
@@ -324,7 +325,7 @@ impl Texts {
 
     fn get(&self, i: usize) -> Result<&str> {
         let bad = |message: String| Error::Data {
-            place: Place { row: Some(i as u64 + 1), ..Place::default() },
+            place: Place { row: NonZeroU64::new(i as u64 + 1), ..Place::default() },
             reason: Reason::BadUtf8,
             message,
         };

@@ -1,5 +1,7 @@
 //! Python values as JSON would hold them.
 
+use std::num::NonZeroU64;
+
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
@@ -68,7 +70,8 @@ pub(super) fn borrowed<'a>(text: &'a Bound<'_, PyString>) -> Result<&'a str, Bad
 }
 
 pub(super) fn as_data_error(bad: Bad, line: Option<u64>) -> PyErr {
-    let place = Place { row: line, field: bad.field.clone(), ..Place::default() };
+    let place =
+        Place { row: line.and_then(NonZeroU64::new), field: bad.field.clone(), ..Place::default() };
     bad.at(place).into()
 }
 

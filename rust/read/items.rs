@@ -113,9 +113,9 @@ impl Items {
             }
             (_, b'\n') => self.line += 1,
             (State::Before, b'[') => self.state = State::First,
-            // The mark, since a text that begins with anything else is none of ours.
-            (State::Before, _) => {}
-            (State::First | State::Next | State::Behind, b' ' | b'\t' | b'\r') => {}
+            // Before the bracket stands a byte-order mark, or the text would not be read as an array.
+            (State::Before, _)
+            | (State::First | State::Next | State::Behind, b' ' | b'\t' | b'\r') => {}
             (State::First, b']') => self.state = State::Behind,
             (State::First | State::Next, b']' | b',') => {
                 let expected =

@@ -61,10 +61,7 @@ fn spans_lines(text: &str, limits: &Limits) -> bool {
         _ => return false,
     }
     let start_of = |part: &str| text.len() - part.trim_start_matches(SPACE).len();
-    let at = match extent(text, limits) {
-        Ok(_) => return true,
-        Err(at) => at,
-    };
+    let Err(at) = extent(text, limits) else { return true };
     let second = rest.trim_start_matches(SPACE);
     match second.split_once('\n') {
         Some((_, third)) if !third.trim_matches(SPACE).is_empty() => at > start_of(third),

@@ -86,7 +86,7 @@ pub fn parse_fields<'a>(
             scanner.note_key(&mut keys, key);
             let value = scanner.value(slot.is_some(), 1).map_err(|fault| {
                 // In a field that is read the first one is the fault.
-                let found = scanner.non_finite.filter(|_| slot.is_some()).is_some();
+                let found = slot.is_some() && scanner.non_finite.is_some();
                 Fault { field: found.then(|| name.to_string()), ..fault }
             })?;
             if scanner.non_finite.take().is_some() && scanner.findings.non_finite.is_none() {

@@ -265,9 +265,8 @@ impl<'a, 'l> Scanner<'a, 'l> {
     fn scalar(&mut self, keep: bool) -> Result<Value<'a>, Fault> {
         match self.peek() {
             Some(b'"') => Ok(Value::Str(string(self.text, &mut self.pos)?)),
-            Some(b'0'..=b'9') => self.number(),
             Some(b'-' | b'N' | b'I') if self.non_finite_word().is_some() => self.not_finite(keep),
-            Some(b'-') => self.number(),
+            Some(b'-' | b'0'..=b'9') => self.number(),
             _ => {
                 let rest = self.text.get(self.pos..).unwrap_or_default();
                 for (word, value) in [
