@@ -1,8 +1,12 @@
 //! Whether a render holds what its messages say: nothing of a row goes missing in silence.
 
+use std::cell::OnceCell;
+
+use super::marked::Marked;
 use super::outcome::{Pair, Refusal};
 use super::prompt::Parts;
 use super::render::Renderer;
+use super::strings::{calls, function, leaves, texts, with_field};
 use super::text::is_blank;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
@@ -49,87 +53,7 @@ impl Side<'_> {
     }
 }
 
-/// The texts of a content, to be seen or changed: itself, those of its parts, or all of an object's.
-fn texts<'v>(content: Option<&'v Value<'_>>, see: &mut impl FnMut(&'v str)) {
-    match content {
-        Some(Value::Str(text)) => see(text),
-        Some(Value::List(parts)) => {
-            for part in parts {
-                if let Some(Value::Str(text)) =
-                    text_of(part).map_or(Some(part), |key| part.get(key))
-                {
-                    see(text);
-                }
-            }
-        }
-        Some(value @ Value::Object(_)) => leaves(value, see),
-        _ => {}
-    }
-}
-
-/// The same content with its texts changed.
-fn with_texts<'v>(content: &Value<'v>, change: &mut impl FnMut(&str) -> String) -> Value<'v> {
-    match content {
-        Value::List(parts) => {
-            let part = |part: &Value<'v>| match (part, text_of(part)) {
-                (Value::Object(_), Some(text)) => {
-                    with_field(part, text, |text| with_leaves(text, change))
-                }
-                (Value::Str(_), _) => with_leaves(part, change),
-                _ => part.clone(),
-            };
-            Value::List(parts.iter().map(part).collect())
-        }
-        other => with_leaves(other, change),
-    }
-}
-
-/// The key of a part's text.
-fn text_of(part: &Value<'_>) -> Option<&'static str> {
-    ["text", "content"].into_iter().find(|key| matches!(part.get(key), Some(Value::Str(_))))
-}
-
-/// All strings of a value, without keys.
-fn leaves<'v>(value: &'v Value<'_>, see: &mut impl FnMut(&'v str)) {
-    match value {
-        Value::Str(text) => see(text),
-        Value::List(items) => items.iter().for_each(|item| leaves(item, see)),
-        Value::Object(items) => items.iter().for_each(|(_, item)| leaves(item, see)),
-        _ => {}
-    }
-}
-
-/// The same value with its strings changed.
-fn with_leaves<'v>(value: &Value<'v>, change: &mut impl FnMut(&str) -> String) -> Value<'v> {
-    match value {
-        Value::Str(text) => Value::Str(change(text).into()),
-        Value::List(items) => {
-            Value::List(items.iter().map(|item| with_leaves(item, change)).collect())
-        }
-        Value::Object(items) => {
-            let item = |(key, item): &(_, _)| (Clone::clone(key), with_leaves(item, change));
-            Value::Object(items.iter().map(item).collect())
-        }
-        other => other.clone(),
-    }
-}
-
-/// The same object with one field changed, if it is there.
-fn with_field<'v>(
-    value: &Value<'v>,
-    name: &str,
-    change: impl FnOnce(&Value<'v>) -> Value<'v>,
-) -> Value<'v> {
-    let mut value = value.clone();
-    if let Value::Object(items) = &mut value
-        && let Some((_, field)) = items.iter_mut().find(|(key, _)| key == name)
-    {
-        *field = change(field);
-    }
-    value
-}
-
-/// What is left of a text without what templates take out on purpose: thoughts of an answer, and switches of them.
+/// What an answer says behind its thoughts, which templates take out on purpose.
 fn without_thoughts<'t>(message: &Value<'_>, text: &'t str) -> Option<&'t str> {
     if is_asked(message) {
         return None;
@@ -137,125 +61,10 @@ fn without_thoughts<'t>(message: &Value<'_>, text: &'t str) -> Option<&'t str> {
     text.rsplit_once(END_OF_THOUGHT).map(|(_, said)| said)
 }
 
+/// A text without switches of thoughts, if there are some in it.
 fn without_switches(text: &str) -> Option<String> {
     let has = SWITCHES.iter().any(|switch| text.contains(switch));
     has.then(|| SWITCHES.iter().fold(text.to_owned(), |text, switch| text.replace(switch, "")))
-}
-
-fn calls<'v, 'a>(message: &'v Value<'a>) -> Vec<&'v Value<'a>> {
-    let mut calls: Vec<_> = match message.get("tool_calls") {
-        Some(Value::List(calls)) => calls.iter().collect(),
-        _ => Vec::new(),
-    };
-    calls.extend(message.get("function_call").filter(|call| matches!(call, Value::Object(_))));
-    calls
-}
-
-fn function<'v, 'a>(value: &'v Value<'a>) -> &'v Value<'a> {
-    value.get("function").unwrap_or(value)
-}
-
-/// A render of the same conversation in which each text has a mark of its own behind it.
-#[derive(Default)]
-struct Marked {
-    /// In lower case; none if the template does not take the marks.
-    text: Option<String>,
-}
-
-impl Marked {
-    fn content(message: usize, text: usize) -> String {
-        format!("qzxk{message}t{text}v")
-    }
-
-    fn call(message: usize, call: usize, string: usize) -> String {
-        format!("qzxk{message}c{call}s{string}v")
-    }
-
-    fn tool(tool: usize) -> String {
-        format!("qzxktool{tool}v")
-    }
-
-    /// Renders `messages` with marks behind all contents, and behind names and arguments of calls and tools if the
-    /// template takes it.
-    fn new(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> [Self; 2] {
-        let contents: Vec<Value<'_>> =
-            messages.iter().enumerate().map(|(i, message)| Self::message(i, message)).collect();
-        let has_calls = messages.iter().any(|message| !calls(message).is_empty());
-        let tools = renderer.tools().map(Self::tools);
-        let render = |messages: &[Value<'_>], tools: Option<&Value<'_>>| {
-            let text = renderer.try_render_with(&messages.iter().collect::<Vec<_>>(), tools);
-            text.map(|text| text.to_lowercase())
-        };
-        if has_calls || tools.is_some() {
-            let all: Vec<Value<'_>> =
-                contents.iter().enumerate().map(|(i, message)| Self::calls(i, message)).collect();
-            if let Some(text) = render(&all, tools.as_ref()) {
-                return [Self { text: Some(text.clone()) }, Self { text: Some(text) }];
-            }
-        }
-        [Self { text: render(&contents, None) }, Self::default()]
-    }
-
-    fn message<'v>(i: usize, message: &Value<'v>) -> Value<'v> {
-        with_field(message, "content", |content| {
-            let mut count = 0;
-            with_texts(content, &mut |text| {
-                count += 1;
-                // What is blank may be left out, and what is not may not begin to be printed.
-                if strip(text).is_empty() {
-                    text.to_owned()
-                } else {
-                    text.to_owned() + &Self::content(i, count)
-                }
-            })
-        })
-    }
-
-    fn calls<'v>(i: usize, message: &Value<'v>) -> Value<'v> {
-        let mut number = 0;
-        let mut marked = |call: &Value<'v>| {
-            number += 1;
-            let mut count = 0;
-            let mut mark = |text: &str| {
-                count += 1;
-                text.to_owned() + &Self::call(i, number, count)
-            };
-            let mut said = |function: &Value<'v>| {
-                let named = with_field(function, "name", |name| with_leaves(name, &mut mark));
-                with_field(&named, "arguments", |value| with_leaves(value, &mut mark))
-            };
-            match call.get("function") {
-                Some(_) => with_field(call, "function", said),
-                None => said(call),
-            }
-        };
-        let listed = with_field(message, "tool_calls", |calls| match calls {
-            Value::List(calls) => Value::List(calls.iter().map(&mut marked).collect()),
-            other => other.clone(),
-        });
-        with_field(&listed, "function_call", |call| match call {
-            Value::Object(_) => marked(call),
-            other => other.clone(),
-        })
-    }
-
-    fn tools<'v>(tools: &[Value<'v>]) -> Value<'v> {
-        let marked = |(i, tool): (usize, &Value<'v>)| {
-            let mut mark = |text: &str| text.to_owned() + &Self::tool(i);
-            let mut named = |function: &Value<'v>| {
-                with_field(function, "name", |name| with_leaves(name, &mut mark))
-            };
-            match tool.get("function") {
-                Some(_) => with_field(tool, "function", named),
-                None => named(tool),
-            }
-        };
-        Value::List(tools.iter().enumerate().map(marked).collect())
-    }
-
-    fn has(&self, mark: &str) -> bool {
-        self.text.as_ref().is_none_or(|text| text.contains(mark))
-    }
 }
 
 /// What a render lacks of a content.
@@ -275,8 +84,8 @@ struct Look<'l> {
     renderer: &'l Renderer<'l>,
     /// Every text has a place of its own in the render.
     has_places: bool,
-    /// Marks of contents, and of calls and tools.
-    marked: std::cell::OnceCell<[Marked; 2]>,
+    /// Made when it is needed.
+    marked: OnceCell<Marked>,
 }
 
 impl<'l> Look<'l> {
@@ -293,11 +102,11 @@ impl<'l> Look<'l> {
             });
         }
         has_places = has_places && (!has_short || renderer.shows_contents(messages));
-        let (shown, marked) = (Shown::new(text), std::cell::OnceCell::new());
+        let (shown, marked) = (Shown::new(text), OnceCell::new());
         Self { messages, shown, renderer, has_places, marked }
     }
 
-    fn marked(&self) -> &[Marked; 2] {
+    fn marked(&self) -> &Marked {
         self.marked.get_or_init(|| Marked::new(self.messages, self.renderer))
     }
 
@@ -309,6 +118,9 @@ impl<'l> Look<'l> {
             && self.shown.has_python(value)
         {
             return Some(Loss::Python);
+        }
+        if let Some(value @ (Value::Int(_) | Value::Float(_) | Value::Bool(_))) = content {
+            return (!self.shown.has_scalar(value)).then_some(Loss::Text);
         }
         if self.has_places {
             return None;
@@ -326,7 +138,7 @@ impl<'l> Look<'l> {
                 let has = |text: &str| strip(text).is_empty() || self.shown.has(text);
                 has(text) || without_switches(text).is_some_and(|text| has(&text))
             };
-            if !self.marked()[0].has(&Marked::content(i, count)) {
+            if !self.marked().has_content(i, count) {
                 loss = Some(Loss::Text);
             } else if !is_there(text) {
                 loss = match thoughtless {
@@ -344,7 +156,7 @@ impl<'l> Look<'l> {
         let (mut is_there, mut count) = (true, 0);
         let mut see = |text: &str| {
             count += 1;
-            let is_marked = self.marked()[1].has(&Marked::call(i, number, count));
+            let is_marked = self.marked().has_call(i, number, count);
             is_there &= is_marked && (strip(text).is_empty() || self.shown.has(text));
         };
         let function = function(call);
@@ -412,9 +224,7 @@ pub(super) fn check_content(
         && let Some(tools) = renderer.tools()
     {
         let is_lost = |(i, tool): (usize, &Value<'_>)| match function(tool).get("name") {
-            Some(Value::Str(name)) => {
-                !look.marked()[1].has(&Marked::tool(i)) || !look.shown.has(name)
-            }
+            Some(Value::Str(name)) => !look.marked().has_tool(i) || !look.shown.has(name),
             _ => false,
         };
         if tools.iter().enumerate().any(is_lost) {

@@ -65,6 +65,7 @@ pub(super) fn trim(value: &Jinja, chars: Option<&str>) -> String {
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // minijinja's arguments are owned
 /// jinja2's filter `indent`, whose lines are Python's.
 pub(super) fn indent(
     value: &Jinja,

@@ -102,6 +102,11 @@ impl<'r> Shown<'r> {
         }
     }
 
+    /// Whether the render has this number or truth value, in Python's letters or JSON's.
+    pub(crate) fn has_scalar(&self, value: &Value<'_>) -> bool {
+        to_jinja(value).is_ok_and(|value| self.has(&value.to_string()))
+    }
+
     /// Whether the render has this text as a string of JSON, quotes and all.
     pub(crate) fn has_json_string(&self, text: &str) -> bool {
         let quoted = [false, true].map(|ascii| format!("\"{}\"", in_json(text, ascii)));

@@ -66,7 +66,7 @@ ROUNDS = [
     say("assistant", "they are plains of old lava, and dry"),
     say("user", QUESTION),
 ]
-NASTY = "say \"it's\" \\n {{ messages }}\n\ttab, Zürich, 東京 \u2028 🙂 </think> and <b>&amp;</b>"
+NASTY = 'say "it\'s" \\n {{ messages }}\n\ttab, Zürich, 東京 \u2028 🙂 </think> and <b>&amp;</b>'
 KINDS = {
     "plain": row(),
     "system": row(say("system", "answer in one short sentence"), say("user", QUESTION)),
@@ -133,4 +133,6 @@ KINDS = {
     ),
     "a flag in the system turn": row(say("system", "be kind to them all /no_think"), say("user", QUESTION)),
 }  # fmt: skip
-KINDS = {name: json.loads(json.dumps(one)) for name, one in KINDS.items()}  # no turn stands in two places
+KINDS = {
+    name: json.loads(json.dumps(one)) for name, one in KINDS.items()
+}  # no turn stands in two places

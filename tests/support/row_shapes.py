@@ -17,7 +17,8 @@ ROW_SHAPES["parts_only"] = (
 )
 ROW_SHAPES["parts_selected"] = (
     "{% for m in messages %}[{{ m.role }}]{% for p in m.content | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
-    "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}\n{% endfor %}" + _START
+    "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}\n{% endfor %}"
+    + _START
 )
 ROW_SHAPES["first_part_only"] = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content if m.content is string else m.content[0].text }}\n{% endfor %}"
@@ -29,11 +30,13 @@ ROW_SHAPES["parts_on_lines"] = (
 )
 ROW_SHAPES["parts_trimmed"] = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content | trim }}{% else %}"
-    "{% for p in m.content %}{{ p.text | trim + ' ' }}{% endfor %}{% endif %}\n{% endfor %}" + _START
+    "{% for p in m.content %}{{ p.text | trim + ' ' }}{% endfor %}{% endif %}\n{% endfor %}"
+    + _START
 )
 ROW_SHAPES["parts_of_users_only"] = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content is not string %}"
-    "{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}" + _START
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    + _START
 )
 ROW_SHAPES["lists_are_nothing"] = (
     "{% for m in messages %}{% set c = m.content if m.content is string else '' %}[{{ m.role }}]{{ c }}\n{% endfor %}"
@@ -43,7 +46,9 @@ ROW_SHAPES["lists_as_json"] = (
     "{% for m in messages %}{% set c = m.content %}{% if c is not string %}{% set c = c | tojson %}{% endif %}"
     "{{ '[' + m.role + ']' + c + '\\n' }}{% endfor %}" + _START
 )
-ROW_SHAPES["lists_as_python"] = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + _START
+ROW_SHAPES["lists_as_python"] = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + _START
+)
 ROW_SHAPES["each_part_as_python"] = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{{ p }}{% endfor %}{% endif %}\n{% endfor %}" + _START
@@ -82,14 +87,15 @@ ROW_SHAPES["ipython"] = (
     "{{ bos_token }}{% for m in messages %}{% if m.role in ('tool', 'ipython') %}<ipython>"
     "{% if m.content is mapping or m.content is iterable %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
     "{% elif 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
-    "<assistant>{{ '{\"name\": \"' + m.tool_calls[0].function.name + '\", \"parameters\": ' }}"
+    '<assistant>{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
     "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}' }}{% else %}<{{ m.role }}>{{ m.content | trim }}{% endif %}<eot>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ROW_SHAPES["pythonic_calls"] = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
     "{{ c.function.name }}({% if c.function.arguments is mapping %}{% for k, v in c.function.arguments.items() %}"
-    "{{ k }}={{ v | tojson }}{{ ', ' if not loop.last }}{% endfor %}{% endif %}){% endfor %}\n{% endfor %}" + _START
+    "{{ k }}={{ v | tojson }}{{ ', ' if not loop.last }}{% endfor %}{% endif %}){% endfor %}\n{% endfor %}"
+    + _START
 )
 ROW_SHAPES["xml_calls"] = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
@@ -98,7 +104,8 @@ ROW_SHAPES["xml_calls"] = (
 )
 ROW_SHAPES["first_call_only"] = (
     "{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}to={{ m.tool_calls[0].function.name }} "
-    "{{ m.tool_calls[0].function.arguments | tojson }}{% else %}{{ m.content }}{% endif %}\n{% endfor %}" + _START
+    "{{ m.tool_calls[0].function.arguments | tojson }}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    + _START
 )
 ROW_SHAPES["answers_of_objects"] = (
     "{% for m in messages %}[{{ m.role }}]{% if m.role == 'tool' and m.content is mapping %}"
@@ -135,12 +142,18 @@ ROW_SHAPES["thoughts_move"] = (
     "{% for m in messages %}[{{ m.role }}]{% set c = m.content or '' %}{% set t = m.reasoning_content or '' %}"
     "{% if m.role == 'assistant' and not t and '</think>' in c %}{% set t = c.split('</think>')[0].split('<think>')[-1].strip() %}"
     "{% set c = c.split('</think>')[-1].strip() %}{% endif %}"
-    "{% if m.role == 'assistant' %}<think>\n{{ t }}\n</think>\n\n{% endif %}{{ c }}\n{% endfor %}" + _START
+    "{% if m.role == 'assistant' %}<think>\n{{ t }}\n</think>\n\n{% endif %}{{ c }}\n{% endfor %}"
+    + _START
 )
 ROW_SHAPES["enable_thinking_speaks"] = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'user' and enable_thinking is defined and not "
     "enable_thinking %}/nothink{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant]"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+ROW_SHAPES["a_default_of_its_own"] = (
+    "{% set enable_thinking = enable_thinking if enable_thinking is defined else true %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
 )
 ROW_SHAPES["flags_in_the_system_turn"] = (
     "{% set ns = namespace(think=true, system='You are small.') %}{% if messages[0].role == 'system' %}"
@@ -173,8 +186,13 @@ ROW_SHAPES["default_system"] = (
     "{% if messages[0].role != 'system' %}[system]You are a careful helper.\n{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + _START
 )
-ROW_SHAPES["shouting"] = "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}\n{% endfor %}" + _START
-ROW_SHAPES["quoted"] = "{% for m in messages %}{{ {'role': m.role, 'content': m.content} | tojson }}\n{% endfor %}" + _START
+ROW_SHAPES["shouting"] = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}\n{% endfor %}" + _START
+)
+ROW_SHAPES["quoted"] = (
+    "{% for m in messages %}{{ {'role': m.role, 'content': m.content} | tojson }}\n{% endfor %}"
+    + _START
+)
 ROW_SHAPES["documents"] = (
     "{% for d in documents or [] %}{{ d.title }}: {{ d.text }}\n{% endfor %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + _START
