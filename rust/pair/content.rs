@@ -1,18 +1,24 @@
 //! Whether a render holds what its messages say: nothing of a row goes missing in silence.
 
-use std::borrow::Cow;
+use std::cell::OnceCell;
 
+use super::marked::Marked;
 use super::outcome::{Pair, Refusal};
 use super::prompt::Parts;
 use super::render::Renderer;
+use super::strings::{calls, function, leaves, texts, with_field};
 use super::text::is_blank;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::json::Value;
-use crate::template::{Rendered, Shown, strip};
+use crate::read::turns::is_asked;
+use crate::template::{Places, Rendered, Shown, strip};
 
-/// Texts below so many bytes may stand in a render by chance, and are looked for with a mark behind them.
+/// Texts below so many bytes may stand in a render by chance.
 const SHORT: usize = 12;
+const END_OF_THOUGHT: &str = "</think>";
+/// Words that switch thoughts on and off, which some templates take out of a text.
+const SWITCHES: [&str; 3] = ["/no_think", "/nothink", "/think"];
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// The messages of a render that are looked for in it.
@@ -47,36 +53,120 @@ impl Side<'_> {
     }
 }
 
-/// The texts of a content: itself, or those of its parts.
-fn texts<'v>(content: Option<&'v Value<'_>>, see: &mut impl FnMut(&'v str)) {
-    match content {
-        Some(Value::Str(text)) => see(text),
-        Some(Value::List(parts)) => {
-            for part in parts {
-                if let Value::Str(text) = part.get("text").unwrap_or(part) {
-                    see(text);
-                }
-            }
+/// What an answer says behind its thoughts, which templates take out on purpose.
+fn without_thoughts<'t>(message: &Value<'_>, text: &'t str) -> Option<&'t str> {
+    if is_asked(message) {
+        return None;
+    }
+    text.rsplit_once(END_OF_THOUGHT).map(|(_, said)| said)
+}
+
+/// A text without switches of thoughts, if there are some in it.
+fn without_switches(text: &str) -> Option<String> {
+    let has = SWITCHES.iter().any(|switch| text.contains(switch));
+    has.then(|| SWITCHES.iter().fold(text.to_owned(), |text, switch| text.replace(switch, "")))
+}
+
+/// What a render lacks of a content.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    Text,
+    /// It is there as Python prints it.
+    Python,
+    /// Thoughts of the last turn.
+    Thoughts,
+}
+
+/// What renders of one conversation say of it.
+struct Look<'l> {
+    messages: &'l [&'l Value<'l>],
+    shown: Shown<'l>,
+    renderer: &'l Renderer<'l>,
+    /// Every text has a place of its own in the render.
+    has_places: bool,
+    /// Made when it is needed.
+    marked: OnceCell<Marked>,
+}
+
+impl<'l> Look<'l> {
+    fn new(messages: &'l [&'l Value<'l>], text: &'l str, renderer: &'l Renderer<'l>) -> Self {
+        let mut places = Places::new(text);
+        let (mut has_places, mut has_short) = (true, false);
+        for (i, message) in messages.iter().enumerate() {
+            let is_last = i + 1 == messages.len();
+            texts(message.get("content"), &mut |text| {
+                has_short |= (1..SHORT).contains(&strip(text).len());
+                let said = || without_thoughts(message, text).filter(|_| !is_last);
+                has_places = has_places
+                    && (places.take(text) || said().is_some_and(|said| places.take(said)));
+            });
         }
-        Some(value @ Value::Object(_)) => leaves(value, see),
-        _ => {}
+        has_places = has_places && (!has_short || renderer.shows_contents(messages));
+        let (shown, marked) = (Shown::new(text), OnceCell::new());
+        Self { messages, shown, renderer, has_places, marked }
     }
-}
 
-/// All strings of a value, without keys.
-fn leaves<'v>(value: &'v Value<'_>, see: &mut impl FnMut(&'v str)) {
-    match value {
-        Value::Str(text) => see(text),
-        Value::List(items) => items.iter().for_each(|item| leaves(item, see)),
-        Value::Object(items) => items.iter().for_each(|(_, item)| leaves(item, see)),
-        _ => {}
+    fn marked(&self) -> &Marked {
+        self.marked.get_or_init(|| Marked::new(self.messages, self.renderer))
     }
-}
 
-fn calls<'v, 'a>(message: &'v Value<'a>) -> &'v [Value<'a>] {
-    match message.get("tool_calls") {
-        Some(Value::List(calls)) => calls,
-        _ => &[],
+    /// What the render lacks of the content of a message.
+    fn loss(&self, i: usize) -> Option<Loss> {
+        let message = self.messages.get(i)?;
+        let content = message.get("content");
+        if let Some(value @ (Value::List(_) | Value::Object(_))) = content
+            && self.shown.has_python(value)
+        {
+            return Some(Loss::Python);
+        }
+        if let Some(value @ (Value::Int(_) | Value::Float(_) | Value::Bool(_))) = content {
+            return (!self.shown.has_scalar(value)).then_some(Loss::Text);
+        }
+        if self.has_places {
+            return None;
+        }
+        let is_last = i + 1 == self.messages.len();
+        let mut loss = None;
+        let mut count = 0;
+        texts(content, &mut |text| {
+            count += 1;
+            if strip(text).is_empty() || loss == Some(Loss::Text) {
+                return;
+            }
+            let thoughtless = without_thoughts(message, text);
+            let is_there = |text: &str| {
+                let has = |text: &str| strip(text).is_empty() || self.shown.has(text);
+                has(text) || without_switches(text).is_some_and(|text| has(&text))
+            };
+            if !self.marked().has_content(i, count) {
+                loss = Some(Loss::Text);
+            } else if !is_there(text) {
+                loss = match thoughtless {
+                    Some(said) if strip(said).is_empty() && is_last => Some(Loss::Text),
+                    Some(said) if is_there(said) => is_last.then_some(Loss::Thoughts),
+                    _ => Some(Loss::Text),
+                };
+            }
+        });
+        loss
+    }
+
+    /// Whether the render has a call.
+    fn has_call(&self, i: usize, number: usize, call: &Value<'_>) -> bool {
+        let (mut is_there, mut count) = (true, 0);
+        let mut see = |text: &str| {
+            count += 1;
+            let is_marked = self.marked().has_call(i, number, count);
+            is_there &= is_marked && (strip(text).is_empty() || self.shown.has(text));
+        };
+        let function = function(call);
+        for name in ["name", "arguments"] {
+            function.get(name).into_iter().for_each(|value| leaves(value, &mut see));
+        }
+        if let Some(Value::Object(items)) = function.get("arguments") {
+            is_there &= items.iter().all(|(key, _)| self.shown.has(key));
+        }
+        is_there
     }
 }
 
@@ -93,150 +183,55 @@ pub(super) fn check_content(
     if rendered.complete {
         return Ok(());
     }
-    let shown = Shown::new(&rendered.text);
-    let mut has_short = false;
+    let look = Look::new(&side.messages, &rendered.text, renderer);
     for (i, message) in side.messages.iter().enumerate().skip(side.from) {
-        let content = message.get("content");
-        let mut is_lost = false;
-        texts(content, &mut |text| {
-            if strip(text).len() < SHORT {
-                has_short |= !strip(text).is_empty();
-            } else {
-                is_lost |= !shown.has(text);
+        match look.loss(i) {
+            Some(Loss::Text) => return Err(side.lost(i, "does not print its `content`")),
+            Some(Loss::Python) => {
+                let what = "prints its `content` as Python prints a list or a dict\nhint: give it as one string";
+                return Err(side.lost(i, what));
             }
-        });
-        if is_lost {
-            return Err(side.lost(i, "does not print its `content`"));
+            Some(Loss::Thoughts) => pair.warn(Warning::ReasoningDropped),
+            None => {}
         }
-        if let Some(value @ (Value::List(_) | Value::Object(_))) = content
-            && !matches!(value, Value::List(parts) if parts.is_empty())
-            && shown.has_python(value)
-        {
-            let what = "prints its `content` as Python prints a list or a dict\nhint: give it as one string";
-            return Err(side.lost(i, what));
-        }
-        for call in calls(message) {
-            let call = call.get("function").unwrap_or(call);
-            let mut is_there =
-                !matches!(call.get("name"), Some(Value::Str(name)) if !shown.has(name));
-            match call.get("arguments") {
-                Some(Value::Str(text)) if text.trim_start().starts_with('{') => {
-                    if shown.has_json_string(text) {
-                        pair.warn(Warning::ArgumentsAsText);
-                    } else {
-                        is_there &= shown.has(text);
-                    }
-                }
-                Some(arguments) => leaves(arguments, &mut |text| is_there &= shown.has(text)),
-                None => {}
+        for (number, call) in (1..).zip(calls(message)) {
+            if let Some(Value::Str(text)) = function(call).get("arguments")
+                && text.trim_start().starts_with('{')
+                && look.shown.has_json_string(text)
+            {
+                pair.warn(Warning::ArgumentsAsText);
             }
-            if is_there {
+            if look.has_call(i, number, call) {
                 continue;
             }
-            let is_all = !matches!(content, Some(Value::Str(text)) if !is_blank(text));
+            let is_all =
+                !matches!(message.get("content"), Some(Value::Str(text)) if !is_blank(text));
             if i >= side.completion && is_all {
                 return Err(side.lost(i, "does not print its `tool_calls`"));
             }
             pair.warn(Warning::ToolCallsDropped);
         }
-        let is_last = i + 1 == side.messages.len();
         let reasoning = REASONING.iter().find_map(|name| match message.get(name) {
             Some(Value::Str(text)) => Some(text),
             _ => None,
         });
-        if is_last && reasoning.is_some_and(|text| !shown.has(text)) {
+        let is_last = i + 1 == side.messages.len();
+        if is_last && reasoning.is_some_and(|text| !look.shown.has(text)) {
             pair.warn(Warning::ReasoningDropped);
         }
     }
-    if has_short {
-        check_short(side, &shown, renderer)?;
-    }
-    if side.from == 0 {
-        let tools = renderer.variables.iter().find(|(name, _)| *name == "tools");
-        if let Some((_, Value::List(tools))) = tools {
-            let is_lost = |tool: &Value<'_>| {
-                let name = tool.get("function").unwrap_or(tool).get("name");
-                matches!(name, Some(Value::Str(name)) if !shown.has(name))
-            };
-            if tools.iter().any(is_lost) {
-                pair.warn(Warning::ToolsDropped);
-            }
+    if side.from == 0
+        && let Some(tools) = renderer.tools()
+    {
+        let is_lost = |(i, tool): (usize, &Value<'_>)| match function(tool).get("name") {
+            Some(Value::Str(name)) => !look.marked().has_tool(i) || !look.shown.has(name),
+            _ => false,
+        };
+        if tools.iter().enumerate().any(is_lost) {
+            pair.warn(Warning::ToolsDropped);
         }
     }
     Ok(())
-}
-
-/// Looks for short texts by a mark behind each, since they may stand in a render by chance.
-fn check_short(side: &Side<'_>, shown: &Shown<'_>, renderer: &Renderer<'_>) -> Result<(), Refusal> {
-    let mark = |i: usize| format!("qzxk{i}v");
-    let marked: Vec<Value<'_>> =
-        side.messages.iter().enumerate().map(|(i, m)| with_mark(m, &mark(i))).collect();
-    let rendered = renderer.try_render(&marked.iter().collect::<Vec<_>>());
-    let rendered = rendered.map(|text| text.to_lowercase());
-    for (i, message) in side.messages.iter().enumerate().skip(side.from) {
-        let mut is_lost = false;
-        texts(message.get("content"), &mut |text| {
-            if !strip(text).is_empty() && strip(text).len() < SHORT {
-                is_lost |= match &rendered {
-                    Some(rendered) => !rendered.contains(&mark(i)),
-                    None => !shown.has(text),
-                };
-            }
-        });
-        if is_lost {
-            return Err(side.lost(i, "does not print its `content`"));
-        }
-    }
-    Ok(())
-}
-
-/// A message with a mark behind each short text of its content.
-fn with_mark<'v>(message: &Value<'v>, mark: &str) -> Value<'v> {
-    let marked = |text: &str| -> Cow<'v, str> {
-        let is_short = !strip(text).is_empty() && strip(text).len() < SHORT;
-        if is_short { format!("{text}{mark}").into() } else { text.to_owned().into() }
-    };
-    with_content(message, |content| match content {
-        Value::Str(text) => Value::Str(marked(text)),
-        Value::List(parts) => Value::List(
-            parts
-                .iter()
-                .map(|part| match part {
-                    Value::Str(text) => Value::Str(marked(text)),
-                    Value::Object(items) => Value::Object(
-                        items
-                            .iter()
-                            .map(|(key, value)| match value {
-                                Value::Str(text) if key == "text" => {
-                                    (key.clone(), Value::Str(marked(text)))
-                                }
-                                _ => (key.clone(), value.clone()),
-                            })
-                            .collect(),
-                    ),
-                    other => other.clone(),
-                })
-                .collect(),
-        ),
-        Value::Object(items) => Value::Object(
-            items
-                .iter()
-                .map(|(key, value)| match value {
-                    Value::Str(text) => (key.clone(), Value::Str(marked(text))),
-                    _ => (key.clone(), value.clone()),
-                })
-                .collect(),
-        ),
-        other => other.clone(),
-    })
-}
-
-fn with_content<'v>(message: &Value<'v>, change: impl Fn(&Value<'v>) -> Value<'v>) -> Value<'v> {
-    let Value::Object(items) = message else { return message.clone() };
-    let changed = items.iter().map(|(key, value)| {
-        (key.clone(), if key == "content" { change(value) } else { value.clone() })
-    });
-    Value::Object(changed.collect())
 }
 
 /// The text of a content that is a list of nothing but text.
@@ -255,34 +250,27 @@ fn only_text(message: &Value<'_>) -> Option<String> {
 /// Joins lists of text to one string each, where the template prints that and not the lists.
 pub(super) fn joined(parts: &mut Parts<'_>, renderer: &Renderer<'_>) {
     let Parts { prompt, chosen, rejected, .. } = &*parts;
-    let all = || prompt.iter().chain(chosen);
-    if !all().chain(rejected).any(|message| only_text(message).is_some_and(|t| !t.is_empty())) {
+    let all = || prompt.iter().chain(chosen).chain(rejected);
+    if !all().any(|message| only_text(message).is_some_and(|text| !text.is_empty())) {
         return;
     }
-    let prints = |messages: &[&Value<'_>]| {
-        renderer.try_render(messages).is_some_and(|text| {
-            let shown = Shown::new(&text);
-            messages.iter().all(|message| {
-                let mut has = true;
-                texts(message.get("content"), &mut |text| has &= shown.has(text));
-                let list = message.get("content").filter(|c| matches!(c, Value::List(_)));
-                has && !list.is_some_and(|list| shown.has_python(list))
-            })
+    let prints = |prompt: &[Value<'_>], side: &[Value<'_>]| {
+        let messages: Vec<&Value<'_>> = prompt.iter().chain(side).collect();
+        renderer.try_render(&messages).is_some_and(|text| {
+            let look = Look::new(&messages, &text, renderer);
+            (0..messages.len()).all(|i| matches!(look.loss(i), None | Some(Loss::Thoughts)))
         })
     };
-    if prints(&all().collect::<Vec<_>>()) {
+    if prints(prompt, chosen) && prints(prompt, rejected) {
         return;
     }
     let string = |message: &Value<'_>| match only_text(message) {
-        Some(text) => with_content(message, |_| Value::Str(text.clone().into())).into_owned(),
+        Some(text) => with_field(message, "content", |_| Value::Str(text.into())).into_owned(),
         None => message.clone().into_owned(),
     };
-    let strings: Vec<Value<'_>> = all().map(string).collect();
-    if prints(&strings.iter().collect::<Vec<_>>()) {
-        for messages in [&mut parts.prompt, &mut parts.chosen, &mut parts.rejected] {
-            for message in messages {
-                *message = string(message);
-            }
-        }
+    let strings = |messages: &[Value<'_>]| messages.iter().map(string).collect::<Vec<_>>();
+    let [prompt, chosen, rejected] = [prompt, chosen, rejected].map(|turns| strings(turns));
+    if prints(&prompt, &chosen) && prints(&prompt, &rejected) {
+        (parts.prompt, parts.chosen, parts.rejected) = (prompt, chosen, rejected);
     }
 }

@@ -5,10 +5,12 @@ mod chat;
 mod content;
 mod finish;
 mod implicit;
+mod marked;
 mod options;
 mod outcome;
 mod prompt;
 mod render;
+mod strings;
 mod text;
 
 use crate::error::{Reason, Warning};

@@ -58,7 +58,7 @@ pub(super) fn parted<'a>(
     if asks && parts.chosen != parts.rejected && (is_implicit || options.boundary != Boundary::Trl)
     {
         let same = matches!(first, [Some(a), Some(b)] if a.same(b));
-        if same {
+        if same && parts.chosen.len().min(parts.rejected.len()) == 1 {
             let short = usize::from(parts.chosen.len() > parts.rejected.len());
             let message = "expected an answer behind the prompt, found none";
             return Err(Bad::new(Reason::EmptyCompletion, names[1 + short], message).into());

@@ -5,7 +5,7 @@ use super::outcome::{Pair, Refusal};
 use crate::error::{Error, Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::json::Value;
-use crate::template::{Conversation, RenderError, Rendered, Template, concatenate};
+use crate::template::{Conversation, RenderError, Rendered, Template, concatenate, shows_contents};
 use crate::tokenize::Tokenizer;
 
 /// A template with everything but the messages filled in.
@@ -17,15 +17,23 @@ pub(super) struct Renderer<'t> {
 }
 
 impl Renderer<'_> {
-    fn run(&self, messages: &[&Value<'_>], generation: bool) -> Result<Rendered, RenderError> {
-        let conversation = Conversation {
+    fn conversation<'a>(
+        &'a self,
+        messages: &'a [&'a Value<'a>],
+        generation: bool,
+    ) -> Conversation<'a> {
+        Conversation {
             messages,
             named: self.tokenizer.named(),
             variables: &self.variables,
             generation,
             now: self.options.now,
             cap: self.options.limits.max_rendered_bytes,
-        };
+        }
+    }
+
+    fn run(&self, messages: &[&Value<'_>], generation: bool) -> Result<Rendered, RenderError> {
+        let conversation = self.conversation(messages, generation);
         concatenate(self.template, &conversation)
             .unwrap_or_else(|| self.template.render(&conversation))
     }
@@ -68,6 +76,33 @@ impl Renderer<'_> {
     /// The text of a conversation, if the template takes it.
     pub(super) fn try_render(&self, messages: &[&Value<'_>]) -> Option<String> {
         self.run(messages, false).ok().map(|rendered| rendered.text)
+    }
+
+    /// The same, with other tools if some are given.
+    pub(super) fn try_render_with(
+        &self,
+        messages: &[&Value<'_>],
+        tools: Option<&Value<'_>>,
+    ) -> Option<String> {
+        let Some(tools) = tools else { return self.try_render(messages) };
+        let other = |(name, value): &(_, _)| (*name, if *name == "tools" { tools } else { *value });
+        let variables: Vec<(&str, &Value<'_>)> = self.variables.iter().map(other).collect();
+        let conversation =
+            Conversation { variables: &variables, ..self.conversation(messages, false) };
+        self.template.render(&conversation).ok().map(|rendered| rendered.text)
+    }
+
+    /// The tools that the template sees.
+    pub(super) fn tools(&self) -> Option<&[Value<'_>]> {
+        self.variables.iter().find_map(|(name, value)| match value {
+            Value::List(tools) if *name == "tools" => Some(tools.as_slice()),
+            _ => None,
+        })
+    }
+
+    /// Whether the template prints all contents of such a conversation, as far as their texts do not matter.
+    pub(super) fn shows_contents(&self, messages: &[&Value<'_>]) -> bool {
+        shows_contents(self.template, &self.conversation(messages, false))
     }
 }
 

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use minijinja::{Environment, Value as Jinja, machinery};
+use minijinja::machinery::{self, Token};
+use minijinja::{Environment, Value as Jinja};
 
 use super::checks::Checks;
 use super::clock::NOW;
@@ -104,8 +105,13 @@ impl Template {
 
     /// The variables that the template reads; `None` if only another renderer knows.
     pub fn reads(&self) -> Option<HashSet<String>> {
-        let template = self.levels.first()?.get_template(NAME).ok()?;
-        Some(template.undeclared_variables(false))
+        let env = self.levels.first()?;
+        let mut names = env.get_template(NAME).ok()?.undeclared_variables(false);
+        let (defaults, macros) = names_of_blocks(&self.source);
+        names.extend(defaults);
+        let is_given = |name: &String| env.globals().any(|(global, _)| global == name);
+        names.retain(|name| !macros.contains(name) && !is_given(name));
+        Some(names)
     }
 
     /// Renders `conversation`. The messages and their bytes set the fuel.
@@ -182,6 +188,34 @@ impl std::fmt::Debug for Template {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Template").field("source", &self.source).finish_non_exhaustive()
     }
+}
+
+/// Names that a template sets from themselves, as it does to give a variable a default, and those of its macros.
+fn names_of_blocks(source: &str) -> (HashSet<String>, HashSet<String>) {
+    let source = rewrite_generation(source);
+    let tokens: Vec<Token<'_>> = machinery::tokenize(&source, false, syntax())
+        .map_while(|token| token.ok().map(|(token, _)| token))
+        .collect();
+    let (mut defaults, mut macros) = (HashSet::new(), HashSet::new());
+    for block in tokens.split(|token| matches!(token, Token::BlockStart)) {
+        let end = block.iter().position(|token| matches!(token, Token::BlockEnd));
+        match block.get(..end.unwrap_or(block.len())) {
+            Some([Token::Ident("set"), Token::Ident(name), Token::Assign, from @ ..]) => {
+                let is_read = |(i, token): (usize, &Token<'_>)| {
+                    let is_attribute = i > 0 && matches!(from.get(i - 1), Some(Token::Dot));
+                    matches!(token, Token::Ident(read) if read == name) && !is_attribute
+                };
+                if from.iter().enumerate().any(is_read) {
+                    defaults.insert((*name).to_owned());
+                }
+            }
+            Some([Token::Ident("macro"), Token::Ident(name), ..]) => {
+                macros.insert((*name).to_owned());
+            }
+            _ => {}
+        }
+    }
+    (defaults, macros)
 }
 
 fn checks(source: &str) -> std::result::Result<Checks, String> {

@@ -8,7 +8,7 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value as Jinja};
 
 use super::clock::strftime_now;
 use super::json::{printed, tojson};
-use super::python::{method, trim};
+use super::python::{indent, method, trim};
 use crate::read::json::Value;
 
 pub(super) const NAME: &str = "chat_template";
@@ -60,6 +60,7 @@ pub(super) fn environment() -> Environment<'static> {
     env.set_unknown_method_callback(method);
     env.add_filter("tojson", tojson);
     env.add_filter("trim", trim);
+    env.add_filter("indent", indent);
     env.add_function("raise_exception", |message: String| -> Result<Jinja, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });

@@ -16,5 +16,5 @@ mod shown;
 
 pub use compiled::{Answer, Fallback, Template};
 pub use conversation::{Conversation, Now, RenderError, Rendered};
-pub(crate) use program::concatenate;
-pub(crate) use shown::{Shown, strip};
+pub(crate) use program::{concatenate, shows_contents};
+pub(crate) use shown::{Places, Shown, strip};

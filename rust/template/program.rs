@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
+use std::io::Write as _;
 use std::sync::atomic::Ordering;
 
 use super::compiled::Template;
@@ -143,6 +144,33 @@ struct Cache {
     key: Vec<u8>,
 }
 
+impl Cache {
+    /// The shapes of a template at a time, and the key of the shape that is looked for.
+    fn of(&mut self, template: &Template, now: Now) -> Option<(&mut Shapes, &[u8])> {
+        let Self { all, key } = self;
+        let found = all.iter().position(|s| s.owner == template.owner && s.now == now);
+        let at = found.unwrap_or_else(|| {
+            all.truncate(TEMPLATES - 1);
+            all.insert(0, Shapes { owner: template.owner, now, map: HashMap::default() });
+            0
+        });
+        Some((all.get_mut(at)?, key))
+    }
+}
+
+impl Shapes {
+    /// The shape of `key`, which `make` makes of a conversation of probes.
+    fn shape(&mut self, key: &[u8], make: impl FnOnce() -> Option<Program>) -> Option<&mut Shape> {
+        if !self.map.contains_key(key) {
+            if self.map.len() >= SHAPES {
+                self.map.clear();
+            }
+            self.map.insert(key.to_owned(), Shape { program: make(), uses: 0 });
+        }
+        self.map.get_mut(key)
+    }
+}
+
 thread_local! {
     // No lock: a thread of a forked child finds its own copy, whatever the parent's threads were doing.
     static CACHE: RefCell<Cache> = RefCell::default();
@@ -173,6 +201,35 @@ fn describe<'v>(message: &'v Value<'_>, key: &mut Vec<u8>) -> Option<&'v str> {
     content.filter(|_| role)
 }
 
+/// The render of probes in the place of the contents.
+fn probed(template: &Template, conversation: &Conversation<'_>) -> Option<Program> {
+    let probes = probe(conversation.messages);
+    let messages = &probes.iter().collect::<Vec<_>>()[..];
+    let rendered = template.render(&Conversation { messages, ..*conversation }).ok()?;
+    Program::read(&rendered.text, messages.len())
+}
+
+/// Whether the template prints all contents of a conversation of this shape, as far as their texts do not matter.
+pub(crate) fn shows_contents(template: &Template, conversation: &Conversation<'_>) -> bool {
+    let Conversation { messages, variables, generation, now, .. } = *conversation;
+    if messages.len() > MOST {
+        return false;
+    }
+    CACHE.with_borrow_mut(|cache| {
+        cache.key.clear();
+        cache.key.push(2 + u8::from(generation)); // shapes that are never run
+        let is_plain = messages.iter().all(|m| describe(m, &mut cache.key).is_some());
+        if !variables.is_empty() {
+            let _ = write!(cache.key, "{variables:?}");
+        }
+        let Some((shapes, key)) = cache.of(template, now).filter(|_| is_plain) else {
+            return false;
+        };
+        let shape = shapes.shape(key, || probed(template, conversation));
+        shape.and_then(|shape| shape.program.as_ref()).is_some_and(|program| program.complete)
+    })
+}
+
 /// The render of `messages` by concatenation, or `None` if this conversation has to be rendered.
 ///
 /// Only the messages may differ between conversations of one template and time: there are no further variables, and the
@@ -195,34 +252,18 @@ pub(crate) fn concatenate(
         return None;
     }
     CACHE.with_borrow_mut(|cache| {
-        let Cache { all, key } = cache;
-        key.clear();
-        key.push(u8::from(generation));
+        cache.key.clear();
+        cache.key.push(u8::from(generation));
         let mut contents = Vec::with_capacity(messages.len());
         for message in messages {
-            let content = describe(message, key)?;
+            let content = describe(message, &mut cache.key)?;
             if !checks.hold(content) {
                 return None;
             }
             contents.push(content);
         }
-        let found = all.iter().position(|s| s.owner == template.owner && s.now == now);
-        let at = found.unwrap_or_else(|| {
-            all.truncate(TEMPLATES - 1);
-            all.insert(0, Shapes { owner: template.owner, now, map: HashMap::default() });
-            0
-        });
-        let shapes = all.get_mut(at)?;
-        if !shapes.map.contains_key(key.as_slice()) {
-            if shapes.map.len() >= SHAPES {
-                shapes.map.clear();
-            }
-            let probes = probe(messages);
-            let text = render(&probes.iter().collect::<Vec<_>>()).ok();
-            let program = text.and_then(|rendered| Program::read(&rendered.text, messages.len()));
-            shapes.map.insert(key.clone(), Shape { program, uses: 0 });
-        }
-        let shape = shapes.map.get_mut(key.as_slice())?;
+        let (shapes, key) = cache.of(template, now)?;
+        let shape = shapes.shape(key, || probed(template, conversation))?;
         let program = shape.program.as_ref()?;
         let (text, complete) = (program.run(&contents)?, program.complete);
         if text.len() > cap {

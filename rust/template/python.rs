@@ -1,6 +1,10 @@
 //! What Python's strings do and minijinja's do not.
 
+use minijinja::value::{Kwargs, Rest};
 use minijinja::{ErrorKind, State, Value as Jinja};
+
+/// The widest indent; wider ones have no use.
+const MOST_INDENT: usize = 256;
 
 pub(super) fn bad(message: impl Into<std::borrow::Cow<'static, str>>) -> minijinja::Error {
     minijinja::Error::new(ErrorKind::InvalidOperation, message)
@@ -59,6 +63,47 @@ pub(super) fn trim(value: &Jinja, chars: Option<&str>) -> String {
         Some(text) => stripped(text, chars, true, true).to_owned(),
         None => stripped(&value.to_string(), chars, true, true).to_owned(),
     }
+}
+
+#[allow(clippy::needless_pass_by_value)] // minijinja's arguments are owned
+/// jinja2's filter `indent`, whose lines are Python's.
+pub(super) fn indent(
+    value: &Jinja,
+    args: Rest<Jinja>,
+    kwargs: Kwargs,
+) -> Result<Jinja, minijinja::Error> {
+    let named = |i: usize, name: &str| -> Result<Option<Jinja>, minijinja::Error> {
+        match args.get(i) {
+            Some(value) => Ok(Some(value.clone())),
+            None => kwargs.get(name),
+        }
+    };
+    let with = match named(0, "width")? {
+        None => " ".repeat(4),
+        Some(width) => match width.as_str() {
+            Some(text) => text.to_owned(),
+            None => " ".repeat(usize::try_from(width)?.min(MOST_INDENT)),
+        },
+    };
+    let is_set = |value: Option<Jinja>| value.is_some_and(|value| value.is_true());
+    let (first, blank) = (is_set(named(1, "first")?), is_set(named(2, "blank")?));
+    kwargs.assert_all_used()?;
+    let text = match value.as_str() {
+        Some(text) => format!("{text}\n"),
+        None => format!("{value}\n"),
+    };
+    let mut out = String::with_capacity(text.len());
+    for (i, line) in lines(&text).enumerate() {
+        if i > 0 {
+            out.push('\n');
+        }
+        // The first line is a matter of its own.
+        if if i == 0 { first } else { blank || !line.is_empty() } {
+            out.push_str(&with);
+        }
+        out.push_str(line);
+    }
+    Ok(Jinja::from(out))
 }
 
 /// Methods of Python strings that `pycompat` lacks; the rest goes there.

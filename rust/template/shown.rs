@@ -2,16 +2,59 @@
 
 use std::cell::OnceCell;
 
+use memchr::memmem;
+
 use super::jinja::to_jinja;
-use super::json::in_json;
+use super::json::{in_json, printed};
 use super::python::{trim_end, trim_start};
 use crate::read::json::Value;
-
-const END_OF_THOUGHT: &str = "</think>";
 
 /// Python's `strip()`.
 pub(crate) fn strip(text: &str) -> &str {
     trim_end(trim_start(text))
+}
+
+/// Places of texts in a render, none of which overlap: texts with a place each are all there, however alike they are.
+pub(crate) struct Places<'r> {
+    render: &'r [u8],
+    taken: Vec<[usize; 2]>,
+    next: usize,
+}
+
+impl<'r> Places<'r> {
+    pub(crate) fn new(render: &'r str) -> Self {
+        Self { render: render.as_bytes(), taken: Vec::new(), next: 0 }
+    }
+
+    /// Whether a place was found for one more text: behind the last one, or anywhere.
+    pub(crate) fn take(&mut self, text: &str) -> bool {
+        let text = strip(text).as_bytes();
+        if text.is_empty() {
+            return true;
+        }
+        let finder = memmem::Finder::new(text);
+        let in_order = self.free(&finder, self.next);
+        let found = in_order.or_else(|| self.free(&finder, 0));
+        let Some(start) = found else { return false };
+        let end = start + text.len();
+        self.taken.push([start, end]);
+        if in_order.is_some() {
+            self.next = end;
+        }
+        true
+    }
+
+    /// The first place from `from` on that no other text has.
+    fn free(&self, finder: &memmem::Finder<'_>, mut from: usize) -> Option<usize> {
+        loop {
+            let start = from + finder.find(self.render.get(from..)?)?;
+            let end = start + finder.needle().len();
+            match self.taken.iter().find(|taken| taken[0] < end && start < taken[1]) {
+                None => return Some(start),
+                Some(taken) => from = taken[1],
+            }
+        }
+    }
 }
 
 /// A render in which texts are looked for.
@@ -26,15 +69,9 @@ impl<'r> Shown<'r> {
         Self { render, letters: OnceCell::new() }
     }
 
-    /// Whether the render has `text`: as it is, as JSON escapes it, or by its letters and digits. What a thought is
-    /// before, templates drop on purpose.
+    /// Whether the render has `text`: as it is, as JSON escapes it, or by its letters and digits.
     pub(crate) fn has(&self, text: &str) -> bool {
         let text = strip(text);
-        let said = text.rsplit(END_OF_THOUGHT).next().map_or(text, strip);
-        said.is_empty() || self.has_all(text) || self.has_all(said)
-    }
-
-    fn has_all(&self, text: &str) -> bool {
         if self.render.contains(text) {
             return true;
         }
@@ -47,9 +84,27 @@ impl<'r> Shown<'r> {
             && self.letters.get_or_init(|| self::letters(self.render)).contains(&letters)
     }
 
-    /// Whether the render has this value as Python prints it.
+    /// Whether the render has this list or object as Python prints it, or an object in it.
     pub(crate) fn has_python(&self, value: &Value<'_>) -> bool {
-        to_jinja(value).is_ok_and(|value| self.render.contains(&value.to_string()))
+        let is_there = |value: &Value<'_>| {
+            to_jinja(value).is_ok_and(|value| {
+                let text = printed(&value).unwrap_or_else(|| value.to_string());
+                self.render.contains(&text)
+            })
+        };
+        match value {
+            Value::Object(items) => !items.is_empty() && is_there(value),
+            Value::List(items) => {
+                !items.is_empty()
+                    && (is_there(value) || items.iter().any(|item| self.has_python(item)))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the render has this number or truth value, in Python's letters or JSON's.
+    pub(crate) fn has_scalar(&self, value: &Value<'_>) -> bool {
+        to_jinja(value).is_ok_and(|value| self.has(&value.to_string()))
     }
 
     /// Whether the render has this text as a string of JSON, quotes and all.

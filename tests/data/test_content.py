@@ -123,7 +123,7 @@ def test_what_is_dropped_in_an_answer_names_its_side(load):
         "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}{% endfor %}",
         "{% for m in messages %}[{{ m.role }}]{{ m.content | tojson }}{% endfor %}",
         "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('\n', ' | ') }}{% endfor %}",
-        "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1].strip() }}{% endfor %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() if m.role == 'user' else m.content.split('</think>')[-1].strip() }}{% endfor %}",
         PLAIN,
         CONCATENATING,
     ],
@@ -185,6 +185,8 @@ def test_a_tools_answer_may_be_any_value(load):
     ):
         pairs = PairDataset.from_rows([row([say("user", "is it?"), say("tool", answer)])], tok)
         assert shown in texts(pairs)[0]
+    for answer in ({"celsius": 20.5, "sky": "clear"}, 20.5, True, "clear"):
+        refused([row([say("user", "is it?"), say("tool", answer), say("user", "so?")])], load(PLAIN.replace("m.content", "'' if m.role == 'tool' else m.content")))
     error = refused([row([say("user", {"a": 1})])], tok, "bad_messages")
     assert "found an object" in str(error)
 
@@ -329,6 +331,31 @@ def test_a_variable_that_no_template_reads_is_an_error(load):
         PairDataset.from_rows([row()], tok, chat_template_kwargs="style")
     error = refused([row(chat_template_kwargs={"stile": 1})], tok, "bad_messages")
     assert error.field == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{% set style = style | default('brief') %}",
+        "{%- set style = style if style is defined else 'brief' -%}",
+        "{% if style is not defined %}{% set style = 'brief' %}{% endif %}",
+    ],
+)
+def test_a_variable_with_a_default_of_its_own_is_read(load, line):
+    tok = load(line + "{{ style }}|" + PLAIN)
+    rows = [row(), row(chat_template_kwargs={"style": "long"})]
+    pairs = PairDataset.from_rows(rows, tok)
+    assert [texts(pairs, i)[0].split("|")[0] for i in range(2)] == ["brief", "long"]
+
+
+@pytest.mark.parametrize(
+    "line", ["{% set style = 'brief' %}", "{% set style = row.style %}", "{# style #}", "{% macro style() %}{% endmacro %}"]
+)  # fmt: skip
+def test_a_variable_that_is_only_set_is_not_read(load, line):
+    tok = load("{% macro turn(m) %}{{ m.content }}{% endmacro %}{{ namespace(x=1).x }}" + line + PLAIN)
+    with pytest.raises(ValueError, match="no chat template reads `style`") as caught:
+        PairDataset.from_rows([row()], tok, chat_template_kwargs={"style": 1})
+    assert not any(name in str(caught.value) for name in ("turn", "namespace", "range"))
 
 
 def test_the_time_of_templates_can_be_told(load):
