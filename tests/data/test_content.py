@@ -186,7 +186,10 @@ def test_a_tools_answer_may_be_any_value(load):
         pairs = PairDataset.from_rows([row([say("user", "is it?"), say("tool", answer)])], tok)
         assert shown in texts(pairs)[0]
     for answer in ({"celsius": 20.5, "sky": "clear"}, 20.5, True, "clear"):
-        refused([row([say("user", "is it?"), say("tool", answer), say("user", "so?")])], load(PLAIN.replace("m.content", "'' if m.role == 'tool' else m.content")))
+        refused(
+            [row([say("user", "is it?"), say("tool", answer), say("user", "so?")])],
+            load(PLAIN.replace("m.content", "'' if m.role == 'tool' else m.content")),
+        )
     error = refused([row([say("user", {"a": 1})])], tok, "bad_messages")
     assert "found an object" in str(error)
 
@@ -352,7 +355,9 @@ def test_a_variable_with_a_default_of_its_own_is_read(load, line):
     "line", ["{% set style = 'brief' %}", "{% set style = row.style %}", "{# style #}", "{% macro style() %}{% endmacro %}"]
 )  # fmt: skip
 def test_a_variable_that_is_only_set_is_not_read(load, line):
-    tok = load("{% macro turn(m) %}{{ m.content }}{% endmacro %}{{ namespace(x=1).x }}" + line + PLAIN)
+    tok = load(
+        "{% macro turn(m) %}{{ m.content }}{% endmacro %}{{ namespace(x=1).x }}" + line + PLAIN
+    )
     with pytest.raises(ValueError, match="no chat template reads `style`") as caught:
         PairDataset.from_rows([row()], tok, chat_template_kwargs={"style": 1})
     assert not any(name in str(caught.value) for name in ("turn", "namespace", "range"))

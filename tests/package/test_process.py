@@ -308,10 +308,9 @@ def test_nothing_global_is_touched(tmp_path):
     ours = tokenizer(tmp_path / "m")
     messages = [{"role": "user", "content": "q"}]
     pairs = PairDataset.from_rows(ROWS, ours)
-    pairs = PairDataset.from_rows(
-        [{"prompt": messages, "chosen": messages, "rejected": [{"role": "user", "content": "z"}]}],
-        ours,
-    )
+    answers = [[{"role": "assistant", "content": text}] for text in "yz"]
+    row = {"prompt": messages, "chosen": answers[0], "rejected": answers[1]}
+    pairs = PairDataset.from_rows([row], ours)
     ours.apply_chat_template(messages)
     ours.encode_batch(["a", "b"], threads=2)
     list(pairs.plan(layout="padded", pairs_per_batch=1))

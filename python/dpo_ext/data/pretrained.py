@@ -210,7 +210,9 @@ def _through_transformers(folder: Path, chosen: str | None, why: str) -> dict[st
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         hint = "a vocabulary of SentencePiece or tiktoken needs the package of that name"
         if "auto_map" in why:
-            hint = "code of a folder is never run here: load it yourself with trust_remote_code=True"
+            hint = (
+                "code of a folder is never run here: load it yourself with trust_remote_code=True"
+            )
         raise TokenizerError(
             f"{folder}: only transformers knows {why}, and {by} does not load it: {said}\n"
             f"hint: {hint}; from_pretrained takes what AutoTokenizer gives"
