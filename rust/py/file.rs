@@ -11,7 +11,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::options::limits;
+use super::options::limits as checked;
 use super::wait::detached;
 use crate::error::{Error, Place, Reason, Result};
 use crate::read::quotes::{Fault, Quotes};
@@ -72,14 +72,14 @@ impl FileText {
 impl FileText {
     /// With a delimiter the text must be a table whose quotes are in order.
     #[new]
-    #[pyo3(signature = (path, limits_, delimiter=None))]
+    #[pyo3(signature = (path, limits, delimiter=None))]
     fn new(
         py: Python<'_>,
         path: PathBuf,
-        limits_: Bound<'_, PyAny>,
+        limits: Bound<'_, PyAny>,
         delimiter: Option<u8>,
     ) -> PyResult<Self> {
-        let limits = limits(&limits_)?;
+        let limits = checked(&limits)?;
         let open = detached(py, || {
             let mut source = Source::open(&path, &limits)?;
             let mut head = source.head()?;
