@@ -485,6 +485,15 @@ def test_split_special_tokens_still_end_rows_with_eos(tmp_path, special_text):
     assert got.rejected_ids.tolist() == [[*b"c", ours.eos_id]]
 
 
+def test_trl_spells_eos_where_special_tokens_are_split(tmp_path):
+    folder = write_folder(tmp_path / "m", config={"split_special_tokens": True})
+    ours = Tokenizer.from_pretrained(folder)
+    rows = [{"prompt": "a", "chosen": "b<|end|>", "rejected": "c"}]
+    got = PairDataset.from_rows(rows, ours, boundary="trl")
+    assert got.chosen_ids.tolist() == [list(b"b<|end|>")]
+    assert got.rejected_ids.tolist() == [list(b"c<|end|>")]
+
+
 @pytest.mark.parametrize(
     "name", [CONFIG, "config.json", "special_tokens_map.json", "added_tokens.json"]
 )
