@@ -187,8 +187,11 @@ def test_a_rows_own_kwargs_reach_the_template(tmp_path):
     assert decode(pairs[0]["prompt_ids"]).startswith("fast")
 
 
+@pytest.mark.slow
 def test_a_poisoned_folder_runs_nothing(tmp_path):
-    """Pickles, Python files and auto_map lie beside the tokenizer; loading touches none of them."""
+    """Pickles, Python files and auto_map lie beside the tokenizer; loading touches none of them, be
+    the class known or one that only the folder's code has.
+    """
     folder = write_folder(
         tmp_path / "m",
         config={"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"},
@@ -199,7 +202,9 @@ def test_a_poisoned_folder_runs_nothing(tmp_path):
     payload = b"cos\nsystem\n(S'touch " + str(folder / "sprung").encode() + b"'\ntR."
     for name in ("tokenizer.pkl", "vocab.bin", "pytorch_model.bin"):
         (folder / name).write_bytes(payload)
-    ours = Tokenizer.from_pretrained(folder)
+    with pytest.raises(TokenizerError, match="only transformers knows `auto_map`"):
+        Tokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_pretrained(write_folder(folder))
     assert ours.apply_chat_template(USER).startswith("<|turn|>user")
     assert not (folder / "sprung").exists()
 

@@ -403,7 +403,7 @@ def test_a_vocabulary_that_transformers_cannot_read_is_an_error(tmp_path, name, 
     (tmp_path / CONFIG).write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     with pytest.raises(
         TokenizerError,
-        match=r"(?s)transformers.*(does not load it: .*hint|LlamaTokenizer reads none)",
+        match=r"(?s)transformers.*(does not load it: .*hint|LlamaTokenizer reads no file)",
     ):
         Tokenizer.from_pretrained(tmp_path)
 
