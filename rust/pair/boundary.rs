@@ -43,7 +43,10 @@ fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -
     let tail = (!brought).then_some(eos);
     let cut = texts.cut;
     texts.whole.each_mut().map(|whole| {
-        let Some(spelt) = tokenizer.eos_text() else { return tail };
+        // TRL spells EOS even where the tokenizer then splits it.
+        let as_trl = options.boundary == Boundary::Trl && options.special_text != SpecialText::Text;
+        let spelt = if as_trl { tokenizer.eos_spelling() } else { tokenizer.eos_text() };
+        let Some(spelt) = spelt else { return tail };
         let ends_with_eos = whole.get(cut..).is_some_and(|side| side.ends_with(spelt));
         if options.special_text == SpecialText::Text {
             if ends_with_eos {

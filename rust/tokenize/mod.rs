@@ -41,8 +41,10 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Option<u32>,
     pad: Option<u32>,
-    /// Text that becomes exactly the EOS id.
+    /// How the EOS id is spelt, if EOS is an added token.
     eos_text: Option<String>,
+    /// Whether that spelling stays text.
+    eos_is_split: bool,
     template: Option<Template>,
     tool_template: Option<Template>,
     control: Control,
@@ -136,6 +138,7 @@ impl Tokenizer {
             eos,
             pad,
             eos_text: None,
+            eos_is_split: false,
             template,
             tool_template,
             split_special: source.split_special,
@@ -144,7 +147,8 @@ impl Tokenizer {
             let text = tokenizer.inner.id_to_token(id)?;
             let decoder = tokenizer.inner.get_added_tokens_decoder();
             let token = decoder.get(&id)?;
-            (!(source.split_special && token.special)).then_some(text)
+            tokenizer.eos_is_split = source.split_special && token.special;
+            Some(text)
         });
         let templates = [&tokenizer.template, &tokenizer.tool_template];
         let templates: Vec<&Template> = templates.into_iter().flatten().collect();
@@ -189,6 +193,11 @@ impl Tokenizer {
 
     /// The text that becomes the EOS id, if EOS is an added token.
     pub fn eos_text(&self) -> Option<&str> {
+        self.eos_text.as_deref().filter(|_| !self.eos_is_split)
+    }
+
+    /// How EOS is spelt, be it text that becomes the id or text that stays text.
+    pub fn eos_spelling(&self) -> Option<&str> {
         self.eos_text.as_deref()
     }
 

@@ -189,8 +189,11 @@ def test_a_rows_own_kwargs_reach_the_template(tmp_path):
     assert decode(pairs[0]["prompt_ids"]).startswith("fast")
 
 
+@pytest.mark.slow
 def test_a_poisoned_folder_runs_nothing(tmp_path):
-    """Pickles, Python files and auto_map lie beside the tokenizer; loading touches none of them."""
+    """Pickles, Python files and auto_map lie beside the tokenizer; loading touches none of them, be
+    the class known or one that only the folder's code has.
+    """
     folder = write_folder(
         tmp_path / "m",
         config={"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"},
@@ -203,11 +206,7 @@ def test_a_poisoned_folder_runs_nothing(tmp_path):
         (folder / name).write_bytes(payload)
     with pytest.raises(TokenizerError, match="only transformers knows `auto_map`"):
         Tokenizer.from_pretrained(folder)
-    assert not (folder / "sprung").exists()
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["auto_map"], config["tokenizer_class"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = Tokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_pretrained(write_folder(folder))
     assert ours.apply_chat_template(USER).startswith("<|turn|>user")
     assert not (folder / "sprung").exists()
 

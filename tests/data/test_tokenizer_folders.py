@@ -403,7 +403,7 @@ def test_a_vocabulary_that_transformers_cannot_read_is_an_error(tmp_path, name, 
     (tmp_path / CONFIG).write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     with pytest.raises(
         TokenizerError,
-        match=r"(?s)transformers.*(does not load it: .*hint|LlamaTokenizer reads none)",
+        match=r"(?s)transformers.*(does not load it: .*hint|LlamaTokenizer reads no file)",
     ):
         Tokenizer.from_pretrained(tmp_path)
 
@@ -483,6 +483,15 @@ def test_split_special_tokens_still_end_rows_with_eos(tmp_path, special_text):
     assert got.chosen_ids.tolist() == [[*b"b<|end|>", ours.eos_id]]
     assert got.prompt_ids.tolist() == [list(b"a<|end|>")]
     assert got.rejected_ids.tolist() == [[*b"c", ours.eos_id]]
+
+
+def test_trl_spells_eos_where_special_tokens_are_split(tmp_path):
+    folder = write_folder(tmp_path / "m", config={"split_special_tokens": True})
+    ours = Tokenizer.from_pretrained(folder)
+    rows = [{"prompt": "a", "chosen": "b<|end|>", "rejected": "c"}]
+    got = PairDataset.from_rows(rows, ours, boundary="trl")
+    assert got.chosen_ids.tolist() == [list(b"b<|end|>")]
+    assert got.rejected_ids.tolist() == [list(b"c<|end|>")]
 
 
 @pytest.mark.parametrize(

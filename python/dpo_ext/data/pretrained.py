@@ -208,18 +208,18 @@ def _through_transformers(folder: Path, chosen: str | None, why: str) -> dict[st
         )
     except Exception as error:  # whatever a class of theirs raises
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        hint = "a vocabulary of SentencePiece or tiktoken needs the package of that name"
-        if "auto_map" in why:
-            hint = (
-                "code of a folder is never run here: load it yourself with trust_remote_code=True"
-            )
         raise TokenizerError(
             f"{folder}: only transformers knows {why}, and {by} does not load it: {said}\n"
-            f"hint: {hint}; from_pretrained takes what AutoTokenizer gives"
+            "hint: a vocabulary of SentencePiece or tiktoken needs the package of that name; code "
+            "of the folder never runs here, but Tokenizer.from_pretrained takes what AutoTokenizer "
+            "gives"
         ) from error
     if not (folder / "tokenizer.json").exists() and not _reads(tokenizer, folder):
         found = type(tokenizer).__name__
-        raise TokenizerError(f"{folder}: only transformers knows {why}, and its {found} reads none")
+        raise TokenizerError(
+            f"{folder}: only transformers knows {why}, and its {found} reads no file of it\n"
+            "hint: name the class in tokenizer_config.json"
+        )
     state = state_of_live(tokenizer, chosen, sample=True)
     return state | {"read_by": f"{by}, which alone knows {why}"}
 

@@ -61,7 +61,7 @@ class Tokenizer:
             self._state["json"],
             [(name, text) for name, text in self._state["named"]],
             [tuple(added) for added in self._state["added"]],
-            self._state["split_special"],
+            self._state.get("split_special", False),  # pickles of before have none
             (ids[0], ids[1], ids[2]),
             self._state["template"],
             self._state["tool_template"],
