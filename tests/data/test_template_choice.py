@@ -131,9 +131,9 @@ def test_without_transformers_the_construct_is_named(tmp_path):
 def test_a_refusal_elsewhere_is_a_template_error(tmp_path):
     pytest.importorskip("transformers")
     ours = tokenizer(tmp_path / "m", template=PERCENT + "{{ raise_exception('no thanks') }}")
-    pairs = PairDataset.from_rows([row()], ours, on_bad="skip")
-    assert pairs.report.dropped == {"template_error": 1}
-    assert "no thanks" in pairs.report.first["template_error"].message
+    with pytest.raises(DataError, match="no thanks") as caught:
+        PairDataset.from_rows([row()], ours)
+    assert caught.value.reason == "template_error"
 
 
 def test_a_width_has_no_way_round_the_limits(tmp_path):
@@ -167,8 +167,9 @@ def test_a_role_that_the_template_refuses_is_its_own_error(tmp_path):
     )
     ours = tokenizer(tmp_path / "m", template=template)
     bad = row(prompt=[{"role": "tool", "content": "x"}])
-    pairs = PairDataset.from_rows([bad], ours, on_bad="skip")
-    assert pairs.report.dropped == {"template_error": 1}
+    with pytest.raises(DataError, match="no tools here") as caught:
+        PairDataset.from_rows([bad], ours)
+    assert caught.value.reason == "template_error"
 
 
 @pytest.mark.parametrize(
