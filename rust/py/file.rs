@@ -11,7 +11,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::options::limits as checked;
+use super::options;
 use super::wait::detached;
 use crate::error::{Error, Place, Reason, Result};
 use crate::read::quotes::{Fault, Quotes};
@@ -21,6 +21,9 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<FileText>()
 }
 
+/// Bytes by which a text is judged.
+const HEAD_BYTES: usize = 16 << 10;
+
 struct Open {
     source: Source,
     /// What was read for its sake and is still to be given.
@@ -29,15 +32,14 @@ struct Open {
 }
 
 impl Open {
+    /// As many bytes as were asked for, unless the text ends: pyarrow takes what it gets for a block, and a row may lie
+    /// in two of them at most.
     fn read(&mut self, most: usize) -> Result<Vec<u8>> {
         let mut found = std::mem::take(&mut self.head);
-        if found.is_empty() {
-            found.resize(most, 0);
-            let n = self.source.read(&mut found)?;
-            found.truncate(n);
-        } else if most < found.len() {
+        if most < found.len() {
             self.head = found.split_off(most);
         }
+        let found = self.source.read_all(found, most)?;
         if let Some(quotes) = &mut self.quotes {
             let followed =
                 if found.is_empty() && most > 0 { quotes.end() } else { quotes.follow(&found) };
@@ -79,10 +81,10 @@ impl FileText {
         limits: Bound<'_, PyAny>,
         delimiter: Option<u8>,
     ) -> PyResult<Self> {
-        let limits = checked(&limits)?;
+        let limits = options::limits(&limits)?;
         let open = detached(py, || {
             let mut source = Source::open(&path, &limits)?;
-            let mut head = source.head()?;
+            let mut head = source.head(HEAD_BYTES)?;
             if delimiter.is_some() && head.starts_with(b"\xef\xbb\xbf") {
                 head.drain(..3);
             }

@@ -99,7 +99,7 @@ impl Reader {
         let cut = match &mut self.cut {
             Some(cut) => cut,
             empty => {
-                block.bytes = self.source.head()?;
+                block.bytes = self.source.head(READ_BYTES)?;
                 *at = Cursor::default();
                 let most = self.limits.max_line_bytes;
                 empty.insert(match shape(&block.bytes, &self.limits) {

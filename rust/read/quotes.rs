@@ -106,7 +106,8 @@ impl Quotes {
         if self.length <= self.most {
             return Ok(());
         }
-        let message = format!("the row has more than {} bytes", self.most);
+        let message =
+            format!("the row has more than {} bytes\nhint: `limits` sets another limit", self.most);
         Err(Fault { row: self.row, message, too_long: true })
     }
 

@@ -11,8 +11,6 @@ use crate::error::{Error, Place, Reason, Result};
 
 /// Bytes that are read at a time.
 pub(super) const READ_BYTES: usize = 256 << 10;
-/// Bytes by which a text is judged.
-const HEAD_BYTES: usize = 64 << 10;
 const IS_A_DIRECTORY: i32 = 21;
 /// What is expected of a file by the end of its name.
 const BY_NAME: &[(&str, &str)] = &[
@@ -117,21 +115,12 @@ impl Source {
         self.unpacked
     }
 
-    /// The start of the text, which is read with it: some ten thousand bytes, or all there are.
+    /// The start of the text, which is read with it: so many bytes, or all there are.
     ///
     /// # Errors
     /// As [`Self::read`]; [`Error::Data`] if what is packed holds no rows.
-    pub fn head(&mut self) -> Result<Vec<u8>> {
-        let mut head = Vec::new();
-        while head.len() < HEAD_BYTES {
-            let old = head.len();
-            head.resize(old + READ_BYTES, 0);
-            let n = self.read(head.get_mut(old..).unwrap_or_default())?;
-            head.truncate(old + n);
-            if n == 0 {
-                break;
-            }
-        }
+    pub fn head(&mut self, bytes: usize) -> Result<Vec<u8>> {
+        let head = self.read_all(Vec::new(), bytes)?;
         if let Some((packing, _)) = self.packing.name()
             && let Some(Foreign { what, hint }) = foreign(&head)
         {
@@ -166,6 +155,24 @@ impl Source {
         }
         self.expanded()?;
         Ok(n)
+    }
+
+    /// As many bytes of the text as make `most` with those that are `found` already, fewer at its end.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_all(&mut self, mut found: Vec<u8>, most: usize) -> Result<Vec<u8>> {
+        let mut end = found.len();
+        found.resize(most.max(end), 0);
+        while let Some(rest) = found.get_mut(end..).filter(|rest| !rest.is_empty()) {
+            let n = self.read(rest)?;
+            end += n;
+            if n == 0 {
+                break;
+            }
+        }
+        found.truncate(end);
+        Ok(found)
     }
 
     /// The file as a place.

@@ -704,7 +704,14 @@ def test_rows_of_a_table_have_a_limit(load):
         with pytest.raises(LimitExceeded) as caught:
             load(text, "x.csv", on_bad=on_bad, limits=Limits(max_line_bytes=1000))
         assert (caught.value.field, caught.value.line) == ("max_line_bytes", 6)
+        assert str(caught.value).endswith("hint: `limits` sets another limit")
+        assert not getattr(caught.value, "__notes__", [])
     assert len(load(text, "x.csv", limits=Limits(max_line_bytes=4000))) == 6
+    # What gzip gives at a time is much less than a row.
+    long = (
+        HEADER + "a,b," + np.random.default_rng(0).bytes(400_000).hex() + "\n" + CSV[len(HEADER) :]
+    )
+    assert len(load(gzip.compress(long.encode()), "x.csv.gz")) == 6
     bomb = gzip.compress((HEADER + "a,b,c\n" * (14 << 20)).encode())
     with pytest.raises(LimitExceeded) as caught:
         load(bomb, "x.csv.gz", on_bad="skip")
