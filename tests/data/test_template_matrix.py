@@ -41,7 +41,9 @@ SIDES = ("chosen", "rejected")
 # They change lists, which jinja2's sandbox forbids, or print no whole answer.
 LOSING = {"list_methods", "dict_update", "scopes", "slices"}
 OF_PARTS = {"parts_only", "parts_selected"} | {
-    f"trl/{name}{end}" for name in ("idefics3", "llava_next", "smolvlm") for end in ("", "_training")
+    f"trl/{name}{end}"
+    for name in ("idefics3", "llava_next", "smolvlm")
+    for end in ("", "_training")
 }
 
 
