@@ -186,7 +186,14 @@ pub(super) fn check_content(
     let look = Look::new(&side.messages, &rendered.text, renderer);
     for (i, message) in side.messages.iter().enumerate().skip(side.from) {
         match look.loss(i) {
-            Some(Loss::Text) => return Err(side.lost(i, "does not print its `content`")),
+            Some(Loss::Text) => {
+                let what = if reads_parts(&side.messages, renderer) {
+                    "prints no `content` that is a string\nhint: give it as [{\"type\": \"text\", \"text\": ...}]"
+                } else {
+                    "does not print its `content`"
+                };
+                return Err(side.lost(i, what));
+            }
             Some(Loss::Python) => {
                 let what = "prints its `content` as Python prints a list or a dict\nhint: give it as one string";
                 return Err(side.lost(i, what));
@@ -247,6 +254,31 @@ fn only_text(message: &Value<'_>) -> Option<String> {
     parts.iter().map(text).collect()
 }
 
+/// Whether the template prints all contents.
+fn prints(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> bool {
+    renderer.try_render(messages).is_some_and(|text| {
+        let look = Look::new(messages, &text, renderer);
+        (0..messages.len()).all(|i| matches!(look.loss(i), None | Some(Loss::Thoughts)))
+    })
+}
+
+/// Whether the template prints all contents if each string is a list of one part.
+fn reads_parts(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> bool {
+    let listed = |message: &&Value<'_>| {
+        let listed = with_field(message, "content", |content| match content {
+            Value::Str(_) => {
+                let kind = Value::Str("text".into());
+                let part = vec![("type".into(), kind), ("text".into(), content.clone())];
+                Value::List(vec![Value::Object(part)])
+            }
+            other => other.clone(),
+        });
+        listed.into_owned()
+    };
+    let listed: Vec<Value<'_>> = messages.iter().map(listed).collect();
+    prints(&listed.iter().collect::<Vec<_>>(), renderer)
+}
+
 /// Joins lists of text to one string each, where the template prints that and not the lists.
 pub(super) fn joined(parts: &mut Parts<'_>, renderer: &Renderer<'_>) {
     let Parts { prompt, chosen, rejected, .. } = &*parts;
@@ -255,11 +287,7 @@ pub(super) fn joined(parts: &mut Parts<'_>, renderer: &Renderer<'_>) {
         return;
     }
     let prints = |prompt: &[Value<'_>], side: &[Value<'_>]| {
-        let messages: Vec<&Value<'_>> = prompt.iter().chain(side).collect();
-        renderer.try_render(&messages).is_some_and(|text| {
-            let look = Look::new(&messages, &text, renderer);
-            (0..messages.len()).all(|i| matches!(look.loss(i), None | Some(Loss::Thoughts)))
-        })
+        prints(&prompt.iter().chain(side).collect::<Vec<_>>(), renderer)
     };
     if prints(prompt, chosen) && prints(prompt, rejected) {
         return;

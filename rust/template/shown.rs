@@ -9,6 +9,10 @@ use super::json::{in_json, printed};
 use super::python::{trim_end, trim_start};
 use crate::read::json::Value;
 
+/// So many bytes are looked for first, and so often.
+const BEGIN: usize = 24;
+const TRIES: usize = 16;
+
 /// Python's `strip()`.
 pub(crate) fn strip(text: &str) -> &str {
     trim_end(trim_start(text))
@@ -32,10 +36,8 @@ impl<'r> Places<'r> {
         if text.is_empty() {
             return true;
         }
-        let finder = memmem::Finder::new(text);
-        let in_order = self.free(&finder, self.next);
-        let found = in_order.or_else(|| self.free(&finder, 0));
-        let Some(start) = found else { return false };
+        let in_order = self.free(text, self.next);
+        let Some(start) = in_order.or_else(|| self.free(text, 0)) else { return false };
         let end = start + text.len();
         self.taken.push([start, end]);
         if in_order.is_some() {
@@ -45,16 +47,33 @@ impl<'r> Places<'r> {
     }
 
     /// The first place from `from` on that no other text has.
-    fn free(&self, finder: &memmem::Finder<'_>, mut from: usize) -> Option<usize> {
+    fn free(&self, text: &[u8], mut from: usize) -> Option<usize> {
         loop {
-            let start = from + finder.find(self.render.get(from..)?)?;
-            let end = start + finder.needle().len();
+            let start = from + find(self.render.get(from..)?, text)?;
+            let end = start + text.len();
             match self.taken.iter().find(|taken| taken[0] < end && start < taken[1]) {
                 None => return Some(start),
                 Some(taken) => from = taken[1],
             }
         }
     }
+}
+
+/// The first place of a text. To get ready for a long one costs more than to find its beginning.
+fn find(render: &[u8], text: &[u8]) -> Option<usize> {
+    let Some(begin) = text.get(..BEGIN).filter(|_| text.len() > BEGIN) else {
+        return memmem::find(render, text);
+    };
+    let finder = memmem::Finder::new(begin);
+    let mut from = 0;
+    for _ in 0..TRIES {
+        let start = from + finder.find(render.get(from..)?)?;
+        if render.get(start..).is_some_and(|rest| rest.starts_with(text)) {
+            return Some(start);
+        }
+        from = start + 1;
+    }
+    memmem::find(render.get(from..)?, text).map(|start| from + start)
 }
 
 /// A render in which texts are looked for.
@@ -116,4 +135,32 @@ impl<'r> Shown<'r> {
 
 fn letters(text: &str) -> String {
     text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_found_where_they_begin_alike() {
+        let near: Vec<String> = (0..40).map(|i| format!("{}{i};", "a".repeat(30))).collect();
+        let near = near.concat();
+        for text in
+            ["a".repeat(30) + "39", "a".repeat(30) + "7", "a".repeat(29) + "3;", "b".repeat(30)]
+        {
+            let want = near.find(&text);
+            assert_eq!(find(near.as_bytes(), text.as_bytes()), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn texts_have_places_of_their_own() {
+        let mut places = Places::new("user: yes it is; assistant: yes it is; tool: late");
+        assert!(
+            ["late", " yes it is ", "yes it is", "", "user"].map(|text| places.take(text))
+                == [true; 5]
+        );
+        assert!(!places.take("yes it is"));
+        assert!(!places.take("is; assistant"));
+    }
 }

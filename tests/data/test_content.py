@@ -153,10 +153,9 @@ def test_a_template_of_parts_reads_parts(load):
         [row([say("user", parts("is ", "it?"))], parts("yes"), parts("no"))], tok
     )
     assert texts(pairs) == ["[user]is it?\n[assistant]", "yes\n", "no\n"]
-    assert refused([row(chosen="a string that it does not print")], tok).field in (
-        "prompt",
-        "chosen",
-    )
+    error = refused([row(chosen="a string that it does not print")], tok)
+    assert error.field in ("prompt", "chosen")
+    assert 'hint: give it as [{"type": "text", "text": ...}]' in str(error)
 
 
 @pytest.mark.parametrize("template", [PLAIN, CONCATENATING])

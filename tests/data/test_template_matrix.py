@@ -38,6 +38,13 @@ def of_trl():
 
 TEMPLATES = SHAPES | ROW_SHAPES | of_trl()
 SIDES = ("chosen", "rejected")
+# They change lists, which jinja2's sandbox forbids, or print no whole answer.
+LOSING = {"list_methods", "dict_update", "scopes", "slices"}
+OF_PARTS = {"parts_only", "parts_selected"} | {
+    f"trl/{name}{end}"
+    for name in ("idefics3", "llava_next", "smolvlm")
+    for end in ("", "_training")
+}
 
 
 class Refused(Exception):  # noqa: N818
@@ -45,7 +52,8 @@ class Refused(Exception):  # noqa: N818
 
 
 def common_prefix_length(a, b):
-    return next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))  # noqa: B905
+    parted = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(parted, min(len(a), len(b)))
 
 
 class Row:
@@ -94,11 +102,11 @@ class Row:
             return self.theirs(text, add_special_tokens=False)["input_ids"]
 
         alone, *whole = map(encode, self.texts())
-        cut = min(map(common_prefix_length, [alone, alone], whole))
+        cut = min(common_prefix_length(alone, side) for side in whole)
         return [alone[:cut], *(side[cut:] for side in whole)]
 
     def missing(self):
-        """What the templates leaves out of the row's two conversations."""
+        """What the template leaves out of the row's two conversations."""
         return set().union(
             *(missing(self, self.prompt + side, len(self.prompt)) for side in self.sides)
         )
@@ -145,7 +153,8 @@ def missing(row, messages, answer):
         def mark(text, i=i, is_answer=is_answer):
             if not isinstance(text, str):
                 return text
-            if not text.rpartition("</think>")[2 if is_answer else 0 :][-1].strip():
+            said = text.rpartition("</think>")[2] if is_answer else text
+            if not said.strip():
                 return text
             texts.append((i, text, len(texts)))
             return between_words(text, len(texts) - 1, is_answer)
@@ -159,17 +168,15 @@ def missing(row, messages, answer):
         else:
             message["content"] = mark(content)
         for one in names[i].get("tool_calls") or []:
-            function = one["function"]
-            function["name"] += f"call{i}q"
-            if isinstance(function["arguments"], str):
-                function["arguments"] += f"call{i}q"
-            for key, value in (
-                (function["arguments"] or {}).items()
-                if not isinstance(function["arguments"], str)
-                else ()
-            ):
-                if isinstance(value, str):
-                    function["arguments"][key] += f"call{i}q"
+            said, word = one["function"], f"call{i}q"
+            said["name"] += word
+            if isinstance(said["arguments"], str):
+                said["arguments"] += word
+            elif said["arguments"]:
+                said["arguments"] = {
+                    key: value + word if isinstance(value, str) else value
+                    for key, value in said["arguments"].items()
+                }
     out = set()
     try:
         words = row.render(marked).lower()
@@ -196,9 +203,8 @@ def missing(row, messages, answer):
         ):
             out.add((i, "as Python prints it"))
         calls = message.get("tool_calls")
-        if calls and words.count(f"call{i}q") < json.dumps(names[i]["tool_calls"]).count(
-            f"call{i}q"
-        ):
+        word = f"call{i}q"
+        if calls and words.count(word) < json.dumps(names[i]["tool_calls"]).count(word):
             out.add((i, "the only call" if i >= answer and not content else "call"))
     return out
 
@@ -297,6 +303,8 @@ def test_every_kind_of_row_has_transformers_ids_or_a_true_reason(live, name):
     memory = {}
     outcomes = {kind: outcome(template, kind, theirs, tokenizer, memory) for kind in KINDS}
     assert {kind: what for kind, what in outcomes.items() if what.startswith("other")} == {}
+    count = sum(what in ("equal", "joined") for what in outcomes.values())
+    assert count >= (0 if name in LOSING else 1 if name in OF_PARTS else 12), outcomes
 
 
 def test_the_matrix_is_large_enough():

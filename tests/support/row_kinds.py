@@ -78,6 +78,11 @@ KINDS = {
         say("user", parts("look: ", "is it the sun?", " or not")),
         chosen=[say("assistant", parts("it is ", "the sun, and it shines"))],
     ),
+    "all parts": row(
+        say("user", parts(QUESTION)),
+        chosen=[say("assistant", parts(CHOSEN))],
+        rejected=[say("assistant", parts(REJECTED))],
+    ),
     "short parts": row(say("user", parts("is", " it?")), chosen=[say("assistant", parts("user", "s"))], rejected="no"),
     "parts on one side": row(rejected=[say("assistant", parts("nobody could ", "tell you that"))]),
     "thoughts in an answer": row(
