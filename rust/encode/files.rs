@@ -12,6 +12,7 @@ use crate::pair::{Options, Refusal};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
 use crate::read::json::other_texts;
+use crate::read::keys::TRLS;
 use crate::read::limits::Limits;
 use crate::read::row::{Row, Rules};
 use crate::read::{Block, Line, Reader, text};
@@ -103,7 +104,7 @@ impl FileEncoder {
                     let line = block.lines.get(i).cloned().unwrap_or_default();
                     let bytes = block.bytes.get(line.start..line.end).unwrap_or_default();
                     let text = text(bytes).unwrap_or_default();
-                    other_texts(text, &names, rules.limits)
+                    other_texts(text, names.get(..TRLS).unwrap_or_default(), rules.limits)
                 };
                 encode_chunks(job, block.lines.len(), row, others, all)?;
                 let (count, first) = block.blank;

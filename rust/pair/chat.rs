@@ -109,6 +109,10 @@ pub(super) fn texts(
         }
     }
     let renderer = Renderer { template, tokenizer, variables, options };
+    let mut turns = turns;
+    if pair.has(Warning::Images) {
+        turns.drop_media();
+    }
     let mut parts = parted(turns, &renderer, options, pair)?;
     if parts.prompt.is_empty() && parts.chosen != parts.rejected && layout != Layout::Completions {
         let message = "expected turns that both sides share, found none";

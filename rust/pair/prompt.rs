@@ -37,7 +37,7 @@ pub(super) fn parted<'a>(
         let shared = shared(&parts, renderer);
         parts.take(shared);
     } else {
-        let twice = parts.prompt_in_sides();
+        let twice = parts.prompt_in_sides(renderer);
         if twice > 0 {
             pair.warn(Warning::PromptInSides);
         }
@@ -74,8 +74,8 @@ pub(super) fn parted<'a>(
         let has =
             |turn: &Value<'_>| turn.get("content").is_some_and(|content| contains(content, &said));
         if !parts.prompt.iter().any(has) {
-            let message =
-                "expected the text of a turn that both sides share, found it in none of them";
+            let message = "expected the text of a turn that both sides share, found it in none of them\nhint: \
+                 ignore_columns=(\"prompt\",) takes a field away that is no prompt";
             return Err(Bad::new(Reason::DifferentPrompts, names[0], message).into());
         }
     }
@@ -101,11 +101,16 @@ impl Parts<'_> {
     }
 
     /// How many of the first turns of both sides are the prompt's last ones once more.
-    fn prompt_in_sides(&self) -> usize {
+    fn prompt_in_sides(&self, renderer: &Renderer<'_>) -> usize {
         let longest = self.prompt.len().min(self.chosen.len() - 1).min(self.rejected.len() - 1);
         let is_twice = |count: &usize| {
             let end = self.prompt.get(self.prompt.len() - count..).unwrap_or_default();
-            let same = |side: &[Value<'_>]| end.iter().zip(side).all(|(a, b)| a.same(b));
+            let alike = |(a, b): (&Value<'_>, &Value<'_>)| {
+                let printed = |turn| renderer.try_render(&[turn]);
+                a.role() == b.role()
+                    && (a.same(b) || printed(a).is_some_and(|a| Some(a) == printed(b)))
+            };
+            let same = |side: &[Value<'_>]| end.iter().zip(side).all(alike);
             end.first().is_some_and(is_asked) && same(&self.chosen) && same(&self.rejected)
         };
         (1..=longest).rev().find(is_twice).unwrap_or(0)

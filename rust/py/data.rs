@@ -29,6 +29,7 @@ use crate::pair::Options;
 use crate::pool;
 use crate::read::cell::Cell;
 use crate::read::chat::RESERVED;
+use crate::read::json::Value;
 use crate::tokenize::Tokenizer;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -220,13 +221,17 @@ impl PairEncoder {
         self.add(py, move |job, all| encode_files(&paths, job, all))
     }
 
-    /// Any iterable of dicts.
-    fn add_rows(&self, py: Python<'_>, rows: Bound<'_, PyAny>) -> PyResult<()> {
+    /// Any iterable of dicts; those of tables have keys that are null because other rows have them.
+    fn add_rows(&self, py: Python<'_>, rows: Bound<'_, PyAny>, strip_nulls: bool) -> PyResult<()> {
         let mut iterator = rows.try_iter()?;
         loop {
             let mut batch = Vec::with_capacity(BATCH);
             for row in iterator.by_ref().take(BATCH) {
-                batch.push(fields(&row?, &self.encoding.options)?);
+                let mut row = fields(&row?, &self.encoding.options)?;
+                if let (Ok((values, _)), true) = (&mut row, strip_nulls) {
+                    values.iter_mut().flatten().for_each(Value::strip_nulls);
+                }
+                batch.push(row);
             }
             if batch.is_empty() {
                 return Ok(());

@@ -11,7 +11,7 @@ use crate::error::{Place, Reason, Result};
 use crate::pair::Options;
 use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
-use crate::read::keys::{FIELDS, MEDIA};
+use crate::read::keys::{FIELDS, MEDIA, TRLS};
 use crate::read::limits::Limits;
 
 pub(super) fn kind_of(value: &Bound<'_, PyAny>) -> String {
@@ -48,10 +48,9 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
             }
         }
     }
-    if let Ok(dict) = row.cast::<PyDict>()
-        && dict.len() > out.iter().flatten().count()
-    {
+    if let Ok(dict) = row.cast::<PyDict>() {
         let names = options.keys.names();
+        let names = names.get(..TRLS).unwrap_or_default();
         for (key, value) in dict {
             if let (Ok(key), true) = (key.extract::<&str>(), value.is_instance_of::<PyString>())
                 && !names.contains(&key)

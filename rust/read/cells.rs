@@ -4,6 +4,27 @@ use super::json::{Fields, Value};
 use super::keys::{FIELDS, Field, MEDIA};
 use super::turns;
 
+/// What a text begins with that is a whole conversation.
+const BEGINNINGS: [&str; 17] = [
+    "Human:",
+    "User:",
+    "USER:",
+    "Question:",
+    "System:",
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<|header_start|>",
+    "<start_of_turn>",
+    "<|user|>",
+    "<|system|>",
+    "<|User|>",
+    "<\u{ff5c}User\u{ff5c}>",
+    "[INST]",
+];
+
 /// The fields of one row.
 pub(super) struct Cells<'a>(pub(super) Fields<'a>);
 
@@ -66,13 +87,13 @@ impl<'a> Cells<'a> {
         sides.into_iter().all(is_answer) && !sides.into_iter().all(is_list)
     }
 
-    /// Whether both sides, which are texts, show this one.
-    pub(super) fn both_have(&self, text: &str) -> bool {
-        let text = text.trim();
-        !text.is_empty()
-            && [Field::Chosen, Field::Rejected]
-                .into_iter()
-                .all(|side| self.text(side).is_some_and(|side| side.contains(text)))
+    /// Whether both sides are texts that begin with a turn.
+    pub(super) fn are_transcripts(&self) -> bool {
+        let begins = |text: &str| {
+            let start = text.trim_start();
+            BEGINNINGS.iter().any(|marker| start.starts_with(marker))
+        };
+        [Field::Chosen, Field::Rejected].into_iter().all(|side| self.text(side).is_some_and(begins))
     }
 
     /// The name of a field with pictures, films or sounds, if there are any.

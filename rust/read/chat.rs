@@ -51,18 +51,6 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// The field whose messages have a part that is a picture, a film or a sound.
-    pub(super) fn media(&self) -> Option<&'static str> {
-        let Turns { prompt, chosen, rejected, .. } = &self.turns;
-        let parts = [
-            (prompt.as_deref().unwrap_or_default(), "prompt"),
-            (chosen, "chosen"),
-            (rejected, "rejected"),
-        ];
-        let has = |messages: &[Value<'_>]| messages.iter().any(has_media);
-        parts.into_iter().find(|(messages, _)| has(messages)).map(|(_, name)| name)
-    }
-
     /// The same messages, if nothing is wrong with them.
     ///
     /// The prompt may be empty where the layout `allows` that.
@@ -104,21 +92,6 @@ impl<'a> Chat<'a> {
         }
         Ok(self)
     }
-}
-
-/// Whether a message has a part that is a picture, a film or a sound.
-fn has_media(message: &Value<'_>) -> bool {
-    let Some(Value::List(parts)) = message.get("content") else { return false };
-    let kinds = ["image", "video", "audio"];
-    parts.iter().any(|part| match part.get("type") {
-        Some(Value::Str(kind)) => {
-            kinds.iter().any(|media| kind.trim_start_matches("input_").starts_with(media))
-        }
-        _ => kinds.iter().any(|media| {
-            let held = part.get(media).filter(|held| **held != Value::Null);
-            held.is_some() || part.get(&format!("{media}_url")).is_some()
-        }),
-    })
 }
 
 fn check_messages(messages: &[Value<'_>], key: &str) -> Result<(), Bad> {

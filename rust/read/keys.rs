@@ -32,7 +32,7 @@ impl Default for Keys {
 
 /// A field that some layout reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // each is documented where users meet it, in docs/data.md
+#[allow(missing_docs)] // each is documented where users meet it, in docs/rows.md
 pub enum Field {
     Prompt,
     Chosen,
@@ -83,6 +83,8 @@ const NAMES: [&str; Field::System as usize + 1] = [
 ];
 /// Fields of a row before the extra ones.
 pub const FIELDS: usize = NAMES.len() + MEDIA.len();
+/// Of these the first ones are read by every layout of TRL; text in the others may be a prompt.
+pub const TRLS: usize = Field::RefRejected as usize + 1;
 /// No field has this name.
 const NOTHING: &str = "\u{0}";
 

@@ -1,6 +1,6 @@
 //! The layouts of rows: which fields each has, how one is found, and how it becomes a prompt and two sides.
 //!
-//! `docs/data.md` shows a row of each.
+//! `docs/rows.md` shows a row of each.
 
 use std::borrow::Cow;
 
@@ -121,9 +121,9 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
         return Layout::ShareGpt;
     }
     let answers = sides || swift || has(Field::ChosenResponse);
-    if !whole && answers && !cells.is_there(Field::Prompt) {
+    if !whole && answers {
         // A transcript repeats the question that stands beside it.
-        let asks = |field| has(field) && !cells.text(field).is_some_and(|t| cells.both_have(t));
+        let asks = |field| has(field) && !cells.are_transcripts();
         if asks(Field::Instruction) || asks(Field::Input) {
             return Layout::Alpaca;
         }
@@ -131,7 +131,8 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
             return Layout::Question;
         }
     }
-    if cells.is_there(Field::Prompt) { Layout::Explicit } else { Layout::Implicit }
+    // A prompt of null is none, where the sides themselves have one.
+    if cells.is_there(Field::Prompt) && !whole { Layout::Explicit } else { Layout::Implicit }
 }
 
 /// The prompt and the sides of a row, which is bad without a prompt where the caller asked for one.

@@ -144,6 +144,14 @@ impl<'a> Row<'a> {
             match read(layout, needs_prompt, &mut cells, keys, limits, &mut warned)? {
                 Said::Text(strings) => {
                     check_limit(findings)?;
+                    let is_tools = |value: Value<'_>| match value {
+                        Value::List(tools) => !tools.is_empty(),
+                        Value::Str(text) => !text.is_empty() && text != "[]",
+                        _ => false,
+                    };
+                    if cells.take(Field::Tools).is_some_and(is_tools) {
+                        warned.push(Warning::ToolsDropped);
+                    }
                     Content::Text(strings)
                 }
                 Said::Turns(turns) => {
@@ -156,7 +164,7 @@ impl<'a> Row<'a> {
             }
         };
         let media = match &content {
-            Content::Chat(chat) => media.or(chat.media()),
+            Content::Chat(chat) => media.or(chat.turns.media()),
             _ => media,
         };
         let non_finite = findings.non_finite.clone();

@@ -41,6 +41,33 @@ pub struct Turns<'a> {
 }
 
 impl Turns<'_> {
+    /// The field whose messages have a part that is a picture, a film or a sound.
+    pub(super) fn media(&self) -> Option<&'static str> {
+        let parts = [
+            (self.prompt.as_deref().unwrap_or_default(), "prompt"),
+            (&self.chosen, "chosen"),
+            (&self.rejected, "rejected"),
+        ];
+        let has = |turn: &Value<'_>| match turn.get("content") {
+            Some(Value::List(parts)) => parts.iter().any(is_media),
+            _ => false,
+        };
+        parts.into_iter().find(|(turns, _)| turns.iter().any(has)).map(|(_, name)| name)
+    }
+
+    /// Leaves those parts out.
+    pub fn drop_media(&mut self) {
+        let prompt = self.prompt.iter_mut().flatten();
+        for turn in prompt.chain(&mut self.chosen).chain(&mut self.rejected) {
+            if let Value::Object(fields) = turn
+                && let Some((_, Value::List(parts))) =
+                    fields.iter_mut().find(|(key, _)| key == "content")
+            {
+                parts.retain(|part| !is_media(part));
+            }
+        }
+    }
+
     /// Puts the column `system` before everything.
     pub(super) fn begin_with(&mut self, system: &str, warned: &mut Vec<Warning>) {
         let first = self.prompt.as_ref().unwrap_or(&self.chosen).first();
@@ -57,5 +84,19 @@ impl Turns<'_> {
                 }
             }
         }
+    }
+}
+
+/// Whether a part of a content is a picture, a film or a sound.
+fn is_media(part: &Value<'_>) -> bool {
+    let kinds = ["image", "video", "audio"];
+    match part.get("type") {
+        Some(Value::Str(kind)) => {
+            kinds.iter().any(|media| kind.trim_start_matches("input_").starts_with(media))
+        }
+        _ => kinds.iter().any(|media| {
+            let holds = |key: &str| part.get(key).is_some_and(|held| *held != Value::Null);
+            holds(media) || holds(&format!("{media}_url"))
+        }),
     }
 }

@@ -135,6 +135,7 @@ pub(super) fn history<'a>(
     let expected = "a list of pairs, a question and its answer";
     let rounds = match value {
         None => return Ok(Vec::new()),
+        Some(Value::Str(text)) if text.is_empty() => return Ok(Vec::new()),
         Some(Value::List(rounds)) => rounds,
         Some(other) => return Err(wrong("history", expected, &other)),
     };

@@ -110,7 +110,8 @@ impl Template {
         let (defaults, macros) = names_of_blocks(&self.source);
         names.extend(defaults);
         let is_given = |name: &String| env.globals().any(|(global, _)| global == name);
-        names.retain(|name| !macros.contains(name) && !is_given(name));
+        let is_item = |name: &String| loop_targets(&self.source).any(|target| target == name);
+        names.retain(|name| !macros.contains(name) && !is_given(name) && !is_item(name));
         Some(names)
     }
 
@@ -216,6 +217,15 @@ fn names_of_blocks(source: &str) -> (HashSet<String>, HashSet<String>) {
         }
     }
     (defaults, macros)
+}
+
+/// The names that loops give their items, which a block of a loop may set anew.
+fn loop_targets(source: &str) -> impl Iterator<Item = &str> {
+    source.split("{%").skip(1).flat_map(|tag| {
+        let tag = tag.trim_start_matches(['-', '+']).trim_start();
+        let targets = tag.strip_prefix("for ").and_then(|rest| rest.split_once(" in "));
+        targets.map_or("", |(targets, _)| targets).split(',').map(str::trim)
+    })
 }
 
 fn checks(source: &str) -> std::result::Result<Checks, String> {

@@ -223,6 +223,13 @@ def test_pictures_are_refused_or_passed_over_and_counted(load, name):
         assert pairs.report.warned["images"] == 1
 
 
+def test_text_beside_a_picture_is_joined_under_a_template_of_strings(load):
+    given = row([say("user", [{"type": "image"}, *parts("what is it?")])])
+    pairs = PairDataset.from_rows([given], load(CONCATENATING), images="ignore")
+    assert texts(pairs)[0] == "[user]what is it?\n[assistant]"
+    assert pairs.report.warned == {"images": 1}
+
+
 @pytest.mark.parametrize("nothing", [None, [], [None], ""])
 def test_no_picture_is_none(load, nothing):
     assert PairDataset.from_rows([row(images=nothing)], load(PLAIN)).report.warned == {}
@@ -312,6 +319,27 @@ def test_keys_that_are_null_because_of_other_rows_are_not_there(load, tmp_path):
     assert '"city": null' in texts(kept)[0]
 
 
+def test_nulls_of_data_sets_are_not_there_whatever_the_way(load):
+    datasets = pytest.importorskip("datasets")
+    tok = load(CALLS)
+    rows = []
+    for arguments in ({"at": "sky"}, {"days": 3}):
+        rows.append(row([say("user", "is it?"), say("assistant", "", tool_calls=call(arguments))]))
+    want = [texts(PairDataset.from_rows(rows, tok), i) for i in range(2)]
+    data = datasets.Dataset.from_list(rows)
+    stream = data.to_iterable_dataset()
+    for source in (
+        data,
+        stream,
+        stream.map(lambda one: one),
+        data.with_transform(lambda batch: batch),
+    ):
+        for read in (PairDataset.from_rows, PairDataset.from_arrow):
+            pairs = read(source, tok)
+            assert [texts(pairs, i) for i in range(2)] == want
+            assert "null" in texts(read(source, tok, keep_nulls=True))[0]
+
+
 # ---- options --------------------------------------------------------------------------------------
 
 
@@ -360,6 +388,20 @@ def test_a_variable_that_is_only_set_is_not_read(load, line):
     with pytest.raises(ValueError, match="no chat template reads `style`") as caught:
         PairDataset.from_rows([row()], tok, chat_template_kwargs={"style": 1})
     assert not any(name in str(caught.value) for name in ("turn", "namespace", "range"))
+
+
+def test_the_item_of_a_loop_is_no_variable_of_the_caller(load):
+    tok = load(
+        "{% for m in messages %}{% for c in m.calls %}{% if c.f %}{% set c = c.f %}{% endif %}{{ c }}{% endfor %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}{{ style }}"
+    )
+    with pytest.raises(ValueError, match="no chat template reads `c`\nhint: it reads style"):
+        PairDataset.from_rows([row()], tok, chat_template_kwargs={"c": 1})
+
+
+def test_tools_beside_texts_are_counted(load):
+    data = {"prompt": "is it?", "chosen": " yes", "rejected": " no", "tools": [TOOL]}
+    assert PairDataset.from_rows([data], load(PLAIN)).report.warned == {"tools_dropped": 1}
 
 
 def test_the_time_of_templates_can_be_told(load):

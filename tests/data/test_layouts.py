@@ -459,8 +459,9 @@ def test_pairs_without_any_prompt_are_kept_where_the_layout_says_so(tok):
     assert pairs.report.layouts == {"completions": 2}
 
 
-def test_empty_prompts_all_along_are_an_error_that_names_the_fields_with_text(tok, tmp_path):
-    rows = [{"prompt": "", "query": "sky?", "chosen": "blue", "rejected": "green"}] * 3
+@pytest.mark.parametrize("name", ["query", "question"])
+def test_empty_prompts_all_along_are_an_error_that_names_the_fields_with_text(tok, tmp_path, name):
+    rows = [{"prompt": "", name: "sky?", "chosen": "blue", "rejected": "green"}] * 3
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     for load in (
@@ -469,15 +470,49 @@ def test_empty_prompts_all_along_are_an_error_that_names_the_fields_with_text(to
         lambda **o: PairDataset.from_arrow(pa.Table.from_pylist(rows), tok, **o),
         lambda **o: PairDataset.from_files(path, tok, cache_dir=tmp_path / "cache", **o),
     ):
-        with pytest.raises(DataError, match=r"every prompt of .* is empty, .* `query`") as caught:
+        with pytest.raises(DataError, match=rf"every prompt of .* is empty, .* `{name}`") as caught:
             load()
         assert caught.value.reason == "missing_prompt"
         assert load(layout_of_rows="explicit").report.warned == {"empty_prompt": 3}
         assert load(prompt_key="prompt").report.kept == 3
     with_one = [*rows, {**rows[0], "prompt": "q"}]
     assert PairDataset.from_rows(with_one, tok).report.warned == {"empty_prompt": 3}
-    bare = [{key: value for key, value in row.items() if key != "query"} for row in rows]
+    bare = [{key: value for key, value in row.items() if key != name} for row in rows]
     assert PairDataset.from_rows(bare, tok).report.kept == 3
+
+
+def test_a_question_that_both_answers_quote_is_a_question_still(tok):
+    row = {"system": "s", "question": "sky?", "chosen": "sky? blue", "rejected": "sky? green"}
+    want = explicit([system("s"), *ASK], [assistant("sky? blue")], [assistant("sky? green")])
+    assert ids(PairDataset.from_rows([row], tok)) == ids(PairDataset.from_rows([want], tok))
+    ask = TRANSCRIPT.format("What is it?")
+    other = {"input": "ctx 17", "chosen": ask + " a", "rejected": ask + " b"}
+    pairs = PairDataset.from_rows([other], tok)
+    assert (pairs.report.layouts, decode(pairs[0]["prompt_ids"].tolist())) == ({"implicit": 1}, ask)
+
+
+def test_a_prompt_of_null_is_none_where_the_row_has_another(tok):
+    rows = [
+        {"prompt": None, "question": "sky?", "chosen": "blue", "rejected": "green"},
+        {"prompt": None, "chosen": [*ASK, BLUE], "rejected": [*ASK, GREEN]},
+        {"prompt": None, "messages": ASK, "chosen": BLUE, "rejected": GREEN},
+    ]
+    assert ids(PairDataset.from_rows(rows, tok)) == 3 * ids(
+        PairDataset.from_rows([explicit(ASK)], tok)
+    )
+    with pytest.raises(DataError, match="found null"):
+        PairDataset.from_rows([{"prompt": None, "chosen": "The sky", "rejected": "The sea"}], tok)
+
+
+def test_a_prompt_that_stands_twice_is_found_by_its_render(tmp_path):
+    tok = tokenizer(
+        tmp_path / "m", template=TEMPLATE.replace("message['content']", "message['content'] | trim")
+    )
+    want = ids(PairDataset.from_rows([explicit(ASK)], tok))
+    for prompt in ([{**ASK[0], "id": 1}], [user("sky? ")], [dict(reversed(ASK[0].items()))]):
+        pairs = PairDataset.from_rows([explicit(prompt, [*ASK, BLUE], [*ASK, GREEN])], tok)
+        assert ids(pairs) == want
+        assert pairs.report.warned == {"prompt_in_sides": 1}
 
 
 def test_a_layout_that_is_named_is_the_only_one(tok):

@@ -567,3 +567,16 @@ def test_bench_data_measures_a_file_and_writes_what_was_asked_for(tmp_path, caps
     assert "pairs/s" in captured.err
     assert run("bench", "data", str(tmp_path / "absent.jsonl"), *options) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_variable_that_no_template_reads_is_wrong_usage(tmp_path, capsys):
+    from byte_tokenizer import write_folder
+
+    write_folder(tmp_path / "m")
+    rows = tmp_path / "a.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    options = ["--tokenizer", str(tmp_path / "m"), "--chat-template-kwargs", '{"stile": 1}']
+    assert run("stats", str(rows), *options) == 2
+    assert "no chat template reads `stile`" in capsys.readouterr().err
+    options[-1] = "{"
+    assert run("stats", str(rows), *options) == 2

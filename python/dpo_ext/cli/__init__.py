@@ -26,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except DpoExtError as error:
         # The base class itself is not the user's doing: a check of ours failed.
         _stop(error, str(error), FAILED if type(error) is DpoExtError else WRONG)
+    except ValueError as error:
+        # Which variables a template reads, only its tokenizer tells.
+        if not str(error).startswith("`chat_template_kwargs`"):
+            raise
+        _stop(error, str(error), WRONG)
     except ModuleNotFoundError as error:
         extra = extra_of(error.name)
         if extra is None:

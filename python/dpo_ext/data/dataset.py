@@ -16,7 +16,7 @@ from dpo_ext.data.files import feed_files, feed_table
 from dpo_ext.data.nothing import check_pairs
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
 from dpo_ext.data.progress import Bar
-from dpo_ext.data.tables import is_arrow, rows_instead
+from dpo_ext.data.tables import is_arrow, is_of_tables, rows_instead
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
@@ -109,7 +109,7 @@ class PairDataset(Pairs):
             columns: further fields to carry: numbers, booleans or strings, of one kind in all rows.
             ignore_columns: fields that count as missing, though a layout has them.
             layout_of_rows: how every row says its prompt and sides, by a name of the table in
-                docs/data.md; None to find it for each row. ``completions`` is for pairs that have
+                docs/rows.md; None to find it for each row. ``completions`` is for pairs that have
                 no prompt at all, which other layouts refuse.
             images: ``error``: a row with a picture, a film or a sound is bad, in a part of a
                 message or in a column; ``ignore``: its text alone is read, and it is counted.
@@ -172,7 +172,7 @@ class PairDataset(Pairs):
         checked = settings(options)
         with Bar(progress, []) as callback, skip_hint(checked):
             encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
-            encoder.add_rows(rows)
+            encoder.add_rows(rows, is_of_tables(rows) and not checked.keep_nulls)
         pairs = cls._from_raw(encoder.finish(), tokenizer, checked)
         check_pairs([], pairs.report)
         return pairs
@@ -188,15 +188,16 @@ class PairDataset(Pairs):
     ) -> Self:
         """Encodes a table in place: no Python object a row, and text is not copied.
 
-        Same as ``from_rows(table.to_pylist(), ...)``, in threads and without the GIL.
+        Same as ``from_rows(table.to_pylist(), ...)`` without keys that are null, in threads and
+        without the GIL.
 
         Args:
             table: anything with ``__arrow_c_stream__`` or ``__arrow_c_array__``: a pyarrow Table,
                 RecordBatch or RecordBatchReader, a DataFrame of polars or pandas, a DuckDB
                 relation; or a ``datasets.Dataset`` or ``IterableDataset``. Strings, lists of
                 messages as structs, ids as lists of whole numbers; ``tools`` may be a list or a
-                JSON string. Dictionaries and views are decoded, some rows at a time. A null field
-                of a struct stays a key with None, as TRL sees it; a map is a dict.
+                JSON string. Dictionaries and views are decoded, some rows at a time. A key of a
+                struct that is null counts as missing, unless ``keep_nulls``; a map is a dict.
 
         Raises:
             DataError: as :meth:`from_files`, ``path`` None and ``line`` the 1-based row; a type
@@ -216,7 +217,7 @@ class PairDataset(Pairs):
         with Bar(progress, []) as callback, skip_hint(checked):
             encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
             if rows_instead(table):
-                encoder.add_rows(table)
+                encoder.add_rows(table, not checked.keep_nulls)
             else:
                 feed_table(encoder, table, checked.limits)
         return cls._from_raw(encoder.finish(), tokenizer, checked)

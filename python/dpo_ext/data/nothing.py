@@ -21,7 +21,7 @@ GUESSES = {
     "bad_json": ROWS,
     "not_an_object": ROWS,
     "missing_field": NAMES,
-    "wrong_type": "the table of rows in docs/data.md has the fields and what each holds",
+    "wrong_type": "the table of rows in docs/rows.md has the fields and what each holds",
     "bad_ids": "ids must be of this tokenizer",
     "limit": "`limits` sets another limit",
     "empty_completion": "the completions may stand under other names, or the prompt holds them",

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Rows that Rust is given at a time: what has to be cast is copied for no more of them.
 ROWS = 8192
 NOTHING = np.empty(0, np.uint8)
+# So many of the fields that rows are asked for are those of TRL's layouts; text in others may be a
+# prompt.
+TRLS = 10
 
 
 @contextmanager
@@ -56,6 +59,11 @@ def is_arrow(source: Any) -> bool:
     )
 
 
+def is_of_tables(source: Any) -> bool:
+    """Whether ``source`` gives the rows of tables, whose structs have the keys of all rows."""
+    return _hugging_face(source) is not None
+
+
 def _hugging_face(source: Any) -> str | None:
     """Which class of the package `datasets` an object has."""
     datasets = sys.modules.get("datasets")
@@ -71,12 +79,12 @@ def rows_instead(source: Any) -> bool:
 
 
 def text_columns(schema: Any, names: Sequence[str]) -> list[str]:
-    """The columns of text in a schema that have none of these names."""
+    """The columns of text in a schema that TRL's layouts do not read."""
     is_text = _is_text()
     return [
         field.name
         for field in schema
-        if field.name not in names and any(is_kind(field.type) for is_kind in is_text)
+        if field.name not in names[:TRLS] and any(is_kind(field.type) for is_kind in is_text)
     ]
 
 

@@ -77,6 +77,20 @@ impl Value<'_> {
         }
     }
 
+    /// Takes away the keys that hold null, at any depth.
+    pub fn strip_nulls(&mut self) {
+        match self {
+            Self::List(items) => items.iter_mut().for_each(Self::strip_nulls),
+            Self::Object(items) => {
+                items.retain(|(_, value)| *value != Self::Null);
+                for (_, value) in items {
+                    value.strip_nulls();
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Whether both say the same: whatever the order of keys, null or no key, 1 or 1.0.
     pub fn same(&self, other: &Value<'_>) -> bool {
         match (self, other) {
