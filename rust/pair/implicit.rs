@@ -4,9 +4,9 @@ use std::sync::LazyLock;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
-/// Ends of what stands before an assistant's answer, and then before what the assistant is asked. White space after a
-/// marker belongs to the answer, unless the format fixes it.
-const TURNS: [&str; 29] = [
+/// Ends of what stands before an assistant's answer. White space after a marker belongs to the answer, unless the
+/// format fixes it.
+const ANSWERS: [&str; 14] = [
     "\n\nAssistant:",
     "<|im_start|>assistant\n",
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -21,6 +21,9 @@ const TURNS: [&str; 29] = [
     "ASSISTANT:",
     "\nAssistant:",
     "\nAI:",
+];
+/// Ends of what stands before a turn that the assistant is asked.
+const QUESTIONS: [&str; 15] = [
     "\n\nHuman:",
     "<|im_start|>user\n",
     "<|start_header_id|>user<|end_header_id|>\n\n",
@@ -37,18 +40,16 @@ const TURNS: [&str; 29] = [
     "\nHuman:",
     "\nUser:",
 ];
-/// Markers of answers.
-const ANSWERS: usize = 14;
 /// What a text begins with whose first turn has no line before it.
 const BEGINNINGS: [&str; 2] = ["Human:", "User:"];
 
 /// `None` only if the table above cannot be compiled, which a test looks at.
 static FINDER: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
-    AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(TURNS).ok()
+    AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(ANSWERS).ok()
 });
 
-/// Which markers stand in `text`, and where they end.
-fn markers(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
+/// Which markers of answers stand in `text`, and where they end.
+fn turns(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
     FINDER
         .as_ref()
         .into_iter()
@@ -56,19 +57,10 @@ fn markers(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
         .map(|found| (found.pattern().as_usize(), found.end()))
 }
 
-/// The markers of answers.
-fn turns(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
-    markers(text).filter(|(marker, _)| *marker < ANSWERS)
-}
-
 /// Whether a text begins with a turn that a model is asked.
 pub(super) fn begins_asked(text: &str) -> bool {
     let start = text.trim_start();
-    TURNS
-        .iter()
-        .skip(ANSWERS)
-        .chain(&BEGINNINGS)
-        .any(|marker| start.starts_with(marker.trim_start()))
+    QUESTIONS.iter().chain(&BEGINNINGS).any(|marker| start.starts_with(marker.trim_start()))
 }
 
 /// Where two texts part.
@@ -89,13 +81,15 @@ pub(super) fn split(chosen: &str, rejected: &str) -> Split {
         common -= 1;
     }
     let start = chosen.get(..common).unwrap_or_default();
-    let answers = |text: &str| turns(text.get(common..).unwrap_or_default()).next().is_some();
-    let is_asked = match markers(start).last() {
-        Some((marker, _)) => marker >= ANSWERS,
-        None => begins_asked(start),
-    } && answers(chosen)
-        && answers(rejected);
-    let (cut, at_turn) = match turns(start).last() {
+    let last = turns(start).last();
+    // What the model is asked begins behind the last answer's marker.
+    let asked = start.get(last.map_or(0, |(_, end)| end)..).unwrap_or_default();
+    let goes_on = |text: &str| turns(text.get(common..).unwrap_or_default()).next().is_some();
+    let is_asked = (last.is_none() && begins_asked(start)
+        || QUESTIONS.iter().any(|marker| asked.contains(marker)))
+        && goes_on(chosen)
+        && goes_on(rejected);
+    let (cut, at_turn) = match last {
         Some((marker, cut)) => {
             let goes_on = |text: &str| {
                 turns(text.get(cut..).unwrap_or_default()).any(|(other, _)| other == marker)
