@@ -12,6 +12,9 @@ from folders import added, decoder_entry
 
 from dpo_ext import PairDataset, Tokenizer, TokenizerError
 
+# AutoTokenizer reads each folder, too.
+pytestmark = pytest.mark.slow
+
 END = "<|endoftext|>"
 TEXTS = folders.nasty_texts()
 CHAT = [{"role": "user", "content": "the <image> <|end|>"}, {"role": "assistant", "content": "a"}]
