@@ -359,7 +359,7 @@ proptest! {
             Err(RenderError::Template(message) | RenderError::Lacks(message)) => prop_assert!(!message.is_empty() && !message.contains('\n')),
             Err(RenderError::TooLong) => {}
         }
-        prop_assert!(start.elapsed() < Duration::from_secs(20), "{parts:?}: {:?}", start.elapsed());
+        prop_assert!(start.elapsed() < Duration::from_secs(2), "{parts:?}: {:?}", start.elapsed());
     }
 }
 

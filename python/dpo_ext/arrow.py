@@ -21,7 +21,7 @@ REPORT_KEY = b"dpo_ext.report"
 def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
     """Encodes the rows of a table: a pure function of Arrow data, for one batch of a pipeline.
 
-    Same as ``PairDataset.from_rows(table.to_pylist(), tokenizer, **options)``, as a table. It goes
+    Same as ``PairDataset.from_arrow(table, tokenizer, **options)``, as a table. It goes
     into the map of Hugging Face ``datasets`` (``Dataset`` and ``IterableDataset``), of Ray Data
     (``batch_format="pyarrow"``) and of Spark (``mapInArrow``, batch by batch)::
 

@@ -147,7 +147,10 @@ pub(super) fn texts(
         // What the prompt says is looked for once.
         let from = if i == 0 { 0 } else { prompt.len() };
         let names = [names[0], name];
-        let side = Side { messages, from, completion: prompt.len(), names, own, twice };
+        // Where the prompt ends, if it is printed as it is alone.
+        let begin = if from > 0 && rendered.text.starts_with(&alone) { alone.len() } else { 0 };
+        let completion = prompt.len();
+        let side = Side { messages, from, begin, completion, names, own, twice };
         check_content(&side, rendered, &renderer, pair)?;
     }
     let (whole_chosen, whole_rejected) = (whole_chosen.text, whole_rejected.text);

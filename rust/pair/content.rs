@@ -27,6 +27,8 @@ pub(super) struct Side<'s> {
     pub(super) messages: Vec<&'s Value<'s>>,
     /// The first that is looked for.
     pub(super) from: usize,
+    /// Where its text begins in the render, 0 if that is not known.
+    pub(super) begin: usize,
     /// The first of the completion.
     pub(super) completion: usize,
     /// Names of the fields of prompt and completion.
@@ -89,10 +91,17 @@ struct Look<'l> {
 }
 
 impl<'l> Look<'l> {
-    fn new(messages: &'l [&'l Value<'l>], text: &'l str, renderer: &'l Renderer<'l>) -> Self {
-        let mut places = Places::new(text);
+    /// Looks at the `messages` behind the first ones, which end before the byte `begin` of `text`.
+    fn new(
+        messages: &'l [&'l Value<'l>],
+        from: usize,
+        text: &'l str,
+        begin: usize,
+        renderer: &'l Renderer<'l>,
+    ) -> Self {
+        let mut places = Places::new(text, begin);
         let (mut has_places, mut has_short) = (true, false);
-        for (i, message) in messages.iter().enumerate() {
+        for (i, message) in messages.iter().enumerate().skip(from) {
             let is_last = i + 1 == messages.len();
             texts(message.get("content"), &mut |text| {
                 has_short |= (1..SHORT).contains(&strip(text).len());
@@ -183,7 +192,9 @@ pub(super) fn check_content(
     if rendered.complete {
         return Ok(());
     }
-    let look = Look::new(&side.messages, &rendered.text, renderer);
+    // Where the end of the prompt is not known, its texts must have their places, too.
+    let from = if side.begin > 0 { side.from } else { 0 };
+    let look = Look::new(&side.messages, from, &rendered.text, side.begin, renderer);
     for (i, message) in side.messages.iter().enumerate().skip(side.from) {
         match look.loss(i) {
             Some(Loss::Text) => {
@@ -218,13 +229,14 @@ pub(super) fn check_content(
             }
             pair.warn(Warning::ToolCallsDropped);
         }
-        let reasoning = REASONING.iter().find_map(|name| match message.get(name) {
-            Some(Value::Str(text)) => Some(text),
-            _ => None,
-        });
-        let is_last = i + 1 == side.messages.len();
-        if is_last && reasoning.is_some_and(|text| !look.shown.has(text)) {
-            pair.warn(Warning::ReasoningDropped);
+        if i + 1 == side.messages.len() {
+            let reasoning = REASONING.iter().find_map(|name| match message.get(name) {
+                Some(Value::Str(text)) => Some(text),
+                _ => None,
+            });
+            if reasoning.is_some_and(|text| !look.shown.has(text)) {
+                pair.warn(Warning::ReasoningDropped);
+            }
         }
     }
     if side.from == 0
@@ -257,7 +269,7 @@ fn only_text(message: &Value<'_>) -> Option<String> {
 /// Whether the template prints all contents.
 fn prints(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> bool {
     renderer.try_render(messages).is_some_and(|text| {
-        let look = Look::new(messages, &text, renderer);
+        let look = Look::new(messages, 0, &text, 0, renderer);
         (0..messages.len()).all(|i| matches!(look.loss(i), None | Some(Loss::Thoughts)))
     })
 }

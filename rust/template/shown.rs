@@ -21,13 +21,15 @@ pub(crate) fn strip(text: &str) -> &str {
 /// Places of texts in a render, none of which overlap: texts with a place each are all there, however alike they are.
 pub(crate) struct Places<'r> {
     render: &'r [u8],
+    begin: usize,
     taken: Vec<[usize; 2]>,
     next: usize,
 }
 
 impl<'r> Places<'r> {
-    pub(crate) fn new(render: &'r str) -> Self {
-        Self { render: render.as_bytes(), taken: Vec::new(), next: 0 }
+    /// Places from the byte `begin` on.
+    pub(crate) fn new(render: &'r str, begin: usize) -> Self {
+        Self { render: render.as_bytes(), begin, taken: Vec::with_capacity(16), next: begin }
     }
 
     /// Whether a place was found for one more text: behind the last one, or anywhere.
@@ -37,7 +39,7 @@ impl<'r> Places<'r> {
             return true;
         }
         let in_order = self.free(text, self.next);
-        let Some(start) = in_order.or_else(|| self.free(text, 0)) else { return false };
+        let Some(start) = in_order.or_else(|| self.free(text, self.begin)) else { return false };
         let end = start + text.len();
         self.taken.push([start, end]);
         if in_order.is_some() {
@@ -155,12 +157,14 @@ mod tests {
 
     #[test]
     fn texts_have_places_of_their_own() {
-        let mut places = Places::new("user: yes it is; assistant: yes it is; tool: late");
+        let mut places = Places::new("user: yes it is; assistant: yes it is; tool: late", 0);
         assert!(
             ["late", " yes it is ", "yes it is", "", "user"].map(|text| places.take(text))
                 == [true; 5]
         );
         assert!(!places.take("yes it is"));
         assert!(!places.take("is; assistant"));
+        let mut places = Places::new("user: yes it is; assistant: no", 16);
+        assert_eq!(["no", "yes it is"].map(|text| places.take(text)), [true, false]);
     }
 }

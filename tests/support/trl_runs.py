@@ -178,6 +178,10 @@ def config(out: Path, **options: Any) -> trl.DPOConfig:
     return trl.DPOConfig(**(defaults | options))
 
 
+# transformers 4 logs four digits.
+LOGGED = 1e-6 if int(transformers.__version__.split(".")[0]) > 4 else 5e-5
+
+
 def tokenizer(material: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(material / "model")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.data.tables import TRLS
+from dpo_ext.data.options import FIELDS
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 
@@ -101,7 +101,7 @@ def batches(
     found = header(_core.FileText(path, limits).head(), path, names)
     assert found is not None
     wanted = _checked(found, path, names)
-    others.extend(name for name in found.names if name not in names[:TRLS])
+    others.extend(name for name in found.names if name not in names[: len(FIELDS)])
     types = _types(pa, path, found, [name for name in columns if name in wanted], limits)
     for batch, share in _texts(pa, path, found, wanted, limits):
         for part in _typed(pa, batch, types):

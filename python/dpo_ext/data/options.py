@@ -39,6 +39,7 @@ SKIP_HINT = 'hint: on_bad="skip" drops bad rows and counts them'
 DEEPEST = 1024
 # These limits are of a whole file, which `on_bad` does not pass over.
 OF_FILES = ("max_expansion", "max_unpacked_bytes", "zstd_window")
+# Of TRL's layouts, in the order in which Rust asks for them.
 FIELDS = (
     "prompt",
     "chosen",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_ext.data.options import FIELDS
 from dpo_ext.errors import DataError, DpoExtError
 from dpo_ext.extras import arrow
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 # Rows that Rust is given at a time: what has to be cast is copied for no more of them.
 ROWS = 8192
 NOTHING = np.empty(0, np.uint8)
-# So many of the fields that rows are asked for are those of TRL's layouts; text in others may be a
-# prompt.
-TRLS = 10
 
 
 @contextmanager
@@ -79,12 +77,13 @@ def rows_instead(source: Any) -> bool:
 
 
 def text_columns(schema: Any, names: Sequence[str]) -> list[str]:
-    """The columns of text in a schema that TRL's layouts do not read."""
+    """The columns of text in a schema that TRL's layouts do not read: one may be a prompt."""
     is_text = _is_text()
     return [
         field.name
         for field in schema
-        if field.name not in names[:TRLS] and any(is_kind(field.type) for is_kind in is_text)
+        if field.name not in names[: len(FIELDS)]
+        and any(is_kind(field.type) for is_kind in is_text)
     ]
 
 

@@ -191,22 +191,29 @@ fn the_joint_prompt_is_the_common_prefix_inside_the_border() {
 
 #[test]
 fn ten_megabytes_of_one_character_are_linear_work() {
-    // 1 s on a quiet machine, over 2 on a busy one; quadratic work would take hours.
-    let limit = if cfg!(debug_assertions) { 200.0 } else { 10.0 };
+    // 1 s on a quiet machine, over 2 on a busy one.
+    let limit = if cfg!(debug_assertions) { 40.0 } else { 4.0 };
     let units = ["a", " ", "1", "<", "\n", "A", "e\u{301}", "\u{4e2d}", "1234567", "theof"];
     let units = if deep() { &units[..] } else { &units[..3] };
     for (name, ours, _) in built().step_by(if deep() { 1 } else { 4 }).chain(shipped()) {
         let mut scratch = Scratch::default();
         for unit in units {
             let text = unit.repeat(10_000_000 / unit.len());
-            let start = seconds();
-            let mut ids = Vec::new();
-            ours.encode_into(&text, None, &mut scratch, &mut ids).unwrap();
-            let spent = start.and_then(|start| Some(seconds()? - start));
+            let tenth = unit.repeat(1_000_000 / unit.len());
+            let mut spend = |text: &str| {
+                let start = seconds();
+                let mut ids = Vec::new();
+                ours.encode_into(text, None, &mut scratch, &mut ids).unwrap();
+                start.and_then(|start| Some(seconds()? - start))
+            };
+            let (part, spent) = (spend(&tenth), spend(&text));
             if std::env::var_os("DPO_EXT_TIMES").is_some() {
                 eprintln!("{name}: 10 MB of {unit:?}: {spent:.2?} s");
             }
             assert!(spent.is_none_or(|s| s < limit), "{name}: 10 MB of {unit:?} took {spent:?} s");
+            // Ten times the text takes about ten times the time, and quadratic work a hundred times.
+            let ratio = part.zip(spent).map(|(part, spent)| spent / part.max(0.02));
+            assert!(ratio.is_none_or(|r| r < 30.0), "{name}: {unit:?} x 10 took {ratio:?} x");
         }
     }
 }
