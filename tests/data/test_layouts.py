@@ -504,6 +504,45 @@ def test_a_prompt_of_null_is_none_where_the_row_has_another(tok):
         PairDataset.from_rows([{"prompt": None, "chosen": "The sky", "rejected": "The sea"}], tok)
 
 
+def weighed(turn, weight):
+    return {**turn, "weight": weight, "loss": {"on": weight}}
+
+
+# What the template does not print of a turn, as the chosen and the rejected side have it.
+UNPRINTED = {
+    "the order of keys": (dict, lambda turn: dict(reversed(turn.items()))),
+    "an id": (dict, lambda turn: {"id": 7, **turn}),
+    "a null": (dict, lambda turn: {**turn, "name": None}),
+    "a weight": (lambda turn: weighed(turn, 1), lambda turn: weighed(turn, 0.5)),
+    "a whole number": (lambda turn: weighed(turn, 1), lambda turn: weighed(turn, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", UNPRINTED)
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_turns_that_are_printed_alike_are_the_prompt(tok, tmp_path, name, turn):
+    shared = [*EARLIER, *ASK]
+    chosen, rejected = (
+        [change(one) if i == turn else one for i, one in enumerate(shared)]
+        for change in UNPRINTED[name]
+    )
+    row = {"chosen": [*chosen, BLUE], "rejected": [*rejected, GREEN]}
+    want = ids(PairDataset.from_rows([explicit(shared)], tok))
+    for options in ({}, {"boundary": "trl"}):
+        for pairs in ways(row, tok, tmp_path, **options):
+            assert ids(pairs) == want
+            assert pairs.report.warned == {}
+
+
+def test_white_space_that_is_stripped_is_no_difference(tmp_path):
+    strips = TEMPLATE.replace("message['content']", "message['content'] | trim")
+    tok = tokenizer(tmp_path / "m", template=strips)
+    row = {"chosen": [user("sky? "), BLUE], "rejected": [user("\nsky?"), GREEN]}
+    assert ids(PairDataset.from_rows([row], tok)) == ids(
+        PairDataset.from_rows([explicit(ASK)], tok)
+    )
+
+
 def test_a_prompt_that_stands_twice_is_found_by_its_render(tmp_path):
     tok = tokenizer(
         tmp_path / "m", template=TEMPLATE.replace("message['content']", "message['content'] | trim")
