@@ -8,6 +8,7 @@ from os import fspath
 from typing import Any
 
 TRLS = ("explicit", "implicit", "ids")
+UNREAD = 32
 NO_LINES = (".parquet", ".arrow", ".feather")
 
 
@@ -48,6 +49,8 @@ class Report:
             print them; ``unread_system`` a field ``system`` that the layout has not; ``images`` a
             picture, a film or a sound was passed over.
         layouts: kept rows by how they say their prompt and sides.
+        unread: names of fields with text, or of another layout, that were not read from kept rows,
+            in alphabetical order (32 at most).
         first: the first example of each reason and warning.
         notes: facts about the whole data set.
         bytes: bytes of text read from files.
@@ -61,6 +64,7 @@ class Report:
     notes: tuple[str, ...] = ()
     bytes: int = 0
     layouts: dict[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -76,7 +80,8 @@ class Report:
             for name, (path, *rest) in raw["first"].items()
         }
         counts = (raw["dropped"], raw["warned"])
-        return cls(raw["read"], kept, *counts, first, notes, raw["bytes"], raw["layouts"])
+        size, layouts, unread = raw["bytes"], raw["layouts"], tuple(raw["unread"])
+        return cls(raw["read"], kept, *counts, first, notes, size, layouts, unread)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
@@ -98,6 +103,7 @@ class Report:
             first={str(name): Example(**first) for name, first in values["first"].items()},
             notes=tuple(map(str, values["notes"])),
             bytes=values["bytes"],
+            unread=tuple(map(str, values.get("unread", ()))),
         )
         if report.read != report.kept + sum(report.dropped.values()):
             raise ValueError("expected `read` to be the sum of `kept` and `dropped`")
@@ -119,6 +125,7 @@ class Report:
                 tuple(dict.fromkeys((*total.notes, *report.notes))),
                 total.bytes + report.bytes,
                 _sum(total.layouts, report.layouts),
+                tuple(sorted({*total.unread, *report.unread})[:UNREAD]),
             )
         return total
 
@@ -129,6 +136,8 @@ class Report:
         for title, counts in (("dropped", self.dropped), ("warned", self.warned)):
             for name, count in sorted(counts.items(), key=lambda item: -item[1]):
                 lines.append(f"  {title} {name}: {count:,}{self._place(name)}")
+        if self.unread:
+            lines.append(f"  not read: {', '.join(self.unread)}")
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)
 
@@ -141,6 +150,8 @@ class Report:
         for title, counts in (("dropped", self.dropped), ("warned", self.warned)):
             for name, count in sorted(counts.items(), key=lambda item: -item[1]):
                 rows.append((f"{title} {name}", f"{count:,}", self._place(name).strip(" ()")))
+        if self.unread:
+            rows.append(("not read", "", ", ".join(self.unread)))
         rows.extend(("note", "", note) for note in self.notes)
         return table("Report", ("", "rows", ""), rows)
 

@@ -113,13 +113,14 @@ fn settle(
                 return Err(Bad::new(Reason::WrongType, name, message).into());
             }
         }
-        let non_finite = row.non_finite.take();
+        let noted = (row.non_finite.take(), std::mem::take(&mut row.unread));
         encode(row, job.tokenizer, job.options, pair)?;
-        Ok((extra, non_finite))
+        Ok((extra, noted))
     });
     match result {
-        Ok((extra, non_finite)) => {
+        Ok((extra, (non_finite, unread))) => {
             out.tally.kept += 1;
+            out.tally.leave(unread);
             if let Some(layout) = layout {
                 *out.tally.layouts.entry(layout).or_default() += 1;
             }
@@ -130,6 +131,8 @@ fn settle(
                     // Where the prompt may be instead, if the caller did not say that it is this.
                     let is_guess = *warning == Warning::EmptyPrompt
                         && layout == Some(Layout::Explicit)
+                        // A prompt of which no token is left is no empty field.
+                        && !pair.has(Warning::BoundaryMerge)
                         && guessed;
                     let message = if is_guess { named(&others()) } else { String::new() };
                     (origin.place(None, None), message)

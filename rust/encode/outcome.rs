@@ -1,11 +1,12 @@
 //! What encoding gives: lists in flat arrays, and what became of every row.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Place, Reason, Warning};
 use crate::pair::Pair;
 use crate::read::bad::Bad;
 use crate::read::cell::{Cell, Kind};
+use crate::read::json::MOST_UNREAD;
 use crate::read::layouts::Layout;
 
 /// Variable-length lists in one array.
@@ -81,6 +82,8 @@ pub struct Tally {
     pub warned: BTreeMap<Warning, Count>,
     /// Kept rows by their layout.
     pub layouts: BTreeMap<Layout, u64>,
+    /// Fields of kept rows that held text, or what some layout reads, and were not read; the first so many.
+    pub unread: BTreeSet<String>,
 }
 
 impl Tally {
@@ -104,7 +107,17 @@ impl Tally {
         self.warned.entry(warning).or_default().add(count, first);
     }
 
+    /// Notes fields that nobody read.
+    pub(super) fn leave(&mut self, names: impl IntoIterator<Item = String>) {
+        for name in names {
+            if self.unread.len() < MOST_UNREAD {
+                self.unread.insert(name);
+            }
+        }
+    }
+
     fn append(&mut self, other: Self) {
+        self.leave(other.unread);
         self.read += other.read;
         self.kept += other.kept;
         for (reason, count) in other.dropped {

@@ -83,5 +83,11 @@ pub fn encode_columns(table: Columns<'_>, job: &Job<'_>, all: &mut Encoded) -> R
         });
         (origin, row)
     };
-    encode_chunks(job, rows, row, |_| others.to_vec(), all)
+    encode_chunks(job, rows, row, |_| others.to_vec(), all)?;
+    if all.tally.kept > 0 {
+        let is_read =
+            |name: &&String| names.contains(&name.as_str()) || rules.keys.ignored.contains(name);
+        all.tally.leave(others.iter().filter(|name| !is_read(name)).cloned());
+    }
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::content::{Side, check_content, joined};
+use super::content::{Side, check_content, in_parts, joined};
 use super::options::{EmptyThink, Options, SpecialText};
 use super::outcome::{Pair, Refusal};
 use super::prompt::{Parts, parted};
@@ -113,12 +113,13 @@ pub(super) fn texts(
     if pair.has(Warning::Images) {
         turns.drop_media();
     }
-    let mut parts = parted(turns, &renderer, options, pair)?;
+    in_parts(&mut turns, &renderer);
+    joined(&mut turns, &renderer);
+    let parts = parted(turns, &renderer, options, pair)?;
     if parts.prompt.is_empty() && parts.chosen != parts.rejected && layout != Layout::Completions {
         let message = "expected turns that both sides share, found none";
         return Err(Bad::new(Reason::MissingPrompt, names[0], message).into());
     }
-    joined(&mut parts, &renderer);
     let Parts { prompt, chosen, rejected, own, twice } = parts;
     let alone = match renderer.render(&prompt, None, names[0], pair) {
         Ok(rendered) => rendered.text,

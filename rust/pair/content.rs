@@ -4,13 +4,13 @@ use std::cell::OnceCell;
 
 use super::marked::Marked;
 use super::outcome::{Pair, Refusal};
-use super::prompt::Parts;
 use super::render::Renderer;
 use super::strings::{calls, function, leaves, texts, with_field};
 use super::text::is_blank;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
 use crate::read::json::Value;
+use crate::read::said::Turns;
 use crate::read::turns::is_asked;
 use crate::template::{Places, Rendered, Shown, strip};
 
@@ -266,51 +266,82 @@ fn only_text(message: &Value<'_>) -> Option<String> {
     parts.iter().map(text).collect()
 }
 
-/// Whether the template prints all contents.
-fn prints(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> bool {
-    renderer.try_render(messages).is_some_and(|text| {
-        let look = Look::new(messages, 0, &text, 0, renderer);
-        (0..messages.len()).all(|i| matches!(look.loss(i), None | Some(Loss::Thoughts)))
+/// Of every message, whether the template does not print its content.
+fn losses(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> Vec<bool> {
+    let Some(text) = renderer.try_render(messages) else { return vec![true; messages.len()] };
+    let look = Look::new(messages, 0, &text, 0, renderer);
+    (0..messages.len()).map(|i| !matches!(look.loss(i), None | Some(Loss::Thoughts))).collect()
+}
+
+/// The same message with a list of one part for a string.
+fn listed<'v>(message: &Value<'v>) -> Value<'v> {
+    with_field(message, "content", |content| match content {
+        Value::Str(text) => Value::List(vec![Value::part(text.clone())]),
+        other => other.clone(),
     })
+}
+
+/// Gives a template that reads lists of parts alone its strings as such, as processors of pictures do.
+pub(super) fn in_parts(turns: &mut Turns<'_>, renderer: &Renderer<'_>) {
+    if renderer.reads_parts_only() {
+        let prompt = turns.prompt.iter_mut().flatten();
+        for message in prompt.chain(&mut turns.chosen).chain(&mut turns.rejected) {
+            *message = listed(message);
+        }
+    }
 }
 
 /// Whether the template prints all contents if each string is a list of one part.
 fn reads_parts(messages: &[&Value<'_>], renderer: &Renderer<'_>) -> bool {
-    let listed = |message: &&Value<'_>| {
-        let listed = with_field(message, "content", |content| match content {
-            Value::Str(_) => {
-                let kind = Value::Str("text".into());
-                let part = vec![("type".into(), kind), ("text".into(), content.clone())];
-                Value::List(vec![Value::Object(part)])
-            }
-            other => other.clone(),
-        });
-        listed.into_owned()
-    };
+    let listed = |message: &&Value<'_>| listed(message).into_owned();
     let listed: Vec<Value<'_>> = messages.iter().map(listed).collect();
-    prints(&listed.iter().collect::<Vec<_>>(), renderer)
+    losses(&listed.iter().collect::<Vec<_>>(), renderer).iter().all(|is_lost| !is_lost)
 }
 
 /// Joins lists of text to one string each, where the template prints that and not the lists.
-pub(super) fn joined(parts: &mut Parts<'_>, renderer: &Renderer<'_>) {
-    let Parts { prompt, chosen, rejected, .. } = &*parts;
-    let all = || prompt.iter().chain(chosen).chain(rejected);
-    if !all().any(|message| only_text(message).is_some_and(|text| !text.is_empty())) {
+pub(super) fn joined(turns: &mut Turns<'_>, renderer: &Renderer<'_>) {
+    let prompt = turns.prompt.as_deref().unwrap_or_default();
+    let has_text = |message: &Value<'_>| only_text(message).is_some_and(|text| !text.is_empty());
+    if !prompt.iter().chain(&turns.chosen).chain(&turns.rejected).any(has_text) {
         return;
     }
-    let prints = |prompt: &[Value<'_>], side: &[Value<'_>]| {
-        prints(&prompt.iter().chain(side).collect::<Vec<_>>(), renderer)
-    };
-    if prints(prompt, chosen) && prints(prompt, rejected) {
+    let parts = [prompt, &turns.chosen, &turns.rejected];
+    let mut lost = parts.map(|messages| vec![false; messages.len()]);
+    let [in_prompt, in_sides @ ..] = &mut lost;
+    for (side, in_side) in parts[1..].iter().zip(in_sides) {
+        let messages: Vec<&Value<'_>> = prompt.iter().chain(*side).collect();
+        let places = in_prompt.iter_mut().chain(in_side);
+        for (is_lost, found) in places.zip(losses(&messages, renderer)) {
+            *is_lost |= found;
+        }
+    }
+    if lost.iter().flatten().all(|is_lost| !is_lost) {
         return;
     }
-    let string = |message: &Value<'_>| match only_text(message) {
-        Some(text) => with_field(message, "content", |_| Value::Str(text.into())).into_owned(),
-        None => message.clone().into_owned(),
-    };
-    let strings = |messages: &[Value<'_>]| messages.iter().map(string).collect::<Vec<_>>();
-    let [prompt, chosen, rejected] = [prompt, chosen, rejected].map(|turns| strings(turns));
-    if prints(&prompt, &chosen) && prints(&prompt, &rejected) {
-        (parts.prompt, parts.chosen, parts.rejected) = (prompt, chosen, rejected);
+    // Those alone that are lost, as others may be printed otherwise than joined; or else all.
+    for all in [false, true] {
+        let string = |(message, is_lost): (&Value<'_>, &bool)| match only_text(message) {
+            Some(text) if all || *is_lost => {
+                with_field(message, "content", |_| Value::Str(text.into())).into_owned()
+            }
+            _ => message.clone().into_owned(),
+        };
+        let mut strings = parts.iter().zip(&lost).map(|(messages, lost)| {
+            messages.iter().zip(lost).map(string).collect::<Vec<Value<'_>>>()
+        });
+        let [Some(prompt), Some(chosen), Some(rejected)] =
+            [strings.next(), strings.next(), strings.next()]
+        else {
+            return;
+        };
+        let printed = |side: &[Value<'_>]| {
+            let messages: Vec<&Value<'_>> = prompt.iter().chain(side).collect();
+            losses(&messages, renderer).iter().all(|is_lost| !is_lost)
+        };
+        if printed(&chosen) && printed(&rejected) {
+            turns.prompt = turns.prompt.is_some().then_some(prompt);
+            (turns.chosen, turns.rejected) = (chosen, rejected);
+            return;
+        }
     }
 }

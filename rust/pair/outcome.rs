@@ -19,7 +19,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    pub(super) fn has(&self, warning: Warning) -> bool {
+    pub(crate) fn has(&self, warning: Warning) -> bool {
         self.warned.contains(&warning)
     }
 

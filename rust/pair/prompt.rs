@@ -10,6 +10,9 @@ use crate::read::said::Turns;
 use crate::read::turns::is_asked;
 use crate::template::strip;
 
+/// Ends of questions, from the last, that are compared where two sides have not the same turns.
+const MOST_ENDS: usize = 16;
+
 /// A prompt and two sides.
 pub(super) struct Parts<'a> {
     pub(super) prompt: Vec<Value<'a>>,
@@ -52,6 +55,13 @@ pub(super) fn parted<'a>(
                 parts.take(shared);
             }
         }
+    }
+    let is_split = |parts: &Parts<'_>| {
+        let first = [parts.chosen.first(), parts.rejected.first()];
+        first.into_iter().flatten().any(is_asked) && parts.chosen != parts.rejected
+    };
+    if is_implicit && is_split(&parts) {
+        parts.take_alike(renderer);
     }
     let first = [parts.chosen.first(), parts.rejected.first()];
     let asks = first.into_iter().flatten().any(is_asked);
@@ -98,6 +108,36 @@ impl Parts<'_> {
     fn take(&mut self, shared: usize) {
         self.rejected.drain(..shared);
         self.prompt.extend(self.chosen.drain(..shared));
+    }
+
+    /// Makes the first turns of one side the prompt's last where those of the other print the same, be they more or
+    /// fewer: a template may write by itself the turn with which one side begins.
+    fn take_alike(&mut self, renderer: &Renderer<'_>) {
+        let ends = |side: &[Value<'_>]| -> Vec<(usize, Option<String>)> {
+            let is_end = |i: &usize| {
+                let [before, behind] = [i - 1, *i].map(|at| side.get(at).is_some_and(is_asked));
+                before && !behind
+            };
+            let text = |i: usize| {
+                let turns = self.prompt.iter().chain(side.iter().take(i)).collect::<Vec<_>>();
+                (i, renderer.try_render(&turns))
+            };
+            (1..side.len()).rev().filter(is_end).take(MOST_ENDS).map(text).collect()
+        };
+        let (mine, theirs) = (ends(&self.chosen), ends(&self.rejected));
+        let alike = mine.iter().find_map(|(i, text)| {
+            let (j, _) = theirs.iter().find(|(_, other)| text.is_some() && text == other)?;
+            Some((*i, *j))
+        });
+        let Some((i, j)) = alike else { return };
+        // Behind them the other side must read as it did.
+        let own = self.prompt.iter().chain(&self.rejected).collect::<Vec<_>>();
+        let begin = self.prompt.iter().chain(self.chosen.iter().take(i));
+        let other = begin.chain(self.rejected.iter().skip(j)).collect::<Vec<_>>();
+        if renderer.try_render(&own) == renderer.try_render(&other) {
+            self.rejected.drain(..j);
+            self.prompt.extend(self.chosen.drain(..i));
+        }
     }
 
     /// How many of the first turns of both sides are the prompt's last ones once more.

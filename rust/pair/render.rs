@@ -100,6 +100,15 @@ impl Renderer<'_> {
         })
     }
 
+    /// Whether the template prints lists of parts and no strings.
+    pub(super) fn reads_parts_only(&self) -> bool {
+        self.template.reads_parts_only(|text, content| {
+            let role = ("role".into(), Value::Str("user".into()));
+            let message = Value::Object(vec![role, ("content".into(), content)]);
+            self.try_render(&[&message]).is_some_and(|render| render.contains(text))
+        })
+    }
+
     /// Whether the template prints all contents of such a conversation, as far as their texts do not matter.
     pub(super) fn shows_contents(&self, messages: &[&Value<'_>]) -> bool {
         shows_contents(self.template, &self.conversation(messages, false))

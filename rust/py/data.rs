@@ -340,6 +340,7 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
         layouts.set_item(layout.name(), count)?;
     }
     out.set_item("layouts", layouts)?;
+    out.set_item("unread", encoded.tally.unread.into_iter().collect::<Vec<_>>())?;
     let first = PyDict::new(py);
     let dropped = PyDict::new(py);
     for (reason, count) in encoded.tally.dropped {

@@ -10,7 +10,7 @@ use crate::encode::Fields;
 use crate::error::{Place, Reason, Result};
 use crate::pair::Options;
 use crate::read::bad::Bad;
-use crate::read::json::{Findings, Value};
+use crate::read::json::{Findings, MOST_UNREAD, Value};
 use crate::read::keys::{FIELDS, MEDIA, TRLS};
 use crate::read::limits::Limits;
 
@@ -50,12 +50,15 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
     }
     if let Ok(dict) = row.cast::<PyDict>() {
         let names = options.keys.names();
-        let names = names.get(..TRLS).unwrap_or_default();
+        let trls = names.get(..TRLS).unwrap_or_default();
         for (key, value) in dict {
-            if let (Ok(key), true) = (key.extract::<&str>(), value.is_instance_of::<PyString>())
-                && !names.contains(&key)
-            {
-                findings.others.push(key.to_owned());
+            if let (Ok(key), true) = (key.extract::<&str>(), value.is_instance_of::<PyString>()) {
+                if !trls.contains(&key) {
+                    findings.others.push(key.to_owned());
+                }
+                if !names.contains(&key) && findings.unread.len() < MOST_UNREAD {
+                    findings.unread.push(key.to_owned());
+                }
             }
         }
     }

@@ -79,6 +79,22 @@ impl<'a> Cells<'a> {
         self.get(field).is_some_and(turns::is_conversation)
     }
 
+    /// Whether the field holds two values, a better and a worse one.
+    pub(super) fn has_two(&self, field: Field) -> bool {
+        matches!(self.get(field), Some(Value::List(items)) if items.len() == 2)
+    }
+
+    /// The fields that hold something, in their order.
+    pub(super) fn left(&self) -> impl Iterator<Item = usize> {
+        let is_left = |cell: &Option<Value<'_>>| match cell {
+            None | Some(Value::Null) => false,
+            Some(Value::Str(text)) => !text.is_empty(),
+            Some(Value::List(items)) => !items.is_empty(),
+            Some(_) => true,
+        };
+        self.0.iter().enumerate().filter(move |(_, cell)| is_left(cell)).map(|(at, _)| at)
+    }
+
     /// Whether both sides are single answers, of which one at least is no list of turns.
     pub(super) fn has_answers(&self) -> bool {
         let is_answer = |field: Field| self.is_text(field) || self.is_turns(field);

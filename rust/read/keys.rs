@@ -45,6 +45,7 @@ pub enum Field {
     RefChosen,
     RefRejected,
     Messages,
+    Conversation,
     Conversations,
     RejectedResponse,
     RejectedMessages,
@@ -53,6 +54,9 @@ pub enum Field {
     Input,
     History,
     Question,
+    Query,
+    Response,
+    Output,
     System,
 }
 
@@ -71,6 +75,7 @@ const NAMES: [&str; Field::System as usize + 1] = [
     "ref_chosen_logps",
     "ref_rejected_logps",
     "messages",
+    "conversation",
     "conversations",
     "rejected_response",
     "rejected_messages",
@@ -79,6 +84,9 @@ const NAMES: [&str; Field::System as usize + 1] = [
     "input",
     "history",
     "question",
+    "query",
+    "response",
+    "output",
     "system",
 ];
 /// Fields of a row before the extra ones.
@@ -99,11 +107,15 @@ impl Keys {
         }
     }
 
+    /// The fields that some layout reads, in their order.
+    pub(super) fn fields(&self) -> impl Iterator<Item = &str> {
+        let given: [&str; 3] = [&self.prompt, &self.chosen, &self.rejected];
+        given.into_iter().chain(NAMES.into_iter().skip(3))
+    }
+
     /// The field names in the order of [`super::row::Row::from_fields`].
     pub fn names(&self) -> Vec<&str> {
-        let given: [&str; 3] = [&self.prompt, &self.chosen, &self.rejected];
-        let rest = NAMES.into_iter().skip(given.len()).chain(MEDIA);
-        let mut names: Vec<&str> = given.into_iter().chain(rest).collect();
+        let mut names: Vec<&str> = self.fields().chain(MEDIA).collect();
         for i in 0..names.len() {
             let (before, rest) = names.split_at_mut(i);
             // A name that the caller gave to another field stands for that one alone.

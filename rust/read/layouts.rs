@@ -30,11 +30,12 @@ pub enum Layout {
     Messages,
     /// `conversations` of `from` and `value`, with one answer each in `chosen` and `rejected`.
     ShareGpt,
-    /// `instruction`, `input`, `history`, `system`, with the texts `chosen` and `rejected`.
+    /// `instruction`, `input`, `history`, `system`, with the texts `chosen` and `rejected`, or both in `output`.
     Alpaca,
-    /// `question` and `system`, with the texts `chosen` and `rejected`.
+    /// `question` or `query`, `history` and `system`, with the texts `chosen` and `rejected`.
     Question,
-    /// `messages`, whose last turn is chosen, with `rejected_response` or `rejected_messages`.
+    /// `messages`, whose last turn is chosen, or `query` and `response`, with `rejected_response` or
+    /// `rejected_messages`.
     Swift,
 }
 
@@ -94,18 +95,21 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
     if ids.into_iter().all(has) || (!sides && ids.into_iter().any(has)) {
         return Layout::Ids;
     }
-    if keys.prompt_required {
+    if keys.prompt_required && !has(Field::Prompt) {
         return Layout::Explicit;
     }
     let swift = has(Field::RejectedResponse) || has(Field::RejectedMessages);
-    if swift && has(Field::Messages) && !has(Field::Chosen) {
+    let said = has(Field::Messages) || (has(Field::Query) && has(Field::Response));
+    if swift && said && !has(Field::Chosen) && !has(Field::Prompt) {
         return Layout::Swift;
     }
     let whole = cells.is_conversation(Field::Chosen) && cells.is_conversation(Field::Rejected);
     if has(Field::Prompt) {
         let turns = !cells.is_text(Field::Chosen) && !cells.is_text(Field::Rejected) && sides;
         return match cells.text(Field::Prompt) {
-            Some(text) if text.trim().is_empty() && (whole || turns) => Layout::Implicit,
+            Some(text) if text.trim().is_empty() && (whole || turns) && !keys.prompt_required => {
+                Layout::Implicit
+            }
             Some(_) if whole => Layout::UltraFeedback,
             Some(_) if turns => Layout::Messages,
             None if !whole && cells.is_turns(Field::Prompt) && cells.has_answers() => {
@@ -114,20 +118,20 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
             _ => Layout::Explicit,
         };
     }
-    if !whole && has(Field::Messages) {
+    if !whole && (has(Field::Messages) || has(Field::Conversation)) {
         return Layout::Messages;
     }
     if !whole && has(Field::Conversations) {
         return Layout::ShareGpt;
     }
-    let answers = sides || swift || has(Field::ChosenResponse);
+    let answers = sides || swift || has(Field::ChosenResponse) || cells.has_two(Field::Output);
     if !whole && answers {
         // A transcript repeats the question that stands beside it.
         let asks = |field| has(field) && !cells.are_transcripts();
         if asks(Field::Instruction) || asks(Field::Input) {
             return Layout::Alpaca;
         }
-        if asks(Field::Question) {
+        if asks(Field::Question) || asks(Field::Query) {
             return Layout::Question;
         }
     }
@@ -157,7 +161,7 @@ pub(super) fn read<'a>(
         }
         Layout::Alpaca => alpaca(cells, keys, limits).map(Said::Turns)?,
         Layout::Question => question(cells, keys, limits).map(Said::Turns)?,
-        Layout::Swift => swift(cells, limits).map(Said::Turns)?,
+        Layout::Swift => swift(cells, keys, limits).map(Said::Turns)?,
     };
     if let Some(system) = cells.take_some(Field::System) {
         match &mut row {
@@ -255,6 +259,7 @@ fn messages<'a>(
     let field = match layout {
         Layout::ShareGpt => Field::Conversations,
         _ if cells.has(Field::Prompt) => Field::Prompt,
+        _ if !cells.has(Field::Messages) && cells.has(Field::Conversation) => Field::Conversation,
         _ => Field::Messages,
     };
     let name = keys.name(field);
@@ -304,15 +309,33 @@ fn alpaca<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Tur
         (text, _) => text.unwrap_or_default(),
     };
     prompt.push(Value::turn("user", text));
+    let sides = [Field::Chosen, Field::ChosenResponse, Field::Rejected, Field::RejectedResponse];
+    if cells.has_two(Field::Output)
+        && !sides.into_iter().any(|side| cells.has(side))
+        && let Some(Value::List(answers)) = cells.take(Field::Output)
+        && let Ok(answers) = <[Value<'a>; 2]>::try_from(answers)
+    {
+        let [chosen, rejected] = answers.map(|value| answer(value, "output", limits));
+        let fields = [Field::Instruction, Field::Output, Field::Output];
+        let (chosen, rejected) = (chosen?, rejected?);
+        return Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields });
+    }
     answered(prompt, Field::Instruction, cells, keys, limits)
 }
 
 fn question<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Turns<'a>, Bad> {
-    let text = said(required(cells.take(Field::Question), "question")?, "question")?;
-    if text.trim().is_empty() {
-        return Err(no_text("question"));
-    }
-    answered(vec![Value::turn("user", text)], Field::Question, cells, keys, limits)
+    let is_query = !cells.has(Field::Question) && cells.has(Field::Query);
+    let field = if is_query { Field::Query } else { Field::Question };
+    let mut prompt = history(cells.take_some(Field::History), limits)?;
+    prompt.push(asked(field, cells, keys)?);
+    answered(prompt, field, cells, keys, limits)
+}
+
+/// The turn of a field that asks.
+fn asked<'a>(field: Field, cells: &mut Cells<'a>, keys: &Keys) -> Result<Value<'a>, Bad> {
+    let name = keys.name(field);
+    let text = said(required(cells.take(field), name)?, name)?;
+    if text.trim().is_empty() { Err(no_text(name)) } else { Ok(Value::turn("user", text)) }
 }
 
 fn no_text(name: &str) -> Bad {
@@ -340,7 +363,17 @@ fn answered<'a>(
     Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
 }
 
-fn swift<'a>(cells: &mut Cells<'a>, limits: &Limits) -> Result<Turns<'a>, Bad> {
+fn swift<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Turns<'a>, Bad> {
+    if !cells.has(Field::Messages) && cells.has(Field::Query) {
+        let mut prompt = history(cells.take_some(Field::History), limits)?;
+        prompt.push(asked(Field::Query, cells, keys)?);
+        let chosen =
+            answer(required(cells.take(Field::Response), "response")?, "response", limits)?;
+        let rejected = required(cells.take(Field::RejectedResponse), "rejected_response")?;
+        let rejected = answer(rejected, "rejected_response", limits)?;
+        let fields = [Field::Query, Field::Response, Field::RejectedResponse];
+        return Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields });
+    }
     let conversation = required(cells.take(Field::Messages), "messages")?;
     let mut prompt = turns(conversation, "messages", limits)?;
     if let Some(other) = cells.take_some(Field::RejectedMessages) {

@@ -82,6 +82,10 @@ impl Reader {
             return None;
         }
         let mut block = Block { bytes: std::mem::take(&mut self.rest), ..Block::default() };
+        if self.cut.is_some() {
+            // A file of several reads may well fill the block.
+            block.bytes.reserve_exact(BLOCK_BYTES + READ_BYTES);
+        }
         let mut at = Cursor { start: 0, seen: block.bytes.len() };
         match self.fill(&mut block, &mut at) {
             Ok(true) => self.rest = block.bytes.split_off(at.start),
@@ -125,11 +129,7 @@ impl Reader {
             if block.lines.len() >= BLOCK_LINES || at.start >= BLOCK_BYTES {
                 return Ok(true);
             }
-            let old = block.bytes.len();
-            block.bytes.resize(old + READ_BYTES, 0);
-            let read = self.source.read(block.bytes.get_mut(old..).unwrap_or_default());
-            block.bytes.truncate(old + *read.as_ref().unwrap_or(&0));
-            if read? == 0 {
+            if self.source.read_onto(&mut block.bytes, READ_BYTES)? == 0 {
                 match cut {
                     Cut::Lines(lines) => lines.end(block, *at),
                     Cut::Items(items) => items.end().map_err(|e| broken(&self.source, e))?,

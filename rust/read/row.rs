@@ -47,6 +47,8 @@ pub struct Row<'a> {
     pub extra: Vec<Cell>,
     /// The field, which nobody reads, that holds a number which is none.
     pub non_finite: Option<String>,
+    /// Fields with something to read that nobody read.
+    pub unread: Vec<String>,
 }
 
 /// What a row is read by.
@@ -168,7 +170,13 @@ impl<'a> Row<'a> {
             _ => media,
         };
         let non_finite = findings.non_finite.clone();
-        Ok(Self { content, layout, media, warned, ref_logps, extra, non_finite })
+        let names = || keys.fields().enumerate();
+        let is_carried = |name: &str| keys.extra.iter().any(|extra| extra == name);
+        let known = cells.left().filter_map(|at| names().find(|(i, _)| *i == at));
+        let known = known.map(|(_, name)| name).filter(|name| !is_carried(name));
+        let unknown = findings.unread.iter().filter(|name| !keys.ignored.contains(name));
+        let unread = known.map(str::to_owned).chain(unknown.cloned()).collect();
+        Ok(Self { content, layout, media, warned, ref_logps, extra, non_finite, unread })
     }
 
     fn ids(
@@ -226,10 +234,11 @@ fn unpack(
     warned: &mut Vec<Warning>,
 ) -> Result<(), Bad> {
     // Each alone, or both sides of a pair.
-    let groups: [&[Field]; 5] = [
+    let groups: [&[Field]; 6] = [
         &[Field::Chosen, Field::Rejected],
         &[Field::Prompt],
         &[Field::Messages],
+        &[Field::Conversation],
         &[Field::Conversations],
         &[Field::RejectedMessages],
     ];

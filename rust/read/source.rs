@@ -149,6 +149,28 @@ impl Source {
                 Err(e) => return Err(self.read_error(e)),
             }
         };
+        self.counted(n)
+    }
+
+    /// The same, at most so many bytes behind those that are there, none of which is written twice in a plain file.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_onto(&mut self, bytes: &mut Vec<u8>, most: usize) -> Result<usize> {
+        if let Packing::Plain(inner) = &mut self.packing {
+            return match inner.by_ref().take(most as u64).read_to_end(bytes) {
+                Ok(n) => self.counted(n),
+                Err(e) => Err(self.read_error(e)),
+            };
+        }
+        let old = bytes.len();
+        bytes.resize(old + most, 0);
+        let read = self.read(bytes.get_mut(old..).unwrap_or_default());
+        bytes.truncate(old + *read.as_ref().unwrap_or(&0));
+        read
+    }
+
+    fn counted(&mut self, n: usize) -> Result<usize> {
         self.unpacked += n as u64;
         if n == 0 {
             self.changed()?;

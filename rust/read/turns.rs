@@ -57,11 +57,16 @@ fn speaker<'v>(turn: &'v Value<'_>) -> Option<&'v str> {
     }
 }
 
+/// The role of whom `from` names, in capitals or not.
+fn role_of(from: &str) -> Option<&'static str> {
+    let named = SPEAKERS.iter().find(|(name, _)| name.eq_ignore_ascii_case(from));
+    named.map(|(_, role)| *role)
+}
+
 /// Whether a value is a conversation with a turn that is no answer.
 pub(super) fn is_conversation(value: &Value<'_>) -> bool {
     let asks = |turn: &Value<'_>| {
-        let role = speaker(turn).and_then(|from| SPEAKERS.iter().find(|(name, _)| *name == from));
-        is_asked(turn) || role.is_some_and(|(_, role)| ASKING.contains(role))
+        is_asked(turn) || speaker(turn).and_then(role_of).is_some_and(|role| ASKING.contains(&role))
     };
     match value {
         Value::List(turns) => turns.iter().any(asks),
@@ -103,6 +108,9 @@ pub(super) fn turns<'a>(
         },
         other => return Err(wrong(name, "a list of messages", &other)),
     };
+    if items.iter().all(|item| speaker(item).is_none()) {
+        return Ok(items);
+    }
     items.into_iter().enumerate().map(|(i, item)| turn(item, i + 1, name, limits)).collect()
 }
 
@@ -180,7 +188,7 @@ fn turn<'a>(
         }
     }
     let Some(said) = said else { return Err(bad("expected a `value`, found none".to_owned())) };
-    let mut message = if CALLERS.contains(&from.as_str()) {
+    let mut message = if CALLERS.iter().any(|caller| caller.eq_ignore_ascii_case(&from)) {
         let calls = called(said, limits).map_err(bad)?;
         vec![
             ("role".into(), Value::Str("assistant".into())),
@@ -188,13 +196,13 @@ fn turn<'a>(
             ("tool_calls".into(), Value::List(calls)),
         ]
     } else {
-        let Some((_, role)) = SPEAKERS.iter().find(|(speaker, _)| *speaker == from) else {
+        let Some(role) = role_of(&from) else {
             let from: String = from.escape_debug().take(40).collect();
             let known: Vec<&str> = SPEAKERS.iter().map(|(name, _)| *name).collect();
             let known = known.join(", ");
             return Err(bad(format!("`from` is {from}\nhint: it may be {known}, function_call")));
         };
-        vec![("role".into(), Value::Str((*role).into())), ("content".into(), said)]
+        vec![("role".into(), Value::Str(role.into())), ("content".into(), said)]
     };
     message.extend(rest);
     Ok(Value::Object(message))

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use minijinja::machinery::{self, Token};
@@ -12,6 +13,7 @@ use super::clock::NOW;
 use super::conversation::{Conversation, RenderError, Rendered, as_seen};
 use super::flow;
 use super::jinja::{NAME, environment, is_lacking, one_line, rewrite_generation, syntax, to_jinja};
+use crate::read::json::Value;
 
 /// Fuel of the smallest environment; each further one has twice as much, up to [`FUEL_MOST`].
 const FUEL_LEAST: u64 = 100_000;
@@ -48,6 +50,8 @@ pub struct Template {
     pub(super) checks: std::result::Result<Checks, String>,
     /// A sample of the concatenations differed from its renders.
     pub(super) disproved: AtomicBool,
+    /// Found when it is first asked for.
+    parts_only: OnceLock<bool>,
 }
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -80,6 +84,7 @@ impl Template {
             owner,
             checks,
             disproved: AtomicBool::new(false),
+            parts_only: OnceLock::new(),
         }
     }
 
@@ -101,6 +106,16 @@ impl Template {
     /// The text as it was given.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// Whether the template prints a content that is a list of parts, and none that is a string; `prints` renders one
+    /// content of a user and says whether the text is there.
+    pub(crate) fn reads_parts_only(&self, prints: impl Fn(&str, Value<'_>) -> bool) -> bool {
+        const TEXT: &str = "qzxkpartv";
+        *self.parts_only.get_or_init(|| {
+            let string = || Value::Str(TEXT.into());
+            prints(TEXT, Value::List(vec![Value::part(TEXT.into())])) && !prints(TEXT, string())
+        })
     }
 
     /// The variables that the template reads; `None` if only another renderer knows.

@@ -12,6 +12,8 @@ use crate::read::json::Value;
 /// So many bytes are looked for first, and so often.
 const BEGIN: usize = 24;
 const TRIES: usize = 16;
+/// So many bytes are looked at before anything is made ready.
+const NEAR: usize = 64;
 
 /// Python's `strip()`.
 pub(crate) fn strip(text: &str) -> &str {
@@ -61,8 +63,15 @@ impl<'r> Places<'r> {
     }
 }
 
-/// The first place of a text. To get ready for a long one costs more than to find its beginning.
+/// The first place of a text. To get ready for a long one costs more than to find its beginning, and most texts begin
+/// just behind the name of a role.
 fn find(render: &[u8], text: &[u8]) -> Option<usize> {
+    let near = render.get(..NEAR).unwrap_or(render);
+    let mut starts = memchr::memchr_iter(*text.first()?, near).take(TRIES);
+    let is_here = |start: &usize| render.get(*start..).is_some_and(|rest| rest.starts_with(text));
+    if let Some(start) = starts.find(is_here) {
+        return Some(start);
+    }
     let Some(begin) = text.get(..BEGIN).filter(|_| text.len() > BEGIN) else {
         return memmem::find(render, text);
     };
@@ -153,6 +162,16 @@ mod tests {
             let want = near.find(&text);
             assert_eq!(find(near.as_bytes(), text.as_bytes()), want, "{text}");
         }
+    }
+
+    #[test]
+    fn texts_nearby_are_found_first() {
+        let render = "user: no, no, no and then yes";
+        for text in ["no", "no and", "yes", "s", "n", "x"] {
+            assert_eq!(find(render.as_bytes(), text.as_bytes()), render.find(text), "{text}");
+        }
+        let far = "a".repeat(30) + "ab" + &"a".repeat(90);
+        assert_eq!(find(far.as_bytes(), b"ab"), far.find("ab"));
     }
 
     #[test]

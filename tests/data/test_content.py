@@ -153,9 +153,20 @@ def test_a_template_of_parts_reads_parts(load):
         [row([say("user", parts("is ", "it?"))], parts("yes"), parts("no"))], tok
     )
     assert texts(pairs) == ["[user]is it?\n[assistant]", "yes\n", "no\n"]
+    assert texts(PairDataset.from_rows([row([say("user", "is it?")], "yes", "no")], tok)) == texts(
+        pairs
+    )
+
+
+def test_a_string_where_a_template_reads_parts_of_some_roles_is_refused(load):
+    tok = load(
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     error = refused([row(chosen="a string that it does not print")], tok)
-    assert error.field in ("prompt", "chosen")
-    assert 'hint: give it as [{"type": "text", "text": ...}]' in str(error)
+    assert error.field == "chosen"
+    assert "does not print its `content`" in str(error)
 
 
 @pytest.mark.parametrize("template", [PLAIN, CONCATENATING])

@@ -696,6 +696,7 @@ def test_a_table_lacks_a_column_that_rows_need(load):
     with pytest.raises(DataError) as caught:
         load("prompt,chosen\na,b\n", "x.csv", on_bad="skip")
     assert caught.value.reason == "no_pairs"
+    assert "\nmissing_field: expected this field, found none\n" in str(caught.value)
 
 
 def test_rows_of_a_table_have_a_limit(load):

@@ -106,6 +106,40 @@ ROWS = {
         "messages",
         explicit(ASK),
     ),
+    "a conversation under a name of its own": (
+        {"conversation": ASK, "chosen": BLUE, "rejected": GREEN},
+        "messages",
+        explicit(ASK),
+    ),
+    "query and response": (
+        {
+            "system": "be brief",
+            "history": [["hi", "hello"]],
+            "query": "sky?",
+            "response": "blue",
+            "rejected_response": "green",
+        },
+        "swift",
+        explicit([system("be brief"), *EARLIER, *ASK]),
+    ),
+    "query beside the sides": (
+        {"query": "sky?", "chosen": "blue", "rejected": "green"},
+        "question",
+        explicit(ASK),
+    ),
+    "both answers in output": (
+        {"instruction": "sky?", "input": "", "output": ["blue", "green"]},
+        "alpaca",
+        explicit(ASK),
+    ),
+    "speakers in capitals": (
+        {
+            "chosen": [{"from": "Human", "value": "sky?"}, {"from": "GPT", "value": "blue"}],
+            "rejected": [{"from": "Human", "value": "sky?"}, {"from": "GPT", "value": "green"}],
+        },
+        "implicit",
+        explicit(ASK),
+    ),
     "messages and a system field": (
         {"messages": ASK, "chosen": BLUE, "rejected": GREEN, "system": "be brief"},
         "messages",
@@ -261,7 +295,7 @@ def test_mixed_layouts_are_found_row_by_row(tok):
     pairs = PairDataset.from_rows(rows, tok)
     assert ids(pairs) == ids(PairDataset.from_rows([same for _, _, same in ROWS.values()], tok))
     assert sum(pairs.report.layouts.values()) == pairs.report.kept == len(ROWS)
-    assert "layout alpaca: 4" in str(pairs.report)
+    assert "layout alpaca: 5" in str(pairs.report)
     # A table of them all has every column, null where a row has it not.
     uniform = {
         n: r
@@ -358,8 +392,8 @@ BAD = {
         {"chosen": ASK, "rejected": [*ASK, GREEN]}, "empty_completion", "chosen", "answer",
     ),
     "nothing shared in text": (
-        {"chosen": "Right", "rejected": "Wrong", "query": "Is it?", "n": 1},
-        "missing_prompt", "prompt", "`query`",
+        {"chosen": "Right", "rejected": "Wrong", "ask": "Is it?", "n": 1},
+        "missing_prompt", "prompt", "`ask`",
     ),
     "nothing shared in turns": (
         {"chosen": [BLUE], "rejected": [GREEN]}, "missing_prompt", "prompt", "completions",
@@ -532,6 +566,95 @@ def test_turns_that_are_printed_alike_are_the_prompt(tok, tmp_path, name, turn):
         for pairs in ways(row, tok, tmp_path, **options):
             assert ids(pairs) == want
             assert pairs.report.warned == {}
+
+
+DEFAULT = (
+    "{% if messages[0].role != 'system' %}<|turn|>system\nbe kind<|end|>\n{% endif %}" + TEMPLATE
+)
+
+
+@pytest.mark.parametrize("boundary", ["joint", "trl"])
+def test_a_system_turn_that_the_template_writes_itself_is_the_same_as_one_that_stands_there(
+    tmp_path, boundary
+):
+    tok = tokenizer(tmp_path / "m", template=DEFAULT)
+    given = [system("be kind"), *EARLIER, *ASK]
+    want = ids(PairDataset.from_rows([explicit(given)], tok, boundary=boundary))
+    for chosen, rejected in ((given, given[1:]), (given[1:], given)):
+        row = {"chosen": [*chosen, BLUE], "rejected": [*rejected, GREEN]}
+        for pairs in ways(row, tok, tmp_path, boundary=boundary):
+            assert ids(pairs) == want
+            assert pairs.report.warned == {}
+    other = [system("be rude"), *given[1:]]
+    with pytest.raises(DataError) as caught:
+        PairDataset.from_rows(
+            [{"chosen": [*other, BLUE], "rejected": [*given[1:], GREEN]}], tok, boundary=boundary
+        )
+    assert caught.value.reason == "different_prompts"
+
+
+def test_a_list_of_text_and_its_text_are_the_same_turn_under_a_template_of_strings(tok):
+    listed = {"role": "user", "content": [{"type": "text", "text": "sky?"}]}
+    want = ids(PairDataset.from_rows([explicit(ASK)], tok))
+    for chosen, rejected in (([listed], ASK), (ASK, [listed])):
+        row = {"chosen": [*chosen, BLUE], "rejected": [*rejected, GREEN]}
+        assert ids(PairDataset.from_rows([row], tok)) == want
+
+
+def test_lists_that_the_template_prints_right_are_not_joined(tmp_path):
+    """This one prints parts of a user with words between them, and an answer as a string alone."""
+    tok = tokenizer(
+        tmp_path / "m",
+        template="{% for m in messages %}<|turn|>{% if m.role == 'user' and m.content is not string %}"
+        "{% for p in m.content %}({{ p.text }}){% endfor %}{% else %}{{ m.content }}{% endif %}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|turn|>{% endif %}",
+    )
+
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
+    asked = {"role": "user", "content": parts("is it", "blue?")}
+    row = explicit([asked], [assistant(parts("y", "es"))], [assistant("no")])
+    (pair,) = PairDataset.from_rows([row], tok)
+    assert decode(pair["prompt_ids"]) == "<|turn|>(is it)(blue?)<|end|>\n<|turn|>"
+    assert decode(pair["chosen_ids"]) == "yes<|end|>\n"
+
+
+def test_a_prompt_that_is_named_may_be_turns_beside_answers(tok):
+    row = {"dialogue": ASK, "chosen": "blue", "rejected": "green"}
+    pairs = PairDataset.from_rows([row], tok, prompt_key="dialogue")
+    assert ids(pairs) == ids(PairDataset.from_rows([explicit(ASK)], tok))
+    with pytest.raises(DataError, match="`dialogue`") as caught:
+        PairDataset.from_rows([{**row, "dialogue": None}], tok, prompt_key="dialogue")
+    assert caught.value.field == "dialogue"
+
+
+def test_fields_with_text_that_nobody_reads_are_named(tok, tmp_path):
+    row = {
+        **explicit(ASK),
+        "context": "it is noon",
+        "question": "other?",
+        "history": [["a", "b"]],
+        "source": "",
+        "score": 3,
+        "carried": "x",
+        "left": "y",
+        "output": None,
+    }
+    options = {"columns": ("carried",), "ignore_columns": ("left",)}
+    for pairs in ways(row, tok, tmp_path, **options):
+        assert set(pairs.report.unread) - {"source"} == {"context", "history", "question"}
+        assert "not read: context" in str(pairs.report)
+    assert PairDataset.from_rows([explicit(ASK)], tok).report.unread == ()
+    many = {f"field {i}": "text" for i in range(100)} | explicit(ASK)
+    for pairs in ways(many, tok, tmp_path):
+        assert len(pairs.report.unread) == 32
+
+
+def test_a_prompt_whose_only_token_merges_is_no_empty_field(tok):
+    rows = [{"prompt": "a", "chosen": f"a{i}", "rejected": f"ab{i}", "id": "x"} for i in range(3)]
+    pairs = PairDataset.from_rows(rows, tok)
+    assert pairs.report.warned["empty_prompt"] == pairs.report.warned["boundary_merge"] == 3
 
 
 def test_white_space_that_is_stripped_is_no_difference(tmp_path):

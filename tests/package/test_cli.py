@@ -251,6 +251,23 @@ def test_a_bad_row_says_which_option_skips_it(tmp_path, data, model, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("hint", "flags"),
+    [
+        ('layout_of_rows="completions" keeps', "--layout-of-rows completions keeps"),
+        ('ignore_columns=("prompt",) takes', "--ignore-column prompt takes"),
+        ('images="ignore" keeps', "--images ignore keeps"),
+        ("name it by `prompt_key`; or", "name it by `--prompt-key`; or"),
+        ("`max_length` may be too small", "`--max-length` may be too small"),
+        ("the field `prompt` is empty", "the field `prompt` is empty"),
+    ],
+)
+def test_hints_are_told_in_options_of_the_command(hint, flags, raising, capsys):
+    raising(DataError(f"row 1: `prompt_key` is bad\nhint: {hint}"))
+    assert run("demo") == 2
+    assert capsys.readouterr().err == f"error: row 1: `prompt_key` is bad\nhint: {flags}\n"
+
+
 def test_a_tokenizer_from_the_hub_says_how_to_get_it(data, capsys):
     assert run("stats", str(data), "--tokenizer", "Qwen/Qwen2.5-0.5B") == 2
     assert "hf download Qwen/Qwen2.5-0.5B" in capsys.readouterr().err

@@ -188,7 +188,9 @@ def raw(n, read=None, columns=()):
     empty = (np.empty(0, np.int32), np.zeros(n + 1, np.int64))
     out = {"prompt": empty, "chosen": empty, "rejected": empty, "rows": np.arange(n)}
     out.update(ref_logps=np.full(2 * n, np.nan), with_ref=0, read=read or n, kept=n, bytes=0)
-    out.update(dropped={"bad_json": read - n} if read else {}, warned={}, first={}, layouts={})
+    out.update(
+        dropped={"bad_json": read - n} if read else {}, warned={}, first={}, layouts={}, unread=[]
+    )
     return {**out, "columns": list(columns)}
 
 

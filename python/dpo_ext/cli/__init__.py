@@ -7,16 +7,23 @@ message; 130 interrupted; 141 who reads the output went away, as a signal says i
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from dpo_ext.data.options import SKIP_HINT
 from dpo_ext.errors import DpoExtError
 from dpo_ext.extras import extra_of, install
 
 __all__ = ["main"]
 
 FINE, FAILED, WRONG, CLOSED = 0, 1, 2, 141
+# Options as hints spell them in Python, with a value or alone.
+OPTIONS = (
+    "(on_bad|layout_of_rows|ignore_columns|images|prompt_key|chosen_key|rejected_key"
+    "|max_length|chat_template|boundary|truncation)"
+)
+VALUE = re.compile(OPTIONS + r"=\(?\"([^\"]*)\",?\)?")
+NAMED = re.compile(f"`{OPTIONS}=?`")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,9 +78,22 @@ def _closed() -> None:
 
 
 def _stop(error: Exception, message: str, code: int) -> None:
-    hints = [
-        note.replace('on_bad="skip"', "--on-bad skip") if note == SKIP_HINT else note
-        for note in getattr(error, "__notes__", [])
-    ]
-    print("\n".join([f"error: {message}", *hints]), file=sys.stderr)
+    text = "\n".join([f"error: {message}", *getattr(error, "__notes__", [])])
+    print(in_flags(text), file=sys.stderr)
     sys.exit(code)
+
+
+def in_flags(text: str) -> str:
+    """What an error tells callers of functions, told to those of the command; hints alone."""
+    lines = text.split("\n")
+    return "\n".join(_flags(line) if line.startswith("hint: ") else line for line in lines)
+
+
+def _flags(hint: str) -> str:
+    hint = VALUE.sub(lambda found: f"{_flag(found[1])} {found[2]}", hint)
+    return NAMED.sub(lambda found: f"`{_flag(found[1])}`", hint)
+
+
+def _flag(name: str) -> str:
+    # Given once for each column, so its name is that of one.
+    return f"--{name.replace('_', '-').replace('-columns', '-column')}"

@@ -120,16 +120,18 @@ def _data_files(folder: str) -> tuple[list[str], list[str]]:
     others = [name for name in names if name not in data]
     if not data:
         found = f", found {some(others)}" if others else ", and it is empty"
+        endings = [Path(name).suffix for name in others if Path(name).suffix]
+        pattern = f"*{endings[0]}" if endings else "*.json"
         raise bad(
             f"expected files that end in {', '.join(SUFFIXES)}{found}\n"
             f"hint: files of other names, or in folders of it, are named by a glob, such as "
-            f"'{Path(folder) / '*.json'}'"
+            f"'{Path(folder) / pattern}'"
         )
     if len({SUFFIXES[end] for end in data.values()}) > 1:
-        endings = sorted(set(data.values()))
+        kinds = sorted(set(data.values()))
         raise bad(
-            f"expected files of one kind, found {' and '.join(endings)}\n"
-            f"hint: name those of one kind by a glob, such as '{Path(folder) / f'*{endings[-1]}'}'"
+            f"expected files of one kind, found {' and '.join(kinds)}\n"
+            f"hint: name those of one kind by a glob, such as '{Path(folder) / f'*{kinds[-1]}'}'"
         )
     splits = set(filter(None, map(_split, data)))
     if len(splits) > 1:

@@ -39,9 +39,13 @@ def no_pairs(files: Sequence[str], report: Report, besides: str = "") -> DataErr
     path = files[0] if len(files) == 1 else None
     if report.read == 0:
         return DataError(f"{said}: there are no rows{besides}", path, reason="no_pairs")
-    guess = _guess(report)
+    most = max(report.dropped, key=lambda name: report.dropped[name])
+    guess = _guess(report, most)
+    first = report.first.get(most)
+    # The guess says more of where to go on than the hint of one row.
+    shown = f"\n{most}: {first.message.partition(chr(10))[0]}" if first and first.message else ""
     hint = f"\nhint: {guess}" if guess else ""
-    return DataError(f"{said}{besides}\n{report}{hint}", path, reason="no_pairs")
+    return DataError(f"{said}{besides}\n{report}{shown}{hint}", path, reason="no_pairs")
 
 
 def check_pairs(files: Sequence[str], report: Report) -> None:
@@ -75,8 +79,7 @@ def check_prompts(files: Sequence[str], report: Report) -> None:
     )
 
 
-def _guess(report: Report) -> str | None:
-    reason = max(report.dropped, key=lambda name: report.dropped[name])
+def _guess(report: Report, reason: str) -> str | None:
     first = report.first.get(reason)
     head = b""
     if first is not None and first.path is not None and Path(first.path).is_file():

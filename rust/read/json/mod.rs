@@ -14,6 +14,9 @@ pub use scanner::Findings;
 use scanner::{Keys, Scanner};
 pub use value::Value;
 
+/// Fields that nobody reads which are named.
+pub const MOST_UNREAD: usize = 32;
+
 /// The values of the wanted fields, in the order of their names.
 pub type Fields<'a> = Vec<Option<Value<'a>>>;
 
@@ -84,6 +87,13 @@ pub fn parse_fields<'a>(
             let slot = wanted.iter().position(|name| *name == key);
             let name = key.clone();
             scanner.note_key(&mut keys, key);
+            scanner.space();
+            if slot.is_none()
+                && scanner.peek() == Some(b'"')
+                && scanner.findings.unread.len() < MOST_UNREAD
+            {
+                scanner.findings.unread.push(name.to_string());
+            }
             let value = scanner.value(slot.is_some(), 1).map_err(|fault| {
                 // In a field that is read the first one is the fault.
                 let found = slot.is_some() && scanner.non_finite.is_some();

@@ -17,6 +17,8 @@ pub struct Findings {
     pub limit: Option<(&'static str, String)>,
     /// Fields of text that nobody reads, of rows from memory: those of a line are looked up when asked for.
     pub others: Vec<String>,
+    /// Fields of text that no layout has, as far as they are known row by row.
+    pub unread: Vec<String>,
     /// The field, which nobody reads, that holds `NaN`, `Infinity` or `-Infinity`.
     pub non_finite: Option<String>,
 }

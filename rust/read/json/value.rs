@@ -69,6 +69,12 @@ impl Value<'_> {
         Value::Object(vec![("role".into(), role), ("content".into(), Value::Str(text))])
     }
 
+    /// A part of a content that is text.
+    pub fn part(text: Cow<'_, str>) -> Value<'_> {
+        let kind = Value::Str("text".into());
+        Value::Object(vec![("type".into(), kind), ("text".into(), Value::Str(text))])
+    }
+
     /// The role of a message, if that is a string.
     pub fn role(&self) -> Option<&str> {
         match self.get("role") {
