@@ -171,17 +171,17 @@ def attach_scoring(
     setattr(inner, _HEAD, (how, verify is not False))
     setattr(inner, _LOSS, options)
     vars(inner).pop(_FOUND, None)
-    if _scoring_of(inner) is None:
+    scoring = _scoring_of(inner)
+    if scoring is None:
         if "_original_forward" in vars(inner):
             raise TypeError(
                 "`model` was prepared for mixed precision, which scoring would leave out\n"
                 "hint: attach first: accelerator.prepare(attach_scoring(model))"
             )
-        inner.forward = ScoringForward(inner)
+        scoring = inner.forward = ScoringForward(inner)
         inner.register_forward_pre_hook(_check_attached, with_kwargs=True)
     if verify:
-        found = _verdict(inner, _scoring_of(inner).own)
-        vars(inner)[_FOUND] = (_key(inner), found)
+        _compared(inner, scoring.own, _router(inner, {}))
     return model
 
 
@@ -372,7 +372,7 @@ def _keywords(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
 # ---- which plan is right --------------------------------------------------------------------------
 
 
-def _key(model: Any) -> tuple[Any, ...]:
+def _key(model: Any, router: bool) -> tuple[Any, ...]:
     """What a comparison was made for: another head, hook, dtype or plan wants another."""
     head = _output_of(model)
     inner = getattr(head, "base_layer", head)
@@ -387,10 +387,10 @@ def _key(model: Any) -> tuple[Any, ...]:
     device = weight.device.type if isinstance(weight, Tensor) else "cpu"
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     how, _ = getattr(model, _HEAD)
-    return (id(head), id(inner), type(head), state, dtype, cast, how["plan"], _router(model, {}))
+    return (id(head), id(inner), type(head), state, dtype, cast, how["plan"], router)
 
 
-def _verdict(model: Any, own: Callable[..., Any]) -> Verdict:
+def _verdict(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
     """Compares, once for each key; TensorError where the plan that was asked for is not right."""
     how, verify = getattr(model, _HEAD)
     try:
@@ -399,14 +399,14 @@ def _verdict(model: Any, own: Callable[..., Any]) -> Verdict:
         head = str(error).partition("\n")[0]
     named = logit_transform(model.config)
     plan = how["plan"]
-    if not verify and not isinstance(head, str) and plan != "logits":
+    if not verify and not router and not isinstance(head, str) and plan != "logits":
         return Verdict(named)
     transforms = [t for t in (named, NEUTRAL) if _usable(t)]
     if named == NEUTRAL:
         transforms = [NEUTRAL]
     device = head.weight.device if isinstance(head, Head) else _device(model)
     given = head if plan != "logits" else 'plan="logits" was asked for'
-    found = examine(model, own, given, transforms, device, keeps=_router(model, {}))
+    found = examine(model, own, given, transforms, device, keeps=router)
     if found.transform is None and plan not in ("auto", "logits"):
         raise TensorError(
             f'`plan="{plan}"` is not right for {type(model).__name__}: {found.reason}\n'
@@ -423,21 +423,21 @@ def _device(model: nn.Module) -> torch.device:
 @torch.compiler.disable(
     reason="the comparison of attach_scoring; attach_scoring(model, verify=True) makes it before"
 )
-def _compared(model: Any, own: Callable[..., Any]) -> Verdict:
-    key = _key(model)
+def _compared(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
+    key = _key(model, router)
     known = vars(model).get(_FOUND)
     if known is None or known[0] != key:
-        known = (key, _verdict(model, own))
+        known = (key, _verdict(model, own, router))
         vars(model)[_FOUND] = known
     return known[1]
 
 
-def _found(model: Any, own: Callable[..., Any]) -> Verdict:
+def _found(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
     if torch.compiler.is_compiling():
         known = getattr(model, _FOUND, None)
         if known is not None:
             return known[1]
-    return _compared(model, own)
+    return _compared(model, own, router)
 
 
 # ---- the forward pass -----------------------------------------------------------------------------
@@ -482,10 +482,10 @@ def _score(
             raise ValueError(f"`{name}` cannot be combined with `score_table`")
     kwargs.pop("return_dict", None)
     check_windows(kwargs.get("attention_mask"), model)
-    found = _found(model, own)
+    router = _router(model, kwargs)
+    found = _found(model, own, router)
     kwargs["use_cache"] = _cached(model, kwargs) if found.caches else False
     wish = (names, step, options if wanted else None)
-    router = _router(model, kwargs)
     if found.transform is None or (router and not found.keeps):
         return _by_logits(own, found, table, kwargs, wish, model)
     hidden, aux = _hidden(model, own, kwargs) if router else (model.base_model(**kwargs)[0], None)

@@ -164,11 +164,6 @@ class DPOTrainer(trl.DPOTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "`router_aux_loss_coef`: the router loss of this model is not supported\n"
-                "hint: router_aux_loss_coef=0.0 turns it off"
-            )
         self._attach()
 
     def _attach(self) -> None:
@@ -271,7 +266,7 @@ class DPOTrainer(trl.DPOTrainer):
             self.model, self.args.gradient_checkpointing_kwargs
         )
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            logps = model(**self._model_inputs(inputs)).logps
+            logps = model(**self._model_inputs(inputs, router=False)).logps
         return logps[:, 0], logps[:, 1]
 
     def _compute_loss(
@@ -297,12 +292,17 @@ class DPOTrainer(trl.DPOTrainer):
             lengths=lengths,
             **loss_options(self),
         )
-        self._record("train" if self.model.training else "eval", inputs, scores, out)
+        mode, loss = "train" if self.model.training else "eval", out.loss
+        self._record(mode, inputs, scores, out)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * scores.aux_loss
+            aux_loss = self.accelerator.gather_for_metrics(scores.aux_loss.detach())
+            self._metrics[mode]["aux_loss"].append(aux_loss.mean().item())
         if not return_outputs:
-            return out.loss
+            return loss
         with torch.no_grad():  # `compute_metrics` wants logits, which scoring never builds
             model_inputs = {key: inputs[key] for key in _MODEL_KEYS[self.layout]}
-            return out.loss, model(**model_inputs, use_cache=False)
+            return loss, model(**model_inputs, use_cache=False)
 
     def _record(self, mode: str, inputs: Mapping[str, Any], scores: Any, out: Any) -> None:
         """TRL's metrics of one batch: sums and counts, gathered over the ranks in one call."""
@@ -338,7 +338,7 @@ class DPOTrainer(trl.DPOTrainer):
             else:
                 metrics[name].append(total / count if count else 0.0)
 
-    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _model_inputs(self, inputs: Mapping[str, Any], router: bool = True) -> dict[str, Any]:
         """What a scoring forward takes of a batch; a key that nobody would read is an error."""
         foreign = sorted(inputs.keys() - BATCH_KEYS[self.layout])
         if foreign:
@@ -350,6 +350,8 @@ class DPOTrainer(trl.DPOTrainer):
                 "hint: batches come from PairCollator(..., score_table=True)"
             )
         model_inputs = {name: inputs[name] for name in _MODEL_KEYS[self.layout]}
+        if self.aux_loss_enabled:  # the reference has no use for it
+            model_inputs["output_router_logits"] = router
         return {**model_inputs, "use_cache": False, "score_table": inputs[TABLE_KEY]}
 
     def evaluate(
