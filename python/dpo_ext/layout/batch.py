@@ -156,6 +156,8 @@ class Batch:
         logit_rows: (M,) int64.
         targets: (M,) int32.
         seq_offsets: (2N + 1,) int32.
+        weights: (M,) float32, the factor of each token's log-prob, from ``token_weights`` of the
+            plan, or None: all 1.
         pair_index: (N,) int64, positions in the data set.
         ref_logps: (N, 2) float32, the dtype of log-probs, or None: sums under the reference, chosen
             then rejected.
@@ -172,6 +174,7 @@ class Batch:
     pair_index: Any
     ref_logps: Any = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    weights: Any = None
     attention_mask: Any = None
     completion_mask: Any = None
     position_ids: Any = None
@@ -221,13 +224,22 @@ class Batch:
 
     @cached_property
     def table(self) -> ScoreTable:
-        """The :class:`dpo_ext.torch.ScoreTable` of this batch; imports torch."""
+        """The :class:`dpo_ext.torch.ScoreTable` of this batch, which knows the shape of its
+        ``input_ids``: logits and hidden states of another are refused. Imports torch.
+        """
         need("torch", "a batch of tensors")
         from dpo_ext.layout.table import ScoreTable
 
         # What filled the arrays keeps every rule that ScoreTable's own check would look for.
         rows, targets, offsets = (_tensor(getattr(self, name)) for name in TABLE)
-        return ScoreTable.unchecked(rows, targets, offsets, offsets)
+        return ScoreTable.unchecked(
+            rows,
+            targets,
+            offsets,
+            offsets,
+            weights=_tensor(self.weights),
+            shape=tuple(self.input_ids.shape),
+        )
 
     @property
     def blocks(self) -> dict[str, Any]:
@@ -281,7 +293,7 @@ class Batch:
 
     def _map(self, change: Any) -> Batch:
         table = change(self.table)
-        changed: dict[str, Any] = {name: getattr(table, name) for name in TABLE}
+        changed: dict[str, Any] = {name: getattr(table, name) for name in (*TABLE, "weights")}
         for f in fields(self):
             value = getattr(self, f.name)
             movable = isinstance(value, np.ndarray) or hasattr(value, "to")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.errors import LimitExceeded
+from dpo_ext.errors import DataError, LimitExceeded
 from dpo_ext.layout import BLOCK
 from dpo_ext.layout.batch import BLOCKS, LAYOUTS, TABLE, Batch
+from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,6 +170,80 @@ SLOTS: Mapping[Layout, Callable[[Pairs], NDArray[np.int64]]] = {
 
 FILL: Mapping[Layout, Callable[..., Batch]] = {"packed": packed, "shared": shared}
 """Of the layouts with bins."""
+
+
+def weigh(batch: Batch, weights: Mapping[str, Ragged], take: Take) -> Batch:
+    """The batch with the weight of each of its tokens, in the order of its table.
+
+    Same as, for each pair of the batch and ``"chosen"``, then ``"rejected"``: the last n weights of
+    that completion, n being its tokens in the table. (A first token without a prompt is none.)
+    """
+    index, lengths = batch.pair_index, np.diff(batch.seq_offsets).astype(np.int64)
+    out = take(len(batch.targets), np.float32)
+    for first, name in enumerate(("chosen", "rejected")):
+        lists, n = weights[name], lengths[first::2]
+        before = np.cumsum(n) - n
+        step = np.arange(int(n.sum())) - np.repeat(before, n)
+        source = np.repeat(lists.offsets[index + 1] - n, n) + step
+        place = np.repeat(batch.seq_offsets[first:-1:2].astype(np.int64), n) + step
+        out[place] = lists.values[source]
+    vars(batch)["weights"] = out
+    return batch
+
+
+def token_weights(weights: Any, pairs: Pairs) -> Mapping[str, Ragged]:
+    """``{"chosen": ..., "rejected": ...}`` as float32 lists, one number a token of each completion.
+
+    Raises:
+        TypeError: no mapping, or a list holds something else than numbers and booleans.
+        DataError: another name, another number of pairs or of tokens, or a weight that is not
+            finite; names the pair.
+    """
+    sides = {"chosen": pairs.chosen_ids, "rejected": pairs.rejected_ids}
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f'`token_weights` must be {{"chosen": lists, "rejected": lists}}, found '
+            f"{type(weights).__name__}"
+        )
+    if set(weights) != set(sides):
+        raise DataError(
+            f"`token_weights` must have `chosen` and `rejected`, found {sorted(map(str, weights))}",
+            field="token_weights",
+        )
+    return {name: _weights_of(name, weights[name], ids) for name, ids in sides.items()}
+
+
+def _weights_of(name: str, lists: Any, ids: Ragged) -> Ragged:
+    field = f"token_weights[{name!r}]"
+    if len(lists) != len(ids):
+        raise DataError(
+            f"`{field}` must have {len(ids)} lists, one a pair, found {len(lists)}", field=field
+        )
+    offsets = np.ascontiguousarray(ids.offsets, np.int64)
+    values = np.empty(int(offsets[-1] - offsets[0]), np.float32)
+    offsets = offsets - offsets[0]
+    for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        one = np.asarray(lists[i])
+        if one.ndim != 1 or (one.size and one.dtype.kind not in "fiub"):
+            raise TypeError(f"pair {i}, `{field}`: expected a list of numbers, found {lists[i]!r}")
+        if len(one) != stop - start:
+            raise DataError(
+                f"pair {i}, `{field}`: expected {stop - start} weights, one a token of its "
+                f"completion, found {len(one)}\n"
+                f"hint: pairs.{name}_ids[{i}] are the tokens that are left after truncation",
+                field=field,
+            )
+        values[start:stop] = one
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if wrong.size:
+        k = int(wrong[0])
+        i = int(np.searchsorted(offsets, k, side="right")) - 1
+        raise DataError(
+            f"pair {i}, `{field}`: expected finite weights, found {values[k]} at token "
+            f"{k - int(offsets[i])}",
+            field=field,
+        )
+    return Ragged(values, offsets)  # type: ignore[arg-type]
 
 
 def _check_slots(slots: int, field: str) -> None:

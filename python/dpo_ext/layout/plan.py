@@ -13,7 +13,8 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Batch
-from dpo_ext.layout.fill import FILL, SLOTS, padded
+from dpo_ext.layout.fill import FILL, SLOTS, padded, weigh
+from dpo_ext.layout.fill import token_weights as _token_weights
 from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ class BatchPlan(Sequence[Batch]):
         order = permutation(seed, epoch)
         batches = [order[i : i + pairs_per_batch] for i in range(0, len(order), pairs_per_batch)]
         mine = batches[rank::world_size]
+
+    ``token_weights``: ``{"chosen": lists, "rejected": lists}``, for each pair a list of numbers or
+    booleans, one a token of ``pairs.chosen_ids[i]`` and ``pairs.rejected_ids[i]``: factors of these
+    tokens' log-probs in every batch's table, 0 and False select nothing. A reference must be scored
+    with the same weights. ``digest`` does not know them.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class BatchPlan(Sequence[Batch]):
         drop_last: bool = False,
         pad_to_multiple_of: int = 1,
         bin_length: int | None = None,
+        token_weights: Mapping[str, Any] | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             known = ", ".join(f'"{name}"' for name in LAYOUTS)
@@ -160,6 +167,7 @@ class BatchPlan(Sequence[Batch]):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
+        self._weights = None if token_weights is None else _token_weights(token_weights, pairs)
         self._lengths = SLOTS[layout](pairs)
         self.layout = layout
         self.bin_length = bin_length
@@ -247,6 +255,10 @@ class BatchPlan(Sequence[Batch]):
 
     def build(self, i: int, take: Take) -> Batch:
         """Batch ``i``, from 0, in flat arrays that ``take(count, dtype)`` gives, of any content."""
+        batch = self._fill(i, take)
+        return batch if self._weights is None else weigh(batch, self._weights, take)
+
+    def _fill(self, i: int, take: Take) -> Batch:
         batch = (i * self.world_size + self.rank) % self._batches
         index = self._index(batch)
         if not LAYOUTS[self.layout].bins:

@@ -6,8 +6,9 @@ The shift by one of labels against logits happens here (or in Rust, with the bat
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from dpo_ext.errors import TensorError, describe
 
 IGNORE_INDEX = -100
 _NOT_A_TOKEN = -1  # what a label outside int32 becomes on a device: the kernels answer NaN
+Shape = tuple[int, ...]
+"""(rows, T) of the logits, or (R,) where only their number of rows is known."""
 _FIELDS = {
     "logit_rows": torch.int64,
     "targets": torch.int32,
@@ -31,7 +34,9 @@ class ScoreTable:
 
     A model sees a layout; the log-prob head sees rows and this table. Consecutive ``group_size``
     sequences belong to one prompt, for pairs chosen then rejected, so results are
-    (S / group_size, group_size). The table knows neither R nor V: ``sequence_logps`` compares.
+    (S / group_size, group_size). A table from `from_labels` or of a batch also knows the ``shape``
+    (rows, T) of the logits that it is for, and every scoring function refuses others, on a GPU too:
+    the shape is on the host. No table knows V.
 
     Args:
         logit_rows: (M,) int64, row of the flattened (R, V) logits or (R, H) hidden states. No two
@@ -42,15 +47,23 @@ class ScoreTable:
         weights: (M,) float32 or None, static factor of each token's log-prob in its sequence's sum;
             exactly 0 selects nothing (not even NaN). None = 1.
         group_size: sequences of one prompt, 2 for pairs.
+        shape: (rows, T) of the logits or hidden states (rows, T, ...) that the table is for, or
+            (R,) for R rows of any arrangement. None, the default: any that have the rows.
 
     Tensors, NumPy arrays (taken without a copy) or, for small tables, lists of numbers.
 
     Raises:
         TensorError: a dtype, shape, device or value is not as above.
-        ValueError: ``group_size`` < 1.
+        ValueError: ``group_size`` < 1, or a ``shape`` of anything but one or two sizes.
 
     Numerics: integers only. Tensors on a GPU are checked on the host, which waits for the device
     once; tables from ``from_labels``, ``.to`` and batches do not.
+
+    A table is not meant to be changed. Where torch tells of it (another tensor put in its place, or
+    one written to by torch), shapes and dtypes are compared again by the next scoring call, and on
+    the CPU values too. Nobody tells of what NumPy writes into an array that was taken without a
+    copy, of inference tensors, of values on a GPU (a CUDA graph's static table may be filled anew,
+    its ``seq_offsets`` with the same), and inside a compiled region.
 
     Two prompts, rows of three sequences out of four rows of logits, one token masked by weight:
 
@@ -63,7 +76,16 @@ class ScoreTable:
       sequence 3 (group 1): row 8 -> 9 (weight 0.5)
     """
 
-    __slots__ = ("group_size", "host_offsets", "logit_rows", "seq_offsets", "targets", "weights")
+    __slots__ = (
+        "_seen",
+        "group_size",
+        "host_offsets",
+        "logit_rows",
+        "seq_offsets",
+        "shape",
+        "targets",
+        "weights",
+    )
 
     logit_rows: Tensor
     targets: Tensor
@@ -72,6 +94,11 @@ class ScoreTable:
     group_size: int
     host_offsets: Tensor
     """``seq_offsets`` in the host's memory, so that cutting into chunks waits for no device."""
+    shape: Shape | None
+    """(rows, T) of the logits that the table is for, (R,) for R rows of any arrangement, or None
+    for a table that does not know."""
+    _seen: tuple[int, ...]
+    """Which tensors were compared, and how often each had been written to; () = not known."""
 
     def __init__(
         self,
@@ -81,6 +108,7 @@ class ScoreTable:
         seq_offsets: Tensor | np.ndarray | Sequence[int],
         weights: Tensor | np.ndarray | Sequence[float] | None = None,
         group_size: int = 2,
+        shape: Shape | None = None,
     ) -> None:
         given = {"logit_rows": logit_rows, "targets": targets, "seq_offsets": seq_offsets}
         tensors = {name: _tensor(name, value) for name, value in given.items()}
@@ -89,31 +117,65 @@ class ScoreTable:
         self.logit_rows, self.targets = tensors["logit_rows"], tensors["targets"]
         self.seq_offsets, self.weights = tensors["seq_offsets"], tensors.get("weights")
         self.group_size = group_size
+        self.shape = None if shape is None else _sizes(shape)
         _check_shapes(self)
         self.host_offsets = self.seq_offsets.cpu()
         _check_values(self)
+        self._seen = _versions(self)
 
     @classmethod
     def unchecked(
-        cls, logit_rows: Tensor, targets: Tensor, seq_offsets: Tensor, host_offsets: Tensor
+        cls,
+        logit_rows: Tensor,
+        targets: Tensor,
+        seq_offsets: Tensor,
+        host_offsets: Tensor,
+        *,
+        weights: Tensor | None = None,
+        group_size: int = 2,
+        shape: Shape | None = None,
     ) -> ScoreTable:
-        """A table of pairs, all weights 1, from parts known to be right: nothing is compared and no
-        device is waited for.
-        """
+        """A table from parts known to be right: nothing is compared and no device is waited for."""
         table = cls.__new__(cls)
-        table.logit_rows, table.targets, table.weights = logit_rows, targets, None
+        table.logit_rows, table.targets, table.weights = logit_rows, targets, weights
         table.seq_offsets, table.host_offsets = seq_offsets, host_offsets
-        table.group_size = 2
+        table.group_size, table.shape = group_size, shape
+        table._seen = _versions(table)
         return table
 
-    def _like(self, logit_rows: Tensor, targets: Tensor, weights: Tensor | None) -> ScoreTable:
+    def _like(
+        self, logit_rows: Tensor, targets: Tensor, weights: Tensor | None, shape: Shape | None
+    ) -> ScoreTable:
         """The same sequences with other tokens, as many as before."""
-        table = ScoreTable.unchecked(logit_rows, targets, self.seq_offsets, self.host_offsets)
-        table.weights, table.group_size = weights, self.group_size
-        return table
+        return ScoreTable.unchecked(
+            logit_rows,
+            targets,
+            self.seq_offsets,
+            self.host_offsets,
+            weights=weights,
+            group_size=self.group_size,
+            shape=shape,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_seen"}
+
+    def __setstate__(self, state: Any) -> None:
+        # Without a method of ours, earlier versions pickled (None, slots).
+        parts: Mapping[str, Any] = state[1] if isinstance(state, tuple) else state
+        for name, value in {"shape": None, **parts}.items():
+            setattr(self, name, value)
+        self._seen = _versions(self)
 
     @classmethod
-    def from_labels(cls, labels: Tensor) -> ScoreTable:
+    def from_labels(
+        cls,
+        labels: Tensor,
+        *,
+        weights: Tensor | None = None,
+        group_size: int = 2,
+        shift: bool = True,
+    ) -> ScoreTable:
         """The table of Hugging Face labels: aligned with the inputs, chosen rows first.
 
         Same as, for logits of shape (2N, T, V) flattened to (2N*T, V)::
@@ -121,21 +183,37 @@ class ScoreTable:
             for pair in range(N):
                 for row in (pair, N + pair):                    # chosen, then rejected
                     for t in range(T - 1):                      # position t predicts labels[t + 1]
-                        add(logit_row=row * T + t, target=labels[row, t + 1])
+                        add(logit_row=row * T + t, target=labels[row, t + 1],
+                            weight=weights[row, t + 1])
 
-        The size depends on the shape alone (M = 2N * (T-1), -100 kept), so nothing waits for the
-        device and a CUDA graph can hold it. Drop the ignored tokens with `compact`.
+        and with ``shift=False``, for an encoder-decoder, whose decoder reads its labels one place
+        to the right, so that position t predicts ``labels[t]`` and T tokens a row are scored. Other
+        groups take rows ``n, N + n, 2N + n, ...``, group n of N; one row is a group of its own, in
+        the order of the rows.
+
+        The table remembers ``labels.shape``: logits of another are refused by every scoring
+        function. The size depends on the shape alone (M = 2N * (T-1), -100 kept), so nothing waits
+        for the device and a CUDA graph can hold it. Drop the ignored tokens with `compact`.
 
         Args:
             labels: (2N, T) int64 or int32, -100 ignored; rows 0..N-1 chosen, N..2N-1 the rejected
-                of the same pairs.
+                of the same pairs. In general (group_size * N, T).
+            weights: (2N, T) bool or floating-point, beside ``labels``: the factor of the log-prob
+                of ``labels[row, t]``, 0 and False select nothing. Those of ignored labels are not
+                looked at. Kept as float32, without gradient.
+            group_size: sequences of one prompt: 2 for pairs; 1 for single completions (KTO and the
+                like, any number of rows), whose log-probs are (rows, 1).
+            shift: False for labels that stand where they are predicted (T5, BART).
 
         Returns:
             ScoreTable on the device of ``labels``.
 
         Raises:
-            TensorError: wrong dtype or shape, an odd number of rows; on the CPU also a label that
-                is negative and not -100, or above int32. On a GPU that gives a NaN log-prob.
+            TensorError: wrong dtype, shape or device, a number of rows that ``group_size`` does not
+                divide; on the CPU also a label that is negative and not -100, or above int32, and a
+                weight that is not finite. On a GPU these give a NaN log-prob.
+            TypeError: ``labels`` or ``weights`` is no tensor, ``group_size`` no int, ``shift`` no
+                bool.  ValueError: ``group_size`` < 1.
 
         Warns where every label on the CPU is -100: all log-probs are then 0 and no model learns
         from them. Labels on a GPU are not looked at, which would wait for it.
@@ -144,40 +222,87 @@ class ScoreTable:
         ScoreTable(n_groups=1, group_size=2, n_tokens=4, device=cpu)
           sequence 0 (group 0): row 0 -> 5, row 1 -> 6
           sequence 1 (group 0): row 3 -> 7, row 4 not scored
+
+        Three single completions, the last token of each at half its weight:
+
+        >>> labels = torch.tensor([[-100, 5, 6], [-100, 7, 8], [-100, 9, -100]])
+        >>> weights = torch.tensor([[1.0, 1.0, 0.5]]).expand(3, 3)
+        >>> ScoreTable.from_labels(labels, weights=weights, group_size=1)
+        ScoreTable(n_groups=3, group_size=1, n_tokens=6, device=cpu)
+          sequence 0 (group 0): row 0 -> 5, row 1 -> 6 (weight 0.5)
+          sequence 1 (group 1): row 3 -> 7, row 4 -> 8 (weight 0.5)
+          sequence 2 (group 2): row 6 -> 9, row 7 not scored
+
+        The decoder of a T5, one pair:
+
+        >>> ScoreTable.from_labels(torch.tensor([[5, 1], [7, 1]]), shift=False)
+        ScoreTable(n_groups=1, group_size=2, n_tokens=4, device=cpu)
+          sequence 0 (group 0): row 0 -> 5, row 1 -> 1
+          sequence 1 (group 0): row 2 -> 7, row 3 -> 1
         """
         if not isinstance(labels, Tensor):
             raise TypeError(f"`labels` must be a torch.Tensor, found {type(labels).__name__}")
+        if not isinstance(shift, bool):
+            raise TypeError(f"`shift` must be a bool, found {type(shift).__name__}")
+        _check_group_size(group_size)
         if labels.dtype not in (torch.int64, torch.int32) or labels.dim() != 2:
+            rows_of = {1: "rows", 2: "2N"}.get(group_size, f"{group_size}N")
             raise TensorError(
-                f"`labels` must be int64 or int32 of shape (2N, T), found {describe(labels)}"
+                f"`labels` must be int64 or int32 of shape ({rows_of}, T), found {describe(labels)}"
             )
         rows, T = labels.shape
-        if rows % 2:
-            raise TensorError(
-                f"`labels` must have an even number of rows, chosen first, found {rows}"
-            )
-        device, N, per_row = labels.device, rows // 2, max(T - 1, 0)
-        # (2N, T-1) with chosen first -> (N, 2, T-1) interleaved
-        shifted = labels[:, 1:].reshape(2, N, per_row).transpose(0, 1)
+        if rows % group_size:
+            raise TensorError(_uneven(rows, group_size))
+        device, N = labels.device, rows // group_size
+        skip = 1 if shift else 0
+        per_row = max(T - skip, 0)
+
+        def interleaved(values: Tensor) -> Tensor:
+            """(rows, T) with the first of all groups first -> (N, group_size, per_row)."""
+            return values[:, skip:].reshape(group_size, N, per_row).transpose(0, 1)
+
+        shifted = interleaved(labels)
         limit = torch.iinfo(torch.int32).max
         wrong = ((shifted < 0) & (shifted != IGNORE_INDEX)) | (shifted > limit)
-        if device.type == "cpu" and not torch.compiler.is_compiling():
+        on_host = device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host:
             if bool(wrong.any()):
                 raise TensorError(
                     f"`labels` must be -100 or in 0..{limit}, found {int(shifted[wrong][0])}"
                 )
             if shifted.numel() and bool((shifted == IGNORE_INDEX).all()):
+                where = "every label behind the first column" if shift else "every label"
                 warnings.warn(
-                    "no token is scored: every label behind the first column is -100, so that all "
+                    f"no token is scored: {where} is -100, so that all "
                     "log-probs are 0\nhint: look at what masks the prompt",
                     stacklevel=2,
                 )
+        factors = None
+        if weights is not None:
+            _check_label_weights(weights, labels)
+            factors = interleaved(weights.detach()).to(torch.float32)
+            factors = factors.masked_fill(shifted == IGNORE_INDEX, 0.0)
+            if on_host and not bool(factors.isfinite().all()):
+                group, member, t = (int(i) for i in (~factors.isfinite()).nonzero()[0])
+                raise TensorError(
+                    f"`weights` must be finite, found {float(factors[group, member, t])} at row "
+                    f"{member * N + group}, column {t + skip}"
+                )
+            factors = factors.reshape(-1)
         targets = shifted.masked_fill(wrong, _NOT_A_TOKEN).to(torch.int32).reshape(-1)
-        row = torch.arange(rows, device=device).reshape(2, N, 1).transpose(0, 1)
+        row = torch.arange(rows, device=device).reshape(group_size, N, 1).transpose(0, 1)
         logit_rows = (row * T + torch.arange(per_row, device=device)).reshape(-1)
         host_offsets = torch.arange(rows + 1, dtype=torch.int32) * per_row
         offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * per_row
-        return cls.unchecked(logit_rows, targets, offsets, host_offsets)
+        return cls.unchecked(
+            logit_rows,
+            targets,
+            offsets,
+            host_offsets,
+            weights=factors,
+            group_size=group_size,
+            shape=(rows, T),
+        )
 
     def compact(self) -> ScoreTable:
         """The table without the tokens that are not scored (-100); the results are the same.
@@ -201,12 +326,15 @@ class ScoreTable:
         def keep(values: Tensor) -> Tensor:
             return values.new_empty(M + 1).scatter_(0, place, values)[:M]
 
-        table = ScoreTable.unchecked(
-            keep(self.logit_rows), keep(self.targets), offsets, host_offsets
+        return ScoreTable.unchecked(
+            keep(self.logit_rows),
+            keep(self.targets),
+            offsets,
+            host_offsets,
+            weights=None if self.weights is None else keep(self.weights),
+            group_size=self.group_size,
+            shape=self.shape,
         )
-        table.weights = None if self.weights is None else keep(self.weights)
-        table.group_size = self.group_size
-        return table
 
     @property
     def n_tokens(self) -> int:
@@ -255,21 +383,69 @@ class ScoreTable:
         if self.weights is None:
             return self
         targets = self.targets.masked_fill(self.weights == 0, IGNORE_INDEX)
-        return self.with_rows(self.logit_rows, targets)
+        return self._like(self.logit_rows, targets, self.weights, self.shape)
 
-    def with_rows(self, logit_rows: Tensor, targets: Tensor) -> ScoreTable:
-        """The same sequences with other rows (M,) int64 and targets (M,) int32, not compared."""
-        return self._like(logit_rows, targets, self.weights)
+    def with_rows(
+        self, logit_rows: Tensor, targets: Tensor, shape: Shape | None = None
+    ) -> ScoreTable:
+        """The same sequences with other rows (M,) int64 and targets (M,) int32, not compared, and
+        the shape of what these are rows of.
+        """
+        return self._like(logit_rows, targets, self.weights, shape)
 
     def with_weights(self, weights: Tensor) -> ScoreTable:
         """The same tokens with other weights (M,) float32, not compared."""
-        return self._like(self.logit_rows, self.targets, weights)
+        return self._like(self.logit_rows, self.targets, weights, self.shape)
+
+    def compare_again(self) -> None:
+        """Compares what the caller changed since it was compared last; waits for no device.
+
+        Raises:
+            TensorError: a part is no longer as the class's ``Args`` say.
+        """
+        if torch.compiler.is_compiling():
+            return
+        now, before = _versions(self), self._seen
+        if now == before:
+            return
+        changed = [
+            name for i, name in enumerate(_FIELDS) if now[2 * i :][:2] != before[2 * i :][:2]
+        ]
+        for name in changed:
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, _tensor(name, value))
+        _check_shapes(self)
+        if self.device.type == "cpu":
+            if "seq_offsets" in changed:
+                self.host_offsets = self.seq_offsets
+            _check_values(self, rows=changed != ["weights"])
+            self._seen = _versions(self)
+        elif "seq_offsets" not in changed:  # else `check_host_offsets` must find it
+            self._seen = _versions(self)
+
+    def check_host_offsets(self) -> None:
+        """TensorError where ``seq_offsets`` on a device was changed since ``host_offsets`` was
+        read.
+        """
+        if torch.compiler.is_compiling() or not self._seen:
+            return
+        i = 2 * list(_FIELDS).index("seq_offsets")
+        if _versions(self)[i : i + 2] != self._seen[i : i + 2]:
+            raise TensorError(
+                "`seq_offsets` was changed after the table was built, and its copy on the host was "
+                "not\nhint: build another table"
+            )
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> ScoreTable:
-        weights = None if self.weights is None else move(self.weights)
-        table = self._like(move(self.logit_rows), move(self.targets), weights)
-        table.seq_offsets = move(self.seq_offsets)
-        return table
+        return ScoreTable.unchecked(
+            move(self.logit_rows),
+            move(self.targets),
+            move(self.seq_offsets),
+            self.host_offsets,
+            weights=None if self.weights is None else move(self.weights),
+            group_size=self.group_size,
+            shape=self.shape,
+        )
 
     def __repr__(self) -> str:
         head = (
@@ -337,10 +513,7 @@ def _check_shapes(table: ScoreTable) -> None:
             raise TensorError(
                 f"`{name}` must be on {table.device}, as `targets` is, found {value.device}"
             )
-    if isinstance(table.group_size, bool) or not isinstance(table.group_size, int):
-        raise TypeError(f"`group_size` must be an int, found {type(table.group_size).__name__}")
-    if table.group_size < 1:
-        raise ValueError(f"`group_size` must be at least 1, found {table.group_size}")
+    _check_group_size(table.group_size)
     if table.n_sequences % table.group_size:
         raise TensorError(
             f"`group_size` must divide the number of sequences, found {table.group_size} "
@@ -348,7 +521,75 @@ def _check_shapes(table: ScoreTable) -> None:
         )
 
 
-def _check_values(table: ScoreTable) -> None:
+def _check_group_size(group_size: int) -> None:
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"`group_size` must be an int, found {type(group_size).__name__}")
+    if group_size < 1:
+        raise ValueError(f"`group_size` must be at least 1, found {group_size}")
+
+
+def _uneven(rows: int, group_size: int) -> str:
+    if group_size == 2:
+        return (
+            f"`labels` must have an even number of rows, chosen first, found {rows}\n"
+            "hint: from_labels(labels, group_size=1) scores single completions"
+        )
+    return f"`labels` must have a number of rows that {group_size} divides, found {rows}"
+
+
+def _check_label_weights(weights: Tensor, labels: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"`weights` must be a torch.Tensor, found {type(weights).__name__}")
+    if weights.dtype != torch.bool and not weights.is_floating_point():
+        raise TensorError(
+            f"`weights` must be bool or floating-point, found {describe(weights)}\n"
+            "hint: a mask of 0 and 1 is weights.bool()"
+        )
+    if weights.shape != labels.shape:
+        raise TensorError(
+            f"`weights` must have shape {tuple(labels.shape)}, as `labels` has, "
+            f"found {tuple(weights.shape)}"
+        )
+    if weights.device != labels.device:
+        raise TensorError(
+            f"`weights` must be on {labels.device}, as `labels` is, found {weights.device}"
+        )
+
+
+def _sizes(shape: Any) -> Shape:
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"`shape` must be (rows, T) or (R,) of ints, found {shape!r}")
+    if len(sizes) not in (1, 2) or min(sizes) < 0:
+        raise ValueError(f"`shape` must be (rows, T) or (R,), found {shape!r}")
+    return sizes
+
+
+def _versions(table: ScoreTable) -> tuple[int, ...]:
+    """Which tensors a table has, and how often each was written to; nothing inside a graph."""
+    if torch.compiler.is_compiling():
+        return ()
+    found: list[int] = []
+    for name in _FIELDS:
+        part: Tensor | None = getattr(table, name)
+        found += (id(part), 0 if part is None or part.is_inference() else part._version)
+    return tuple(found)
+
+
+def _check_values(table: ScoreTable, *, rows: bool = True) -> None:
+    """Values on the host; without ``rows`` the weights alone."""
+    if rows:
+        _check_rows(table)
+    if table.weights is not None:
+        weights = table.weights.cpu().numpy()
+        wrong = np.flatnonzero(~np.isfinite(weights))
+        if wrong.size:
+            i = int(wrong[0])
+            raise TensorError(f"`weights` must be finite, found {weights[i]} at token {i}")
+
+
+def _check_rows(table: ScoreTable) -> None:
     offsets, M = table.host_offsets.numpy(), table.n_tokens
     if offsets[0] != 0 or offsets[-1] != M:
         raise TensorError(
@@ -379,9 +620,11 @@ def _check_values(table: ScoreTable) -> None:
             f"`logit_rows` must name a row once, found row {rows[i]} scored by tokens {i} and {j}\n"
             "hint: copy the row, so that each token has one of its own"
         )
-    if table.weights is not None:
-        weights = table.weights.cpu().numpy()
-        wrong = np.flatnonzero(~np.isfinite(weights))
-        if wrong.size:
-            i = int(wrong[0])
-            raise TensorError(f"`weights` must be finite, found {weights[i]} at token {i}")
+    R = None if table.shape is None else math.prod(table.shape)
+    beyond = scored[rows[scored] >= R] if R is not None else scored[:0]
+    if beyond.size:
+        i = int(beyond[0])
+        raise TensorError(
+            f"`logit_rows` must be below {R}, the rows of `shape` {table.shape}, "
+            f"found {rows[i]} at token {i}"
+        )

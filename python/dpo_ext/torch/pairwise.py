@@ -140,7 +140,9 @@ def linear_preference_loss(
         out.plan = plan
         return out
 
-    linear = Linear.of(hidden, weight, bias, table)
+    table.check_host_offsets()
+    scored = table.without_zero_weights()
+    linear = Linear.of(hidden, weight, bias, scored)
     how = Transform.of(logit_scale, softcap, temperature)
     head = Head.of(linear, HeadOptions(how, impl, chunk_rows, exact_target))
     N, ref = table.n_groups, ref_logps
@@ -156,7 +158,7 @@ def linear_preference_loss(
             like = hidden.new_zeros((), dtype=wide(head.dtype))
             options["num_pairs"] = count_pairs(N, like, ranks)
     losses = _Losses(ref, lengths, options, by_pair, N)
-    job = _Job(table.without_zero_weights(), head, losses, linear.trains())
+    job = _Job(scored, head, losses, linear.trains())
     total, logps = _PairwiseHead.apply(*linear, job)
     out = losses.all(logps)
     out.loss, out.per_pair, out.plan = total, out.per_pair.detach(), plan

@@ -81,7 +81,7 @@ def vocab_parallel_sequence_logps(
     if vocab_start < 0:
         raise ValueError(f"`vocab_start` must be at least 0, found {vocab_start}")
     rows = _rows_of(logits)
-    check_table(table, rows, "logits")
+    check_table(table, logits, "logits")
     scored = table.without_zero_weights()
     shard = _Shard(how, vocab_start, group)
     logps = _VocabParallel.apply(rows, scored.logit_rows, scored.targets, shard)
@@ -251,6 +251,7 @@ def context_parallel_table(table: ScoreTable, rows: Tensor) -> ScoreTable:
       sequence 0 (group 0): row 0 not scored, row 0 -> 8
       sequence 1 (group 0): row 1 -> 9
     """
+    check_is_table(table)
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise TensorError(f"`rows` must be int64 of shape (R_local,), found {describe(rows)}")
     if rows.device != table.device:
@@ -265,7 +266,8 @@ def context_parallel_table(table: ScoreTable, rows: Tensor) -> ScoreTable:
         local = torch.where(inside, order[place], 0)
     else:
         local = torch.zeros_like(table.logit_rows)
-    return table.with_rows(local, table.targets.masked_fill(~inside, IGNORE_INDEX))
+    targets = table.targets.masked_fill(~inside, IGNORE_INDEX)
+    return table.with_rows(local, targets, (rows.shape[0],))
 
 
 def context_parallel_sequence_logps(

@@ -193,6 +193,7 @@ class PairCollator:
             logit_rows=places - 1,
             targets=input_ids[places].astype(np.int32),
             seq_offsets=np.cumsum([0, *map(len, scored)], dtype=np.int32),
+            shape=(1, len(input_ids)),
         )
         completion = [max(n - start, 0) for start, n in zip(starts, lengths, strict=True)]
         longest = max(segments, default=0)

@@ -39,8 +39,19 @@ class Linear(NamedTuple):
     """(V,)"""
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, table: ScoreTable) -> Linear:
-        """Compares everything's shape, dtype and device; ``hidden`` may be (B, T, H)."""
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        table: ScoreTable,
+        *,
+        called: str = "hidden",
+        reads_targets: bool = True,
+    ) -> Linear:
+        """Compares everything's shape, dtype and device; ``hidden``, which the caller knows as
+        ``called``, may be (B, T, H). Where no target's column is read, ids may be of any
+        vocabulary.
+        """
         for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if not isinstance(value, Tensor) and not (name == "bias" and value is None):
                 raise TypeError(f"`{name}` must be a torch.Tensor, found {describe(value)}")
@@ -71,7 +82,7 @@ class Linear(NamedTuple):
             if value.dtype != hidden.dtype and not autocast:
                 ours, theirs = describe(hidden.dtype), describe(value.dtype)
                 raise TensorError(f"`{name}` must be {ours}, as `hidden` is, found {theirs}")
-        check_table(table, rows, "hidden")
+        check_table(table, hidden, called, V if reads_targets else None)
         return Linear(rows, weight, bias)
 
     def trains(self) -> bool:

@@ -81,7 +81,8 @@ def token_kl(
     how = _checked(direction, temperature, softcap, logit_scale)
     rows, ref_rows = (_rows(n, x) for n, x in (("logits", logits), ("ref_logits", ref_logits)))
     _check_pair("ref_logits", ref_rows, rows)
-    check_table(table, rows, "logits")
+    check_table(table, logits, "logits")
+    check_table(table, ref_logits, "ref_logits")
     C = check_chunk_rows(chunk_rows, 4 * rows.shape[1], CHUNK_BYTES)
     kl = _Divergence(direction, Head(how, False, rows.dtype, C))
     places = Rows.of(table.logit_rows, table.targets, rows.shape[0])
@@ -134,8 +135,10 @@ def linear_token_kl(
     tensor([0.1201])
     """
     how = _checked(direction, temperature, softcap, logit_scale)
-    policy = Linear.of(hidden, weight, bias, table)
-    ref = Linear.of(ref_hidden, ref_weight, ref_bias, table).detached()
+    policy = Linear.of(hidden, weight, bias, table, reads_targets=False)
+    ref = Linear.of(
+        ref_hidden, ref_weight, ref_bias, table, called="ref_hidden", reads_targets=False
+    ).detached()
     _check_pair("ref_weight", ref_weight[:, :0], weight[:, :0])
     (R, _), ref_R = policy.hidden.shape, ref.hidden.shape[0]
     if ref_R != R:

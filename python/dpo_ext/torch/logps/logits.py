@@ -89,7 +89,7 @@ def sequence_logps(
     how = Transform.of(logit_scale, softcap, temperature)
     check_is_table(table)
     scored = table.without_zero_weights()
-    rows, kernels = _rows(logits, impl, inplace_grad)
+    rows, kernels = _rows(logits, scored, impl, inplace_grad)
     scores = _score(rows, scored, _Call(how, False, inplace_grad, kernels))
     return sum_sequences(scores.logps, table, kernels)
 
@@ -136,7 +136,8 @@ def token_scores(
     """
     names = check_stats(stats)
     how = Transform.of(logit_scale, softcap, temperature)
-    rows, kernels = _rows(logits, impl, inplace_grad)
+    check_is_table(table)
+    rows, kernels = _rows(logits, table, impl, inplace_grad)
     return only(_score(rows, table, _Call(how, bool(names), inplace_grad, kernels)), names)
 
 
@@ -149,8 +150,10 @@ class _Call(NamedTuple):
     kernels: bool
 
 
-def _rows(logits: Tensor, impl: str, inplace_grad: bool) -> tuple[Tensor, bool]:
-    """(R, V) logits, and whether the kernels compute them."""
+def _rows(
+    logits: Tensor, table: ScoreTable, impl: str, inplace_grad: bool
+) -> tuple[Tensor, bool]:
+    """(R, V) logits that fit the table, and whether the kernels compute them."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"`logits` must be a torch.Tensor, found {describe(logits)}")
     if is_dtensor(logits):
@@ -161,12 +164,16 @@ def _rows(logits: Tensor, impl: str, inplace_grad: bool) -> tuple[Tensor, bool]:
     kernels = uses_kernels(logits, impl)
     if inplace_grad and not kernels:
         raise ValueError("`inplace_grad` needs the kernels, and here `impl` means the torch twin")
+    if logits.dim() not in (2, 3):
+        raise TensorError(
+            f"`logits` must have shape (R, V) or (B, T, V), found {tuple(logits.shape)}"
+        )
+    check_table(table, logits, "logits", logits.shape[-1])
     return _flatten(logits, kernels, inplace_grad), kernels
 
 
 def _score(rows: Tensor, table: ScoreTable, call: _Call) -> TokenScores:
     """All statistics or none of each token."""
-    check_table(table, rows, "logits")
     if not call.kernels:
         out = twin.token_stats(rows, table.logit_rows, table.targets, *call.how, call.stats)
         return TokenScores(*out)
@@ -176,10 +183,6 @@ def _score(rows: Tensor, table: ScoreTable, call: _Call) -> TokenScores:
 
 def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
     """(R, V) view of (R, V) or (B, T, V) logits; a copy only where no view can be."""
-    if logits.dim() not in (2, 3):
-        raise TensorError(
-            f"`logits` must have shape (R, V) or (B, T, V), found {tuple(logits.shape)}"
-        )
     if inplace_grad and logits.requires_grad and logits.is_leaf:
         raise TensorError(
             "`inplace_grad` would overwrite `logits`, a leaf that needs a gradient\n"

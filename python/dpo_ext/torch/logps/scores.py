@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import KernelUnavailable, TensorError, describe
-from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
+from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable, Shape
 from dpo_ext.torch.logps import ops, twin
 
 Impl = Literal["auto", "cuda", "cpu", "torch"]
@@ -133,29 +133,105 @@ def check_plain(name: str, value: Any) -> None:
 
 
 def check_is_table(table: ScoreTable) -> None:
-    """TypeError for anything else, labels for example."""
+    """TypeError for anything else, labels for example; TensorError for a table that was changed
+    into none.
+    """
     if not isinstance(table, ScoreTable):
         raise TypeError(f"`table` must be a ScoreTable, found {type(table).__name__}")
+    table.compare_again()
 
 
-def check_table(table: ScoreTable, values: Tensor, name: str) -> None:
-    """Table and (R, ...) values fit: same device and, if that is the CPU, rows below R."""
+def check_table(
+    table: ScoreTable, values: Tensor, name: str, vocabulary: int | None = None
+) -> None:
+    """Table and values (R, ...) or (rows, T, ...) fit: same device, the table's own shape and, on
+    the CPU, its rows below R and its ids below ``vocabulary``. Waits for no device.
+    """
     check_is_table(table)
     if table.device != values.device:
         raise TensorError(
             f"`table` must be on {values.device}, as `{name}` is, found {table.device}\n"
             f"hint: use table.to({name}.device)"
         )
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    check_shape(table.shape, values, name)
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or not table.n_tokens:
         return
-    R = values.shape[0]
-    beyond = (table.logit_rows >= R) & (table.targets != IGNORE_INDEX)
-    if bool(beyond.any()):
-        i = int(beyond.nonzero()[0])
+    R = values.shape[:-1].numel()
+    # Two reductions say of nearly every table that it fits; tokens that are not scored may not.
+    if int(table.logit_rows.max()) >= R:
+        beyond = (table.logit_rows >= R) & (table.targets != IGNORE_INDEX)
+        if bool(beyond.any()):
+            i = int(beyond.nonzero()[0])
+            raise TensorError(
+                f"`logit_rows` must be below {R}, the rows of `{name}`, "
+                f"found {int(table.logit_rows[i])} at token {i}"
+            )
+    if vocabulary is not None and int(table.targets.max()) >= vocabulary:
+        i = int((table.targets >= vocabulary).nonzero()[0])
         raise TensorError(
-            f"`logit_rows` must be below {R}, the rows of `{name}`, "
-            f"found {int(table.logit_rows[i])} at token {i}"
+            f"`targets` must be below {vocabulary}, the vocabulary of `{name}`, found "
+            f"{int(table.targets[i])} at token {i}, {_place(table, i)}\n"
+            "hint: the labels are of another tokenizer than the model, or the model's embedding was "
+            "not resized to it"
         )
+
+
+def _place(table: ScoreTable, token: int) -> str:
+    row = int(table.logit_rows[token])
+    if table.shape is None or len(table.shape) != 2:
+        return f"row {row}"
+    return f"row {row} (row {row // table.shape[1]}, column {row % table.shape[1]})"
+
+
+def check_shape(shape: Shape | None, values: Tensor, name: str) -> None:
+    """Values (rows, T, ...) or (rows * T, ...) are of the (rows, T) of a table, if it knows it.
+
+    Sizes alone are compared, which the host has.
+    """
+    if shape is None:
+        return
+    if len(shape) == 1:
+        R = values.shape[0] if values.dim() == 2 else values.shape[0] * values.shape[1]
+        if R != shape[0]:
+            found = tuple(values.shape)
+            raise TensorError(
+                f"`{name}` must have {shape[0]} rows, as the table's part has, found {R} in {found}"
+            )
+        return
+    rows, T = shape
+    if values.dim() == 2:
+        if values.shape[0] != rows * T:
+            raise TensorError(_another_shape(rows, T, values, name))
+    elif values.shape[0] != rows or values.shape[1] != T:
+        raise TensorError(_another_shape(rows, T, values, name))
+
+
+def _another_shape(rows: int, T: int, values: Tensor, name: str) -> str:
+    """What is expected, found, and what the difference looks like."""
+    last = "V" if name.endswith("logits") else "H"
+    if values.dim() == 2:
+        expected, R = f"({rows * T}, {last}), {rows} x {T} rows as the table has", values.shape[0]
+        columns = R // rows if rows and R % rows == 0 else None
+        here = f"{name}.reshape({rows}, {columns}, -1)"
+    else:
+        expected = f"({rows}, {T}, {last}), as the table's labels or batch have"
+        columns = values.shape[1] if values.shape[0] == rows else None
+        here = name
+    what = f"`{name}` must have shape {expected}, found {tuple(values.shape)}"
+    if columns is None:
+        return f"{what}\nhint: build the table from the labels or the batch that the model was given"
+    if columns > T:
+        k = columns - T
+        return (
+            f"{what}: {k} columns more\nhint: virtual tokens or image patches stand before the "
+            f"text; cut them off: {here}[:, {k}:]"
+        )
+    k = T - columns
+    return (
+        f"{what}: {k} columns fewer\nhint: give the model's logits whole, without `logits_to_keep` "
+        "and not shifted; or cut the labels alike: from_labels(labels[:, -n:]) for the last n "
+        "columns, from_labels(labels[:, 1:], shift=False) for logits[:, :-1]"
+    )
 
 
 class _SegmentSum(torch.autograd.Function):
