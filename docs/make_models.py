@@ -77,7 +77,13 @@ def main() -> None:
         f"transformers {transformers.__version__}, torch {torch.__version__}, float32 on a CPU: {tried} classes tried, {count['right']} right, "
         f"{count['refused']} refused, **{count['SILENT']} silently wrong**; {count['not built']} could not be built tiny, or read no text alone."
     )
-    table = "\n".join(["| class | | plan | difference in nats; why not by the head |", "| --- | --- | --- | --- |", *rows])
+    table = "\n".join(
+        [
+            "| class | | plan | difference in nats; why not by the head |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
     PAGE.write_text(f"{head}{BEGIN}\n{said}\n\n{table}\n", encoding="utf-8")
 
 

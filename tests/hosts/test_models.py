@@ -41,14 +41,25 @@ def table_of(model, labels):
 
 def tiny(**options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
     config = transformers.LlamaConfig(vocab_size=V, initializer_range=0.3, **sizes, **options)
     return transformers.LlamaForCausalLM(config).eval()
 
 
 def moe(**options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+    }
     config = transformers.MixtralConfig(
         vocab_size=V, num_local_experts=4, initializer_range=0.3, **sizes, **options
     )
@@ -263,6 +274,20 @@ def test_a_lora_on_the_head_is_right():
         torch.testing.assert_close(reference, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [tiny, hooked, moe])
+def test_a_model_that_was_compared_before_compiles_to_one_graph(make):
+    torch._dynamo.reset()
+    model = attach_scoring(make(), verify=True)
+    inputs, labels = batch(model)
+    table = ScoreTable.from_labels(labels)
+    expected = attach_scoring(make())(**inputs, score_table=table)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs, score_table=table).logps, expected.logps)
+    torch._dynamo.reset()
+    late = torch.compile(attach_scoring(make()), backend="eager")  # the comparison breaks the graph
+    torch.testing.assert_close(late(**inputs, score_table=table).logps, expected.logps)
+
+
 def test_logits_that_depend_on_the_cache_want_a_word():
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
@@ -295,7 +320,9 @@ def test_the_router_loss_is_the_classs_own(asked):
     own = moe()(**inputs, output_router_logits=True)
     assert scores.plan == "recompute"
     torch.testing.assert_close(scores.aux_loss, own.aux_loss)
-    torch.testing.assert_close(scores.logps, sequence_logps(own.logits, table), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        scores.logps, sequence_logps(own.logits, table), atol=1e-5, rtol=1e-5
+    )
     gate = model.model.layers[0].mlp.gate.weight
     (grad,) = torch.autograd.grad(scores.aux_loss, gate)
     assert grad.abs().max() > 0

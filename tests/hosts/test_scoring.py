@@ -329,11 +329,11 @@ def test_peft_policy_and_reference(before, options):
     assert (reference - scores.logps).abs().max() > 1e-2
 
 
-def test_an_adapter_on_the_head_or_a_learned_prompt_is_refused():
+def test_an_adapter_on_the_head_has_no_plan_but_logits_and_a_learned_prompt_has_none():
     model = with_lora(tiny_llama(), target_modules=["lm_head"])
     with pytest.raises(TensorError, match="carries an adapter"):
-        attach_scoring(model)
-    late = attach_scoring(tiny_llama())
+        attach_scoring(model, plan="recompute")
+    late = attach_scoring(tiny_llama(), plan="recompute")
     inputs, labels = tiny_batch()
     wrapped = with_lora(late, target_modules=["lm_head", "q_proj"])
     with pytest.raises(TensorError, match="carries an adapter"):

@@ -340,7 +340,8 @@ def test_dispatched_batches_are_refused(own, data):
 
 
 @pytest.mark.slow
-def test_the_router_loss_of_a_mixture_of_experts_is_refused_and_can_be_turned_off(own, data):
+@pytest.mark.parametrize("coefficient", [None, 0.3, 0.0])
+def test_the_router_loss_of_a_mixture_of_experts_is_trls(own, data, coefficient):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
@@ -353,14 +354,13 @@ def test_the_router_loss_of_a_mixture_of_experts_is_refused_and_can_be_turned_of
         args = runs.config(own, **options)
         return kind(str(out), args=args, train_dataset=data, processing_class=tokenizer)
 
-    with pytest.raises(ValueError, match="`router_aux_loss_coef`"):
-        trainer(DPOTrainer)
     histories = []
     for kind in (trl.DPOTrainer, DPOTrainer):
-        run = trainer(kind, router_aux_loss_coef=0.0)
+        run = trainer(kind, router_aux_loss_coef=coefficient)
         run.train()
         histories.append(runs.history(run))
     assert runs.differences(*histories) == []
+    assert any("aux_loss" in entry for entry in histories[0]) == (coefficient != 0.0)
 
 
 def test_dropped_rows_are_counted_in_one_warning(own, data, caplog):

@@ -195,10 +195,11 @@ class ScoringForward:
         # What was put in the place of the class's forward, by hooks of offloading for example.
         self.replaced = vars(model).get("forward")
 
-    @property
-    def own(self) -> Callable[..., Any]:
+    def own(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward without scoring."""
-        return self.__wrapped__ if self.replaced is None else self.replaced
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -239,7 +240,9 @@ def _scoring_of(model: Any) -> ScoringForward | None:
 
 def _check_attached(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """A forward that takes anything would take a score table, too, and return logits."""
-    if kwargs.get("score_table") is not None and _scoring_of(model) is None:
+    if torch.compiler.is_compiling() or kwargs.get("score_table") is None:
+        return
+    if _scoring_of(model) is None:
         raise TypeError(
             "`score_table`: the forward of this model was replaced, and scores no longer\n"
             "hint: attach_scoring(model) attaches it again"
@@ -327,7 +330,9 @@ def _linear_head(model: Any) -> Head:
             "fully_shard(model)"
         )
     if weight.device.type == "meta" or weight.numel() == 0:
-        raise TensorError("the output head's weight is elsewhere, and comes when the head is called")
+        raise TensorError(
+            "the output head's weight is elsewhere, and comes when the head is called"
+        )
     return Head(head, weight, getattr(head, "bias", None))
 
 
@@ -552,7 +557,9 @@ def _by_logits(
     names, step, options = wish
     given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids"))
     ids = next((found for found in given if found is not None), None)
-    if found.keeps and ids is not None and ids.dim() == 2:
+    # How many positions are scored is a value, which a compiled graph cannot depend on.
+    compiles = torch.compiler.is_compiling()
+    if found.keeps and not compiles and ids is not None and ids.dim() == 2:
         positions, kept = _kept(table, ids.shape[1])
         out = own(**kwargs, logits_to_keep=positions, return_dict=True)
         if out.logits.shape[1] == len(positions):

@@ -30,11 +30,11 @@ HONOURED: Mapping[str, str] = {
     "label_smoothing": "by `robust`; the other losses ignore it, as in TRL, but warn once",
     "beta": "by the loss",
     "pad_token": "by TRL, which sets the tokenizer's",
+    "router_aux_loss_coef": "the factor of the router loss of a mixture of experts",
 }
 """Fields of ``trl.DPOConfig`` that do what TRL documents, and how."""
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "router_aux_loss_coef": ((None, 0.0), "0.0 turns the router loss off"),
     "padding_free": ((False,), "TRL 1.16 itself warns and pads; `layout='packed'` does not pad"),
     "ld_alpha": ((None,), "LD-DPO needs trl.DPOTrainer"),
     "f_divergence_type": (("reverse_kl",), "other divergences need trl.DPOTrainer"),

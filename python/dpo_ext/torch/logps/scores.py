@@ -219,7 +219,9 @@ def _another_shape(rows: int, T: int, values: Tensor, name: str) -> str:
         here = name
     what = f"`{name}` must have shape {expected}, found {tuple(values.shape)}"
     if columns is None:
-        return f"{what}\nhint: build the table from the labels or the batch that the model was given"
+        return (
+            f"{what}\nhint: build the table from the labels or the batch that the model was given"
+        )
     if columns > T:
         k = columns - T
         return (
