@@ -29,7 +29,6 @@ pytestmark = [
 
 # A value that a refused option must not have. Those of TrainingArguments that would need hardware are set afterwards.
 REFUSED_VALUES = {
-    "router_aux_loss_coef": 0.1,
     "padding_free": True,
     "ld_alpha": 0.5,
     "f_divergence_type": "js_divergence",
@@ -156,6 +155,7 @@ UNTRACED = {
     "precompute_ref_log_probs",
     "precompute_ref_batch_size",
     "pad_token",
+    "router_aux_loss_coef",
 }
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"__main__"},
 ]
 TORCH_FLOORS = [
-    {"once", "ring"},
+    {"once", "ring", "agreement"},
     {"logps", "loader", "attention"},
     {"losses", "parallel"},
     {"pairwise"},

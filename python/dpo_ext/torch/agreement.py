@@ -73,8 +73,10 @@ def examine(
     with torch.no_grad(), _as_it_was(model, device):
         inputs = _probe(model, device)
         try:
-            found = Verdict(None, head) if isinstance(head, str) else None
-            found = found or _compare(model, own, head, transforms, inputs)
+            if isinstance(head, str):
+                found = Verdict(None, head)
+            else:
+                found = _compare(model, own, head, transforms, inputs)
             if found.transform is None or keeps:
                 return _by_itself(own, inputs, found)
             return found
@@ -213,10 +215,8 @@ def _amplified(backbone: nn.Module, head: nn.Module, factor: float) -> Iterator[
 def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode inside; modes and random states come back."""
     training = [module for module in model.modules() if module.training]
-    states = [(torch.random.set_rng_state, torch.random.get_rng_state())]
-    if device.type == "cuda":
-        state = torch.cuda.get_rng_state(device)
-        states.append((lambda old: torch.cuda.set_rng_state(old, device), state))
+    state = torch.random.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     for module in training:
         module.training = False
     try:
@@ -224,8 +224,9 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for put, state in states:
-            put(state)
+        torch.random.set_rng_state(state)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
 
 
 def _probe(model: Any, device: torch.device) -> dict[str, Tensor]:

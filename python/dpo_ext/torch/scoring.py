@@ -374,7 +374,7 @@ def _keywords(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {**dict(list(bound.items())[1:]), **kwargs}
 
 
-# ---- which plan is right --------------------------------------------------------------------------
+# ---- which plan is right -------------------------------------------------------------------------
 
 
 def _key(model: Any, router: bool) -> tuple[Any, ...]:
@@ -445,7 +445,7 @@ def _found(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
     return _compared(model, own, router)
 
 
-# ---- the forward pass -----------------------------------------------------------------------------
+# ---- the forward pass ----------------------------------------------------------------------------
 
 
 def _router(model: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -611,9 +611,8 @@ def _with_router(model: Any, scores: ModelScores, aux: Tensor | None) -> ModelSc
         return scores
     if scores.loss is not None:
         text = text_config(model.config)
-        coefficient = getattr(model, "router_aux_loss_coef", None)
-        if coefficient is None:
-            coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+        named = getattr(text, "router_aux_loss_coef", 0.0)
+        coefficient = float(getattr(model, "router_aux_loss_coef", None) or named or 0.0)
         total = scores.loss + coefficient * aux.to(scores.loss)
         scores = scores._replace(loss=total)
     return scores._replace(aux_loss=aux)

@@ -192,7 +192,7 @@ def check_shape(shape: Shape | None, values: Tensor, name: str) -> None:
         return
     if len(shape) == 1:
         R = values.shape[0] if values.dim() == 2 else values.shape[0] * values.shape[1]
-        if R != shape[0]:
+        if shape[0] != R:
             found = tuple(values.shape)
             raise TensorError(
                 f"`{name}` must have {shape[0]} rows, as the table's part has, found {R} in {found}"
