@@ -288,6 +288,63 @@ def test_a_model_that_was_compared_before_compiles_to_one_graph(make):
     torch.testing.assert_close(late(**inputs, score_table=table).logps, expected.logps)
 
 
+def test_a_head_in_float32_on_a_backbone_in_bfloat16_rounds_no_logits():
+    model = tiny().bfloat16()
+    inputs, labels = batch(model)
+    table = ScoreTable.from_labels(labels)
+    hidden = model.model(**inputs).last_hidden_state.float()
+    want = sequence_logps(hidden @ model.lm_head.weight.float().T, table)
+    scores = attach_scoring(model, head_dtype=torch.float32)(**inputs, score_table=table)
+    torch.testing.assert_close(scores.logps, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(attach_scoring(model)(**inputs, score_table=table).logps, want)
+    preference_loss(scores.logps, torch.zeros(2, 2)).loss.backward()
+    assert model.lm_head.weight.grad.dtype == torch.bfloat16
+    with pytest.raises(TensorError, match="scored by its own logits"):
+        attach_scoring(hooked(), head_dtype=torch.float32)(**inputs, score_table=table)
+    with pytest.raises(TypeError, match=r"a torch\.dtype"):
+        attach_scoring(model, head_dtype="float32")
+
+
+@pytest.mark.parametrize("first", ["attached", "offloaded"])
+def test_an_offloaded_head_is_scored_by_logits(first):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny()
+    inputs, labels = batch(model)
+    table = ScoreTable.from_labels(labels)
+    expected = attach_scoring(tiny())(**inputs, score_table=table).logps
+    if first == "attached":
+        attach_scoring(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    with torch.no_grad():
+        scores = attach_scoring(model)(**inputs, score_table=table)
+    assert scores.plan == "logits"
+    torch.testing.assert_close(scores.logps, expected)
+
+
+class Int8(nn.Module):
+    """A head whose weight is whole numbers and a scale."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def test_a_quantised_head_is_scored_by_logits():
+    model = tiny()
+    model.lm_head = Int8(model.lm_head)
+    inputs, labels = batch(model)
+    table = ScoreTable.from_labels(labels)
+    scores = attach_scoring(model)(**inputs, score_table=table)
+    assert scores.plan == "logits"
+    torch.testing.assert_close(scores.logps, sequence_logps(model(**inputs).logits, table))
+
+
 def test_logits_that_depend_on_the_cache_want_a_word():
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):

@@ -368,8 +368,12 @@ class ScoreTable:
         before = _scored_before(self.targets != IGNORE_INDEX)
         return before[self.seq_offsets.long()].diff().reshape(-1, self.group_size)
 
-    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> ScoreTable:
+    def to(
+        self, device: torch.device | str | int | None, *, non_blocking: bool = False
+    ) -> ScoreTable:
         """The table on another device; itself if it is there already."""
+        if device is None:  # what hooks of offloading hand on, as tensors take it
+            return self
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         moved = self._map(lambda part: part.to(where, non_blocking=non_blocking))
         return self if moved.targets is self.targets else moved

@@ -40,7 +40,8 @@ from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 
 Model = TypeVar("Model", bound=nn.Module)
 Plan = Literal["auto", "frozen", "recompute", "pairwise", "logits"]
-_HEAD, _LOSS, _FOUND = "_dpo_ext_head", "_dpo_ext_loss", "_dpo_ext_found"
+_HEAD, _LOSS, _DTYPE = "_dpo_ext_head", "_dpo_ext_loss", "_dpo_ext_head_dtype"
+_FOUND = "_dpo_ext_found"
 _LINEAR = (*PLANS, "logits")
 _WITH_LOSS = (*pairwise.PLANS, "logits")
 _ROUTER = "output_router_logits"
@@ -75,6 +76,7 @@ def attach_scoring(
     loss: str | Sequence[str] | Mapping[str, Any] | None = None,
     chunk_rows: int | None = None,
     exact_target: bool = False,
+    head_dtype: torch.dtype | None = None,
     verify: bool | None = None,
 ) -> Model:
     """The model, whose forward pass also takes ``score_table=`` and then returns log-probs.
@@ -129,6 +131,8 @@ def attach_scoring(
         loss: None, a name or several, or a dict of `linear_preference_loss`'s options: ``loss,
             beta, compat, loss_weights`` and parameters of the loss.
         chunk_rows, exact_target: as in `linear_sequence_logps`; not for ``"logits"``.
+        head_dtype: dtype of the product with the head, ``torch.float32`` for a bfloat16 model whose
+            logits should not be rounded. Costs a copy of the weight a call; not for ``"logits"``.
         verify: None: compare before the first scored call, and again when head, dtype or plan
             change (two forwards of 16 tokens). True: now. False: never; ``.plan`` says so.
 
@@ -167,8 +171,11 @@ def attach_scoring(
     inner = _inner_model(model)
     if plan not in ("auto", "logits"):
         _linear_head(inner)
+    if head_dtype is not None and not isinstance(head_dtype, torch.dtype):
+        raise TypeError(f"`head_dtype` must be a torch.dtype, found {type(head_dtype).__name__}")
     how = {"plan": plan, "chunk_rows": chunk_rows, "exact_target": exact_target}
     setattr(inner, _HEAD, (how, verify is not False))
+    setattr(inner, _DTYPE, head_dtype)
     setattr(inner, _LOSS, options)
     vars(inner).pop(_FOUND, None)
     scoring = _scoring_of(inner)
@@ -181,7 +188,7 @@ def attach_scoring(
         scoring = inner.forward = ScoringForward(inner)
         inner.register_forward_pre_hook(_check_attached, with_kwargs=True)
     if verify:
-        _compared(inner, scoring.own, _router(inner, {}))
+        _compared(inner, scoring.own, {})
     return model
 
 
@@ -390,14 +397,16 @@ def _key(model: Any, router: bool) -> tuple[Any, ...]:
     weight = getattr(head, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) else None
     device = weight.device.type if isinstance(weight, Tensor) else "cpu"
+    device = "cpu" if device == "meta" else device
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     how, _ = getattr(model, _HEAD)
     return (id(head), id(inner), type(head), state, dtype, cast, how["plan"], router)
 
 
-def _verdict(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
+def _verdict(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
     """Compares, once for each key; TensorError where the plan that was asked for is not right."""
     how, verify = getattr(model, _HEAD)
+    router = _router(model, call)
     try:
         head: Head | str = _linear_head(model)
     except TensorError as error:
@@ -409,9 +418,8 @@ def _verdict(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
     transforms = [t for t in (named, NEUTRAL) if _usable(t)]
     if named == NEUTRAL:
         transforms = [NEUTRAL]
-    device = head.weight.device if isinstance(head, Head) else _device(model)
     given = head if plan != "logits" else 'plan="logits" was asked for'
-    found = examine(model, own, given, transforms, device, keeps=router)
+    found = examine(model, own, given, transforms, _device(model, call), keeps=router)
     if found.transform is None and plan not in ("auto", "logits"):
         raise TensorError(
             f'`plan="{plan}"` is not right for {type(model).__name__}: {found.reason}\n'
@@ -420,29 +428,31 @@ def _verdict(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
     return found
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: nn.Module, call: Mapping[str, Any]) -> torch.device:
+    """Where the inputs of a call are; without any, where the first weights are."""
+    given = (value.device for value in call.values() if isinstance(value, Tensor))
     places = (p.device for p in model.parameters() if p.device.type != "meta")
-    return next(places, torch.device("cpu"))
+    return next(given, None) or next(places, torch.device("cpu"))
 
 
 @torch.compiler.disable(
     reason="the comparison of attach_scoring; attach_scoring(model, verify=True) makes it before"
 )
-def _compared(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
-    key = _key(model, router)
+def _compared(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
+    key = _key(model, _router(model, call))
     known = vars(model).get(_FOUND)
     if known is None or known[0] != key:
-        known = (key, _verdict(model, own, router))
+        known = (key, _verdict(model, own, call))
         vars(model)[_FOUND] = known
     return known[1]
 
 
-def _found(model: Any, own: Callable[..., Any], router: bool) -> Verdict:
+def _found(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
     if torch.compiler.is_compiling():
         known = getattr(model, _FOUND, None)
         if known is not None:
             return known[1]
-    return _compared(model, own, router)
+    return _compared(model, own, call)
 
 
 # ---- the forward pass ----------------------------------------------------------------------------
@@ -488,7 +498,7 @@ def _score(
     kwargs.pop("return_dict", None)
     check_windows(kwargs.get("attention_mask"), model)
     router = _router(model, kwargs)
-    found = _found(model, own, router)
+    found = _found(model, own, kwargs)
     kwargs["use_cache"] = _cached(model, kwargs) if found.caches else False
     wish = (names, step, options if wanted else None)
     if found.transform is None or (router and not found.keeps):
@@ -527,6 +537,10 @@ def _by_head(
     how: dict[str, Any] = {**transform, **given}
     note = "" if verify else " (not verified)"
     _, weight, bias = head
+    dtype = getattr(model, _DTYPE)
+    if dtype is not None:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if options is not None:
         out = pairwise.linear_preference_loss(
             hidden, weight, table, bias=bias, **how, **step, **options
@@ -555,8 +569,13 @@ def _by_logits(
 ) -> ModelScores:
     """The same by the model's own logits: of the scored positions alone, if it can give those."""
     names, step, options = wish
-    given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids"))
-    ids = next((found for found in given if found is not None), None)
+    if getattr(model, _DTYPE) is not None:
+        raise TensorError(
+            f"`head_dtype`: {type(model).__name__} is scored by its own logits: {found.reason}\n"
+            "hint: leave `head_dtype` out"
+        )
+    texts = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids"))
+    ids = next((text for text in texts if text is not None), None)
     # How many positions are scored is a value, which a compiled graph cannot depend on.
     compiles = torch.compiler.is_compiling()
     if found.keeps and not compiles and ids is not None and ids.dim() == 2:
@@ -623,9 +642,7 @@ def _hidden(
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states and router loss of the model's own forward, with the logits of one position."""
     with _watched(model.base_model) as seen:
-        ids = kwargs.get("input_ids")
-        device = ids.device if ids is not None else _device(model)
-        one = torch.zeros(1, dtype=torch.int64, device=device)
+        one = torch.zeros(1, dtype=torch.int64, device=_device(model, kwargs))
         out = own(**kwargs, logits_to_keep=one, return_dict=True)
     if not seen:  # nobody called the backbone as a module
         return model.base_model(**kwargs)[0], out.aux_loss
