@@ -1,10 +1,12 @@
 """Models whose logits are more than a product: scored by their own logits, or refused; never another number."""
 
 import io
+import os
 import pickle
 
 import pytest
 import torch
+import warm
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -84,6 +86,7 @@ def test_a_class_is_scored_as_its_own_logits_say(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("DPO_EXT_DEEP"), reason="minutes: `make deep`")
 def test_no_class_of_transformers_is_scored_otherwise_in_silence():
     outcomes = {}
     for name in tiny_models.names():
@@ -362,6 +365,42 @@ def test_logits_that_depend_on_the_cache_want_a_word():
         expected = sequence_logps(model(**inputs, use_cache=cached).logits, table)
         got = model(**inputs, score_table=table, use_cache=cached).logps
         torch.testing.assert_close(got, expected)
+
+
+def two_ranks(rank, store, folder, result):
+    """Rank 0 writes log-probs and gradients of a model that transformers shards over both."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=2
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    assert hasattr(model.lm_head.weight, "full_tensor")
+    inputs, labels = batch(model)
+    scores = attach_scoring(model)(**inputs, score_table=ScoreTable.from_labels(labels))
+    preference_loss(scores.logps, torch.zeros(2, 2)).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    found = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
+    if rank == 0:
+        torch.save((scores.logps.detach(), found), result)
+    torch.distributed.barrier()
+
+
+@pytest.mark.slow
+def test_a_model_that_transformers_shards_is_scored_by_its_gathered_logits(tmp_path):
+    model = attach_scoring(tiny())
+    model.save_pretrained(tmp_path / "model")
+    inputs, labels = batch(model)
+    want = model(**inputs, score_table=ScoreTable.from_labels(labels)).logps
+    preference_loss(want, torch.zeros(2, 2)).loss.backward()
+    result = tmp_path / "found.pt"
+    imports = (*warm.TORCH, "transformers.models.llama.modeling_llama")
+    arguments = (tmp_path / "store", tmp_path / "model", result)
+    warm.ranks(__name__, "two_ranks", *arguments, imports=imports)
+    logps, found = torch.load(result)
+    torch.testing.assert_close(logps, want.detach(), atol=1e-5, rtol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 # ---- the router loss ------------------------------------------------------------------------------
