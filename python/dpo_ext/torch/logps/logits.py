@@ -150,9 +150,7 @@ class _Call(NamedTuple):
     kernels: bool
 
 
-def _rows(
-    logits: Tensor, table: ScoreTable, impl: str, inplace_grad: bool
-) -> tuple[Tensor, bool]:
+def _rows(logits: Tensor, table: ScoreTable, impl: str, inplace_grad: bool) -> tuple[Tensor, bool]:
     """(R, V) logits that fit the table, and whether the kernels compute them."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"`logits` must be a torch.Tensor, found {describe(logits)}")
