@@ -1,5 +1,6 @@
 """The score table: what it refuses, how labels become one, what compaction keeps."""
 
+import copy
 import itertools
 import pickle
 
@@ -9,7 +10,7 @@ import reference
 import torch
 
 from dpo_ext import TensorError
-from dpo_ext.torch import ScoreTable
+from dpo_ext.torch import ScoreTable, linear_preference_loss, sequence_logps
 
 GOOD = {
     "logit_rows": [4, 1, 7, 0],
@@ -229,3 +230,135 @@ def test_a_table_on_a_gpu():
     assert fields(table.compact().to("cpu")) == fields(ScoreTable.from_labels(labels).compact())
     pinned = ScoreTable.from_labels(labels).pin_memory()
     assert pinned.targets.is_pinned()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"group_size": 3}, TensorError, "that 3 divides, found 4"),
+        ({"group_size": 0}, ValueError, "`group_size` must be at least 1"),
+        ({"group_size": True}, TypeError, "`group_size` must be an int, found bool"),
+        ({"shift": 1}, TypeError, "`shift` must be a bool, found int"),
+        ({"weights": [[1.0]]}, TypeError, r"`weights` must be a torch.Tensor, found list"),
+        ({"weights": torch.ones(4, 2)}, TensorError, r"shape \(4, 3\), as .*, found \(4, 2\)"),
+        ({"weights": torch.ones(4, 3).long()}, TensorError, r"found int64 .*\nhint: .*bool\(\)"),
+        (
+            {"weights": torch.ones(4, 3, device="meta")},
+            TensorError,
+            "must be on cpu, .* found meta",
+        ),
+    ],
+)
+def test_wrong_options_of_labels_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        ScoreTable.from_labels(torch.ones(4, 3, dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_a_weight_that_is_not_finite_is_named_by_its_place_unless_its_label_is_ignored(
+    group_size, shift
+):
+    labels, weights = torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 3)
+    weights[2, 1] = torch.inf
+    with pytest.raises(TensorError, match="finite, found inf at row 2, column 1"):
+        ScoreTable.from_labels(labels, weights=weights, group_size=group_size, shift=shift)
+    labels[2, 1] = -100
+    table = ScoreTable.from_labels(labels, weights=weights, group_size=group_size, shift=shift)
+    assert table.weights.isfinite().all()
+
+
+def test_an_odd_number_of_rows_is_told_of_single_completions():
+    with pytest.raises(TensorError, match=r"even number of rows.*\nhint: .*group_size=1"):
+        ScoreTable.from_labels(torch.zeros(3, 4, dtype=torch.int64))
+    assert ScoreTable.from_labels(torch.zeros(3, 4, dtype=torch.int64), group_size=1).n_groups == 3
+
+
+def test_labels_without_shift_warn_of_every_column():
+    labels = torch.full((2, 3), -100)
+    with pytest.warns(UserWarning, match="every label is -100"):
+        ScoreTable.from_labels(labels, shift=False)
+    labels[0, 0] = 5
+    ScoreTable.from_labels(labels, shift=False)  # a warning would be an error here
+
+
+def test_the_labels_and_weights_may_be_written_over_later():
+    labels, weights = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3)
+    table = ScoreTable.from_labels(labels, weights=weights, shift=False)
+    labels.fill_(-5), weights.fill_(torch.nan)
+    assert set(table.targets.tolist()) == {1}
+    assert set(table.weights.tolist()) == {1.0}
+
+
+def scored(table):
+    return sequence_logps(torch.zeros(8, 11), table)
+
+
+def test_a_table_of_an_earlier_version_still_unpickles():
+    table = ScoreTable(**tensors())
+    state = {name: getattr(table, name) for name in (*GOOD, "host_offsets", "group_size")}
+    old = ScoreTable.__new__(ScoreTable)
+    old.__setstate__((None, state))
+    assert old.shape is None
+    assert scored(old).tolist() == scored(table).tolist()
+    assert copy.deepcopy(table).weights.tolist() == GOOD["weights"]
+
+
+CHANGES = {
+    "a target": (lambda t: t.targets.__setitem__(0, -7), "found -7 at token 0"),
+    "a row": (lambda t: t.logit_rows.__setitem__(0, -7), "found -7 at token 0"),
+    "a row twice": (lambda t: t.logit_rows.__setitem__(0, 1), "found row 1 scored by tokens 0 and"),
+    "a weight": (lambda t: t.weights.__setitem__(0, torch.nan), "`weights` must be finite"),
+    "the offsets": (lambda t: t.seq_offsets.__setitem__(1, 9), "`seq_offsets` must not fall"),
+    "other targets": (lambda t: setattr(t, "targets", t.targets[:2]), r"must have shape \(2,\)"),
+    "other dtypes": (lambda t: setattr(t, "targets", t.targets.long()), "`targets` must be int32"),
+    "another device": (lambda t: setattr(t, "weights", t.weights.to("meta")), "must be on cpu"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_table_that_was_changed_is_compared_again(what):
+    change, message = CHANGES[what]
+    table = ScoreTable(**tensors())
+    scored(table)
+    change(table)
+    for _ in range(2):  # a table that failed does not pass the second time
+        with pytest.raises(TensorError, match=message):
+            scored(table)
+
+
+def test_a_change_that_leaves_a_table_is_taken():
+    table = ScoreTable(**tensors())
+    scored(table)
+    table.seq_offsets[1:3] = torch.tensor([1, 1], dtype=torch.int32)
+    table.weights[3] = 2.0
+    again = ScoreTable(**tensors(seq_offsets=[0, 1, 1, 3, 4], weights=[1.0, 0.5, 2.0, 2.0]))
+    assert torch.equal(scored(table), scored(again))
+    assert table.host_offsets.tolist() == again.host_offsets.tolist()
+
+
+def test_the_tensor_that_a_table_was_made_of_is_the_tables():
+    parts = tensors()
+    table = ScoreTable(**parts)
+    parts["targets"][0] = -7
+    with pytest.raises(TensorError, match="found -7"):
+        scored(table)
+
+
+def test_tensors_that_count_no_writes_still_make_a_table():
+    with torch.inference_mode():
+        table = ScoreTable.from_labels(torch.ones(2, 3, dtype=torch.int64))
+        parts = tensors()
+    assert sequence_logps(torch.zeros(2, 3, 5), table).shape == (1, 2)
+    assert scored(ScoreTable(**parts)).shape == (2, 2)
+
+
+@pytest.mark.gpu
+def test_changed_offsets_on_a_gpu_are_found_where_the_host_needs_them():
+    table = ScoreTable.from_labels(torch.ones(2, 3, dtype=torch.int64)).to("cuda")
+    hidden, weight = torch.zeros(2, 3, 4, device="cuda"), torch.zeros(5, 4, device="cuda")
+    table.seq_offsets[1] = 1
+    assert sequence_logps(torch.zeros(2, 3, 5, device="cuda"), table).isfinite().all()
+    ref = torch.zeros(1, 2, device="cuda")
+    with pytest.raises(TensorError, match="`seq_offsets` was changed after"):
+        linear_preference_loss(hidden, weight.requires_grad_(), table, ref)

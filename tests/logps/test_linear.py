@@ -150,11 +150,14 @@ def test_a_nan_row_stays_in_its_sequence(impl, plan):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_target_outside_the_vocabulary_is_nan_for_its_sequence_alone(impl, plan):
+def test_a_target_outside_the_vocabulary_is_refused_on_the_host_and_nan_on_a_gpu(impl, plan):
     table = ScoreTable(logit_rows=[0, 1, 2], targets=[0, 5, 4], seq_offsets=[0, 1, 3])
-    value, dx, *_ = run(
-        torch.randn(4, 6), torch.randn(5, 6), None, table, torch.ones(1, 2), plan, impl
-    )
+    given = torch.randn(4, 6), torch.randn(5, 6), None, table, torch.ones(1, 2), plan, impl
+    if impl != "cuda":
+        with pytest.raises(TensorError, match="below 5, the vocabulary of `hidden`, found 5 at to"):
+            run(*given)
+        return
+    value, dx, *_ = run(*given)
     assert value.isnan().tolist() == [[False, True]]
     assert dx[[0, 2, 3]].isfinite().all()
 

@@ -134,12 +134,17 @@ def test_extremes(impl):
 
 @pytest.mark.fault("K1")
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_target_outside_the_vocabulary_is_nan_for_its_sequence_alone(impl):
+def test_a_target_outside_the_vocabulary_is_refused_on_the_host_and_nan_on_a_gpu(impl):
     z = logits_like().flatten(0, 1)
     for bad in (5, 10, 2**31 - 1):
         table = ScoreTable(logit_rows=[0, 1, 2], targets=[0, bad, 4], seq_offsets=[0, 1, 3])
         x, moved = on(impl, z, table)
         x = x.clone().requires_grad_()
+        if impl != "cuda":
+            said = f"`targets` must be below 5, the vocabulary of `logits`, found {bad} at token 1, row 1"
+            with pytest.raises(TensorError, match=said):
+                sequence_logps(x, moved, impl=impl)
+            continue
         value = sequence_logps(x, moved, impl=impl)
         assert value[0, 0].isfinite()
         assert value[0, 1].isnan()

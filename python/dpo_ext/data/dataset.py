@@ -373,6 +373,7 @@ class PairDataset(Pairs):
         drop_last: bool = False,
         pad_to_multiple_of: int = 1,
         bin_length: int | None = None,
+        token_weights: Mapping[str, Any] | None = None,
     ) -> BatchPlan:
         """The batches of one epoch for one rank; see :class:`BatchPlan`.
 
@@ -388,9 +389,12 @@ class PairDataset(Pairs):
             pad_to_multiple_of: T is rounded up to a multiple.
             bin_length: slots of a packed or shared row, by default ``tokens_per_batch``;
                 ``2 * max_length`` always suffices.
+            token_weights: ``{"chosen": lists, "rejected": lists}``, a factor of each completion
+                token's log-prob; see :class:`BatchPlan`.
 
         Raises:
             ValueError: an unknown layout, or a scalar out of range.
+            TypeError, DataError: ``token_weights`` are no numbers, or not one a token.
             DataError: a pair needs more slots than ``tokens_per_batch`` or ``bin_length``.
         """
         return BatchPlan(
@@ -406,6 +410,7 @@ class PairDataset(Pairs):
             drop_last=drop_last,
             pad_to_multiple_of=pad_to_multiple_of,
             bin_length=bin_length,
+            token_weights=token_weights,
         )
 
 

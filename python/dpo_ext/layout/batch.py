@@ -174,7 +174,6 @@ class Batch:
     pair_index: Any
     ref_logps: Any = None
     columns: Mapping[str, Any] = field(default_factory=dict)
-    weights: Any = None
     attention_mask: Any = None
     completion_mask: Any = None
     position_ids: Any = None
@@ -193,6 +192,7 @@ class Batch:
     q_indices: Any = None
     full_q_num_blocks: Any = None
     full_q_indices: Any = None
+    weights: Any = None
 
     @classmethod
     def filled(cls, layout: Layout, **arrays: Any) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,7 @@ def weigh(batch: Batch, weights: Mapping[str, Ragged], take: Take) -> Batch:
     return batch
 
 
-def token_weights(weights: Any, pairs: Pairs) -> Mapping[str, Ragged]:
+def weight_lists(weights: Any, pairs: Pairs) -> Mapping[str, Ragged]:
     """``{"chosen": ..., "rejected": ...}`` as float32 lists, one number a token of each completion.
 
     Raises:
@@ -222,7 +223,7 @@ def _weights_of(name: str, lists: Any, ids: Ragged) -> Ragged:
     offsets = np.ascontiguousarray(ids.offsets, np.int64)
     values = np.empty(int(offsets[-1] - offsets[0]), np.float32)
     offsets = offsets - offsets[0]
-    for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         one = np.asarray(lists[i])
         if one.ndim != 1 or (one.size and one.dtype.kind not in "fiub"):
             raise TypeError(f"pair {i}, `{field}`: expected a list of numbers, found {lists[i]!r}")

@@ -13,8 +13,7 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Batch
-from dpo_ext.layout.fill import FILL, SLOTS, padded, weigh
-from dpo_ext.layout.fill import token_weights as _token_weights
+from dpo_ext.layout.fill import FILL, SLOTS, padded, weigh, weight_lists
 from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ class BatchPlan(Sequence[Batch]):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
-        self._weights = None if token_weights is None else _token_weights(token_weights, pairs)
+        self._weights = None if token_weights is None else weight_lists(token_weights, pairs)
         self._lengths = SLOTS[layout](pairs)
         self.layout = layout
         self.bin_length = bin_length

@@ -77,7 +77,7 @@ class ScoreTable:
     """
 
     __slots__ = (
-        "_seen",
+        "compared",
         "group_size",
         "host_offsets",
         "logit_rows",
@@ -97,7 +97,7 @@ class ScoreTable:
     shape: Shape | None
     """(rows, T) of the logits that the table is for, (R,) for R rows of any arrangement, or None
     for a table that does not know."""
-    _seen: tuple[int, ...]
+    compared: tuple[int, ...]
     """Which tensors were compared, and how often each had been written to; () = not known."""
 
     def __init__(
@@ -121,7 +121,7 @@ class ScoreTable:
         _check_shapes(self)
         self.host_offsets = self.seq_offsets.cpu()
         _check_values(self)
-        self._seen = _versions(self)
+        self.compared = _versions(self)
 
     @classmethod
     def unchecked(
@@ -140,7 +140,7 @@ class ScoreTable:
         table.logit_rows, table.targets, table.weights = logit_rows, targets, weights
         table.seq_offsets, table.host_offsets = seq_offsets, host_offsets
         table.group_size, table.shape = group_size, shape
-        table._seen = _versions(table)
+        table.compared = _versions(table)
         return table
 
     def _like(
@@ -158,14 +158,14 @@ class ScoreTable:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__ if name != "_seen"}
+        return {name: getattr(self, name) for name in self.__slots__ if name != "compared"}
 
     def __setstate__(self, state: Any) -> None:
         # Without a method of ours, earlier versions pickled (None, slots).
         parts: Mapping[str, Any] = state[1] if isinstance(state, tuple) else state
         for name, value in {"shape": None, **parts}.items():
             setattr(self, name, value)
-        self._seen = _versions(self)
+        self.compared = _versions(self)
 
     @classmethod
     def from_labels(
@@ -409,7 +409,7 @@ class ScoreTable:
         """
         if torch.compiler.is_compiling():
             return
-        now, before = _versions(self), self._seen
+        now, before = _versions(self), self.compared
         if now == before:
             return
         changed = [
@@ -423,18 +423,18 @@ class ScoreTable:
             if "seq_offsets" in changed:
                 self.host_offsets = self.seq_offsets
             _check_values(self, rows=changed != ["weights"])
-            self._seen = _versions(self)
+            self.compared = _versions(self)
         elif "seq_offsets" not in changed:  # else `check_host_offsets` must find it
-            self._seen = _versions(self)
+            self.compared = _versions(self)
 
     def check_host_offsets(self) -> None:
         """TensorError where ``seq_offsets`` on a device was changed since ``host_offsets`` was
         read.
         """
-        if torch.compiler.is_compiling() or not self._seen:
+        if torch.compiler.is_compiling() or not self.compared:
             return
         i = 2 * list(_FIELDS).index("seq_offsets")
-        if _versions(self)[i : i + 2] != self._seen[i : i + 2]:
+        if _versions(self)[i : i + 2] != self.compared[i : i + 2]:
             raise TensorError(
                 "`seq_offsets` was changed after the table was built, and its copy on the host was "
                 "not\nhint: build another table"
@@ -577,7 +577,11 @@ def _versions(table: ScoreTable) -> tuple[int, ...]:
     found: list[int] = []
     for name in _FIELDS:
         part: Tensor | None = getattr(table, name)
-        found += (id(part), 0 if part is None or part.is_inference() else part._version)
+        found.append(id(part))
+        if part is None or part.is_inference():
+            found.append(0)
+        else:
+            found.append(part._version)  # noqa: SLF001 - torch has no public name for it
     return tuple(found)
 
 

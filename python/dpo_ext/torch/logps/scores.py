@@ -171,8 +171,8 @@ def check_table(
         raise TensorError(
             f"`targets` must be below {vocabulary}, the vocabulary of `{name}`, found "
             f"{int(table.targets[i])} at token {i}, {_place(table, i)}\n"
-            "hint: the labels are of another tokenizer than the model, or the model's embedding was "
-            "not resized to it"
+            "hint: the labels are of another tokenizer than the model, or its embedding was not "
+            "resized to it"
         )
 
 
@@ -191,11 +191,12 @@ def check_shape(shape: Shape | None, values: Tensor, name: str) -> None:
     if shape is None:
         return
     if len(shape) == 1:
-        R = values.shape[0] if values.dim() == 2 else values.shape[0] * values.shape[1]
-        if shape[0] != R:
-            found = tuple(values.shape)
+        (wanted,) = shape
+        found = values.shape[0] if values.dim() == 2 else values.shape[0] * values.shape[1]
+        if found != wanted:
             raise TensorError(
-                f"`{name}` must have {shape[0]} rows, as the table's part has, found {R} in {found}"
+                f"`{name}` must have {wanted} rows, as the table has, found {found} in "
+                f"{tuple(values.shape)}"
             )
         return
     rows, T = shape
