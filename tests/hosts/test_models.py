@@ -259,6 +259,15 @@ def test_a_loss_inside_by_logits_is_the_loss_outside(loss):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("make", [tiny, hooked])
+def test_a_table_of_another_batch_is_refused(make):
+    model = attach_scoring(make())
+    inputs, labels = batch(model)
+    for other in (labels[:, :-1], labels[:2], torch.cat([labels[:, :1], labels], 1)):
+        with pytest.raises(TensorError, match="as the table"):
+            model(**inputs, score_table=ScoreTable.from_labels(other))
+
+
 def test_a_lora_on_the_head_is_right():
     peft = pytest.importorskip("peft")
     for options in ({}, {"use_dora": True}):

@@ -31,6 +31,7 @@ from dpo_ext.torch.logps.scores import (
     STATS,
     TokenScores,
     check_is_table,
+    check_shape,
     is_dtensor,
     only,
     sum_sequences,
@@ -579,7 +580,8 @@ def _by_logits(
     # How many positions are scored is a value, which a compiled graph cannot depend on.
     compiles = torch.compiler.is_compiling()
     if found.keeps and not compiles and ids is not None and ids.dim() == 2:
-        positions, kept = _kept(table, ids.shape[1])
+        check_shape(table.shape, ids[..., None], "input_ids")
+        positions, kept = _kept(table, *ids.shape)
         out = own(**kwargs, logits_to_keep=positions, return_dict=True)
         if out.logits.shape[1] == len(positions):
             table = kept
@@ -613,7 +615,7 @@ def _by_logits(
     return _with_router(model, scores, aux)
 
 
-def _kept(table: ScoreTable, columns: int) -> tuple[Tensor, ScoreTable]:
+def _kept(table: ScoreTable, rows: int, columns: int) -> tuple[Tensor, ScoreTable]:
     """The positions at which any row of (B, T) is scored, and the table of the logits there."""
     scored = table.targets >= 0
     positions = torch.unique(table.logit_rows[scored] % columns)
@@ -621,7 +623,8 @@ def _kept(table: ScoreTable, columns: int) -> tuple[Tensor, ScoreTable]:
         positions = torch.zeros(1, dtype=torch.int64, device=table.device)
     row, column = table.logit_rows // columns, table.logit_rows % columns
     place = torch.searchsorted(positions, column).clamp(max=len(positions) - 1)
-    return positions, table.with_rows(row * len(positions) + place, table.targets)
+    count = len(positions)
+    return positions, table.with_rows(row * count + place, table.targets, (rows, count))
 
 
 def _with_router(model: Any, scores: ModelScores, aux: Tensor | None) -> ModelScores:
