@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -142,7 +142,8 @@ def attach_scoring(
 
     Raises:
         TypeError: ``model`` has no head as Hugging Face models do, learns a prompt (its virtual
-            tokens would shift every row), or was prepared for mixed precision before.
+            tokens would shift every row), or was prepared before for a precision that is no
+            autocast.
         TensorError: at the comparison, a plan other than ``"auto"`` and ``"logits"`` for a model
             whose logits are not those of its head, with how far off and what it looks like.
         ValueError: an unknown ``plan`` or loss; at the call, ``labels``, ``logits_to_keep`` or an
@@ -181,11 +182,6 @@ def attach_scoring(
     vars(inner).pop(_FOUND, None)
     scoring = _scoring_of(inner)
     if scoring is None:
-        if "_original_forward" in vars(inner):
-            raise TypeError(
-                "`model` was prepared for mixed precision, which scoring would leave out\n"
-                "hint: attach first: accelerator.prepare(attach_scoring(model))"
-            )
         scoring = inner.forward = ScoringForward(inner)
         inner.register_forward_pre_hook(_check_attached, with_kwargs=True)
     if verify:
@@ -202,6 +198,12 @@ class ScoringForward:
         self.model = model
         # What was put in the place of the class's forward, by hooks of offloading for example.
         self.replaced = vars(model).get("forward")
+        self.cast = _autocast_of(self.replaced)
+        if "_original_forward" in vars(model) and self.cast is None:
+            raise TypeError(
+                "`model` was prepared for a precision that scoring does not know\n"
+                "hint: attach first: accelerator.prepare(attach_scoring(model))"
+            )
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward without scoring."""
@@ -211,7 +213,13 @@ class ScoringForward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
+        if self.replaced is not None:
+            return self.replaced
         return MethodType(type(self.model).forward, self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.model).forward, self.model))
 
     def __call__(
         self,
@@ -228,12 +236,25 @@ class ScoringForward:
         if score_table is not None:
             step = {"ref_logps": ref_logps, "num_pairs": num_pairs}
             call = _keywords(model, args, kwargs)
-            return _score(model, self.own, score_table, score_stats, step, call)
+            with nullcontext() if self.cast is None else torch.autocast(**self.cast):
+                return _score(model, self.own, score_table, score_stats, step, call)
         given = {"score_stats": score_stats or None, "ref_logps": ref_logps, "num_pairs": num_pairs}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"`{name}` needs a `score_table`")
         return self.own(*args, **kwargs)
+
+
+def _autocast_of(forward: Any) -> dict[str, Any] | None:
+    """The autocast that a decorated forward runs in, such as that of Accelerate's `prepare`."""
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        for cell in getattr(function, "__closure__", None) or ():
+            cast = cell.cell_contents
+            if isinstance(cast, torch.autocast):
+                return {"device_type": cast.device, "dtype": cast.fast_dtype}
+        forward = getattr(function, "__wrapped__", None)
+    return None
 
 
 def _scoring_of(model: Any) -> ScoringForward | None:
