@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,11 +78,11 @@ class ScoreTable:
 
     __slots__ = (
         "compared",
+        "frame",
         "group_size",
         "host_offsets",
         "logit_rows",
         "seq_offsets",
-        "shape",
         "targets",
         "weights",
     )
@@ -94,9 +94,9 @@ class ScoreTable:
     group_size: int
     host_offsets: Tensor
     """``seq_offsets`` in the host's memory, so that cutting into chunks waits for no device."""
-    shape: Shape | None
-    """(rows, T) of the logits that the table is for, (R,) for R rows of any arrangement, or None
-    for a table that does not know."""
+    frame: Tensor | None
+    """(rows, T, 0) or (R, 0), no element, or None: its sizes are `shape`. A tensor, so that a
+    compiled region takes them as it takes the sizes of the others."""
     compared: tuple[int, ...]
     """Which tensors were compared, and how often each had been written to; () = not known."""
 
@@ -117,7 +117,7 @@ class ScoreTable:
         self.logit_rows, self.targets = tensors["logit_rows"], tensors["targets"]
         self.seq_offsets, self.weights = tensors["seq_offsets"], tensors.get("weights")
         self.group_size = group_size
-        self.shape = None if shape is None else _sizes(shape)
+        self.frame = None if shape is None else _frame(_sizes(shape), self.targets)
         _check_shapes(self)
         self.host_offsets = self.seq_offsets.cpu()
         _check_values(self)
@@ -139,32 +139,31 @@ class ScoreTable:
         table = cls.__new__(cls)
         table.logit_rows, table.targets, table.weights = logit_rows, targets, weights
         table.seq_offsets, table.host_offsets = seq_offsets, host_offsets
-        table.group_size, table.shape = group_size, shape
+        table.group_size = group_size
+        table.frame = None if shape is None else _frame(shape, targets)
         table.compared = _versions(table)
         return table
 
-    def _like(
-        self, logit_rows: Tensor, targets: Tensor, weights: Tensor | None, shape: Shape | None
-    ) -> ScoreTable:
-        """The same sequences with other tokens, as many as before."""
-        return ScoreTable.unchecked(
-            logit_rows,
-            targets,
-            self.seq_offsets,
-            self.host_offsets,
-            weights=weights,
-            group_size=self.group_size,
-            shape=shape,
+    def _like(self, logit_rows: Tensor, targets: Tensor, weights: Tensor | None) -> ScoreTable:
+        """The same sequences with other tokens, as many as before, for the same logits."""
+        offsets, group_size = (self.seq_offsets, self.host_offsets), self.group_size
+        table = ScoreTable.unchecked(
+            logit_rows, targets, *offsets, weights=weights, group_size=group_size
         )
+        table.frame = self.frame
+        return table
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__ if name != "compared"}
+        names = set(self.__slots__) - {"compared", "frame"}
+        return {"shape": self.shape, **{name: getattr(self, name) for name in sorted(names)}}
 
     def __setstate__(self, state: Any) -> None:
         # Without a method of ours, earlier versions pickled (None, slots).
-        parts: Mapping[str, Any] = state[1] if isinstance(state, tuple) else state
-        for name, value in {"shape": None, **parts}.items():
+        parts: dict[str, Any] = dict(state[1] if isinstance(state, tuple) else state)
+        shape = parts.pop("shape", None)
+        for name, value in parts.items():
             setattr(self, name, value)
+        self.frame = None if shape is None else _frame(shape, self.targets)
         self.compared = _versions(self)
 
     @classmethod
@@ -326,15 +325,26 @@ class ScoreTable:
         def keep(values: Tensor) -> Tensor:
             return values.new_empty(M + 1).scatter_(0, place, values)[:M]
 
-        return ScoreTable.unchecked(
+        table = ScoreTable.unchecked(
             keep(self.logit_rows),
             keep(self.targets),
             offsets,
             host_offsets,
             weights=None if self.weights is None else keep(self.weights),
             group_size=self.group_size,
-            shape=self.shape,
         )
+        table.frame = self.frame
+        return table
+
+    @property
+    def shape(self) -> Shape | None:
+        """(rows, T) of the logits or hidden states (rows, T, ...) that the table is for, (R,) for R
+        rows of any arrangement, or None for a table that does not know. On the host.
+
+        >>> ScoreTable.from_labels(torch.tensor([[-100, 5, 6], [-100, 7, -100]])).shape
+        (2, 3)
+        """
+        return None if self.frame is None else tuple(self.frame.shape[:-1])
 
     @property
     def n_tokens(self) -> int:
@@ -387,7 +397,7 @@ class ScoreTable:
         if self.weights is None:
             return self
         targets = self.targets.masked_fill(self.weights == 0, IGNORE_INDEX)
-        return self._like(self.logit_rows, targets, self.weights, self.shape)
+        return self._like(self.logit_rows, targets, self.weights)
 
     def with_rows(
         self, logit_rows: Tensor, targets: Tensor, shape: Shape | None = None
@@ -395,11 +405,13 @@ class ScoreTable:
         """The same sequences with other rows (M,) int64 and targets (M,) int32, not compared, and
         the shape of what these are rows of.
         """
-        return self._like(logit_rows, targets, self.weights, shape)
+        table = self._like(logit_rows, targets, self.weights)
+        table.frame = None if shape is None else _frame(shape, targets)
+        return table
 
     def with_weights(self, weights: Tensor) -> ScoreTable:
         """The same tokens with other weights (M,) float32, not compared."""
-        return self._like(self.logit_rows, self.targets, weights, self.shape)
+        return self._like(self.logit_rows, self.targets, weights)
 
     def compare_again(self) -> None:
         """Compares what the caller changed since it was compared last; waits for no device.
@@ -568,6 +580,16 @@ def _sizes(shape: Any) -> Shape:
     if len(sizes) not in (1, 2) or min(sizes) < 0:
         raise ValueError(f"`shape` must be (rows, T) or (R,), found {shape!r}")
     return sizes
+
+
+def _frame(shape: Shape, like: Tensor) -> Tensor:
+    """No elements, of these sizes, beside ``like``."""
+    frame = like.new_empty((*shape, 0))
+    if not torch.compiler.is_compiling():
+        # What `torch._dynamo.maybe_mark_dynamic` does, without its import of a second: sizes that
+        # the caller marked dynamic are compared with these, which must not be constants then.
+        frame._dynamo_weak_dynamic_indices = set(range(len(shape)))  # type: ignore[attr-defined] # noqa: SLF001
+    return frame
 
 
 def _versions(table: ScoreTable) -> tuple[int, ...]:
