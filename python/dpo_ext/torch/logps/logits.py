@@ -26,7 +26,7 @@ from dpo_ext.torch.logps.scores import (
     sum_sequences,
     uses_kernels,
 )
-from dpo_ext.torch.once import differentiable_once
+from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 
 def sequence_logps(
@@ -170,7 +170,7 @@ def _score(rows: Tensor, table: ScoreTable, call: _Call) -> TokenScores:
     if not call.kernels:
         out = twin.token_stats(rows, table.logit_rows, table.targets, *call.how, call.stats)
         return TokenScores(*out)
-    out = _TokenStats.apply(rows, table.logit_rows, table.targets, call)
+    out = node(_TokenStats, rows, table.logit_rows, table.targets, call)
     return TokenScores(out[0], *out[3:])
 
 
@@ -180,9 +180,10 @@ def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
         raise TensorError(
             f"`logits` must have shape (R, V) or (B, T, V), found {tuple(logits.shape)}"
         )
-    if inplace_grad and logits.requires_grad and logits.is_leaf:
+    if inplace_grad and logits.requires_grad and _of_leaf(logits):
+        what = "a leaf" if logits.is_leaf else "a view of a leaf"
         raise TensorError(
-            "`inplace_grad` would overwrite `logits`, a leaf that needs a gradient\n"
+            f"`inplace_grad` would overwrite `logits`, {what} that needs a gradient\n"
             "hint: leave inplace_grad out, or pass the output of the model"
         )
     R, V = logits.shape[:-1].numel(), logits.shape[-1]
@@ -208,6 +209,12 @@ def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)  # keeps the graph of empty logits too
 
 
+def _of_leaf(logits: Tensor) -> bool:
+    """Whether the memory is that of a leaf: autograd itself refuses to write over one in place."""
+    base = logits._base
+    return logits.is_leaf or (base is not None and base.is_leaf)
+
+
 class _TokenStats(torch.autograd.Function):
     """The kernels' statistics of each token; the log-probs are differentiable once."""
 
@@ -229,11 +236,15 @@ class _TokenStats(torch.autograd.Function):
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 4
         logits, *saved = ctx.saved_tensors
-        with torch.no_grad():
+
+        def gradients(g: Tensor) -> tuple[Tensor]:
             how = ctx.call.how
             if not ctx.call.inplace:
-                dz = torch.ops.dpo_ext.logits_grad(logits, *saved, grad.contiguous(), *how)
-            else:
-                dz = logits.detach()
-                torch.ops.dpo_ext.logits_grad_(dz, *saved, grad.contiguous(), *how)
+                return (torch.ops.dpo_ext.logits_grad(logits, *saved, g.contiguous(), *how),)
+            dz = logits.detach()
+            torch.ops.dpo_ext.logits_grad_(dz, *saved, g.contiguous(), *how)
+            return (dz,)
+
+        with torch.no_grad():
+            (dz,) = one_by_one(gradients, grad)
         return (differentiable_once(dz, grad), None, None, None)
