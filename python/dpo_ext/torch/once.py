@@ -24,7 +24,13 @@ def node(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     torch.func and the compiler ask for forward and context apart. torch binds the arguments to the
     signature then, which takes 20 us a call, so elsewhere both run as one.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # where nothing asks for a gradient Dynamo passes a context that forward does not take
+        trains = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        if torch.is_grad_enabled() and trains:
+            return function.apply(*arguments)
+        return function.forward(*arguments)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return _joined(function).apply(*arguments)
 
