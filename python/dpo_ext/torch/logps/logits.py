@@ -71,12 +71,14 @@ def sequence_logps(
 
     Raises:
         TensorError: shape, dtype or device is not as above; a row of a table on the CPU is not
-            below R; ``inplace_grad`` with logits that are a leaf or overlap in memory.
+            below R; ``inplace_grad`` with logits that are a leaf, a view of one, or
+            overlap in memory.
         KernelUnavailable: ``impl="cuda"`` (or ``"auto"`` on a GPU) without CuPy or a device.
         ValueError: ``impl``, or a scalar out of its range.
 
     Numerics: exponentials and their sums in float32 for every dtype but float64; token log-probs
-    are within 4e-6 of float64; sums over tokens in float64, in a fixed order. The same rows of
+    are within 4e-6 of float64 or half a unit in their last place, whichever is more (from 64 nats
+    on it is the unit; the twin: a whole one); sums over tokens in float64, in a fixed order. The same rows of
     logits give the same bits in any layout. A target outside [0, V) gives NaN for its sequence, as
     does (on a GPU) a row outside [0, R). NaN and inf stay in their sequence. A token of weight 0 is
     not read. A sequence without tokens gives 0.
@@ -126,7 +128,8 @@ def token_scores(
     Raises:
         As `sequence_logps`. ValueError: an unknown name in ``stats``.
 
-    Numerics: as `sequence_logps`. A logit of -inf makes ``mean_logit`` -inf and leaves the entropy
+    Numerics: as `sequence_logps`: ``logps`` within 4e-6 of float64 or half a unit in the last place,
+    whichever is more: 4e-6 down to -64 nats, 3e-5 at -512. A logit of -inf makes ``mean_logit`` -inf and leaves the entropy
     finite (``0 log 0 = 0``).
 
     >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1], [-100, 3]]))
