@@ -6,6 +6,7 @@ NumPy alone. K items.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
 
     Args:
         wins: (K, K), ``wins[i, j]`` how often, or with which weight, i beat j; >= 0, 0 on the
-            diagonal.
+            diagonal. A symmetric matrix, such as how often two items met, says that all are equally
+            strong; that is warned of.
         ties: (K, K), how often i and j tied; the count of a pair may stand in one triangle or be
             halved over both.
         names: of the items, for errors.
@@ -81,6 +83,13 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
     hint: fit each group alone, or compare items of different groups
     """
     counts = _counts("wins", wins)
+    if (counts == counts.T).all() and counts.any():
+        warnings.warn(
+            "`wins` is symmetric: each item beat each other as often as it lost, so that all strengths "
+            "are equal\nhint: wins[i, j] counts how often i beat j, not how often they met; draws go "
+            "into `ties`",
+            stacklevel=2,
+        )
     if ties is not None:
         tied = _counts("ties", ties)
         if tied.shape != counts.shape:
@@ -178,7 +187,9 @@ def as_array(name: str, values: Any) -> np.ndarray:
 
 
 def check_number(name: str, value: Any, contains: Any, domain: str) -> None:
-    """Of a number, an array or a tensor: all inside."""
+    """Of a number, an array or a tensor, but no bool: all inside."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        raise TypeError(f"`{name}` must be a number, found bool")
     try:
         inside = contains(value)
         inside = bool(inside.all()) if hasattr(inside, "all") else bool(inside)

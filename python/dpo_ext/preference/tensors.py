@@ -52,7 +52,7 @@ def reward_loss(
     import torch
     from torch.nn.functional import logsigmoid
 
-    from dpo_ext.torch.losses.checks import host_values
+    from dpo_ext.torch.numbers import as_number, host_values
 
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(value, torch.Tensor):
@@ -67,11 +67,11 @@ def reward_loss(
             "`chosen` and `rejected` must be of one shape (N,) and dtype, found "
             f"{describe(chosen)} and {describe(rejected)}"
         )
+    center = as_number("center", center)
     check_number("center", center, lambda x: (x >= 0) & (x - x == 0), ">= 0 and finite")
-    lead, given = chosen - rejected, {"chosen": chosen, "rejected": rejected}
+    given = {"chosen": chosen, "rejected": rejected}
     if margin is not None:
         given["margin"] = _of_pairs("margin", margin, chosen)
-        lead = lead - given["margin"]
     if weight is not None:
         weight = given["weight"] = _of_pairs("weight", weight, chosen)
     for name, value in given.items():
@@ -82,6 +82,15 @@ def reward_loss(
                 pair = int(bad.nonzero()[0])
                 what = "must be >= 0" if name == "weight" else "must not be NaN"
                 raise TensorError(f"pair {pair}: `{name}` {what}, found {value[pair].item():g}")
+    if weight is not None:  # selected before anything is computed: 0 * NaN is NaN, backward too
+        given = {
+            name: torch.where(weight == 0, torch.zeros_like(value), value)
+            for name, value in given.items()
+        }
+        chosen, rejected = given["chosen"], given["rejected"]
+    lead = chosen - rejected
+    if margin is not None:
+        lead = lead - given["margin"]
     loss = -logsigmoid(lead)
     if center:
         loss = loss + center * (chosen + rejected) ** 2
@@ -94,6 +103,9 @@ def _of_pairs(name: str, value: Any, like: Tensor) -> Tensor:
     """(N,) in the dtype and on the device of the rewards."""
     import torch
 
+    from dpo_ext.torch.numbers import as_number
+
+    value = as_number(name, value)
     try:
         values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,10 +1,12 @@
-"""A gradient that can be taken once.
+"""A gradient that can be taken once, and how a node of the graph is called.
 
 Where the backward of a backward would be wrong in silence, it is an error.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,19 +18,85 @@ KERNEL_LOGPS = (
 )
 
 
+def node(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, for a function that has a `setup_context`.
+
+    torch.func and the compiler ask for forward and context apart. torch binds the arguments to the
+    signature then, which takes 20 us a call, so elsewhere both run as one.
+    """
+    if torch.compiler.is_compiling():
+        # where nothing asks for a gradient Dynamo passes a context that forward does not take
+        trains = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        if torch.is_grad_enabled() and trains:
+            return function.apply(*arguments)
+        return function.forward(*arguments)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return _joined(function).apply(*arguments)
+
+
+@functools.cache
+def _joined(function: Any) -> Any:
+    """The same node with forward and context in one."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), methods)
+
+
 def differentiable_once(value: Tensor, upstream: Tensor, message: str = KERNEL_LOGPS) -> Tensor:
     """A gradient whose own gradient, if ever asked for, is an error and not missing in silence."""
     if not torch.is_grad_enabled():  # autograd wants no graph of this backward pass
         return value
+    if torch._C._are_functorch_transforms_active():  # they ask by themselves
+        return _DifferentiableOnce.apply(value, message, upstream)
     anchor = torch.zeros((), requires_grad=True)  # keeps the node where nothing else asks for one
     return _DifferentiableOnce.apply(value, message, upstream, anchor)
 
 
-class _DifferentiableOnce(torch.autograd.Function):
+def one_by_one(gradients: Callable[[Tensor], tuple[Tensor | None, ...]], upstream: Tensor) -> Any:
+    """``gradients(upstream)``; under vmap (`torch.func.jacrev`) of one upstream after the other,
+    since what writes into buffers takes no batch of them.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return gradients(upstream)
+    return _OneByOne.apply(gradients, upstream)
+
+
+class _OneByOne(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, message: str, *parents: Tensor) -> Tensor:
-        ctx.message = message
+    def forward(gradients: Any, upstream: Tensor) -> Any:
+        return gradients(upstream)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], gradients: Any, upstream: Tensor) -> Any:
+        each = [gradients(g) for g in upstream.movedim(in_dims[1], 0).unbind(0)]
+        columns = [None if c[0] is None else torch.stack(c) for c in zip(*each, strict=True)]
+        return tuple(columns), tuple(None if c is None else 0 for c in columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(KERNEL_LOGPS)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, message: str, *parents: Tensor) -> Tensor:
         return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.message = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -8,18 +8,19 @@ that is longer than a chunk is folded piece by piece and then run again: 8MHV fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dpo_ext.errors import TensorError
+from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
+from dpo_ext.torch.logps.products import add_product, new_sum, product, room, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
     Transform,
@@ -28,8 +29,12 @@ from dpo_ext.torch.logps.scores import (
     token_grad,
 )
 from dpo_ext.torch.losses.compat import find_loss
-from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
+from dpo_ext.torch.losses.forms import over
+from dpo_ext.torch.losses.inputs import Inputs
+from dpo_ext.torch.losses.node import Bound, Pairs, slopes_of, weighted_sum
+from dpo_ext.torch.losses.pairs import PreferenceLoss, bind_terms, preference_loss
 from dpo_ext.torch.losses.ranks import check_group, count_pairs
+from dpo_ext.torch.numbers import as_number, host_values
 from dpo_ext.torch.once import differentiable_once
 
 Plan = Literal["auto", "frozen", "pairwise", "recompute"]
@@ -53,6 +58,7 @@ def linear_preference_loss(
     group: Any = None,
     plan: Plan = "auto",
     chunk_rows: int | None = None,
+    chunk_pairs: int | None = None,
     exact_target: bool = False,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -74,6 +80,10 @@ def linear_preference_loss(
     Args:
         hidden, weight, table, bias, chunk_rows, exact_target: as in `linear_sequence_logps`;
             ``group_size`` 2.
+        chunk_pairs: >= 1, the most pairs of a chunk of ``pairwise``. Inside ``torch.compile``, where
+            the table's borders have no values: None makes all pairs one chunk, and a number
+            chunks of that many, if all pairs have as many tokens (tables of ``from_labels``); a
+            table with others has NaN log-probs there.
         ref_logps: (N, 2) of the frozen reference, cast to the dtype of the log-probs. None only
             for losses without one.
         loss, beta, num_pairs, compat, loss_weights, group, **params: as in `preference_loss`.
@@ -85,16 +95,22 @@ def linear_preference_loss(
         temperature, softcap, logit_scale, impl: as in `sequence_logps`.
 
     Returns:
-        PreferenceLoss; ``.plan`` is the plan that was taken. With ``pairwise``, the gradient is
-        that of ``.loss``; ``.per_pair`` has none.
+        PreferenceLoss; ``.plan`` is the plan that was taken (inside transforms of ``torch.func``
+        ``recompute`` stands in for ``pairwise``). ``.logps`` are detached, a term of
+        ``.differentiable_logps`` can be added to the loss: with ``pairwise`` it makes backward
+        compute the logits again, and inside ``torch.compile`` there are none with ``pairwise``
+        (None). ``.per_pair`` of ``pairwise`` has no gradient.
 
     Raises:
         As `linear_sequence_logps` and `preference_loss`. ValueError: ``plan="pairwise"`` for a
         loss that couples the batch, a callable, ``compat``, or a parameter that needs a gradient.
 
-    Numerics: as `linear_sequence_logps`. In the forward pass gradients are kept N times larger
-    (a power of 2 near it), so that float16 does not lose what the loss scale would have saved. A
-    second backward pass through the same loss computes them again.
+    Numerics: as `linear_sequence_logps`. In float16 the gradients made in the forward pass know
+    their size: those of the logits are multiplied by the power of 2 that takes the largest
+    coefficient among the chunks to the top of float16's range, those of the hidden states are kept
+    over the size of their own coefficient, so that under any loss scale, `num_pairs`, weight and
+    margin as much is left as autograd's float16 keeps. A second backward pass through the same loss
+    computes them again. What a pair of weight 0 holds is not read, NaN included.
 
     >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)
     >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1, 2], [-100, 3, -100]]))
@@ -106,12 +122,17 @@ def linear_preference_loss(
         raise TensorError(f"`table` must have groups of 2, found {table.group_size}")
     if ref_logps is not None:
         check_plain("ref_logps", ref_logps)
+    chunk_pairs = _check_chunk_pairs(chunk_pairs)
     if plan not in PLANS:
         raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}")
     if lengths is None and (isinstance(loss, str) or not callable(loss)):
         lengths = table.lengths
     options = {"loss": loss, "num_pairs": num_pairs, "compat": compat, "loss_weights": loss_weights}
     if group is not None:
+        if num_pairs is not None:
+            raise ValueError(
+                "`num_pairs` and `group` both say what the mean is over: pass one of them"
+            )
         options["group"] = group
     by_pair = {"beta": beta, "weight": pair_weight, **params}
     why_not = _not_pairwise(loss, compat, [beta, pair_weight, *params.values()])
@@ -121,6 +142,9 @@ def linear_preference_loss(
         plan = choose_plan("auto", weight, bias)
         if plan == "recompute" and not why_not:
             plan = "pairwise"
+    traced = torch.compiler.is_compiling()
+    if plan == "pairwise" and not traced and torch._C._are_functorch_transforms_active():
+        plan = "recompute"  # torch.func differentiates the log-probs, whose gradient it finds there
     if plan != "pairwise":
         logps = linear_sequence_logps(
             hidden,
@@ -137,7 +161,7 @@ def linear_preference_loss(
         )
         ref = None if ref_logps is None else ref_logps.to(logps.dtype)
         out = preference_loss(logps, ref, lengths=lengths, **options, **by_pair)
-        out.plan = plan
+        out.plan, out.differentiable_logps = plan, logps
         return out
 
     table.check_host_offsets()
@@ -151,18 +175,34 @@ def linear_preference_loss(
         if tuple(ref.shape) != (N, 2):
             raise TensorError(f"`ref_logps` must have shape ({N}, 2), found {tuple(ref.shape)}")
     ranks = check_group(options.get("group"))
-    if num_pairs is None:  # with it `group` is an error, which `preference_loss` raises
+    if num_pairs is None:
         options.pop("group", None)
         options["num_pairs"] = float(max(N, 1))
         if ranks is not None:
             like = hidden.new_zeros((), dtype=wide(head.dtype))
             options["num_pairs"] = count_pairs(N, like, ranks)
-    losses = _Losses(ref, lengths, options, by_pair, N)
-    job = _Job(scored, head, losses, linear.trains())
-    total, logps = _PairwiseHead.apply(*linear, job)
-    out = losses.all(logps)
+    like = torch.zeros((), dtype=wide(head.dtype), device=hidden.device).expand(N, 2)
+    count, group = options["num_pairs"], options.get("group")
+    inputs = Inputs(like, ref, lengths, pair_weight, count, group)
+    given = params if beta is None else {"beta": beta, **params}
+    losses = _Losses.of(inputs, loss, loss_weights, given)
+    job = _Job(scored, head, losses, linear.trains(), chunk_pairs)
+    total, logps = (_TracedPairwiseHead if traced else _PairwiseHead).apply(*linear, job)
+    out = preference_loss(logps.detach(), ref, lengths=lengths, **options, **by_pair)
     out.loss, out.per_pair, out.plan = total, out.per_pair.detach(), plan
+    out.differentiable_logps = None if traced else logps
     return out
+
+
+def _check_chunk_pairs(chunk_pairs: Any) -> int | None:
+    if chunk_pairs is None:
+        return None
+    count = as_number("chunk_pairs", chunk_pairs)
+    if not isinstance(count, int):
+        raise TypeError(f"`chunk_pairs` must be an int or None, found {describe(chunk_pairs)}")
+    if count < 1:
+        raise ValueError(f"`chunk_pairs` must be at least 1, found {count}")
+    return count
 
 
 def _not_pairwise(loss: Any, compat: str | None, params: Sequence[Any]) -> str | None:
@@ -181,41 +221,45 @@ def _not_pairwise(loss: Any, compat: str | None, params: Sequence[Any]) -> str |
 
 
 class _Losses(NamedTuple):
-    """`preference_loss` with everything but the log-probs, for all pairs or some."""
+    """The losses of pairs as factors of rows of the table, with what a pair has of its own."""
 
-    ref_logps: Tensor | None
-    lengths: Tensor | None
-    options: dict[str, Any]
-    by_pair: dict[str, Any]
-    pairs: int
+    terms: tuple[tuple[float, Bound], ...]
+    pairs: Pairs
 
-    def all(self, logps: Tensor) -> PreferenceLoss:
-        return self.some(logps, slice(0, self.pairs))
+    @staticmethod
+    def of(inputs: Inputs, loss: Any, factors: Any, given: dict[str, Any]) -> _Losses:
+        terms = bind_terms(inputs, loss, factors, given)
+        each = Pairs(inputs.ref_logps, inputs.lengths, inputs.weight, inputs.count, None)
+        return _Losses(terms, each)
 
-    def some(self, logps: Tensor, pairs: slice) -> PreferenceLoss:
-        def cut(value: Any) -> Any:
-            many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
-            return value[pairs] if many and len(value) == self.pairs else value
+    def total(self, logps: Tensor) -> Tensor:
+        """The scalar loss of all pairs."""
+        values = [
+            factor * weighted_sum(self.pairs.evaluate(logps, bound)[0], self.pairs.weight)
+            for factor, bound in self.terms
+        ]
+        return over(sum(values[1:], values[0]), self.pairs.count)
 
-        return preference_loss(
-            logps,
-            None if self.ref_logps is None else self.ref_logps[pairs],
-            lengths=None if self.lengths is None else self.lengths[pairs],
-            **self.options,
-            **{name: cut(value) for name, value in self.by_pair.items()},
-        )
-
-    def coefficients(self, logps: Tensor, pairs: slice) -> Tensor:
+    def slopes(self, logps: Tensor, pairs: slice) -> Tensor:
         """(n, 2) dL/dlogp of some pairs of the batch."""
-        with torch.enable_grad():
-            leaf = logps.detach().requires_grad_()
-            return torch.autograd.grad(self.some(leaf, pairs).loss, leaf)[0]
+        def cut(value: Any) -> Any:
+            return value[pairs.start : pairs.stop] if isinstance(value, Tensor) else value
+
+        each = Pairs(*(cut(t) for t in self.pairs[:3]), self.pairs.count, None)
+        parts = [
+            factor * slopes_of(logps, each, Bound(row, {k: cut(v) for k, v in params.items()}))
+            for factor, (row, params) in self.terms
+        ]
+        return sum(parts[1:], parts[0])
 
 
-def chunks_of_pairs(offsets: Sequence[int], most: int) -> Iterator[slice]:
+def chunks_of_pairs(
+    offsets: Sequence[int], most: int, most_pairs: int | None = None
+) -> Iterator[slice]:
     """Whole pairs whose tokens fit into ``most`` rows, or one pair that does not.
 
-    ``offsets`` (2N+1,) are those of the table, on the host.
+    ``offsets`` (2N+1,) are those of the table, on the host. With ``most_pairs`` a chunk has no more
+    pairs than that.
 
     >>> list(chunks_of_pairs([0, 2, 3, 5, 6, 16, 20], 8))
     [slice(0, 2, None), slice(2, 3, None)]
@@ -223,7 +267,8 @@ def chunks_of_pairs(offsets: Sequence[int], most: int) -> Iterator[slice]:
     borders = offsets[::2]
     start = 0
     for pair in range(1, len(borders)):
-        if pair > start + 1 and borders[pair] - borders[start] > most:
+        full = borders[pair] - borders[start] > most or pair - start - 1 == most_pairs
+        if pair > start + 1 and full:
             yield slice(start, pair - 1)
             start = pair - 1
     if start < len(borders) - 1:
@@ -237,10 +282,13 @@ class _Job(NamedTuple):
     head: Head
     losses: _Losses
     trained: bool
+    chunk_pairs: int | None
 
 
 class _PairwiseHead(torch.autograd.Function):
-    """``(loss, log-probs (N, 2))``; the loss is differentiable, from gradients made in forward."""
+    """``(loss, log-probs (N, 2))``; the loss is differentiable, from gradients made in forward, and
+    the log-probs are, by computing their logits again.
+    """
 
     @staticmethod
     def forward(
@@ -250,64 +298,153 @@ class _PairwiseHead(torch.autograd.Function):
         ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
         run = _Pass(linear, job, ctx.needed)
         logps = run.logps()
-        total = job.losses.all(logps).loss.detach().clone()
-        ctx.scale, ctx.height, ctx.place = run.scale, hidden.shape[0], run.work.rows.place
         ctx.job = job
         # No saved tensors: backward scales them where they lie and gives them away.
-        ctx.made = (run.dx, run.dw, run.db)
+        ctx.made = run.made()
         ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        return job.losses.total(logps), logps
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_logps: Tensor | None) -> tuple[Tensor | None, ...]:
+        linear = Linear(*ctx.saved_tensors)
+        made, ctx.made = ctx.made, None
+        upstream = g if g is not None else g_logps
+        if upstream is None:
+            return (None,) * 4
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            if made is None or g_logps is not None:
+                # a second backward pass through one graph, or a term beside the loss
+                again = _Pass(linear, ctx.job, ctx.needed, (g, g_logps))
+                again.logps()
+                made, g = again.made(), None
+            grads = made.times(g, linear)
+            del made
+        return (*(None if d is None else differentiable_once(d, upstream) for d in grads), None)
+
+
+class _TracedPairwiseHead(torch.autograd.Function):
+    """As `_PairwiseHead` in a graph of the compiler: what forward made are outputs, and the
+    log-probs have no gradient, because a graph has both backward passes or one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor]:
+        linear = Linear(hidden, weight, bias)
+        ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
+        run = _Pass(linear, job, ctx.needed)
+        logps = run.logps()
+        made = run.made()
+        ctx.height = made.height
+        ctx.save_for_backward(hidden, weight, bias, *made[:6])
         ctx.mark_non_differentiable(logps)
-        return total, logps
+        return job.losses.total(logps), logps
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        made, ctx.made = ctx.made, None
-        if made is None:  # a second backward pass through one graph
-            again = _Pass(Linear(hidden, weight, bias), ctx.job, ctx.needed)
-            again.logps()
-            made = (again.dx, again.dw, again.db)
-        dx, dw, db = made
-        del made
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            factor = g / ctx.scale
-            if dx is not None:
-                rows = Rows(ctx.place, ctx.place, ctx.height)
-                scaled = (dx * factor).to(hidden.dtype)
-                dx = rows.new_gradient(scaled).index_copy_(0, ctx.place, scaled)[: ctx.height]
-            if dw is not None:  # no second float32 buffer of its size
-                dw = dw.mul_(factor).to(weight.dtype)
-            if db is not None:
-                db = db.mul_(factor).to(bias.dtype)
-        grads = (None if d is None else differentiable_once(d, g) for d in (dx, dw, db))
-        return (*grads, None)
+        hidden, weight, bias, *made = ctx.saved_tensors
+        return (*_Made(*made, ctx.height).times(g, Linear(hidden, weight, bias), False), None)
+
+
+class _Made(NamedTuple):
+    """Gradients of the loss made in the forward pass, each at a scale of its own."""
+
+    dx: Tensor | None
+    """(M, H), row i is ``dX[place[i]] / unit[i]``"""
+    dw: Tensor | None
+    db: Tensor | None
+    place: Tensor
+    unit: Tensor | None
+    """(M,) powers of 2, or None for 1"""
+    scale: Tensor | None
+    """scalar, what ``dw`` and ``db`` were multiplied by, or None for 1"""
+    height: int
+
+    def times(self, g: Tensor | None, linear: Linear, own: bool = True) -> list[Tensor | None]:
+        """``g * (dX, dW, db)`` in the dtypes of what they are the gradients of; with ``own`` no
+        second float32 buffer of the size of dW.
+        """
+        (hidden, weight, bias), (dx, dw, db, place, unit, scale, _) = linear, self
+        if dx is not None:
+            rows = Rows(place, place, self.height)
+            factor = g if unit is None else unit[:, None] if g is None else (unit * g)[:, None]
+            scaled = (dx if factor is None else dx * factor).to(hidden.dtype)
+            dx = rows.new_gradient(scaled).index_copy_(0, place, scaled)[: self.height]
+        if scale is not None:
+            g = 1 / scale if g is None else g / scale
+        if dw is not None:
+            dw = (dw if g is None else dw.mul_(g) if own else dw * g).to(weight.dtype)
+        if db is not None:
+            assert bias is not None
+            db = (db if g is None else db * g).to(bias.dtype)
+        return [dx, dw, db]
 
 
 class _Pass:
-    """The buffers of one forward pass, and what a chunk of pairs does with them."""
+    """The buffers of one forward pass, and what a chunk of pairs does with them.
 
-    def __init__(self, linear: Linear, job: _Job, needed: tuple[bool, ...]) -> None:
-        self.job = job
+    In float16 dz is scaled so that the largest coefficient of all chunks until now is at the top of
+    its range (`room`): ``scale``, which dW keeps, multiplied when it falls. Rows of dX are kept
+    over the power of 2 of their own coefficient, ``unit``.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        job: _Job,
+        needed: tuple[bool, ...],
+        upstream: tuple[Tensor | None, Tensor | None] | None = None,
+    ) -> None:
+        self.job, self.upstream = job, upstream
         hidden, weight, _ = linear
-        table, head, pairs = job.table, job.head, job.losses.pairs
+        table, head = job.table, job.head
         self.work = Work.of(linear, Rows.of(table.logit_rows, table.targets, hidden.shape[0]), head)
-        self.scale = 2.0 ** (pairs - 1).bit_length() if pairs else 1.0
         need_x, need_w, need_b = needed
         M = table.n_tokens
+        half = head.dtype == torch.float16
         self.dx = hidden.new_empty(M, hidden.shape[1]) if need_x else None
         self.dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
         self.db = weight.new_zeros(len(weight), dtype=self._wide) if need_b else None
+        self.unit = hidden.new_ones(M, dtype=torch.float32) if half and need_x else None
+        self.scale = hidden.new_full((), 2.0**105, dtype=torch.float32) if half else None
         self.first = True
+        self.equal: Tensor | None = None
+
+    def made(self) -> _Made:
+        rows = self.work.rows
+        return _Made(self.dx, self.dw, self.db, rows.place, self.unit, self.scale, rows.height)
 
     def logps(self) -> Tensor:
         """(N, 2) log-probs; the gradients, if any, are then complete."""
-        offsets, hidden = self.job.table.host_offsets.tolist(), self.work.hidden
-        chunks = chunks_of_pairs(offsets, self.job.head.chunk_rows)
+        table, hidden = self.job.table, self.work.hidden
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            sums = [self.pairs(p, offsets[2 * p.start : 2 * p.stop + 1]) for p in chunks]
+            if torch.compiler.is_compiling():
+                sums = [self.pairs(p, ends) for p, ends in self._equal_chunks()]
+            else:
+                offsets, most = table.host_offsets.tolist(), self.job.head.chunk_rows
+                chunks = chunks_of_pairs(offsets, most, self.job.chunk_pairs)
+                sums = [self.pairs(p, offsets[2 * p.start : 2 * p.stop + 1]) for p in chunks]
         if self.first and self.dw is not None:  # no pair has a token
             self.dw.zero_()
         return torch.cat(sums) if sums else hidden.new_zeros(0, 2, dtype=self._wide)
+
+    def _equal_chunks(self) -> Iterator[tuple[slice, list[int]]]:
+        """Chunks whose borders follow from shapes: all pairs, or ``chunk_pairs`` at a time if all
+        pairs have as many tokens; where they do not, the log-probs are NaN.
+        """
+        table, most = self.job.table, self.job.chunk_pairs
+        N, M = table.n_groups, table.n_tokens
+        if most is None or N <= most:
+            yield slice(0, N), [0, M]
+            return
+        tokens = M // N
+        place = torch.arange(N + 1, device=table.device) * tokens
+        self.equal = (table.seq_offsets[::2] == place).all()
+        for start in range(0, N, most):
+            stop = min(start + most, N)
+            yield slice(start, stop), [start * tokens, stop * tokens]
 
     def pairs(self, pairs: slice, offsets: list[int]) -> Tensor:
         """(n, 2) log-probs of some whole pairs; adds their part of the gradients."""
@@ -323,22 +460,60 @@ class _Pass:
         add: Callable[..., Tensor] = (
             torch.ops.dpo_ext.segment_sum if self.job.head.kernels else twin.segment_sum
         )
+        if self.equal is not None:
+            borders = borders.clamp(0, last - first)
         logps = add(joined, weights, borders).reshape(-1, 2)
+        if self.equal is not None:
+            logps = torch.where(self.equal, logps, math.nan)
         if not self.job.trained:
             return logps
-        c = self.job.losses.coefficients(logps, pairs) * self.scale
-        g = token_grad(c.reshape(-1), weights, borders, last - first)
+        g = token_grad(self._coefficients(logps, pairs), weights, borders, last - first)
+        scaled = g if self.scale is None else self._lift(g, slice(first, last))
         for piece, (x, z, (_, state)) in zip(pieces, folded, strict=True):
             if len(pieces) > 1:  # the scratch held another piece since
                 z = self.work.logits(x)
-            part = g[piece.start - first : piece.stop - first]
+            start, stop = piece.start - first, piece.stop - first
+            part = scaled[start:stop]
             dz = self.job.head.gradient(z, self.work.rows.targets[piece], state, part)
+            if self.job.losses.pairs.weight is not None:  # what has no gradient is not read
+                x = x.masked_fill((part == 0)[:, None], 0)
             self._add(piece, x, dz)
         return logps
 
     @property
     def _wide(self) -> torch.dtype:
         return wide(self.job.head.dtype)
+
+    def _coefficients(self, logps: Tensor, pairs: slice) -> Tensor:
+        """(2n,) dL/dlogp, times the upstream gradients where they are known."""
+        g, g_logps = (None, None) if self.upstream is None else self.upstream
+        if g is None and g_logps is not None:
+            return g_logps[pairs].reshape(-1).to(logps.dtype)
+        c = self.job.losses.slopes(logps, pairs)
+        if g is not None:
+            c = c * g
+        return (c if g_logps is None else c + g_logps[pairs]).reshape(-1)
+
+    def _lift(self, g: Tensor, chunk: slice) -> Tensor:
+        """``g * scale``, after the scale was lowered to what the chunk's largest ``g`` allows."""
+        assert self.scale is not None
+        if not g.shape[0]:
+            return g
+        size = torch.where(g.isfinite(), g.abs(), 0.0)
+        how, largest = self.job.head.how, size.amax()
+        scale = torch.minimum(self.scale, room(largest, how.logit_scale / how.temperature))
+        if not self.first:
+            lower = scale / self.scale
+            for total in (self.dw, self.db):
+                if total is not None and not (host_values(lower) and lower == 1):
+                    total.mul_(lower)
+        self.scale = scale
+        if self.unit is not None:
+            # 2^40 below the largest nothing is left of a row in any case
+            floor = (largest * 2.0**-40).clamp(min=2.0**-100)
+            _, exponent = torch.frexp(torch.maximum(size, floor))
+            self.unit[chunk.start : chunk.stop] = torch.ldexp(torch.ones_like(size), exponent)
+        return g * scale
 
     def _fold(self, piece: slice) -> tuple[Tensor, Tensor, Folded]:
         x = self.work.gather(piece)
@@ -347,7 +522,10 @@ class _Pass:
 
     def _add(self, piece: slice, x: Tensor, dz: Tensor) -> None:
         if self.dx is not None:
-            self.dx[piece] = product(dz, self.work.weight)
+            rows = product(dz, self.work.weight)
+            if self.unit is not None:
+                rows = rows / (self.unit[piece.start : piece.stop] * self.scale)[:, None]
+            self.dx[piece.start : piece.stop] = rows
         if self.dw is not None:
             add_product(self.dw, dz, x, first=self.first)
         if self.db is not None:

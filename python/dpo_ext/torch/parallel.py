@@ -26,6 +26,7 @@ from dpo_ext.torch.logps.scores import (
     sum_sequences,
 )
 from dpo_ext.torch.logps.twin import transform
+from dpo_ext.torch.numbers import as_number
 from dpo_ext.torch.once import differentiable_once
 
 
@@ -76,7 +77,8 @@ def vocab_parallel_sequence_logps(
     """
     how = Transform.of(logit_scale, softcap, temperature)
     check_is_table(table)
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
+    vocab_start = as_number("vocab_start", vocab_start)
+    if not isinstance(vocab_start, int):
         raise TypeError(f"`vocab_start` must be an int, found {type(vocab_start).__name__}")
     if vocab_start < 0:
         raise ValueError(f"`vocab_start` must be at least 0, found {vocab_start}")

@@ -5,6 +5,7 @@ Letters: R rows of hidden states, H hidden, V vocabulary, M tokens of the table,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.ops import fresh
 from dpo_ext.torch.logps.products import logits_into, wide
 from dpo_ext.torch.logps.scores import Impl, Transform, check_table, is_dtensor, uses_kernels
+from dpo_ext.torch.numbers import as_number
 
 SCRATCH_BYTES = 1_100_000_000
 """Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""
@@ -108,11 +110,12 @@ def check_chunk_rows(chunk_rows: int | None, row_bytes: int, budget: int) -> int
     if chunk_rows is None:
         fit = budget // max(row_bytes, 1)
         return max(fit // 256 * 256 or fit, 1)
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+    rows = as_number("chunk_rows", chunk_rows)
+    if not isinstance(rows, int):
         raise TypeError(f"`chunk_rows` must be an int or None, found {describe(chunk_rows)}")
-    if chunk_rows < 1:
-        raise ValueError(f"`chunk_rows` must be at least 1, found {chunk_rows}")
-    return chunk_rows
+    if rows < 1:
+        raise ValueError(f"`chunk_rows` must be at least 1, found {rows}")
+    return rows
 
 
 class Head(NamedTuple):
@@ -208,6 +211,14 @@ class Head(NamedTuple):
             logps = twin.token_stats(leaf, rows, targets, *self.how, False)[0]
             (dz,) = torch.autograd.grad(logps, leaf, g.to(logps.dtype))
         return torch.where(g[:, None] != 0, dz, 0.0).to(z.dtype)  # as the kernels: 0 of NaN is 0
+
+    def unit_gradient(self) -> float:
+        """A power of 2 in place of a gradient of 1: in float16 one that takes dz to the top of its
+        range, where the small probabilities of a row are not lost.
+        """
+        if self.dtype != torch.float16:
+            return 1.0
+        return 2.0 ** (math.frexp(65504 / (self.how.logit_scale / self.how.temperature))[1] - 1)
 
     def _with_target(self, z: Tensor, targets: Tensor, exact: Tensor) -> Tensor:
         column = targets.clamp(0, z.shape[1] - 1).long()[:, None]

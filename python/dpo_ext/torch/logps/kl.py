@@ -23,7 +23,7 @@ from dpo_ext.torch.logps.head import (
 )
 from dpo_ext.torch.logps.products import add_product, product, wide
 from dpo_ext.torch.logps.scores import Transform, check_plain, check_table
-from dpo_ext.torch.once import differentiable_once
+from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 Direction = Literal["ref_policy", "policy_ref"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -86,7 +86,7 @@ def token_kl(
     C = check_chunk_rows(chunk_rows, 4 * rows.shape[1], CHUNK_BYTES)
     kl = _Divergence(direction, Head(how, False, rows.dtype, C))
     places = Rows.of(table.logit_rows, table.targets, rows.shape[0])
-    return _TokenKL.apply(rows, ref_rows.detach(), places, kl)
+    return node(_TokenKL, rows, ref_rows.detach(), places, kl)
 
 
 def linear_token_kl(
@@ -147,7 +147,7 @@ def linear_token_kl(
     options = HeadOptions(how, "torch", C)
     kl = _Divergence(direction, Head.of(policy, options))
     places = Rows.of(table.logit_rows, table.targets, R)
-    return _LinearTokenKL.apply(*policy, places, _Reference(kl, ref, Head.of(ref, options)))
+    return node(_LinearTokenKL, *policy, places, _Reference(kl, ref, Head.of(ref, options)))
 
 
 def _checked(
@@ -237,9 +237,7 @@ class _Reference(NamedTuple):
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ref_logits: Tensor, rows: Rows, kl: _Divergence
-    ) -> Tensor:
+    def forward(logits: Tensor, ref_logits: Tensor, rows: Rows, kl: _Divergence) -> Tensor:
         scored = rows.targets != IGNORE_INDEX
         out = logits.new_zeros(len(scored), dtype=wide(logits.dtype))
         for part in kl.head.chunks(len(scored)):
@@ -247,27 +245,35 @@ class _TokenKL(torch.autograd.Function):
             out[part] = kl.of(z, ref_z, scored[part])
         # A row beyond R, which only a GPU can meet here.
         out[scored & (rows.place == rows.height)] = torch.nan
-        ctx.save_for_backward(logits, ref_logits, rows.place, rows.targets)
-        ctx.kl = kl
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, ref_logits, rows, ctx.kl = inputs
+        ctx.save_for_backward(logits, ref_logits, rows.place, rows.targets)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         logits, ref_logits, place, targets = ctx.saved_tensors
         rows, scored = Rows(place, targets, logits.shape[0]), targets != IGNORE_INDEX
-        with torch.no_grad():
+
+        def gradients(g: Tensor) -> tuple[Tensor]:
             grad = rows.new_gradient(logits)
             for part in ctx.kl.head.chunks(len(place)):
                 z, ref_z = (rows.gather(x, part, x.dtype) for x in (logits, ref_logits))
                 dz = ctx.kl.gradient(z, ref_z, scored[part], g[part])
                 grad.index_copy_(0, place[part], dz)
-        return (differentiable_once(grad[: rows.height], g), None, None, None)
+            return (grad[: rows.height],)
+
+        with torch.no_grad():
+            (grad,) = one_by_one(gradients, g)
+        return (differentiable_once(grad, g), None, None, None)
 
 
 class _LinearTokenKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, ref: _Reference
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, ref: _Reference
     ) -> Tensor:
         scored, kl = rows.targets != IGNORE_INDEX, ref.kl
         out = hidden.new_zeros(len(scored), dtype=wide(hidden.dtype))
@@ -277,9 +283,13 @@ class _LinearTokenKL(torch.autograd.Function):
                 _, z, ref_z = both.logits(part)
                 out[part] = kl.of(z, ref_z, scored[part])
         out[scored & (rows.place == rows.height)] = torch.nan
-        ctx.save_for_backward(hidden, weight, bias, *ref.linear, rows.place, rows.targets)
-        ctx.kl, ctx.ref_head = kl, ref.head
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, weight, bias, rows, ref = inputs
+        ctx.save_for_backward(hidden, weight, bias, *ref.linear, rows.place, rows.targets)
+        ctx.kl, ctx.ref_head = ref.kl, ref.head
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -288,7 +298,8 @@ class _LinearTokenKL(torch.autograd.Function):
         rows, scored = Rows(place, targets, hidden.shape[0]), targets != IGNORE_INDEX
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         sums = wide(kl.head.dtype)
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+
+        def gradients(g: Tensor) -> tuple[Tensor | None, ...]:
             ref = _Reference(kl, Linear(*linear), ctx.ref_head)
             both = _Both.of(Linear(hidden, weight, bias), rows, ref)
             dx = rows.new_gradient(hidden) if need_x else None
@@ -303,11 +314,14 @@ class _LinearTokenKL(torch.autograd.Function):
                     add_product(dw, dz, x, first=part.start == 0)
                 if db is not None:
                     db += dz.sum(0, dtype=sums)
-        grads = (
-            None if dx is None else dx[: rows.height],
-            None if dw is None else dw.to(weight.dtype),
-            None if db is None or bias is None else db.to(bias.dtype),
-        )
+            return (
+                None if dx is None else dx[: rows.height],
+                None if dw is None else dw.to(weight.dtype),
+                None if db is None or bias is None else db.to(bias.dtype),
+            )
+
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            grads = one_by_one(gradients, g)
         once = [None if d is None else differentiable_once(d, g) for d in grads]
         return (*once, None, None)
 

@@ -38,7 +38,7 @@ from dpo_ext.torch.logps.scores import (
     only,
     sum_sequences,
 )
-from dpo_ext.torch.once import differentiable_once
+from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 Plan = Literal["auto", "frozen", "recompute"]
 PLANS: tuple[Plan, ...] = get_args(Plan)
@@ -169,6 +169,10 @@ class _Call(NamedTuple):
     stats: bool
     frozen: bool
     trained: bool
+    left: list[Tensor]
+    """The scratch that forward leaves to backward. Not a saved tensor: backward overwrites it, and
+    hooks that move those need not see it.
+    """
 
 
 def _score(
@@ -179,8 +183,8 @@ def _score(
     head = Head.of(linear, options)
     trained = torch.is_grad_enabled() and linear.hidden.requires_grad if frozen else linear.trains()
     rows = Rows.of(table.logit_rows, table.targets, linear.hidden.shape[0])
-    out = _LinearLogps.apply(*linear, rows, _Call(head, stats, frozen, trained))
-    return TokenScores(*out), head.kernels
+    out = node(_LinearLogps, *linear, rows, _Call(head, stats, frozen, trained, []))
+    return TokenScores(*out[:5]), head.kernels
 
 
 def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> Literal["frozen", "recompute"]:
@@ -204,12 +208,14 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, call: _Call
-    ) -> tuple[Tensor, ...]:
-        (head, stats, frozen, trained), M = call, rows.targets.shape[0]
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, call: _Call
+    ) -> tuple[Tensor | None, ...]:
+        """Five values of each token, ``e``, and what the gradient of each row needs."""
+        (head, stats, frozen, trained, left), M = call, rows.targets.shape[0]
         parts: list[list[Tensor]] = []
         kept: list[list[Tensor]] = []
         e = hidden.new_empty(M, hidden.shape[1]) if frozen and trained else None
+        one = head.unit_gradient()
         with torch.autocast(hidden.device.type, enabled=False):
             work = Work.of(Linear(hidden, weight, bias), rows, head)
             for chunk in head.chunks(M):
@@ -219,22 +225,28 @@ class _LinearLogps(torch.autograd.Function):
                 parts.append(values)
                 kept.append(state)
                 if e is not None:
-                    dz = head.gradient(z, rows.targets[chunk], state, torch.ones_like(values[0]))
-                    e[chunk] = product(dz, work.weight)
-        out = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+                    g = torch.full_like(values[0], one)
+                    made = product(head.gradient(z, rows.targets[chunk], state, g), work.weight)
+                    e[chunk] = made if one == 1.0 else made * (1.0 / one)
+        out = [torch.cat(column) for column in zip(*parts, strict=True)]
         state = [torch.cat(column) for column in zip(*kept, strict=True)]
-        ctx.head, ctx.frozen, ctx.count = head, frozen, hidden.shape[0]
-        # Not a saved tensor: backward overwrites it, and hooks that move those need not see it.
-        keep = trained and not frozen and not torch.compiler.is_compiling()
-        ctx.last_logits = work.scratch if keep else None
+        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if trained and not frozen and not plain:
+            left.append(work.scratch)
+        return (*out, e, *([] if frozen else state))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, rows, call = inputs
+        ctx.head, ctx.frozen, ctx.count = call.head, call.frozen, hidden.shape[0]
+        ctx.left = call.left
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(*out[1:])
+        ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
         ctx.set_materialize_grads(False)
-        if frozen:
-            ctx.save_for_backward(rows.place, rows.targets, e)
+        if call.frozen:
+            ctx.save_for_backward(rows.place, rows.targets, output[5])
         else:
-            ctx.save_for_backward(rows.place, rows.targets, hidden, weight, bias, *state)
-        return out
+            ctx.save_for_backward(rows.place, rows.targets, hidden, weight, bias, *output[6:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -242,13 +254,16 @@ class _LinearLogps(torch.autograd.Function):
             return (None,) * 5
         place, targets, *saved = ctx.saved_tensors
         rows = Rows(place, targets, ctx.count)
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+
+        def gradients(g: Tensor) -> tuple[Tensor | None, ...]:
             if ctx.frozen:
-                grads = _backward_frozen(rows, g, *saved)
-            else:
-                hidden, weight, bias, *state = saved
-                linear = Linear(hidden, weight, bias)
-                grads = _backward_recompute(ctx, linear, rows, state, g.contiguous())
+                return _backward_frozen(rows, g, *saved)
+            hidden, weight, bias, *state = saved
+            linear = Linear(hidden, weight, bias)
+            return _backward_recompute(ctx, linear, rows, state, g.contiguous())
+
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            grads = one_by_one(gradients, g)
         once = [None if d is None else differentiable_once(d, g) for d in grads]
         return (*once, None, None)
 
@@ -273,9 +288,8 @@ def _backward_recompute(
     dx = rows.new_gradient(hidden) if need_x else None
     dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
     db = torch.zeros(weight.shape[0], dtype=sums, device=weight.device) if need_b else None
-    last = ctx.last_logits
-    if last is not None:
-        ctx.last_logits = None  # written over below: a second backward pass multiplies again
+    # written over below: a second backward pass multiplies again
+    last = ctx.left.pop() if ctx.left else None
     work = Work.of(linear, rows, head, last)
     chunks = list(head.chunks(M))[::-1]
     for chunk in chunks:
@@ -290,6 +304,7 @@ def _backward_recompute(
         if dx is not None:
             dx.index_copy_(0, rows.place[chunk], product(dz, work.weight).to(dx.dtype))
         if dw is not None:
+            x = x.masked_fill_((g[chunk] == 0)[:, None], 0)  # what has no gradient is not read
             add_product(dw, dz, x, first=chunk is chunks[0])
         if db is not None:
             db += dz.sum(0, dtype=sums)

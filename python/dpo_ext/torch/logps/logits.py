@@ -26,7 +26,7 @@ from dpo_ext.torch.logps.scores import (
     sum_sequences,
     uses_kernels,
 )
-from dpo_ext.torch.once import differentiable_once
+from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 
 def sequence_logps(
@@ -71,12 +71,14 @@ def sequence_logps(
 
     Raises:
         TensorError: shape, dtype or device is not as above; a row of a table on the CPU is not
-            below R; ``inplace_grad`` with logits that are a leaf or overlap in memory.
+            below R; ``inplace_grad`` with logits that are a leaf, a view of one, or
+            overlap in memory.
         KernelUnavailable: ``impl="cuda"`` (or ``"auto"`` on a GPU) without CuPy or a device.
         ValueError: ``impl``, or a scalar out of its range.
 
     Numerics: exponentials and their sums in float32 for every dtype but float64; token log-probs
-    are within 4e-6 of float64; sums over tokens in float64, in a fixed order. The same rows of
+    are within 4e-6 of float64 or half a unit in their last place, whichever is more (from 64 nats
+    on it is the unit; the twin: a whole one); sums over tokens in float64, in a fixed order. The same rows of
     logits give the same bits in any layout. A target outside [0, V) gives NaN for its sequence, as
     does (on a GPU) a row outside [0, R). NaN and inf stay in their sequence. A token of weight 0 is
     not read. A sequence without tokens gives 0.
@@ -126,7 +128,8 @@ def token_scores(
     Raises:
         As `sequence_logps`. ValueError: an unknown name in ``stats``.
 
-    Numerics: as `sequence_logps`. A logit of -inf makes ``mean_logit`` -inf and leaves the entropy
+    Numerics: as `sequence_logps`: ``logps`` within 4e-6 of float64 or half a unit in the last place,
+    whichever is more: 4e-6 down to -64 nats, 3e-5 at -512. A logit of -inf makes ``mean_logit`` -inf and leaves the entropy
     finite (``0 log 0 = 0``).
 
     >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1], [-100, 3]]))
@@ -175,15 +178,16 @@ def _score(rows: Tensor, table: ScoreTable, call: _Call) -> TokenScores:
     if not call.kernels:
         out = twin.token_stats(rows, table.logit_rows, table.targets, *call.how, call.stats)
         return TokenScores(*out)
-    out = _TokenStats.apply(rows, table.logit_rows, table.targets, call)
+    out = node(_TokenStats, rows, table.logit_rows, table.targets, call)
     return TokenScores(out[0], *out[3:])
 
 
 def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
     """(R, V) view of (R, V) or (B, T, V) logits; a copy only where no view can be."""
-    if inplace_grad and logits.requires_grad and logits.is_leaf:
+    if inplace_grad and logits.requires_grad and _of_leaf(logits):
+        what = "a leaf" if logits.is_leaf else "a view of a leaf"
         raise TensorError(
-            "`inplace_grad` would overwrite `logits`, a leaf that needs a gradient\n"
+            f"`inplace_grad` would overwrite `logits`, {what} that needs a gradient\n"
             "hint: leave inplace_grad out, or pass the output of the model"
         )
     R, V = logits.shape[:-1].numel(), logits.shape[-1]
@@ -209,6 +213,12 @@ def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)  # keeps the graph of empty logits too
 
 
+def _of_leaf(logits: Tensor) -> bool:
+    """Whether the memory is that of a leaf: autograd itself refuses to write over one in place."""
+    base = logits._base
+    return logits.is_leaf or (base is not None and base.is_leaf)
+
+
 class _TokenStats(torch.autograd.Function):
     """The kernels' statistics of each token; the log-probs are differentiable once."""
 
@@ -230,11 +240,15 @@ class _TokenStats(torch.autograd.Function):
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 4
         logits, *saved = ctx.saved_tensors
-        with torch.no_grad():
+
+        def gradients(g: Tensor) -> tuple[Tensor]:
             how = ctx.call.how
             if not ctx.call.inplace:
-                dz = torch.ops.dpo_ext.logits_grad(logits, *saved, grad.contiguous(), *how)
-            else:
-                dz = logits.detach()
-                torch.ops.dpo_ext.logits_grad_(dz, *saved, grad.contiguous(), *how)
+                return (torch.ops.dpo_ext.logits_grad(logits, *saved, g.contiguous(), *how),)
+            dz = logits.detach()
+            torch.ops.dpo_ext.logits_grad_(dz, *saved, g.contiguous(), *how)
+            return (dz,)
+
+        with torch.no_grad():
+            (dz,) = one_by_one(gradients, grad)
         return (differentiable_once(dz, grad), None, None, None)

@@ -73,9 +73,9 @@ def _check_logits(logits: Tensor) -> None:
 
 def _check_transform(logit_scale: float, softcap: float, temperature: float) -> None:
     for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be finite and above 0, found {value}")
-    if softcap != 0 and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap != 0 and not 0 < softcap < math.inf:
         raise ValueError(f"`softcap` must be finite and above 0, or 0 for none, found {softcap}")
 
 

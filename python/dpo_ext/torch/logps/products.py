@@ -37,10 +37,12 @@ def logits_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of (C, V) and (V, H), added in float32; in half width also given in float32 where
-    that is how it is computed, so that no split is rounded."""
+    that is how it is computed, so that no split is rounded, and in float16 always: gradients that
+    were scaled up to its range would leave it.
+    """
     if a.is_cuda and a.dtype in HALVES:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if not by_tiles(a):
+    if not by_tiles(a) and a.dtype != torch.float16:
         return torch.mm(a, b)
     total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
     for tile in tiles(b.shape[0]):
@@ -76,6 +78,24 @@ def new_sum(shape: tuple[int, ...], like: torch.dtype, device: torch.device, tok
     """What `add_product` fills: zeros only where there is no token, since the first one writes."""
     make = torch.empty if tokens else torch.zeros
     return make(shape, dtype=wide(like), device=device)
+
+
+def room(largest: Tensor, slope: float) -> Tensor:
+    """The power of 2 that lifts gradients of logits to the top of float16.
+
+    ``dz = g * (onehot - p) * dy/dz`` is at most ``|g| * slope``; what is returned takes the largest
+    such ``g`` above 32752 and not beyond 65504, so that of p as much stays as any loss scale could
+    have kept. No number is looked at.
+
+    Args:
+        largest: scalar, the largest ``|g|``, float32; 0 answers a number that is never the smallest.
+        slope: >= 0, the largest ``dy/dz``.
+
+    >>> room(torch.tensor([2.0**-20, 65504.0, 1e-3]), 1.0)
+    tensor([6.8719e+10, 1.0000e+00, 3.3554e+07])
+    """
+    part, exponent = torch.frexp((largest * slope).clamp(2.0**-90, 2.0**120))
+    return torch.ldexp(torch.ones_like(part), 16 - exponent - (part * 65536 > 65504).int())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

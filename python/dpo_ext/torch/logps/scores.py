@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,6 +13,8 @@ from torch import Tensor
 from dpo_ext.errors import KernelUnavailable, TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable, Shape
 from dpo_ext.torch.logps import ops, twin
+from dpo_ext.torch.numbers import as_number
+from dpo_ext.torch.once import node, one_by_one
 
 Impl = Literal["auto", "cuda", "cpu", "torch"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)
@@ -53,12 +56,14 @@ class Transform(NamedTuple):
         for name, value in named.items():
             if value is None and name == "softcap":
                 continue
+            number = as_number(name, value)
             # Not `int | float`, which the compiler of torch 2.8 cannot trace.
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not isinstance(number, (int, float)):
                 raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
-            if not (value > 0 and math.isfinite(value)):
+            if not 0 < number < math.inf:
                 raise ValueError(f"`{name}` must be finite and above 0, found {value}")
-        return Transform(float(logit_scale), float(softcap or 0.0), float(temperature))
+            named[name] = float(number)
+        return Transform(named["logit_scale"], named["softcap"] or 0.0, named["temperature"])
 
 
 def check_stats(stats: Iterable[str]) -> tuple[str, ...]:
@@ -77,7 +82,7 @@ def only(scores: TokenScores, names: tuple[str, ...]) -> TokenScores:
 
 def sum_sequences(logps: Tensor, table: ScoreTable, kernels: bool) -> Tensor:
     """(n_groups, group_size) weighted sums of token log-probs (M,), added in float64."""
-    add: Callable[..., Any] = _SegmentSum.apply if kernels else twin.segment_sum
+    add: Callable[..., Any] = functools.partial(node, _SegmentSum) if kernels else twin.segment_sum
     return add(logps, table.weights, table.seq_offsets).reshape(-1, table.group_size)
 
 

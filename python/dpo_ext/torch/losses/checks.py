@@ -17,14 +17,10 @@ from dpo_ext.errors import TensorError, describe
 from dpo_ext.torch.logps.scores import check_plain
 from dpo_ext.torch.losses.forms import Number
 from dpo_ext.torch.losses.row import LossRow, Parameter, non_negative
+from dpo_ext.torch.numbers import as_number, host_values
 
 SIDES = ("chosen", "rejected")
 _WEIGHT = non_negative()
-
-
-def host_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_log_probs(logps: Tensor) -> None:
@@ -100,25 +96,30 @@ def convert_parameter(
     name: str, value: Any, parameter: Parameter, logps: Tensor, differentiable: tuple[str, ...] = ()
 ) -> Number:
     """A float, or a tensor (N,) in the dtype and on the device of the log-probs."""
+    value = as_number(name, value)
     if isinstance(value, (float, int)):
         if not parameter.contains(value):
             raise ValueError(f"`{name}` must be {parameter.domain}, found {value!r}")
         return float(value)
+    N = logps.shape[0]
     if not isinstance(value, Tensor):
         try:
+            if str(getattr(value, "dtype", "")) == "bool" or any(v is True or v is False for v in value):
+                raise TypeError("a bool is no number")
             value = torch.as_tensor(value, dtype=logps.dtype, device=logps.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"`{name}` must be one number or {logps.shape[0]}, found {describe(value)}"
+                f"`{name}` must be one number or {N}, found {describe(value)}"
             ) from error
-    if value.dim() == 0:
-        value = value.expand(logps.shape[0])
-    if not parameter.per_pair:
+    if value.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be one number or {N}, found {describe(value)}")
+    single = value.dim() == 0
+    if single:
+        value = value.expand(N)
+    if not parameter.per_pair and not single:
         raise ValueError(f"`{name}` must be {parameter.domain} for all pairs, found an array")
     if value.shape != logps.shape[:1] or value.is_complex():
-        raise TensorError(
-            f"`{name}` must be a number or of shape ({logps.shape[0]},), found {describe(value)}"
-        )
+        raise TensorError(f"`{name}` must be a number or of shape ({N},), found {describe(value)}")
     if value.requires_grad and name not in differentiable:
         raise TensorError(
             f"`{name}` asks for a gradient, which this loss does not give\n"
@@ -144,13 +145,15 @@ def check_weight(weight: Any, logps: Tensor) -> Tensor:
 
 def check_count(name: str, count: float | Tensor) -> float | Tensor:
     """What replaces the number of pairs, examples or lists in a mean."""
+    if isinstance(count, Tensor) and count.numel() == 1 and count.dim():
+        count = count.reshape(())
+    count = as_number(name, count.detach() if isinstance(count, Tensor) else count)
     if isinstance(count, Tensor):
-        if count.numel() != 1:
+        if count.dim():
             raise TensorError(f"`{name}` must be one number, found {describe(count)}")
-        count = count.detach().reshape(())
-        if not host_values(count):
-            return count
-        count = count.item()
+        return count
+    if not isinstance(count, (float, int)):
+        raise TypeError(f"`{name}` must be one number, found {describe(count)}")
     if not count > 0:
         raise ValueError(f"`{name}` must be > 0, found {count!r}")
     return float(count)

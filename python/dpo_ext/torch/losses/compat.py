@@ -21,6 +21,7 @@ from dpo_ext.torch.losses.lists import LISTWISE
 from dpo_ext.torch.losses.registry import LOSSES
 from dpo_ext.torch.losses.row import LossRow
 from dpo_ext.torch.losses.single import UNPAIRED
+from dpo_ext.torch.numbers import as_number
 
 _ELSEWHERE = {**dict.fromkeys(UNPAIRED, "unpaired_loss"), **dict.fromkeys(LISTWISE, "list_loss")}
 
@@ -192,6 +193,7 @@ def resolve(
     options = dict(given)
     coefficient, nll_row = _take_nll(compat, options)
     bco_weight = options.pop("pref_bco_weight", 0.0) if compat == "llamafactory" else 0.0
+    bco_weight = as_number("pref_bco_weight", bco_weight)
     delta = options.pop("delta", None) if bco_weight else None
     meanings = [_meaning(compat, names, name) for name in losses]
     _check_known(compat, losses, meanings, options)
@@ -279,7 +281,7 @@ def _own_parameters(
 
 def _take_nll(compat: str, options: dict[str, Any]) -> tuple[float, str]:
     option, row = NLL_OPTION.get(compat, ("", ""))
-    return float(options.pop(option, None) or 0.0), row
+    return float(as_number(option, options.pop(option, None)) or 0.0), row
 
 
 def _f_divergence(
@@ -302,7 +304,11 @@ def _f_divergence(
         )
     if divergence == "alpha_divergence":
         default = 0.5 if compat == "trl-1.16" else 1.0
-        value = default if coefficient is None else float(coefficient)
+        value = (
+            default
+            if coefficient is None
+            else float(as_number("f_alpha_divergence_coef", coefficient))
+        )
         own["alpha"] = 1 - value if compat == "trl-1.16" else value
     return rows[divergence]
 

@@ -72,6 +72,24 @@ class Inputs:
         """The pairs of all ranks of the group."""
         return gather_pairs(self.logps, self.ref_logps, self.lengths, self.group)
 
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """``logps, ref_logps`` for a function that autograd differentiates: pairs of weight 0 get
+        no gradient, and where one holds NaN or an infinity, numbers that no function stumbles on.
+
+        Selected, not multiplied: 0 * NaN is NaN, in a gradient too.
+        """
+        if self.weight is None:
+            return self.logps, self.ref_logps
+        skip, logps, ref_logps = (self.weight == 0)[:, None], self.logps, self.ref_logps
+        numbers = logps.detach().isfinite()
+        if ref_logps is not None:
+            numbers = numbers & ref_logps.isfinite()
+        stand_in = skip & ~numbers.all(1, keepdim=True)
+        shown = torch.where(stand_in, torch.full_like(logps, -1.0), logps.detach())
+        if ref_logps is not None:
+            ref_logps = torch.where(stand_in, torch.full_like(ref_logps, -1.0), ref_logps)
+        return torch.where(skip, shown, logps), ref_logps
+
     def averaged(self) -> Inputs:
         """Of log-probs a token: each sum divided by its length, the lengths 1."""
         assert self.lengths is not None  # asked for by name before
@@ -96,6 +114,13 @@ class Inputs:
                 "and some -inf, or a pair of another rank is NaN"
             )
         pair = int(bad[0])
+        if name == "orpo" and self.lengths is not None and bool((self.lengths[pair] < 1).any()):
+            side = int(self.lengths[pair].argmin())
+            raise TensorError(
+                f"pair {pair}: loss 'orpo' needs a scored token of each completion, found none for "
+                f"{SIDES[side]}: the odds of an empty completion are infinite\n"
+                "hint: drop the pair, or give it weight 0"
+            )
         found = f"logps {self.logps[pair].tolist()}"
         if self.ref_logps is not None:
             found += f", ref_logps {self.ref_logps[pair].tolist()}"

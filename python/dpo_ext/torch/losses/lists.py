@@ -17,12 +17,12 @@ from dpo_ext.torch.losses.checks import (
     check_is_number,
     check_pair_of,
     check_weight,
-    host_values,
 )
 from dpo_ext.torch.losses.forms import s, sp
 from dpo_ext.torch.losses.node import attach, weighted_sum
 from dpo_ext.torch.losses.result import GroupLoss
 from dpo_ext.torch.losses.row import LossRow, find_row, plain_row, positive
+from dpo_ext.torch.numbers import host_values
 
 LISTWISE: dict[str, LossRow] = {}
 """Losses of `list_loss`: formulas of ``(beta*x, scores, present, parameters) -> L,

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dpo_ext.torch.losses.forms import Number, Symbols, over
-from dpo_ext.torch.losses.inputs import Inputs
 from dpo_ext.torch.losses.ranks import Gathered
 from dpo_ext.torch.losses.row import LossRow
-from dpo_ext.torch.once import differentiable_once
+from dpo_ext.torch.once import differentiable_once, node
 
 ONCE = (
     "a preference loss can be differentiated once, not twice\n"
@@ -27,46 +26,70 @@ class Bound(NamedTuple):
     params: Mapping[str, Number]
 
 
-class PairLoss(torch.autograd.Function):
-    """A row of the table as one node of the graph: the forward pass keeps dL/dc and dL/dr of each
-    pair. With ``whole`` the formula sees the pairs of all ranks and this rank keeps its own.
+class Pairs(NamedTuple):
+    """What a row is computed of beside the log-probs: this rank's pairs, or those of all ranks."""
 
-    ``logps`` are those of the inputs, because autograd sees arguments alone; ``differentiable`` the
-    tensors among the parameters through which the gradient also flows.
-    """
+    ref_logps: Tensor | None
+    lengths: Tensor | None
+    weight: Tensor | None
+    count: float | Tensor
+    whole: Gathered | None
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logps: Tensor,
-        inputs: Inputs,
-        bound: Bound,
-        whole: Gathered | None,
-        *differentiable: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(self, logps: Tensor, bound: Bound) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss of each pair, and what it is differentiated by: ``dL/dc, dL/dr`` and those of the
+        parameters that ask for it. No graph.
+        """
         row, params = bound
-        if whole is not None:
+        if self.whole is not None:
+            whole = self.whole
             seen = Symbols(whole.logps, whole.ref_logps, whole.lengths)
             per_pair, gc, gr, *others = row.formula(seen, **params)
             # clones: a slice of an output is a view of it
             per_pair, gc, gr = (t[whole.mine].clone() for t in (per_pair, gc, gr))
         else:
-            seen = Symbols(logps, inputs.ref_logps, inputs.lengths)
+            seen = Symbols(logps, self.ref_logps, self.lengths)
             per_pair, gc, gr, *others = row.formula(seen, **params)
-        grads = [gc, gr]
+        slopes = [gc, gr]
         if others:
-            grads += [
+            slopes += [
                 others[0][name] for name in row.differentiable if isinstance(params[name], Tensor)
             ]
-        ctx.set_materialize_grads(False)
-        ctx.count = inputs.count
-        ctx.save_for_backward(inputs.weight, *grads)
-        if row.couples_batch:
-            ctx.mark_non_differentiable(per_pair)
-        return over(weighted_sum(per_pair, inputs.weight), inputs.count), per_pair
+        return per_pair, tuple(slopes)
+
+
+class PairLoss(torch.autograd.Function):
+    """A row of the table as one node of the graph: the forward pass keeps dL/dc and dL/dr of each
+    pair. With ``whole`` the formula sees the pairs of all ranks and this rank keeps its own.
+
+    ``differentiable`` are the tensors among the parameters through which the gradient also flows.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_per_pair: Tensor | None) -> Any:
+    def forward(
+        logps: Tensor, pairs: Pairs, bound: Bound, *differentiable: Tensor
+    ) -> tuple[Tensor, ...]:
+        if differentiable:  # as torch.func sees them: without its wrappers
+            tensors = iter(differentiable)
+            params = {
+                name: next(tensors)
+                if name in bound.row.differentiable and isinstance(value, Tensor)
+                else value
+                for name, value in bound.params.items()
+            }
+            bound = Bound(bound.row, params)
+        per_pair, slopes = pairs.evaluate(logps, bound)
+        return over(weighted_sum(per_pair, pairs.weight), pairs.count), per_pair, *slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, pairs, bound, *_ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.count = pairs.count
+        ctx.save_for_backward(pairs.weight, *output[2:])
+        ctx.mark_non_differentiable(*output[1 if bound.row.couples_batch else 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_per_pair: Tensor | None, *_: Any) -> Any:
         upstream = grad_per_pair if grad_loss is None else grad_loss
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -74,7 +97,7 @@ class PairLoss(torch.autograd.Function):
             grad, others = PairLoss._gradients(ctx, grad_loss, grad_per_pair)
         if torch.is_grad_enabled():  # create_graph=True
             grad, *others = (differentiable_once(g, upstream, ONCE) for g in (grad, *others))
-        return grad, None, None, None, *others
+        return grad, None, None, *others
 
     @staticmethod
     def _gradients(ctx: Any, grad_loss: Any, grad_per_pair: Any) -> tuple[Tensor, list[Tensor]]:
@@ -90,33 +113,43 @@ class PairLoss(torch.autograd.Function):
         if weight is not None:
             zero = torch.zeros_like(gc)
             gc, gr, *others = (torch.where(factor == 0, zero, g) for g in (gc, gr, *others))
-        if factor.dim() == 0:
-            grad = torch.stack((gc, gr), 1).mul_(factor)
-        else:
-            grad = torch.stack((gc * factor, gr * factor), 1)
-        return grad, [g * factor for g in others]
+        return torch.stack((gc * factor, gr * factor), 1), [g * factor for g in others]
+
+
+def slopes_of(logps: Tensor, pairs: Pairs, bound: Bound) -> Tensor:
+    """(N, 2) gradient of the batch loss by the log-probs, without a graph."""
+    _, (gc, gr, *_) = pairs.evaluate(logps, bound)
+    slopes = torch.stack((gc, gr), 1)
+    if pairs.weight is not None:
+        weight = pairs.weight[:, None]
+        slopes = torch.where(weight == 0, torch.zeros_like(slopes), slopes * weight)
+    return over(slopes, pairs.count)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logps: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(logps: Tensor, value: Tensor, slope: Tensor) -> Tensor:
         return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        shape = (-1,) + (1,) * (slope.dim() - 1)
         with torch.no_grad():
-            grad = upstream.reshape(shape) * slope
+            factor = upstream.reshape(*upstream.shape, *(1,) * (slope.dim() - 1))
+            # an example of weight 0 is not read: 0 * NaN is NaN
+            grad = torch.where(factor == 0, torch.zeros_like(slope), factor * slope)
         return differentiable_once(grad, upstream, ONCE), None, None
 
 
 def attach(logps: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """A value (N,) computed without a graph, with the gradient ``slope`` by the log-probs that was
-    computed beside it.
+    computed beside it. Where the upstream gradient is 0 the slope is not read.
     """
-    return _Attach.apply(logps, value, slope)
+    return node(_Attach, logps, value, slope)
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError, describe
-from dpo_ext.torch.losses.checks import bind_parameters, convert_parameter, host_values
+from dpo_ext.torch.losses.checks import bind_parameters, convert_parameter
 from dpo_ext.torch.losses.compat import Term, find_loss, resolve
 from dpo_ext.torch.losses.forms import Number
 from dpo_ext.torch.losses.inputs import Inputs
-from dpo_ext.torch.losses.node import Bound, PairLoss, weighted_sum
+from dpo_ext.torch.losses.node import Bound, PairLoss, Pairs, weighted_sum
 from dpo_ext.torch.losses.ranks import LOCAL, check_constants, check_parts
 from dpo_ext.torch.losses.result import PreferenceLoss
 from dpo_ext.torch.losses.row import LossRow, positive
 from dpo_ext.torch.losses.signature import check_call
+from dpo_ext.torch.numbers import as_number, host_values
+from dpo_ext.torch.once import node
 
 _SCALE = positive()
 
@@ -62,13 +64,15 @@ def preference_loss(
             default, 0.1 for DPO.
         lengths: (N, 2) scored tokens of each sequence, for losses of averages: ``table.lengths``.
         weight: >= 0, (N,); the batch loss is ``mean(weight * per_pair)``, not divided by the sum of
-            the weights. A pair of weight 0 is not read: its NaN does not leak.
+            the weights. A pair of weight 0 is not read: its NaN does not leak, its gradient is 0.
+            A callable is shown log-probs of -1 in place of its NaN and infinities.
         num_pairs: > 0, replaces N in the mean; the pairs of the whole step, over all micro-batches
             and ranks: their losses then add up to the step's. Refused for losses that couple the
             batch, which no parts add up to.
         compat: ``"trl-1.16"``, ``"trl-0.28"``, ``"openrlhf"``, ``"llamafactory"`` or ``"paper"``:
             the name and its options mean what that code base computes.
-        loss_weights: one factor for each loss of the list; 1 by default.
+        loss_weights: one factor for each loss of the list; 1 by default. A loss of factor 0 is not
+            computed.
         group: process group whose ranks hold parts of one batch. The mean is over the pairs of all
             of them, a loss that couples the batch sees all of them, and the losses of the ranks add
             up to the batch's, as with ``num_pairs`` (DDP and FSDP2 average gradients over W ranks:
@@ -126,7 +130,9 @@ def preference_loss(
 def _factors(loss: Any, losses: Sequence[Any], loss_weights: Sequence[float] | None) -> list[float]:
     if loss_weights is not None and not isinstance(loss, (list, tuple)):
         raise ValueError("`loss_weights` needs a list of losses in `loss`")
-    factors = [1.0] * len(losses) if loss_weights is None else [float(f) for f in loss_weights]
+    factors = [1.0] * len(losses)
+    if loss_weights is not None:
+        factors = [float(as_number("loss_weights", factor)) for factor in loss_weights]
     if not losses or len(factors) != len(losses):
         raise ValueError(
             f"`loss_weights` must have {len(losses)} factors, one a loss, found {len(factors)}"
@@ -153,8 +159,23 @@ def _terms(losses: Sequence[Any], factors: Sequence[float], given: Mapping[str, 
     ]
 
 
+def bind_terms(
+    inputs: Inputs, loss: Any, loss_weights: Sequence[float] | None, given: Mapping[str, Any]
+) -> tuple[tuple[float, Bound], ...]:
+    """``(factor, row with its parameters)`` of losses that all stand in the table."""
+    losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    terms = _terms(losses, _factors(loss, losses, loss_weights), given)
+    bound = []
+    for factor, name, own in [term for term in terms if term.factor != 0] or terms:
+        row = find_loss(name)  # type: ignore[arg-type]
+        _check_needs(row, inputs)
+        bound.append((factor, Bound(row, bind_parameters(row, own, inputs.logps))))
+    return tuple(bound)
+
+
 def _sum_of_losses(terms: Sequence[Term], inputs: Inputs) -> PreferenceLoss:
-    """``sum_k factor_k * loss_k``."""
+    """``sum_k factor_k * loss_k``; a loss of factor 0 is not computed, so that its NaN goes nowhere."""
+    terms = [term for term in terms if term.factor != 0] or terms
     parts = [
         (
             term.factor,
@@ -210,7 +231,8 @@ def _row_loss(bound: Bound, inputs: Inputs) -> PreferenceLoss:
     row, params = bound
     whole = inputs.gathered() if row.couples_batch and inputs.group is not None else None
     tensors = [t for t in (params[name] for name in row.differentiable) if isinstance(t, Tensor)]
-    total, per_pair = PairLoss.apply(inputs.logps, inputs, bound, whole, *tensors)
+    pairs = Pairs(inputs.ref_logps, inputs.lengths, inputs.weight, inputs.count, whole)
+    total, per_pair, *_ = node(PairLoss, inputs.logps, pairs, bound, *tensors)
     return _result(row.name, total, per_pair, params, inputs)
 
 
@@ -219,7 +241,8 @@ def _autograd_row_loss(bound: Bound, inputs: Inputs) -> PreferenceLoss:
     row, params = bound
     lengths = inputs.lengths if row.lengths else None
     if not row.couples_batch:
-        value = _call(row.formula, (inputs.logps, inputs.ref_logps, lengths), params)
+        logps, ref_logps = inputs.read()
+        value = _call(row.formula, (logps, ref_logps, lengths), params)
         return _mean(row.name, value, params, inputs)
     logps, ref_logps, mine = inputs.logps, inputs.ref_logps, slice(None)
     if inputs.group is not None:
@@ -246,7 +269,8 @@ def _function_loss(
             f"`loss` must be a name, a callable or a list of them, found {describe(function)}"
         )
     name = getattr(function, "__name__", repr(function))
-    value = _call(function, (inputs.logps, inputs.ref_logps, inputs.lengths), params)
+    logps, ref_logps = inputs.read()
+    value = _call(function, (logps, ref_logps, inputs.lengths), params)
     return _mean(name, value, params, inputs)
 
 

@@ -26,13 +26,18 @@ class PreferenceLoss:
         metrics: TRL's keys, each a detached scalar tensor, a mean over the N pairs (0 for none):
             ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (strict: 0 at exact
             equality), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``. Computed when it
-            is read, without waiting for the device.
+            is read, without waiting for the device, of the numbers of the step: buffers that were
+            filled again since change nothing.
         scale: what the rewards multiply log-ratios by: the beta of the loss, a float or (N,), or
             None.
+        differentiable_logps: of `linear_preference_loss`, (N, 2): the log-probs with their gradient,
+            for a term of your own beside the loss; else None.
         plan: that of the head which the loss came from (`linear_preference_loss`), else None.
     """
 
-    __slots__ = ("_logps", "_ref_logps", "loss", "per_pair", "plan", "scale")
+    __slots__ = (
+        "_logps", "_ref_logps", "_scale", "differentiable_logps", "loss", "per_pair", "plan",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -44,10 +49,12 @@ class PreferenceLoss:
     ) -> None:
         self.loss = loss
         self.per_pair = per_pair
-        self._logps = logps
-        self._ref_logps = ref_logps
+        # copies: the caller may fill its buffers again before the metrics are read
+        self._logps = logps.detach().clone()
+        self._ref_logps = None if ref_logps is None else ref_logps.clone()
         self.scale = scale
         self.plan: str | None = None
+        self.differentiable_logps: Tensor | None = None
 
     @property
     def chosen_rewards(self) -> Tensor:
@@ -58,6 +65,14 @@ class PreferenceLoss:
         return self._rewards()[1]
 
     @property
+    def scale(self) -> Number | None:
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: Number | None) -> None:
+        self._scale = value.detach().clone() if isinstance(value, Tensor) else value
+
+    @property
     def logps(self) -> Tensor:
         """(N, 2) detached, the log-probs that the loss was computed of."""
         return self._logps.detach()
@@ -65,7 +80,7 @@ class PreferenceLoss:
     @property
     def metrics(self) -> dict[str, Tensor]:
         chosen, rejected = self._rewards()
-        logps = self.logps
+        logps = self._logps
         above = (chosen > rejected).to(logps.dtype)
         columns = torch.stack(
             (chosen, rejected, above, chosen - rejected, logps[:, 0], logps[:, 1])
@@ -75,7 +90,7 @@ class PreferenceLoss:
         return dict(zip((*keys, "logps/chosen", "logps/rejected"), means, strict=True))
 
     def _rewards(self) -> tuple[Tensor, Tensor]:
-        ratios = self.logps
+        ratios = self._logps
         if self._ref_logps is not None:
             ratios = ratios - self._ref_logps
         chosen, rejected = ratios.unbind(1)

@@ -5,6 +5,8 @@ They return ``L, dL/dc, dL/dr`` themselves; the rest is as in `margin_rows`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dpo_ext.torch.losses.forms import (
@@ -211,6 +213,9 @@ def orpo(x, lam, nll):
     nw, nl = x.nw, x.nl
     cn, rn = below_zero(x.c / nw), below_zero(x.r / nl)
     u = log_odds(cn) - log_odds(rn)
+    assert x.lengths is not None  # the row says that it needs them; checked before
+    # the odds of an empty completion are infinite: NaN, which is an error on the host
+    u = torch.where((x.lengths < 1).any(1), math.nan, u)
     slope = lam * s(-u)
     gc = (-nll + slope / torch.expm1(cn)) / nw
     return -nll * (x.c / nw) + lam * sp(-u), gc, -slope / torch.expm1(rn) / nl

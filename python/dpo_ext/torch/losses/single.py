@@ -17,13 +17,13 @@ from dpo_ext.torch.losses.checks import (
     check_is_number,
     check_pair_of,
     check_weight,
-    host_values,
 )
 from dpo_ext.torch.losses.forms import ds, s, sp
 from dpo_ext.torch.losses.node import attach, weighted_sum
 from dpo_ext.torch.losses.ranks import check_group, check_parts, mean_over
 from dpo_ext.torch.losses.result import GroupLoss
 from dpo_ext.torch.losses.row import LossRow, find_row, finite, non_negative, plain_row, positive
+from dpo_ext.torch.numbers import host_values
 
 UNPAIRED: dict[str, LossRow] = {}
 """Losses of `unpaired_loss`: formulas of ``(x, is desirable, parameters) -> L, dL/dx``."""

@@ -11,6 +11,7 @@ from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.scores import TokenScores
+from dpo_ext.torch.numbers import as_number
 
 
 def ld_table(table: ScoreTable, ld_alpha: float) -> ScoreTable:
@@ -32,6 +33,10 @@ def ld_table(table: ScoreTable, ld_alpha: float) -> ScoreTable:
     >>> ld_table(table, 0.5).weights
     tensor([1.0000, 0.5000, 0.5000, 1.0000])
     """
+    number = as_number("ld_alpha", ld_alpha)
+    if not isinstance(number, (float, int)):
+        raise TypeError(f"`ld_alpha` must be a number, found {describe(ld_alpha)}")
+    ld_alpha = number
     if not 0 <= ld_alpha <= 1:
         raise ValueError(f"`ld_alpha` must be in [0, 1], found {ld_alpha!r}")
     if table.group_size != 2:
