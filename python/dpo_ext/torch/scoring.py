@@ -52,7 +52,8 @@ class ModelScores(NamedTuple):
     """What a model with `attach_scoring` returns for a score table.
 
     - ``logps``: (n_groups, group_size) float32, log-prob of each sequence; differentiable.
-      Detached where there is a ``loss``, which has the gradient then.
+      Beside a ``loss`` whose gradient was made in the forward pass (plan ``pairwise``) a term on it
+      makes backward compute the gradient again; under ``torch.compile`` it is detached there.
     - ``tokens``: `TokenScores` of the table's M tokens if ``score_stats`` names any, else None.
     - ``loss``: the scalar of ``preference``, where `attach_scoring` was given a loss.
     - ``preference``: `PreferenceLoss` with rewards and metrics, or None.
@@ -567,7 +568,8 @@ def _by_head(
         out = pairwise.linear_preference_loss(
             hidden, weight, table, bias=bias, **how, **step, **options
         )
-        return ModelScores(out.logps, None, out.loss, out, f"{out.plan}{note}")
+        logps = out.logps if out.differentiable_logps is None else out.differentiable_logps
+        return ModelScores(logps, None, out.loss, out, f"{out.plan}{note}")
     if how["plan"] == "pairwise":
         how["plan"] = "auto"
     taken = choose_plan(how["plan"], weight, bias)
@@ -632,7 +634,7 @@ def _by_logits(
             **rest,
         )
         out.plan = "logits"
-        scores = ModelScores(logps.detach(), None, out.loss, out, "logits")
+        scores = ModelScores(logps, None, out.loss, out, "logits")
     return _with_router(model, scores, aux)
 
 
