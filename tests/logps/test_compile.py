@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from dpo_ext import TensorError
 from dpo_ext.torch import (
     ScoreTable,
     linear_preference_loss,
@@ -165,3 +166,53 @@ def test_compiled_in_place_gradients_need_no_second_buffer_of_logits():
         # out of place the operator allocates its result; in place there is none
         assert ("dpo_ext.logits_grad_.default(" in backward) is inplace
         assert ("dpo_ext.logits_grad.default(" in backward) is not inplace
+
+
+SIZES = ((2, 5), (3, 5), (2, 7), (4, 9), (5, 6), (7, 13))
+
+
+def scored(z, table):
+    return sequence_logps(z * 1.0, table)
+
+
+def sized(pairs, T):
+    return torch.randn(2 * pairs, T, V), ScoreTable.from_labels(labels_of(pairs, T))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_shape_of_a_table_needs_no_graph_that_its_tensors_do_not(marked):
+    """Batch and length change one after the other: three graphs, and one if both are marked."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(scored, fullgraph=True, backend=counter)
+    for size in SIZES:
+        z, table = sized(*size)
+        if marked:
+            for tensor in (z, table.targets, table.logit_rows, table.seq_offsets):
+                torch._dynamo.mark_dynamic(tensor, 0)
+            torch._dynamo.mark_dynamic(z, 1)
+        torch.testing.assert_close(compiled(z, table), scored(z, table))
+    assert counter.frame_count == (1 if marked else 3)
+
+
+@pytest.mark.parametrize("seen", [1, len(SIZES)])
+def test_a_compiled_region_refuses_another_shape(seen):
+    """Static graphs and dynamic ones; a whole graph cannot raise our error, but raises one."""
+    whole = torch.compile(scored, fullgraph=True, backend="eager")
+    parts = torch.compile(scored, backend="eager")
+    for size in SIZES[:seen]:
+        whole(*sized(*size)), parts(*sized(*size))
+    z, table = sized(2, 5)
+    for wrong in (torch.cat((z, z), 1), z[:, :-1], torch.cat((z, z)), z.mT.contiguous().mT[:, 1:]):
+        with pytest.raises(TensorError, match="`logits` must have shape"):
+            parts(wrong, table)
+        with pytest.raises((TensorError, torch._dynamo.exc.Unsupported)):
+            whole(wrong, table)
+
+
+def test_weights_and_single_rows_are_one_graph():
+    def step(z, labels, weights):
+        return sequence_logps(z, ScoreTable.from_labels(labels, weights=weights, group_size=1))
+
+    z, labels, weights = torch.randn(3, 5, V), labels_of(2)[:3], torch.rand(3, 5)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z, labels, weights), step(z, labels, weights))
