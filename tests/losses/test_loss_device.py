@@ -12,6 +12,7 @@ from dpo_ext.torch import (
     ScoreTable,
     kto_z,
     ld_table,
+    numbers,
     preference_loss,
     tdpo_kls,
     token_scores,
@@ -60,7 +61,7 @@ IDS = [f"{name}-{'arrays' if arrays else 'numbers'}" for _, name, arrays in CALL
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """The checks of values that cost nothing on a CPU are left out, as for a CUDA tensor."""
-    for module in (checks, lists, pairs, single):
+    for module in (checks, lists, numbers, pairs, single):
         monkeypatch.setattr(module, "host_values", lambda tensor: False)
 
 

@@ -38,20 +38,22 @@ CALLS = {
     "weight": lambda v: preference_loss(X, REF, weight=v).loss,
     "num_pairs": lambda v: preference_loss(X, REF, num_pairs=v).loss,
     "loss_weights": lambda v: preference_loss(X, REF, loss=["dpo"], loss_weights=[v]).loss,
-    "rpo_alpha": lambda v: preference_loss(
-        X, REF, loss="sigmoid", compat="trl-0.28", rpo_alpha=v, lengths=LENGTHS
-    ).loss,
+    "rpo_alpha": lambda v: (
+        preference_loss(
+            X, REF, loss="sigmoid", compat="trl-0.28", rpo_alpha=v, lengths=LENGTHS
+        ).loss
+    ),
     "z": lambda v: unpaired_loss(X[:, 0], REF[:, 0], torch.tensor([0, 1]), z=v).loss,
-    "num_examples": lambda v: unpaired_loss(
-        X[:, 0], REF[:, 0], torch.tensor([0, 1]), z=0.0, num_examples=v
-    ).loss,
+    "num_examples": lambda v: (
+        unpaired_loss(X[:, 0], REF[:, 0], torch.tensor([0, 1]), z=0.0, num_examples=v).loss
+    ),
     "num_lists": lambda v: list_loss(X, REF, num_lists=v).loss,
     "temperature": lambda v: sequence_logps(LOGITS, TABLE, temperature=v),
     "softcap": lambda v: sequence_logps(LOGITS, TABLE, softcap=v),
     "logit_scale": lambda v: sequence_logps(LOGITS, TABLE, logit_scale=v),
-    "head": lambda v: linear_preference_loss(
-        HIDDEN, HEAD, TABLE, REF, beta=v, num_pairs=v, pair_weight=v
-    ).loss,
+    "head": lambda v: (
+        linear_preference_loss(HIDDEN, HEAD, TABLE, REF, beta=v, num_pairs=v, pair_weight=v).loss
+    ),
     "ld_alpha": lambda v: ld_table(TABLE, v).weights,
     "center": lambda v: reward_loss(X[:, 0], X[:, 1], center=v),
     "reward margin": lambda v: reward_loss(X[:, 0], X[:, 1], margin=v),

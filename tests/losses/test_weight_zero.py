@@ -112,9 +112,7 @@ def test_a_loss_of_factor_0_is_not_computed():
 @pytest.mark.parametrize("plan", ["pairwise", "recompute", "frozen"])
 def test_hidden_states_of_weight_0_reach_no_weight(plan):
     hidden = torch.randn(6, 4)
-    table = ScoreTable(
-        logit_rows=range(6), targets=[1, 2, 3, 4, 0, 1], seq_offsets=[0, 1, 3, 4, 6]
-    )
+    table = ScoreTable(logit_rows=range(6), targets=[1, 2, 3, 4, 0, 1], seq_offsets=[0, 1, 3, 4, 6])
     ref, weight = torch.full((2, 2), -3.0), torch.randn(5, 4)
     grads = []
     for first in (0.5, math.nan):
@@ -139,9 +137,7 @@ def test_token_weights_of_0_reach_no_weight():
     x = torch.randn(2, 4)
     x[0] = math.nan
     w = torch.randn(5, 4, requires_grad=True)
-    table = ScoreTable(
-        logit_rows=[0, 1], targets=[1, 2], seq_offsets=[0, 1, 2], weights=[0.0, 1.0]
-    )
+    table = ScoreTable(logit_rows=[0, 1], targets=[1, 2], seq_offsets=[0, 1, 2], weights=[0.0, 1.0])
     linear_sequence_logps(x, w, table).sum().backward()
     assert w.grad.isfinite().all()
 

@@ -85,9 +85,9 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
     counts = _counts("wins", wins)
     if (counts == counts.T).all() and counts.any():
         warnings.warn(
-            "`wins` is symmetric: each item beat each other as often as it lost, so that all strengths "
-            "are equal\nhint: wins[i, j] counts how often i beat j, not how often they met; draws go "
-            "into `ties`",
+            "`wins` is symmetric: each item beat each other as often as it lost, so that all "
+            "strengths are equal\nhint: wins[i, j] counts how often i beat j, not how often they "
+            "met; draws go into `ties`",
             stacklevel=2,
         )
     if ties is not None:

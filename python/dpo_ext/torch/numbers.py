@@ -9,6 +9,23 @@ from torch import Tensor
 
 from dpo_ext.errors import describe
 
+_FUNCTORCH = torch._C._functorch  # noqa: SLF001 - torch.func has no public way to ask
+_ACTIVE = torch._C._are_functorch_transforms_active  # noqa: SLF001
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return _ACTIVE()
+
+
+def derivatives(tensor: Tensor) -> int:
+    """How many transforms of ``torch.func`` differentiate by a tensor."""
+    count = 0
+    while _FUNCTORCH.is_functorch_wrapped_tensor(tensor):
+        count += _FUNCTORCH.is_gradtrackingtensor(tensor)
+        tensor = _FUNCTORCH.get_unwrapped(tensor)
+    return count
+
 
 def host_values(tensor: Tensor) -> bool:
     """Whether the values of a tensor may be looked at: not those of a device, which wait for it,
@@ -16,15 +33,14 @@ def host_values(tensor: Tensor) -> bool:
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not (torch._C._are_functorch_transforms_active() and _batched(tensor))
+    return not (transformed() and _batched(tensor))
 
 
 def _batched(tensor: Tensor) -> bool:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
+    while _FUNCTORCH.is_functorch_wrapped_tensor(tensor):
+        if _FUNCTORCH.is_batchedtensor(tensor):
             return True
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _FUNCTORCH.get_unwrapped(tensor)
     return False
 
 

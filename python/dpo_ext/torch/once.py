@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_ext.torch.numbers import derivatives, transformed
+
 KERNEL_LOGPS = (
     "the log-probs of the kernels can be differentiated once, not twice\n"
     'hint: impl="torch" has a second derivative per token (token_scores)'
@@ -30,7 +32,9 @@ def node(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         if torch.is_grad_enabled() and trains:
             return function.apply(*arguments)
         return function.forward(*arguments)
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
+        if any(isinstance(a, Tensor) and derivatives(a) > 1 for a in arguments):
+            raise RuntimeError(getattr(function, "ONCE", KERNEL_LOGPS))
         return function.apply(*arguments)
     return _joined(function).apply(*arguments)
 
@@ -52,7 +56,7 @@ def differentiable_once(value: Tensor, upstream: Tensor, message: str = KERNEL_L
     """A gradient whose own gradient, if ever asked for, is an error and not missing in silence."""
     if not torch.is_grad_enabled():  # autograd wants no graph of this backward pass
         return value
-    if torch._C._are_functorch_transforms_active():  # they ask by themselves
+    if transformed():  # they ask by themselves
         return _DifferentiableOnce.apply(value, message, upstream)
     anchor = torch.zeros((), requires_grad=True)  # keeps the node where nothing else asks for one
     return _DifferentiableOnce.apply(value, message, upstream, anchor)
@@ -62,7 +66,7 @@ def one_by_one(gradients: Callable[[Tensor], tuple[Tensor | None, ...]], upstrea
     """``gradients(upstream)``; under vmap (`torch.func.jacrev`) of one upstream after the other,
     since what writes into buffers takes no batch of them.
     """
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not transformed():
         return gradients(upstream)
     return _OneByOne.apply(gradients, upstream)
 

@@ -34,7 +34,7 @@ from dpo_ext.torch.losses.inputs import Inputs
 from dpo_ext.torch.losses.node import Bound, Pairs, slopes_of, weighted_sum
 from dpo_ext.torch.losses.pairs import PreferenceLoss, bind_terms, preference_loss
 from dpo_ext.torch.losses.ranks import check_group, count_pairs
-from dpo_ext.torch.numbers import as_number, host_values
+from dpo_ext.torch.numbers import as_number, host_values, transformed
 from dpo_ext.torch.once import differentiable_once
 
 Plan = Literal["auto", "frozen", "pairwise", "recompute"]
@@ -80,8 +80,8 @@ def linear_preference_loss(
     Args:
         hidden, weight, table, bias, chunk_rows, exact_target: as in `linear_sequence_logps`;
             ``group_size`` 2.
-        chunk_pairs: >= 1, the most pairs of a chunk of ``pairwise``. Inside ``torch.compile``, where
-            the table's borders have no values: None makes all pairs one chunk, and a number
+        chunk_pairs: >= 1, the most pairs of a chunk of ``pairwise``. Inside ``torch.compile``,
+            where the table's borders have no values: None makes all pairs one chunk, and a number
             chunks of that many, if all pairs have as many tokens (tables of ``from_labels``); a
             table with others has NaN log-probs there.
         ref_logps: (N, 2) of the frozen reference, cast to the dtype of the log-probs. None only
@@ -143,7 +143,7 @@ def linear_preference_loss(
         if plan == "recompute" and not why_not:
             plan = "pairwise"
     traced = torch.compiler.is_compiling()
-    if plan == "pairwise" and not traced and torch._C._are_functorch_transforms_active():
+    if plan == "pairwise" and not traced and transformed():
         plan = "recompute"  # torch.func differentiates the log-probs, whose gradient it finds there
     if plan != "pairwise":
         logps = linear_sequence_logps(
@@ -238,14 +238,16 @@ class _Losses(NamedTuple):
             factor * weighted_sum(self.pairs.evaluate(logps, bound)[0], self.pairs.weight)
             for factor, bound in self.terms
         ]
-        return over(sum(values[1:], values[0]), self.pairs.count)
+        return over(sum(values[1:], values[0]), self.pairs.divisor)
 
     def slopes(self, logps: Tensor, pairs: slice) -> Tensor:
         """(n, 2) dL/dlogp of some pairs of the batch."""
+
         def cut(value: Any) -> Any:
             return value[pairs.start : pairs.stop] if isinstance(value, Tensor) else value
 
-        each = Pairs(*(cut(t) for t in self.pairs[:3]), self.pairs.count, None)
+        ref, lengths, weight, divisor, _ = self.pairs
+        each = Pairs(cut(ref), cut(lengths), cut(weight), divisor, None)
         parts = [
             factor * slopes_of(logps, each, Bound(row, {k: cut(v) for k, v in params.items()}))
             for factor, (row, params) in self.terms
@@ -300,7 +302,8 @@ class _PairwiseHead(torch.autograd.Function):
         logps = run.logps()
         ctx.job = job
         # No saved tensors: backward scales them where they lie and gives them away.
-        ctx.made = run.made()
+        made = run.made()
+        ctx.made, ctx.rest = made[:3], made[3:]
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)
         return job.losses.total(logps), logps
@@ -308,18 +311,20 @@ class _PairwiseHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_logps: Tensor | None) -> tuple[Tensor | None, ...]:
         linear = Linear(*ctx.saved_tensors)
-        made, ctx.made = ctx.made, None
+        kept, ctx.made = ctx.made, None
         upstream = g if g is not None else g_logps
         if upstream is None:
             return (None,) * 4
         with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
-            if made is None or g_logps is not None:
+            if kept is None or g_logps is not None:
                 # a second backward pass through one graph, or a term beside the loss
                 again = _Pass(linear, ctx.job, ctx.needed, (g, g_logps))
                 again.logps()
                 made, g = again.made(), None
+            else:
+                made = _Made(*kept, *ctx.rest)
+            del kept
             grads = made.times(g, linear)
-            del made
         return (*(None if d is None else differentiable_once(d, upstream) for d in grads), None)
 
 
@@ -344,8 +349,9 @@ class _TracedPairwiseHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *made = ctx.saved_tensors
-        return (*_Made(*made, ctx.height).times(g, Linear(hidden, weight, bias), False), None)
+        hidden, weight, bias, dx, dw, db, place, unit, scale = ctx.saved_tensors
+        made = _Made(dx, dw, db, place, unit, scale, ctx.height)
+        return (*made.times(g, Linear(hidden, weight, bias), False), None)
 
 
 class _Made(NamedTuple):
@@ -436,7 +442,7 @@ class _Pass:
         """
         table, most = self.job.table, self.job.chunk_pairs
         N, M = table.n_groups, table.n_tokens
-        if most is None or N <= most:
+        if most is None or most >= N:
             yield slice(0, N), [0, M]
             return
         tokens = M // N
@@ -523,7 +529,7 @@ class _Pass:
     def _add(self, piece: slice, x: Tensor, dz: Tensor) -> None:
         if self.dx is not None:
             rows = product(dz, self.work.weight)
-            if self.unit is not None:
+            if self.unit is not None and self.scale is not None:
                 rows = rows / (self.unit[piece.start : piece.stop] * self.scale)[:, None]
             self.dx[piece.start : piece.stop] = rows
         if self.dw is not None:

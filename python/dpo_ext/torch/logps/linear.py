@@ -38,6 +38,7 @@ from dpo_ext.torch.logps.scores import (
     only,
     sum_sequences,
 )
+from dpo_ext.torch.numbers import transformed
 from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 Plan = Literal["auto", "frozen", "recompute"]
@@ -230,7 +231,7 @@ class _LinearLogps(torch.autograd.Function):
                     e[chunk] = made if one == 1.0 else made * (1.0 / one)
         out = [torch.cat(column) for column in zip(*parts, strict=True)]
         state = [torch.cat(column) for column in zip(*kept, strict=True)]
-        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        plain = torch.compiler.is_compiling() or transformed()
         if trained and not frozen and not plain:
             left.append(work.scratch)
         return (*out, e, *([] if frozen else state))

@@ -77,9 +77,9 @@ def sequence_logps(
         ValueError: ``impl``, or a scalar out of its range.
 
     Numerics: exponentials and their sums in float32 for every dtype but float64; token log-probs
-    are within 4e-6 of float64 or half a unit in their last place, whichever is more (from 64 nats
-    on it is the unit; the twin: a whole one); sums over tokens in float64, in a fixed order. The same rows of
-    logits give the same bits in any layout. A target outside [0, V) gives NaN for its sequence, as
+    are within 4e-6 of float64 or half a unit in their last place, whichever is more (below -64
+    nats it is the unit; the twin: a whole one). Sums over tokens in float64, in a fixed order. The
+    same rows of logits give the same bits in any layout. A target outside [0, V) gives NaN for its sequence, as
     does (on a GPU) a row outside [0, R). NaN and inf stay in their sequence. A token of weight 0 is
     not read. A sequence without tokens gives 0.
 
@@ -128,9 +128,9 @@ def token_scores(
     Raises:
         As `sequence_logps`. ValueError: an unknown name in ``stats``.
 
-    Numerics: as `sequence_logps`: ``logps`` within 4e-6 of float64 or half a unit in the last place,
-    whichever is more: 4e-6 down to -64 nats, 3e-5 at -512. A logit of -inf makes ``mean_logit`` -inf and leaves the entropy
-    finite (``0 log 0 = 0``).
+    Numerics: as `sequence_logps`: ``logps`` within 4e-6 of float64 or half a unit in the last
+    place, whichever is more: 4e-6 down to -64 nats, 3e-5 at -512. A logit of -inf makes
+    ``mean_logit`` -inf and leaves the entropy finite (``0 log 0 = 0``).
 
     >>> table = ScoreTable.from_labels(torch.tensor([[-100, 1], [-100, 3]]))
     >>> scores = token_scores(torch.zeros(2, 2, 4), table, stats=("entropy", "is_top1"))
@@ -215,7 +215,7 @@ def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
 
 def _of_leaf(logits: Tensor) -> bool:
     """Whether the memory is that of a leaf: autograd itself refuses to write over one in place."""
-    base = logits._base
+    base = logits._base  # noqa: SLF001 - documented by torch, under this name
     return logits.is_leaf or (base is not None and base.is_leaf)
 
 

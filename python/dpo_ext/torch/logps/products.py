@@ -88,7 +88,7 @@ def room(largest: Tensor, slope: float) -> Tensor:
     have kept. No number is looked at.
 
     Args:
-        largest: scalar, the largest ``|g|``, float32; 0 answers a number that is never the smallest.
+        largest: scalar, the largest ``|g|``, float32; 0 answers a number that is never smallest.
         slope: >= 0, the largest ``dy/dz``.
 
     >>> room(torch.tensor([2.0**-20, 65504.0, 1e-3]), 1.0)

@@ -14,7 +14,7 @@ from dpo_ext.errors import KernelUnavailable, TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable, Shape
 from dpo_ext.torch.logps import ops, twin
 from dpo_ext.torch.numbers import as_number
-from dpo_ext.torch.once import node, one_by_one
+from dpo_ext.torch.once import node
 
 Impl = Literal["auto", "cuda", "cpu", "torch"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)
@@ -52,18 +52,21 @@ class Transform(NamedTuple):
     @staticmethod
     def of(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
         """Checked: each is finite and above 0; ``softcap=None`` is none."""
-        named = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-        for name, value in named.items():
-            if value is None and name == "softcap":
-                continue
-            number = as_number(name, value)
-            # Not `int | float`, which the compiler of torch 2.8 cannot trace.
-            if not isinstance(number, (int, float)):
-                raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
-            if not 0 < number < math.inf:
-                raise ValueError(f"`{name}` must be finite and above 0, found {value}")
-            named[name] = float(number)
-        return Transform(named["logit_scale"], named["softcap"] or 0.0, named["temperature"])
+        return Transform(
+            _above_0("logit_scale", logit_scale),
+            0.0 if softcap is None else _above_0("softcap", softcap),
+            _above_0("temperature", temperature),
+        )
+
+
+def _above_0(name: str, value: Any) -> float:
+    number = as_number(name, value)
+    # Not `int | float`, which the compiler of torch 2.8 cannot trace.
+    if not isinstance(number, (int, float)):
+        raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
+    if not 0 < number < math.inf:
+        raise ValueError(f"`{name}` must be finite and above 0, found {value}")
+    return float(number)
 
 
 def check_stats(stats: Iterable[str]) -> tuple[str, ...]:

@@ -104,7 +104,9 @@ def convert_parameter(
     N = logps.shape[0]
     if not isinstance(value, Tensor):
         try:
-            if str(getattr(value, "dtype", "")) == "bool" or any(v is True or v is False for v in value):
+            if str(getattr(value, "dtype", "")) == "bool" or any(
+                v is True or v is False for v in value
+            ):
                 raise TypeError("a bool is no number")
             value = torch.as_tensor(value, dtype=logps.dtype, device=logps.device)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
     ref_logps: Tensor | None
     lengths: Tensor | None
     weight: Tensor | None
-    count: float | Tensor
+    divisor: float | Tensor
     whole: Gathered | None
 
     def evaluate(self, logps: Tensor, bound: Bound) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -64,6 +64,8 @@ class PairLoss(torch.autograd.Function):
     ``differentiable`` are the tensors among the parameters through which the gradient also flows.
     """
 
+    ONCE = ONCE
+
     @staticmethod
     def forward(
         logps: Tensor, pairs: Pairs, bound: Bound, *differentiable: Tensor
@@ -78,13 +80,13 @@ class PairLoss(torch.autograd.Function):
             }
             bound = Bound(bound.row, params)
         per_pair, slopes = pairs.evaluate(logps, bound)
-        return over(weighted_sum(per_pair, pairs.weight), pairs.count), per_pair, *slopes
+        return over(weighted_sum(per_pair, pairs.weight), pairs.divisor), per_pair, *slopes
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, pairs, bound, *_ = inputs
         ctx.set_materialize_grads(False)
-        ctx.count = pairs.count
+        ctx.divisor = pairs.divisor
         ctx.save_for_backward(pairs.weight, *output[2:])
         ctx.mark_non_differentiable(*output[1 if bound.row.couples_batch else 2 :])
 
@@ -105,7 +107,7 @@ class PairLoss(torch.autograd.Function):
         if grad_loss is None:
             factor = grad_per_pair
         else:
-            factor = over(grad_loss, ctx.count)
+            factor = over(grad_loss, ctx.divisor)
             if weight is not None:
                 factor = factor * weight
             if grad_per_pair is not None:
@@ -123,10 +125,12 @@ def slopes_of(logps: Tensor, pairs: Pairs, bound: Bound) -> Tensor:
     if pairs.weight is not None:
         weight = pairs.weight[:, None]
         slopes = torch.where(weight == 0, torch.zeros_like(slopes), slopes * weight)
-    return over(slopes, pairs.count)
+    return over(slopes, pairs.divisor)
 
 
 class _Attach(torch.autograd.Function):
+    ONCE = ONCE
+
     @staticmethod
     def forward(logps: Tensor, value: Tensor, slope: Tensor) -> Tensor:
         return value.view_as(value)

@@ -174,7 +174,7 @@ def bind_terms(
 
 
 def _sum_of_losses(terms: Sequence[Term], inputs: Inputs) -> PreferenceLoss:
-    """``sum_k factor_k * loss_k``; a loss of factor 0 is not computed, so that its NaN goes nowhere."""
+    """``sum_k factor_k * loss_k``; a loss of factor 0 is not computed, NaN or not."""
     terms = [term for term in terms if term.factor != 0] or terms
     parts = [
         (

@@ -30,8 +30,8 @@ class PreferenceLoss:
             filled again since change nothing.
         scale: what the rewards multiply log-ratios by: the beta of the loss, a float or (N,), or
             None.
-        differentiable_logps: of `linear_preference_loss`, (N, 2): the log-probs with their gradient,
-            for a term of your own beside the loss; else None.
+        differentiable_logps: of `linear_preference_loss`, (N, 2): the log-probs with their
+            gradient, for a term of your own beside the loss; else None.
         plan: that of the head which the loss came from (`linear_preference_loss`), else None.
     """
 
