@@ -85,7 +85,7 @@ def run(function, name, pairs=2, x=None):
     return [part.detach() for part in (*out, *grads)]
 
 
-EAGER = [("aot_eager", name) for name in STEPS if name != "pairwise"]
+EAGER = [("aot_eager", name) for name in STEPS]
 INDUCTOR = [("inductor", name) for name in ("logits in place", "frozen", "recompute")]
 
 
@@ -95,21 +95,6 @@ def test_one_graph_gives_what_eager_gives(backend, name):
     compiled = torch.compile(STEPS[name], fullgraph=True, backend=backend)
     for a, b in zip(run(compiled, name), run(STEPS[name], name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.fault("K11")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_pairwise_plan_breaks_the_graph_and_gives_what_eager_gives():
-    """Its chunks are cut by the values of the offsets, which a graph does not know."""
-    step = STEPS["pairwise"]
-    compiled = torch.compile(step, backend="aot_eager")
-    for a, b in zip(run(compiled, "pairwise"), run(step, "pairwise"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
-    # torch 2.8 says which list it cannot inline instead
-    errors = (torch._dynamo.exc.UserError, torch._dynamo.exc.Unsupported)
-    with pytest.raises(errors, match=r"data-dependent|SKIPPED INLINING"):
-        run(torch.compile(step, fullgraph=True, backend="aot_eager"), "pairwise")
 
 
 @pytest.mark.parametrize("name", ["logits", "frozen", "recompute"])
