@@ -86,7 +86,7 @@ def run(function, name, pairs=2, x=None):
     return [part.detach() for part in (*out, *grads)]
 
 
-EAGER = [("aot_eager", name) for name in STEPS if name != "pairwise"]
+EAGER = [("aot_eager", name) for name in STEPS]
 INDUCTOR = [("inductor", name) for name in ("logits in place", "frozen", "recompute")]
 
 
@@ -96,21 +96,6 @@ def test_one_graph_gives_what_eager_gives(backend, name):
     compiled = torch.compile(STEPS[name], fullgraph=True, backend=backend)
     for a, b in zip(run(compiled, name), run(STEPS[name], name), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.fault("K11")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_pairwise_plan_breaks_the_graph_and_gives_what_eager_gives():
-    """Its chunks are cut by the values of the offsets, which a graph does not know."""
-    step = STEPS["pairwise"]
-    compiled = torch.compile(step, backend="aot_eager")
-    for a, b in zip(run(compiled, "pairwise"), run(step, "pairwise"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
-    # torch 2.8 says which list it cannot inline instead
-    errors = (torch._dynamo.exc.UserError, torch._dynamo.exc.Unsupported)
-    with pytest.raises(errors, match=r"data-dependent|SKIPPED INLINING"):
-        run(torch.compile(step, fullgraph=True, backend="aot_eager"), "pairwise")
 
 
 @pytest.mark.parametrize("name", ["logits", "frozen", "recompute"])
@@ -216,3 +201,51 @@ def test_weights_and_single_rows_are_one_graph():
     z, labels, weights = torch.randn(3, 5, V), labels_of(2)[:3], torch.rand(3, 5)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z, labels, weights), step(z, labels, weights))
+
+
+def table_of(lengths, seed=0):
+    M = sum(lengths)
+    targets = torch.randint(
+        0, V, (M,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed)
+    )
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return ScoreTable(logit_rows=torch.arange(M), targets=targets, seq_offsets=offsets)
+
+
+def fused(x, weight, table, ref, **how):
+    return linear_preference_loss(x, weight, table, ref, plan="pairwise", **how).loss
+
+
+DYNAMIC = {
+    "logits": lambda x, w, table, ref: preference_loss(sequence_logps(x @ w.T, table), ref).loss,
+    "recompute": lambda x, w, table, ref: (
+        preference_loss(linear_sequence_logps(x, w, table), ref).loss
+    ),
+    "pairwise": fused,
+    "pairwise, two pairs a chunk": lambda *parts: fused(*parts, chunk_pairs=2),
+}
+
+
+@pytest.mark.parametrize("step", DYNAMIC.values(), ids=DYNAMIC)
+def test_dynamic_shapes_trace_into_one_graph(step):
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for pairs, length in ((3, 2), (3, 4), (4, 3)):
+        table, ref = table_of([length] * (2 * pairs), length), torch.full((pairs, 2), -5.0)
+        results = []
+        for function in (compiled, step):
+            generator = torch.Generator().manual_seed(length)
+            x = torch.randn(40, H, generator=generator).requires_grad_()
+            w = torch.randn(V, H, generator=generator).requires_grad_()
+            loss = function(x, w, table, ref)
+            results.append((loss.detach(), *torch.autograd.grad(3.0 * loss, (x, w))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_of_unequal_pairs_are_nan_in_a_graph_and_not_wrong():
+    step = DYNAMIC["pairwise, two pairs a chunk"]
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    x, w = torch.randn(20, H), torch.randn(V, H, requires_grad=True)
+    table, ref = table_of([1, 2, 3, 2, 1, 3]), torch.full((3, 2), -5.0)
+    assert compiled(x, w, table, ref).isnan()
+    assert step(x, w, table, ref).isfinite()

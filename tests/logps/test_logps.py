@@ -252,7 +252,7 @@ def test_weight_zero_hides_nan_and_bad_targets(impl):
         ({"temperature": None}, TypeError, "`temperature` must be a number"),
         ({"softcap": 0.0}, ValueError, "`softcap`"),
         ({"softcap": math.inf}, ValueError, "`softcap`"),
-        ({"softcap": torch.ones(())}, TypeError, "`softcap`"),
+        ({"softcap": torch.ones(2)}, TypeError, "`softcap`"),
         ({"logit_scale": 0}, ValueError, "`logit_scale`"),
         ({"logit_scale": "2"}, TypeError, "`logit_scale`"),
         ({"impl": "triton"}, ValueError, "`impl` must be one of auto, cuda, cpu, torch"),

@@ -24,6 +24,7 @@ FLOORS = [
     {"__main__"},
 ]
 TORCH_FLOORS = [
+    {"numbers"},
     {"once", "ring", "agreement"},
     {"logps", "loader", "attention"},
     {"losses", "parallel"},

@@ -31,6 +31,10 @@ NAN = torch.tensor([0.0, math.nan])
 strengths = st.lists(st.integers(1, 1000), min_size=2, max_size=7)
 
 
+EQUAL = pytest.mark.filterwarnings("ignore:`wins` is symmetric")
+
+
+@EQUAL
 @given(strengths)
 def test_the_fit_of_expected_wins_returns_the_strengths(a):
     a = np.array(a, dtype=np.float64)
@@ -72,6 +76,14 @@ def test_zermelo_agrees():
     np.testing.assert_allclose(bt_fit(wins).strengths, a, rtol=1e-9)
 
 
+def test_counts_of_meetings_in_the_place_of_wins_are_warned_of():
+    met = [[0, 4, 2], [4, 0, 3], [2, 3, 0]]
+    with pytest.warns(UserWarning, match="`wins` is symmetric"):
+        fit = bt_fit(met)
+    np.testing.assert_allclose(fit.strengths, 1)
+
+
+@EQUAL
 @given(strengths)
 def test_plackett_luce_on_pairs_is_bradley_terry(a):
     wins = bt_probability(np.array(a, float)[:, None], np.array(a, float)[None, :])

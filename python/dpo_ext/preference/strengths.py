@@ -83,13 +83,6 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
     hint: fit each group alone, or compare items of different groups
     """
     counts = _counts("wins", wins)
-    if (counts == counts.T).all() and counts.any():
-        warnings.warn(
-            "`wins` is symmetric: each item beat each other as often as it lost, so that all "
-            "strengths are equal\nhint: wins[i, j] counts how often i beat j, not how often they "
-            "met; draws go into `ties`",
-            stacklevel=2,
-        )
     if ties is not None:
         tied = _counts("ties", ties)
         if tied.shape != counts.shape:
@@ -98,6 +91,13 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
     K = len(counts)
     _check_names(names, K)
     _check_connected(counts > 0, names)
+    if K > 2 and ties is None and (counts == counts.T).all():
+        warnings.warn(
+            "`wins` is symmetric: each item beat each other as often as it lost, so that all "
+            "strengths are equal\nhint: wins[i, j] counts how often i beat j, not how often they "
+            "met; draws go into `ties`",
+            stacklevel=2,
+        )
     i, j = np.nonzero(counts)
     weight = counts[i, j]
 

@@ -28,11 +28,12 @@ from dpo_ext.torch.logps.scores import (
     check_plain,
     token_grad,
 )
+from dpo_ext.torch.losses.checks import convert_parameter
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.forms import over
 from dpo_ext.torch.losses.inputs import Inputs
 from dpo_ext.torch.losses.node import Bound, Pairs, slopes_of, weighted_sum
-from dpo_ext.torch.losses.pairs import PreferenceLoss, bind_terms, preference_loss
+from dpo_ext.torch.losses.pairs import SCALE, PreferenceLoss, bind_terms, preference_loss
 from dpo_ext.torch.losses.ranks import check_group, count_pairs
 from dpo_ext.torch.numbers import as_number, host_values, transformed
 from dpo_ext.torch.once import differentiable_once
@@ -125,7 +126,8 @@ def linear_preference_loss(
     chunk_pairs = _check_chunk_pairs(chunk_pairs)
     if plan not in PLANS:
         raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}")
-    if lengths is None and (isinstance(loss, str) or not callable(loss)):
+    own_lengths = lengths is not None
+    if lengths is None and _may_read_lengths(loss, compat):
         lengths = table.lengths
     options = {"loss": loss, "num_pairs": num_pairs, "compat": compat, "loss_weights": loss_weights}
     if group is not None:
@@ -187,11 +189,24 @@ def linear_preference_loss(
     given = params if beta is None else {"beta": beta, **params}
     losses = _Losses.of(inputs, loss, loss_weights, given)
     job = _Job(scored, head, losses, linear.trains(), chunk_pairs)
-    total, logps = (_TracedPairwiseHead if traced else _PairwiseHead).apply(*linear, job)
-    out = preference_loss(logps.detach(), ref, lengths=lengths, **options, **by_pair)
-    out.loss, out.per_pair, out.plan = total, out.per_pair.detach(), plan
+    total, logps, per_pair = (_TracedPairwiseHead if traced else _PairwiseHead).apply(*linear, job)
+    if own_lengths or (host_values(total) and math.isnan(total.item())):  # looks at all values
+        preference_loss(logps.detach(), ref, lengths=lengths, **options, **by_pair)
+    scale = losses.terms[0][1].params.get("beta")
+    if beta is not None and not isinstance(loss, str):
+        scale = convert_parameter("beta", beta, SCALE, like)
+    out = PreferenceLoss(total, per_pair, logps, ref, scale)
+    out.plan = plan
     out.differentiable_logps = None if traced else logps
     return out
+
+
+def _may_read_lengths(loss: Any, compat: str | None) -> bool:
+    """Whether the lengths of the table are worth counting."""
+    if compat is not None:
+        return isinstance(loss, str) or not callable(loss)
+    names = loss if isinstance(loss, (list, tuple)) else [loss]
+    return any(isinstance(n, str) and find_loss(n).lengths for n in names)
 
 
 def _check_chunk_pairs(chunk_pairs: Any) -> int | None:
@@ -232,13 +247,14 @@ class _Losses(NamedTuple):
         each = Pairs(inputs.ref_logps, inputs.lengths, inputs.weight, inputs.count, None)
         return _Losses(terms, each)
 
-    def total(self, logps: Tensor) -> Tensor:
+    def total(self, per_pair: Tensor) -> Tensor:
         """The scalar loss of all pairs."""
-        values = [
-            factor * weighted_sum(self.pairs.evaluate(logps, bound)[0], self.pairs.weight)
-            for factor, bound in self.terms
-        ]
-        return over(sum(values[1:], values[0]), self.pairs.divisor)
+        return over(weighted_sum(per_pair, self.pairs.weight), self.pairs.divisor)
+
+    def per_pair(self, logps: Tensor) -> Tensor:
+        """(N,) loss of each pair."""
+        values = [factor * self.pairs.evaluate(logps, bound)[0] for factor, bound in self.terms]
+        return sum(values[1:], values[0])
 
     def slopes(self, logps: Tensor, pairs: slice) -> Tensor:
         """(n, 2) dL/dlogp of some pairs of the batch."""
@@ -288,14 +304,14 @@ class _Job(NamedTuple):
 
 
 class _PairwiseHead(torch.autograd.Function):
-    """``(loss, log-probs (N, 2))``; the loss is differentiable, from gradients made in forward, and
-    the log-probs are, by computing their logits again.
+    """``(loss, log-probs (N, 2), loss of each pair)``; the loss is differentiable, from gradients
+    made in forward, and the log-probs are, by computing their logits again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         linear = Linear(hidden, weight, bias)
         ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
         run = _Pass(linear, job, ctx.needed)
@@ -306,10 +322,14 @@ class _PairwiseHead(torch.autograd.Function):
         ctx.made, ctx.rest = made[:3], made[3:]
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)
-        return job.losses.total(logps), logps
+        per_pair = job.losses.per_pair(logps)
+        ctx.mark_non_differentiable(per_pair)
+        return job.losses.total(per_pair), logps, per_pair
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, g_logps: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, g: Tensor | None, g_logps: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         linear = Linear(*ctx.saved_tensors)
         kept, ctx.made = ctx.made, None
         upstream = g if g is not None else g_logps
@@ -336,7 +356,7 @@ class _TracedPairwiseHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         linear = Linear(hidden, weight, bias)
         ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
         run = _Pass(linear, job, ctx.needed)
@@ -344,8 +364,9 @@ class _TracedPairwiseHead(torch.autograd.Function):
         made = run.made()
         ctx.height = made.height
         ctx.save_for_backward(hidden, weight, bias, *made[:6])
-        ctx.mark_non_differentiable(logps)
-        return job.losses.total(logps), logps
+        per_pair = job.losses.per_pair(logps)
+        ctx.mark_non_differentiable(logps, per_pair)
+        return job.losses.total(per_pair), logps, per_pair
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -78,10 +78,10 @@ def sequence_logps(
 
     Numerics: exponentials and their sums in float32 for every dtype but float64; token log-probs
     are within 4e-6 of float64 or half a unit in their last place, whichever is more (below -64
-    nats it is the unit; the twin: a whole one). Sums over tokens in float64, in a fixed order. The
-    same rows of logits give the same bits in any layout. A target outside [0, V) gives NaN for its sequence, as
-    does (on a GPU) a row outside [0, R). NaN and inf stay in their sequence. A token of weight 0 is
-    not read. A sequence without tokens gives 0.
+    nats it is the unit; the twin: a whole one). Sums over tokens in float64, in a fixed
+    order. The same rows of logits give the same bits in any layout. A target outside [0, V) gives
+    NaN for its sequence, as does (on a GPU) a row outside [0, R). NaN and inf stay in their
+    sequence. A token of weight 0 is not read. A sequence without tokens gives 0.
 
     >>> logits = torch.zeros(2, 3, 4)                      # chosen and rejected, T = 3, V = 4
     >>> labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])

@@ -26,7 +26,7 @@ from dpo_ext.torch.losses.signature import check_call
 from dpo_ext.torch.numbers import as_number, host_values
 from dpo_ext.torch.once import node
 
-_SCALE = positive()
+SCALE = positive()
 
 
 def preference_loss(
@@ -123,7 +123,7 @@ def preference_loss(
         inputs = inputs.averaged() if averages else inputs
     out = _sum_of_losses(terms, inputs)
     if beta is not None:  # the rewards take the beta that was given, or that of the first loss
-        out.scale = convert_parameter("beta", beta, _SCALE, logps)
+        out.scale = convert_parameter("beta", beta, SCALE, logps)
     return out
 
 
