@@ -55,7 +55,8 @@ def sequence_logps(
     Args:
         logits: (R, V) or (B, T, V) with R = B * T; float32, bfloat16, float16, or float64 (the twin
             computes it). Any strides; a layout whose rows have no common stride is copied.
-        table: which rows are scored, for which token of which sequence; on the logits' device.
+        table: which rows are scored, for which token of which sequence; on the logits' device. One
+            that knows its ``shape`` (rows, T) takes logits (rows, T, V) or (rows * T, V) only.
         temperature: > 0, divides last.
         softcap: > 0 or None, the cap of the models that have one (Gemma 2: 30).
         logit_scale: > 0, multiplies first (Cohere's ``logit_scale``).
@@ -71,15 +72,16 @@ def sequence_logps(
 
     Raises:
         TensorError: shape, dtype or device is not as above; a row of a table on the CPU is not
-            below R; ``inplace_grad`` with logits that are a leaf or overlap in memory.
+            below R, or an id not below V; the table was changed into none; ``inplace_grad`` with
+            logits that are a leaf or overlap in memory.
         KernelUnavailable: ``impl="cuda"`` (or ``"auto"`` on a GPU) without CuPy or a device.
         ValueError: ``impl``, or a scalar out of its range.
 
     Numerics: exponentials and their sums in float32 for every dtype but float64; token log-probs
     are within 4e-6 of float64; sums over tokens in float64, in a fixed order. The same rows of
-    logits give the same bits in any layout. A target outside [0, V) gives NaN for its sequence, as
-    does (on a GPU) a row outside [0, R). NaN and inf stay in their sequence. A token of weight 0 is
-    not read. A sequence without tokens gives 0.
+    logits give the same bits in any layout. On a GPU and in a compiled region, where no value is
+    looked at, a target outside [0, V) or a row outside [0, R) gives NaN for its sequence. NaN and
+    inf stay in their sequence. A token of weight 0 is not read. A sequence without tokens gives 0.
 
     >>> logits = torch.zeros(2, 3, 4)                      # chosen and rejected, T = 3, V = 4
     >>> labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])
