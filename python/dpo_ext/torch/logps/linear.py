@@ -72,8 +72,8 @@ def linear_sequence_logps(
         hidden: (R, H) or (B, T, H) with R = B * T; float32, bfloat16, float16 or float64.
         weight: (V, H), the dtype of ``hidden`` (any under autocast); may be tied to the embedding.
         table: rows of ``hidden``, targets, sequences; on the device of ``hidden``, and for its
-            (rows, T), if it knows one. A table from ``from_labels`` multiplies its ignored rows too:
-            ``.compact()`` drops them (one wait).
+            (rows, T), if it knows one. A table from ``from_labels`` multiplies its ignored rows
+            too: ``.compact()`` drops them (one wait).
         bias: (V,) or None.
         plan: ``"frozen"`` (neither weight nor bias needs a gradient), ``"recompute"``, or
             ``"auto"``, the first that serves.
