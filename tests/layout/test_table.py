@@ -335,6 +335,10 @@ def test_a_change_that_leaves_a_table_is_taken():
     again = ScoreTable(**tensors(seq_offsets=[0, 1, 1, 3, 4], weights=[1.0, 0.5, 2.0, 2.0]))
     assert torch.equal(scored(table), scored(again))
     assert table.host_offsets.tolist() == again.host_offsets.tolist()
+    made = ScoreTable.from_labels(torch.ones(2, 4, dtype=torch.int64))  # the host has a copy
+    made.seq_offsets[1] = 1
+    sequence_logps(torch.zeros(2, 4, 5), made)
+    assert made.host_offsets.tolist() == [0, 1, 6]
 
 
 def test_the_tensor_that_a_table_was_made_of_is_the_tables():

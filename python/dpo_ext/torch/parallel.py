@@ -63,7 +63,8 @@ def vocab_parallel_sequence_logps(
         (n_groups, group_size) float32, the same on every rank, differentiable once.
 
     Raises:
-        TensorError: shape, dtype or device; ``logits`` is a DTensor (pass its ``.to_local()``).
+        TensorError: shape, dtype or device; ``logits`` is a DTensor (pass its ``.to_local()``), or
+            of another (rows, T) than the table.
         ValueError: ``vocab_start`` < 0 or a scalar out of its range.
 
     Numerics: as `sequence_logps`; the target's own term is kept apart from the sum on its rank, so
@@ -242,7 +243,8 @@ def context_parallel_table(table: ScoreTable, rows: Tensor) -> ScoreTable:
         rows: (R_local,) int64, global row of each local row; no row twice, none on two ranks.
 
     Returns:
-        ScoreTable for the local logits, with the sequences of the whole batch.
+        ScoreTable for the local logits, of which it knows the number of rows, with the sequences of
+        the whole batch.
 
     Raises:
         TensorError: dtype, shape or device of ``rows``.

@@ -72,8 +72,9 @@ def linear_sequence_logps(
     Args:
         hidden: (R, H) or (B, T, H) with R = B * T; float32, bfloat16, float16 or float64.
         weight: (V, H), the dtype of ``hidden`` (any under autocast); may be tied to the embedding.
-        table: rows of ``hidden``, targets, sequences; on the device of ``hidden``. A table from
-            ``from_labels`` multiplies its ignored rows too: ``.compact()`` drops them (one wait).
+        table: rows of ``hidden``, targets, sequences; on the device of ``hidden``, and for its
+            (rows, T), if it knows one. A table from ``from_labels`` multiplies its ignored rows
+            too: ``.compact()`` drops them (one wait).
         bias: (V,) or None.
         plan: ``"frozen"`` (neither weight nor bias needs a gradient), ``"recompute"``, or
             ``"auto"``, the first that serves.
@@ -91,7 +92,8 @@ def linear_sequence_logps(
         ``weight`` and ``bias``.
 
     Raises:
-        TensorError: shape, dtype or device is not as above; ``weight`` is a DTensor.
+        TensorError: shape, dtype or device is not as above; ``weight`` is a DTensor; on the CPU, a
+            row not below R or an id not below V.
         ValueError: ``plan``, ``chunk_rows`` or a scalar out of its range; ``plan="frozen"`` with a
             weight that needs a gradient.
         KernelUnavailable: as `sequence_logps`.

@@ -71,17 +71,18 @@ def sequence_logps(
 
     Raises:
         TensorError: shape, dtype or device is not as above; a row of a table on the CPU is not
-            below R; ``inplace_grad`` with logits that are a leaf, a view of one, or
-            overlap in memory.
+            below R, or an id not below V; the table was changed into none; ``inplace_grad`` with
+            logits that are a leaf, a view of one, or overlap in memory.
         KernelUnavailable: ``impl="cuda"`` (or ``"auto"`` on a GPU) without CuPy or a device.
         ValueError: ``impl``, or a scalar out of its range.
 
     Numerics: exponentials and their sums in float32 for every dtype but float64; token log-probs
     are within 4e-6 of float64 or half a unit in their last place, whichever is more (below -64
     nats it is the unit; the twin: a whole one). Sums over tokens in float64, in a fixed
-    order. The same rows of logits give the same bits in any layout. A target outside [0, V) gives
-    NaN for its sequence, as does (on a GPU) a row outside [0, R). NaN and inf stay in their
-    sequence. A token of weight 0 is not read. A sequence without tokens gives 0.
+    order. The same rows of logits give the same bits in any layout. On a GPU and in a compiled
+    region, where no value is looked at, a target outside [0, V) or a row outside [0, R) gives NaN
+    for its sequence. NaN and inf stay in their sequence. A token of weight 0 is not read. A
+    sequence without tokens gives 0.
 
     >>> logits = torch.zeros(2, 3, 4)                      # chosen and rejected, T = 3, V = 4
     >>> labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])
