@@ -24,7 +24,8 @@ FLOORS = [
     {"__main__"},
 ]
 TORCH_FLOORS = [
-    {"once", "ring"},
+    {"numbers", "ring"},
+    {"once"},
     {"logps", "loader", "attention"},
     {"losses", "parallel"},
     {"pairwise"},

@@ -62,8 +62,8 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
 
     Args:
         wins: (K, K), ``wins[i, j]`` how often, or with which weight, i beat j; >= 0, 0 on the
-            diagonal. A symmetric matrix, such as how often two items met, says that all are equally
-            strong; that is warned of.
+            diagonal. A symmetric matrix says that all are equally strong; one with several counts
+            looks like how often two items met, and is warned of.
         ties: (K, K), how often i and j tied; the count of a pair may stand in one triangle or be
             halved over both.
         names: of the items, for errors.
@@ -82,14 +82,7 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
     dpo_ext.errors.DataError: the comparisons do not connect the items: {a, b}, {c}
     hint: fit each group alone, or compare items of different groups
     """
-    counts = _counts("wins", wins)
-    if (counts == counts.T).all() and counts.any():
-        warnings.warn(
-            "`wins` is symmetric: each item beat each other as often as it lost, so that all "
-            "strengths are equal\nhint: wins[i, j] counts how often i beat j, not how often they "
-            "met; draws go into `ties`",
-            stacklevel=2,
-        )
+    counts = won = _counts("wins", wins)
     if ties is not None:
         tied = _counts("ties", ties)
         if tied.shape != counts.shape:
@@ -98,6 +91,13 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
     K = len(counts)
     _check_names(names, K)
     _check_connected(counts > 0, names)
+    if (won == won.T).all() and len(set(won[won > 0])) > 1:
+        warnings.warn(
+            "`wins` is symmetric: each item beat each other as often as it lost, so that all "
+            "strengths are equal\nhint: wins[i, j] counts how often i beat j, not how often they "
+            "met; draws go into `ties`",
+            stacklevel=2,
+        )
     i, j = np.nonzero(counts)
     weight = counts[i, j]
 
