@@ -103,3 +103,4 @@ def test_a_symmetric_matrix_of_wins_is_warned_of():
     with pytest.warns(UserWarning, match="`wins` is symmetric: .* all strengths are equal"):
         fit = bt_fit([[0, 3, 2], [3, 0, 1], [2, 1, 0]])
     np.testing.assert_allclose(fit.strengths, 1.0)
+    np.testing.assert_allclose(bt_fit([[0, 2], [2, 0]]).strengths, 1.0)  # a score of 2 to 2

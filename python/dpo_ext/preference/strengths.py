@@ -62,8 +62,8 @@ def bt_fit(wins: Any, *, ties: Any = None, names: Sequence[str] | None = None) -
 
     Args:
         wins: (K, K), ``wins[i, j]`` how often, or with which weight, i beat j; >= 0, 0 on the
-            diagonal. A symmetric matrix, such as how often two items met, says that all are equally
-            strong; that is warned of.
+            diagonal. A symmetric matrix says that all are equally strong; one with several counts
+            looks like how often two items met, and is warned of.
         ties: (K, K), how often i and j tied; the count of a pair may stand in one triangle or be
             halved over both.
         names: of the items, for errors.
