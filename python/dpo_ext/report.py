@@ -137,7 +137,7 @@ class Report:
             for name, count in sorted(counts.items(), key=lambda item: -item[1]):
                 lines.append(f"  {title} {name}: {count:,}{self._place(name)}")
         if self.unread:
-            lines.append(f"  not read: {', '.join(self.unread)}")
+            lines.append(f"  not read: {', '.join(map(printable, self.unread))}")
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)
 
@@ -151,7 +151,7 @@ class Report:
             for name, count in sorted(counts.items(), key=lambda item: -item[1]):
                 rows.append((f"{title} {name}", f"{count:,}", self._place(name).strip(" ()")))
         if self.unread:
-            rows.append(("not read", "", ", ".join(self.unread)))
+            rows.append(("not read", "", ", ".join(map(printable, self.unread))))
         rows.extend(("note", "", note) for note in self.notes)
         return table("Report", ("", "rows", ""), rows)
 
@@ -171,6 +171,11 @@ class Report:
             place = f"row {example.row}"
         place = place if path is None else f"{path}, {place}"
         return f" (first: {place}{f', `{example.field}`' if example.field else ''})"
+
+
+def printable(name: str) -> str:
+    """A name of a field as it is, unless a terminal would act on it."""
+    return name if name.isprintable() else repr(name)
 
 
 def uncarried(with_ref: int, kept: int) -> list[str]:

@@ -120,7 +120,7 @@ pub(super) fn texts(
         let message = "expected turns that both sides share, found none";
         return Err(Bad::new(Reason::MissingPrompt, names[0], message).into());
     }
-    let Parts { prompt, chosen, rejected, own, twice } = parts;
+    let Parts { prompt, chosen, rejected, own, twice, spelt } = parts;
     let alone = match renderer.render(&prompt, None, names[0], pair) {
         Ok(rendered) => rendered.text,
         // Templates need not know how a conversation begins without a turn.
@@ -144,14 +144,19 @@ pub(super) fn texts(
     }
     let sides = [(&chosen, &whole_chosen, names[1]), (&rejected, &whole_rejected, names[2])];
     for (i, (side, rendered, name)) in sides.into_iter().enumerate() {
-        let messages = prompt.iter().chain(side).collect();
+        let given = spelt.get(i).and_then(Option::as_ref);
+        let messages = match given {
+            Some(turns) => turns.iter().collect(),
+            None => prompt.iter().chain(side).collect::<Vec<_>>(),
+        };
         // What the prompt says is looked for once.
-        let from = if i == 0 { 0 } else { prompt.len() };
+        let from = if i == 0 || given.is_some() { 0 } else { prompt.len() };
         let names = [names[0], name];
         // Where the prompt ends, if it is printed as it is alone.
         let begin = if from > 0 && rendered.text.starts_with(&alone) { alone.len() } else { 0 };
-        let completion = prompt.len();
-        let side = Side { messages, from, begin, completion, names, own, twice };
+        let completion = messages.len() - side.len();
+        let side =
+            Side { messages, from, begin, completion, names, own, twice, spelt: given.is_some() };
         check_content(&side, rendered, &renderer, pair)?;
     }
     let (whole_chosen, whole_rejected) = (whole_chosen.text, whole_rejected.text);

@@ -37,6 +37,8 @@ pub(super) struct Side<'s> {
     pub(super) own: usize,
     /// Turns of the completion's field before the ones that are the prompt's own.
     pub(super) twice: usize,
+    /// Some of the messages are spelt otherwise than those that were rendered, and print alike.
+    pub(super) spelt: bool,
 }
 
 impl Side<'_> {
@@ -189,7 +191,7 @@ pub(super) fn check_content(
     renderer: &Renderer<'_>,
     pair: &mut Pair,
 ) -> Result<(), Refusal> {
-    if rendered.complete {
+    if rendered.complete && !side.spelt {
         return Ok(());
     }
     // Where the end of the prompt is not known, its texts must have their places, too.

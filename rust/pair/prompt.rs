@@ -22,6 +22,8 @@ pub(super) struct Parts<'a> {
     pub(super) own: usize,
     /// Turns of the sides that were the prompt's once more.
     pub(super) twice: usize,
+    /// The conversation of a side as the row has it, if some of its turns are spelt otherwise in the prompt.
+    pub(super) spelt: [Option<Vec<Value<'a>>>; 2],
 }
 
 /// Finds the turns that both sides share, by what the template prints of them.
@@ -35,20 +37,28 @@ pub(super) fn parted<'a>(
     let names = fields.map(|field| options.keys.name(field));
     let is_implicit = prompt.is_none();
     let prompt = prompt.unwrap_or_default();
-    let mut parts = Parts { own: prompt.len(), twice: 0, prompt, chosen, rejected };
+    let spelt = [None, None];
+    let mut parts = Parts { own: prompt.len(), twice: 0, spelt, prompt, chosen, rejected };
     if is_implicit {
         let shared = shared(&parts, renderer);
         parts.take(shared);
     } else {
         let twice = parts.prompt_in_sides(renderer);
-        if twice > 0 {
+        let holds = twice == 0 && parts.sides_hold_prompt(renderer);
+        if twice > 0 || holds {
             pair.warn(Warning::PromptInSides);
         }
         // TRL trains on what stands there twice.
-        if options.boundary != Boundary::Trl {
-            parts.twice = twice;
-            parts.chosen.drain(..twice);
-            parts.rejected.drain(..twice);
+        if options.boundary == Boundary::Trl {
+        } else if twice > 0 || holds {
+            // The sides are whole conversations.
+            parts.leave(twice);
+            if holds {
+                (parts.own, parts.prompt) = (0, Vec::new());
+            }
+            let shared = shared(&parts, renderer);
+            parts.take(shared);
+        } else {
             let asked = parts.chosen.iter().take_while(|turn| is_asked(turn)).count();
             if asked > 0 {
                 let shared = shared(&parts, renderer).min(asked);
@@ -106,8 +116,51 @@ fn contains(content: &Value<'_>, text: &str) -> bool {
 impl Parts<'_> {
     /// Makes the first turns of the sides the prompt's last.
     fn take(&mut self, shared: usize) {
-        self.rejected.drain(..shared);
-        self.prompt.extend(self.chosen.drain(..shared));
+        self.take_both(shared, shared);
+    }
+
+    /// Makes the first turns of the chosen side the prompt's last, and leaves those of the other out.
+    fn take_both(&mut self, mine: usize, theirs: usize) {
+        if self.chosen.get(..mine) != self.rejected.get(..theirs) {
+            let turns = self.spelt[1].take();
+            let own = || self.prompt.iter().chain(&self.rejected).cloned().collect();
+            self.spelt[1] = turns.or_else(|| Some(own()));
+        }
+        self.rejected.drain(..theirs);
+        self.prompt.extend(self.chosen.drain(..mine));
+    }
+
+    /// Leaves the first turns of the sides out, which are the prompt's last.
+    fn leave(&mut self, twice: usize) {
+        let (before, last) = self.prompt.split_at(self.prompt.len() - twice);
+        for (side, spelt) in [&mut self.chosen, &mut self.rejected].into_iter().zip(&mut self.spelt)
+        {
+            if side.get(..twice) != Some(last) {
+                *spelt = Some(before.iter().chain(side.iter()).cloned().collect());
+            }
+            side.drain(..twice);
+        }
+        self.twice = twice;
+    }
+
+    /// Whether the sides begin alike with turns of which one is a question of the prompt.
+    fn sides_hold_prompt(&self, renderer: &Renderer<'_>) -> bool {
+        let begins = self.chosen.first().is_some_and(is_asked);
+        let questions = || self.prompt.iter().filter(|turn| turn.role() == Some("user"));
+        if !begins || questions().next().is_none() {
+            return false;
+        }
+        let alone = Parts {
+            prompt: Vec::new(),
+            chosen: self.chosen.clone(),
+            rejected: self.rejected.clone(),
+            own: 0,
+            twice: 0,
+            spelt: [None, None],
+        };
+        let shared = shared(&alone, renderer);
+        let turns = self.chosen.get(..shared).unwrap_or_default();
+        turns.iter().any(|turn| is_asked(turn) && questions().any(|asked| asked.same(turn)))
     }
 
     /// Makes the first turns of one side the prompt's last where those of the other print the same, be they more or
@@ -135,8 +188,7 @@ impl Parts<'_> {
         let begin = self.prompt.iter().chain(self.chosen.iter().take(i));
         let other = begin.chain(self.rejected.iter().skip(j)).collect::<Vec<_>>();
         if renderer.try_render(&own) == renderer.try_render(&other) {
-            self.rejected.drain(..j);
-            self.prompt.extend(self.chosen.drain(..i));
+            self.take_both(i, j);
         }
     }
 

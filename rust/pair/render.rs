@@ -103,9 +103,11 @@ impl Renderer<'_> {
     /// Whether the template prints lists of parts and no strings.
     pub(super) fn reads_parts_only(&self) -> bool {
         self.template.reads_parts_only(|text, content| {
-            let role = ("role".into(), Value::Str("user".into()));
-            let message = Value::Object(vec![role, ("content".into(), content)]);
-            self.try_render(&[&message]).is_some_and(|render| render.contains(text))
+            let [asked, answer] = ["user", "assistant"].map(|role| {
+                let role = ("role".into(), Value::Str(role.into()));
+                Value::Object(vec![role, ("content".into(), content.clone())])
+            });
+            self.try_render(&[&asked, &answer]).map(|render| render.matches(text).count())
         })
     }
 

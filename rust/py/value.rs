@@ -56,7 +56,8 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
                 if !trls.contains(&key) {
                     findings.others.push(key.to_owned());
                 }
-                if !names.contains(&key) && findings.unread.len() < MOST_UNREAD {
+                let says = value.len().is_ok_and(|len| len > 0);
+                if says && !names.contains(&key) && findings.unread.len() < MOST_UNREAD {
                     findings.unread.push(key.to_owned());
                 }
             }

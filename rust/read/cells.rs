@@ -5,7 +5,7 @@ use super::keys::{FIELDS, Field, MEDIA};
 use super::turns;
 
 /// What a text begins with that is a whole conversation.
-const BEGINNINGS: [&str; 17] = [
+const BEGINNINGS: [&str; 30] = [
     "Human:",
     "User:",
     "USER:",
@@ -23,6 +23,19 @@ const BEGINNINGS: [&str; 17] = [
     "<|User|>",
     "<\u{ff5c}User\u{ff5c}>",
     "[INST]",
+    "### Human:",
+    "### User:",
+    "### System:",
+    "### Instruction:",
+    "Below is an instruction",
+    "A chat between",
+    "<|prompter|>",
+    "<\u{ff5c}begin\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "[gMASK]",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "[Round ",
+    "### Question:",
 ];
 
 /// The fields of one row.

@@ -100,7 +100,8 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
     }
     let swift = has(Field::RejectedResponse) || has(Field::RejectedMessages);
     let said = has(Field::Messages) || (has(Field::Query) && has(Field::Response));
-    if swift && said && !has(Field::Chosen) && !has(Field::Prompt) {
+    let given = has(Field::Chosen) || has(Field::ChosenResponse) || has(Field::Prompt);
+    if swift && said && !given {
         return Layout::Swift;
     }
     let whole = cells.is_conversation(Field::Chosen) && cells.is_conversation(Field::Rejected);
@@ -118,7 +119,7 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
             _ => Layout::Explicit,
         };
     }
-    if !whole && (has(Field::Messages) || has(Field::Conversation)) {
+    if !whole && (has(Field::Messages) || cells.is_turns(Field::Conversation)) {
         return Layout::Messages;
     }
     if !whole && has(Field::Conversations) {
@@ -271,21 +272,25 @@ fn messages<'a>(
         let message = "expected at least one message, found an empty list";
         return Err(Bad::new(Reason::BadMessages, name, message));
     }
-    let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
-    let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
-    let chosen = answer(chosen, &keys.chosen, limits)?;
-    let rejected = answer(rejected, &keys.rejected, limits)?;
+    let (chosen, chosen_field) = side(Field::Chosen, cells, keys, limits)?;
+    let (rejected, rejected_field) = side(Field::Rejected, cells, keys, limits)?;
     // Logs keep the answer that was given, as the last turn, beside the pair.
-    let given =
-        |last: &Value<'_>| [&chosen, &rejected].iter().any(|s| s.as_slice() == [last.clone()]);
+    let says = |one: &Value<'_>, other: &Value<'_>| {
+        one.role() == other.role()
+            && matches!((one.get("content"), other.get("content")), (Some(a), Some(b)) if a.same(b))
+            && one.get("tool_calls") == other.get("tool_calls")
+    };
+    let given = |last: &Value<'_>| {
+        [&chosen, &rejected].iter().any(|s| matches!(s.as_slice(), [one] if says(one, last)))
+    };
     if prompt.len() > 1 && prompt.last().is_some_and(given) {
         prompt.pop();
         warned.push(Warning::PromptInSides);
-    } else if field != Field::Prompt && prompt.last().is_some_and(is_answer) {
+    } else if prompt.last().is_some_and(is_answer) {
         let message = "expected a turn to be answered at the end, found an answer of neither side";
         return Err(Bad::new(Reason::BadMessages, name, message));
     }
-    let fields = [field, Field::Chosen, Field::Rejected];
+    let fields = [field, chosen_field, rejected_field];
     Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
 }
 
@@ -350,17 +355,28 @@ fn answered<'a>(
     keys: &Keys,
     limits: &Limits,
 ) -> Result<Turns<'a>, Bad> {
-    let mut side = |usual: Field, other: Field| {
-        let field = if cells.has(usual) { usual } else { other };
-        match cells.take_some(field) {
-            Some(value) => Ok((answer(value, keys.name(field), limits)?, field)),
-            None => Err(missing(keys.name(usual))),
-        }
-    };
-    let (chosen, chosen_field) = side(Field::Chosen, Field::ChosenResponse)?;
-    let (rejected, rejected_field) = side(Field::Rejected, Field::RejectedResponse)?;
+    let (chosen, chosen_field) = side(Field::Chosen, cells, keys, limits)?;
+    let (rejected, rejected_field) = side(Field::Rejected, cells, keys, limits)?;
     let fields = [field, chosen_field, rejected_field];
     Ok(Turns { prompt: Some(prompt), said: None, chosen, rejected, fields })
+}
+
+/// The turns of a side, in its field or in that of the same name with `_response`.
+fn side<'a>(
+    usual: Field,
+    cells: &mut Cells<'a>,
+    keys: &Keys,
+    limits: &Limits,
+) -> Result<(Vec<Value<'a>>, Field), Bad> {
+    let other = match usual {
+        Field::Chosen => Field::ChosenResponse,
+        _ => Field::RejectedResponse,
+    };
+    let field = if cells.has(usual) { usual } else { other };
+    match cells.take_some(field) {
+        Some(value) => Ok((answer(value, keys.name(field), limits)?, field)),
+        None => Err(missing(keys.name(usual))),
+    }
 }
 
 fn swift<'a>(cells: &mut Cells<'a>, keys: &Keys, limits: &Limits) -> Result<Turns<'a>, Bad> {

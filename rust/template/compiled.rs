@@ -108,14 +108,21 @@ impl Template {
         &self.source
     }
 
-    /// Whether the template prints a content that is a list of parts, and none that is a string; `prints` renders one
-    /// content of a user and says whether the text is there.
-    pub(crate) fn reads_parts_only(&self, prints: impl Fn(&str, Value<'_>) -> bool) -> bool {
+    /// Whether the template prints contents that are lists of parts, and none that is a string; `count` renders a
+    /// user's turn and an answer of one content, and counts the text in it.
+    pub(crate) fn reads_parts_only(
+        &self,
+        count: impl Fn(&str, Value<'_>) -> Option<usize>,
+    ) -> bool {
         const TEXT: &str = "qzxkpartv";
-        *self.parts_only.get_or_init(|| {
-            let string = || Value::Str(TEXT.into());
-            prints(TEXT, Value::List(vec![Value::part(TEXT.into())])) && !prints(TEXT, string())
-        })
+        if let Some(known) = self.parts_only.get() {
+            return *known;
+        }
+        // A template that refuses the probe may take another row's variables.
+        let listed = count(TEXT, Value::List(vec![Value::part(TEXT.into())]));
+        let Some(listed) = listed else { return false };
+        let plain = count(TEXT, Value::Str(TEXT.into()));
+        *self.parts_only.get_or_init(|| listed == 2 && plain.unwrap_or(0) == 0)
     }
 
     /// The variables that the template reads; `None` if only another renderer knows.

@@ -158,6 +158,14 @@ def test_a_template_of_parts_reads_parts(load):
     )
 
 
+def test_what_a_template_reads_does_not_depend_on_the_first_row(load):
+    fussy = "{% if not style is defined %}{{ raise_exception('style?') }}{% endif %}" + PARTS
+    good = row(chosen="yes", rejected="no", chat_template_kwargs={"style": "x"})
+    rows = [row(chosen="yes", rejected="no"), good, good]
+    for order in (rows, rows[::-1]):
+        assert len(PairDataset.from_rows(order, load(fussy), on_bad="skip", threads=1)) == 2
+
+
 def test_a_string_where_a_template_reads_parts_of_some_roles_is_refused(load):
     tok = load(
         "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}"

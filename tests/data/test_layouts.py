@@ -601,6 +601,99 @@ def test_a_list_of_text_and_its_text_are_the_same_turn_under_a_template_of_strin
         assert ids(PairDataset.from_rows([row], tok)) == want
 
 
+WHOLE = [[user("u1"), assistant("a1"), user("u2"), assistant(last)] for last in ("b", "c")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sides"),
+    [
+        ([user("hi")], [[system("S"), user("hi"), assistant(x)] for x in ("b", "c")]),
+        ([user("u1"), assistant("b")], [[user("u1"), assistant(x)] for x in ("b", "c")]),
+        ([user("u2")], WHOLE),
+        ([user("u1")], WHOLE),
+        (WHOLE[0], WHOLE),
+        (WHOLE[0][:3], WHOLE),
+    ],
+)
+def test_sides_that_hold_the_prompt_are_whole_conversations(tok, prompt, sides):
+    chosen, rejected = sides
+    pairs = PairDataset.from_rows([explicit(prompt, chosen, rejected)], tok)
+    want = PairDataset.from_rows([{"chosen": chosen, "rejected": rejected}], tok)
+    assert ids(pairs) == ids(want)
+    assert pairs.report.warned == {"prompt_in_sides": 1}
+
+
+def test_a_question_behind_a_prompt_that_the_sides_do_not_hold_is_the_prompts_last(tok):
+    row = explicit([system("S")], [user("q"), BLUE], [user("q"), GREEN])
+    want = explicit([system("S"), user("q")])
+    assert ids(PairDataset.from_rows([row], tok)) == ids(PairDataset.from_rows([want], tok))
+
+
+def test_what_one_side_alone_says_and_nobody_prints_is_not_lost(tmp_path):
+    no_system = (
+        "{% for message in messages if message['role'] != 'system' %}"
+        + TEMPLATE.partition(" %}")[2]
+    )
+    tok = tokenizer(tmp_path / "m", template=no_system)
+    rude, plain = [system("Always be rude and lie."), *ASK], ASK
+    for chosen, rejected in ((rude, plain), (plain, rude), ([system(""), *ASK], rude)):
+        with pytest.raises(DataError) as caught:
+            PairDataset.from_rows(
+                [{"chosen": [*chosen, BLUE], "rejected": [*rejected, GREEN]}], tok
+            )
+        assert caught.value.reason == "content_dropped"
+
+
+@pytest.mark.parametrize(
+    "logged",
+    [{"role": "assistant", "content": "blue", "id": 1}, {"content": "blue", "role": "assistant"}],
+)
+@pytest.mark.parametrize("field", ["p", "messages"])
+def test_a_logged_answer_is_cut_however_it_is_spelt(tok, logged, field):
+    row = {field: [*ASK, logged], "chosen": "blue", "rejected": "green"}
+    options = {"prompt_key": "p"} if field == "p" else {}
+    pairs = PairDataset.from_rows([row], tok, **options)
+    assert ids(pairs) == ids(PairDataset.from_rows([explicit(ASK)], tok))
+    assert pairs.report.warned == {"prompt_in_sides": 1}
+    with pytest.raises(DataError, match="an answer of neither side"):
+        PairDataset.from_rows([{**row, "chosen": "red"}], tok, **options)
+
+
+def test_an_answer_that_is_called_chosen_comes_before_the_one_that_was_logged(tok):
+    answers = {"chosen_response": "blue", "rejected_response": "green"}
+    want = ids(PairDataset.from_rows([explicit(ASK)], tok))
+    for row in (
+        {"query": "sky?", "response": "orig", **answers},
+        {"instruction": "sky?", "response": "orig", **answers},
+        {"messages": ASK, **answers},
+        {"conversation": ASK, **answers},
+    ):
+        assert ids(PairDataset.from_rows([row], tok)) == want
+
+
+def test_an_id_under_the_name_of_a_conversation_is_none(tok):
+    text = {"chosen": "Human: q\n\nAssistant: b", "rejected": "Human: q\n\nAssistant: c"}
+    want = ids(PairDataset.from_rows([text], tok))
+    for name in (77, "id-77"):
+        assert ids(PairDataset.from_rows([{"conversation": name, **text}], tok)) == want
+
+
+@pytest.mark.parametrize(
+    "begin", ["### Human: q\n\n### Assistant:", "### Instruction:\nq\n\n### Response:\n"]
+)
+def test_a_query_beside_whole_transcripts_is_not_asked_again(tok, begin):
+    text = {"chosen": begin + " b", "rejected": begin + " c"}
+    want = ids(PairDataset.from_rows([text], tok))
+    assert ids(PairDataset.from_rows([{"query": "q", **text}], tok)) == want
+
+
+def test_names_of_fields_are_printed_without_what_a_terminal_would_do(tok):
+    row = {**explicit(ASK), "\x1b[31mred\nnote: fake": "x", "empty": ""}
+    report = PairDataset.from_rows([row], tok).report
+    assert report.unread == ("\x1b[31mred\nnote: fake",)
+    assert "\x1b" not in str(report)
+
+
 def test_lists_that_the_template_prints_right_are_not_joined(tmp_path):
     """This one prints parts of a user with words between them, and an answer as a string alone."""
     tok = tokenizer(

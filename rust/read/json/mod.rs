@@ -89,7 +89,7 @@ pub fn parse_fields<'a>(
             scanner.note_key(&mut keys, key);
             scanner.space();
             if slot.is_none()
-                && scanner.peek() == Some(b'"')
+                && scanner.begins_text()
                 && scanner.findings.unread.len() < MOST_UNREAD
             {
                 scanner.findings.unread.push(name.to_string());

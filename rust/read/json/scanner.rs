@@ -95,6 +95,12 @@ impl<'a, 'l> Scanner<'a, 'l> {
         self.bytes().get(self.pos).copied()
     }
 
+    /// Whether a string stands here that is not empty.
+    pub(super) fn begins_text(&self) -> bool {
+        let next = self.bytes().get(self.pos + 1);
+        self.peek() == Some(b'"') && next.is_some_and(|byte| *byte != b'"')
+    }
+
     pub(super) fn space(&mut self) {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
             self.pos += 1;
