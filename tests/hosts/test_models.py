@@ -119,9 +119,11 @@ class Capped(nn.Linear):
         return 30.0 * torch.tanh(super().forward(x) / 30.0)
 
 
-def subclassed(kind):
+def subclassed(kind, size=1.0):
     model = tiny()
     model.set_output_embeddings(kind(16, V, bias=False))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(size)
     return model
 
 
@@ -148,7 +150,7 @@ def cut():
 
 HEADS = {
     "a subclass": (lambda: subclassed(Halved), "a forward of its own (Halved)"),
-    "a cap that small logits do not reach": (lambda: subclassed(Capped), "a forward of its own (Capped)"),
+    "a cap that small logits do not reach": (lambda: subclassed(Capped, 1e-3), "a forward of its own (Capped)"),
     "a hook": (hooked, "a hook on the head"),
     "a patch": (patched, "a forward of its own"),
     "columns cut off": (cut, "columns for 64 rows"),
@@ -172,6 +174,38 @@ def test_a_head_that_is_no_product_is_scored_by_logits_or_refused(name):
     assert looks in str(caught.value)
     with pytest.raises(TensorError):
         attach_scoring(model, plan="recompute", verify=True)
+
+
+class Elsewhere(transformers.LlamaForCausalLM):
+    """It gives the head the states of another text than the one that it is called with."""
+
+    def forward(self, input_ids=None, attention_mask=None, logits_to_keep=0, **kwargs):
+        out = self.model(input_ids=torch.roll(input_ids, 1, 1), **kwargs)
+        logits = self.lm_head(out.last_hidden_state)
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def test_a_forward_that_asks_its_backbone_for_something_else_is_found():
+    torch.manual_seed(0)
+    model = Elsewhere(tiny().config).eval()
+    inputs, labels = batch(model)
+    table = ScoreTable.from_labels(labels)
+    expected = sequence_logps(model(**inputs).logits, table)
+    torch.testing.assert_close(attach_scoring(model)(**inputs, score_table=table).logps, expected)
+    with pytest.raises(TensorError, match="other hidden states than `base_model`"):
+        attach_scoring(model, plan="recompute", verify=True)
+
+
+def test_a_comparison_draws_no_random_number():
+    model = tiny()
+
+    def draw(module, args):
+        torch.rand(3)
+
+    model.model.layers[0].register_forward_pre_hook(draw)
+    state = torch.random.get_rng_state()
+    attach_scoring(model, verify=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_hook_that_comes_later_is_found():
@@ -495,7 +529,7 @@ def test_scoring_runs_in_the_autocast_of_accelerate(first):
     seen = []
     down = model.model.layers[0].mlp.down_proj
     down.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    assert isinstance(model(**inputs, score_table=table), ModelScores)
+    assert model(**inputs, score_table=table).plan == "recompute"
     assert seen[-1] == torch.bfloat16
     assert isinstance(attach_scoring(model)(**inputs, score_table=table), ModelScores)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
