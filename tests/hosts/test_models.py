@@ -322,6 +322,8 @@ def test_a_lora_on_the_head_is_right():
 
 @pytest.mark.parametrize("make", [tiny, hooked, moe])
 def test_a_model_that_was_compared_before_compiles_to_one_graph(make):
+    if make is moe and transformers.__version__ < "5":
+        pytest.skip("its experts are chosen by values, which no graph holds")
     torch._dynamo.reset()
     model = attach_scoring(make(), verify=True)
     inputs, labels = batch(model)
@@ -462,7 +464,7 @@ def test_the_router_loss_is_the_classs_own(asked):
     torch.testing.assert_close(
         scores.logps, sequence_logps(own.logits, table), atol=1e-5, rtol=1e-5
     )
-    gate = model.model.layers[0].mlp.gate.weight
+    gate = next(p for name, p in model.named_parameters() if name.endswith("gate.weight"))
     (grad,) = torch.autograd.grad(scores.aux_loss, gate)
     assert grad.abs().max() > 0
     assert moe()(**inputs).aux_loss is None
