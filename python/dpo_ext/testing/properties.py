@@ -410,7 +410,10 @@ def takes_any_strides(trial: Trial) -> None:
         leaf = form.logps.detach().requires_grad_()
         value = subject.raw(leaf, form)
         gradient = subject.pull(value, leaf, torch.ones_like(value), form)
-        for name, got, right in (("loss", value.detach(), trial.whole), ("gradient", gradient, want)):
+        for name, got, right in (
+            ("loss", value.detach(), trial.whole),
+            ("gradient", gradient, want),
+        ):
             if not _same(got, right, 1e-9 * (1 + right.abs())):
                 raise trial.broken(
                     f"with strides {form.logps.stride()} the {name} is {got.tolist()}, contiguous "

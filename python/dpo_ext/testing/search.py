@@ -1,5 +1,4 @@
-"""Search for a counterexample: fixed cases, then Hypothesis; told in a form that a person can paste.
-"""
+"""Search for a counterexample: fixed cases, then Hypothesis; told in a form that a person can paste."""
 
 from __future__ import annotations
 
