@@ -48,11 +48,11 @@ def pair_cases(finite_up_to: float, *, lengths: bool) -> list[PairLogps]:
     gaps = sorted({g for g in GAPS if g < finite_up_to} | {finite_up_to})
     near = (-0.125, -0.25, -0.5, -0.375)
     for group in (gaps[:-1], gaps[-1:]):
-        rows = []
+        rows: list[tuple[float, ...]] = []
         for gap in group:
             # each column alone, then those that add up
             for columns in ((0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1), (2, 3), (0, 1, 2, 3)):
-                row = [-gap if k in columns else near[k] for k in range(4)]
+                row = tuple(-gap if k in columns else near[k] for k in range(4))
                 rows.append((*row, 5, 5))
         if rows:
             add(rows)

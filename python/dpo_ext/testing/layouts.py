@@ -17,7 +17,6 @@ from dpo_ext.testing.logps import definition
 from dpo_ext.testing.search import Refused, Violation, hypothesis, search
 from dpo_ext.testing.strategies import pairs
 
-
 LONGEST = 70  # tokens of a prompt or a completion in the fixed batches
 
 
@@ -102,7 +101,7 @@ def check_layouts(
             with ``.logits``. By default a `PrefixModel`, for which one wrong token in sight changes
             the result by nats.
         layouts: of a model: which ones it is given.
-        vocab_size, pad_id: ids drawn; the pad id appears as an ordinary token too. By default 300
+        vocab_size, pad_id: ids drawn; the pad id appears as an ordinary token too. By default 97
             ids, or up to 97 of the model's.
         max_tokens: longest prompt and completion drawn.
         slack: allowed difference in nats a token; by default 1e-9, for a model 3e-4, what float32
@@ -144,7 +143,7 @@ def check_layouts(
 
     longest = max(max_tokens, LONGEST)
     if not isinstance(subject, nn.Module):
-        V = 300 if vocab_size is None else vocab_size
+        V = 97 if vocab_size is None else vocab_size
         scorer = PrefixModel(V) if model is None else model
         check(subject, scorer, V, 1e-9 if slack is None else slack)
         return

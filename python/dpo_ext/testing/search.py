@@ -1,4 +1,4 @@
-"""Search for a counterexample: fixed cases, then Hypothesis; told in a form that a person can paste."""
+"""Search for a counterexample, fixed cases first, and tell it in a form that a person can paste."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def no_constants_of_the_caller() -> Iterator[None]:
     own: Any = providers
     kept = {name: getattr(own, name) for name in names}
     empty = type(own.GLOBAL_CONSTANTS)()
-    own._get_local_constants = lambda: empty
+    setattr(own, names[0], lambda: empty)
     own.CONSTANTS_CACHE = type(own.CONSTANTS_CACHE)(1024)  # entries hold the literals
     try:
         yield
