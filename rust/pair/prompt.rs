@@ -49,19 +49,18 @@ pub(super) fn parted<'a>(
             pair.warn(Warning::PromptInSides);
         }
         // TRL trains on what stands there twice.
-        if options.boundary == Boundary::Trl {
-        } else if twice > 0 || holds {
-            // The sides are whole conversations.
-            parts.leave(twice);
+        if options.boundary != Boundary::Trl {
+            let mut most = parts.chosen.iter().take_while(|turn| is_asked(turn)).count();
+            if twice > 0 || holds {
+                // The sides are whole conversations, also behind their first answer.
+                most = usize::MAX;
+                parts.leave(twice);
+            }
             if holds {
                 (parts.own, parts.prompt) = (0, Vec::new());
             }
-            let shared = shared(&parts, renderer);
-            parts.take(shared);
-        } else {
-            let asked = parts.chosen.iter().take_while(|turn| is_asked(turn)).count();
-            if asked > 0 {
-                let shared = shared(&parts, renderer).min(asked);
+            if most > 0 {
+                let shared = shared(&parts, renderer).min(most);
                 parts.take(shared);
             }
         }
@@ -100,6 +99,12 @@ pub(super) fn parted<'a>(
         }
     }
     Ok(parts)
+}
+
+/// Whether two turns say the same, or are printed alike by themselves.
+fn alike(a: &Value<'_>, b: &Value<'_>, renderer: &Renderer<'_>) -> bool {
+    let printed = |turn| renderer.try_render(&[turn]);
+    a.role() == b.role() && (a.same(b) || printed(a).is_some_and(|a| Some(a) == printed(b)))
 }
 
 /// Whether a content, or a part of it, contains a text.
@@ -143,7 +148,7 @@ impl Parts<'_> {
         self.twice = twice;
     }
 
-    /// Whether the sides begin alike with turns of which one is a question of the prompt.
+    /// Whether the sides begin alike with turns of which one is a question of the prompt, and have all its turns.
     fn sides_hold_prompt(&self, renderer: &Renderer<'_>) -> bool {
         let begins = self.chosen.first().is_some_and(is_asked);
         let questions = || self.prompt.iter().filter(|turn| turn.role() == Some("user"));
@@ -158,9 +163,15 @@ impl Parts<'_> {
             twice: 0,
             spelt: [None, None],
         };
-        let shared = shared(&alone, renderer);
-        let turns = self.chosen.get(..shared).unwrap_or_default();
-        turns.iter().any(|turn| is_asked(turn) && questions().any(|asked| asked.same(turn)))
+        let turns = self.chosen.get(..shared(&alone, renderer)).unwrap_or_default();
+        let is_in = |turn: &Value<'_>, mut side: std::slice::Iter<'_, Value<'_>>| {
+            side.any(|other| alike(turn, other, renderer))
+        };
+        questions().any(|asked| is_in(asked, turns.iter()))
+            && self
+                .prompt
+                .iter()
+                .all(|turn| is_in(turn, self.chosen.iter()) || is_in(turn, self.rejected.iter()))
     }
 
     /// Makes the first turns of one side the prompt's last where those of the other print the same, be they more or
@@ -197,12 +208,8 @@ impl Parts<'_> {
         let longest = self.prompt.len().min(self.chosen.len() - 1).min(self.rejected.len() - 1);
         let is_twice = |count: &usize| {
             let end = self.prompt.get(self.prompt.len() - count..).unwrap_or_default();
-            let alike = |(a, b): (&Value<'_>, &Value<'_>)| {
-                let printed = |turn| renderer.try_render(&[turn]);
-                a.role() == b.role()
-                    && (a.same(b) || printed(a).is_some_and(|a| Some(a) == printed(b)))
-            };
-            let same = |side: &[Value<'_>]| end.iter().zip(side).all(alike);
+            let same =
+                |side: &[Value<'_>]| end.iter().zip(side).all(|(a, b)| alike(a, b, renderer));
             end.first().is_some_and(is_asked) && same(&self.chosen) && same(&self.rejected)
         };
         (1..=longest).rev().find(is_twice).unwrap_or(0)

@@ -105,6 +105,8 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
         return Layout::Swift;
     }
     let whole = cells.is_conversation(Field::Chosen) && cells.is_conversation(Field::Rejected);
+    // A transcript repeats the question, or the turns, that stand beside it.
+    let transcripts = cells.are_transcripts();
     if has(Field::Prompt) {
         let turns = !cells.is_text(Field::Chosen) && !cells.is_text(Field::Rejected) && sides;
         return match cells.text(Field::Prompt) {
@@ -113,12 +115,17 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
             }
             Some(_) if whole => Layout::UltraFeedback,
             Some(_) if turns => Layout::Messages,
-            None if !whole && cells.is_turns(Field::Prompt) && cells.has_answers() => {
+            None if !whole
+                && cells.is_turns(Field::Prompt)
+                && cells.has_answers()
+                && !transcripts =>
+            {
                 Layout::Messages
             }
             _ => Layout::Explicit,
         };
     }
+    let whole = whole || transcripts;
     if !whole && (has(Field::Messages) || cells.is_turns(Field::Conversation)) {
         return Layout::Messages;
     }
@@ -127,12 +134,10 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
     }
     let answers = sides || swift || has(Field::ChosenResponse) || cells.has_two(Field::Output);
     if !whole && answers {
-        // A transcript repeats the question that stands beside it.
-        let asks = |field| has(field) && !cells.are_transcripts();
-        if asks(Field::Instruction) || asks(Field::Input) {
+        if has(Field::Instruction) || has(Field::Input) {
             return Layout::Alpaca;
         }
-        if asks(Field::Question) || asks(Field::Query) {
+        if has(Field::Question) || has(Field::Query) {
             return Layout::Question;
         }
     }
@@ -187,7 +192,7 @@ fn trl<'a>(
     keys: &Keys,
     limits: &Limits,
 ) -> Result<Said<'a>, Bad> {
-    let prompt = cells.take(Field::Prompt).filter(|_| layout == Layout::Explicit);
+    let prompt = (layout == Layout::Explicit).then(|| cells.take(Field::Prompt)).flatten();
     let chosen = required(cells.take(Field::Chosen), &keys.chosen)?;
     let rejected = required(cells.take(Field::Rejected), &keys.rejected)?;
     if prompt.is_none() && needs_prompt {

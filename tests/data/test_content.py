@@ -338,6 +338,7 @@ def test_keys_that_are_null_because_of_other_rows_are_not_there(load, tmp_path):
     assert '"city": null' in texts(kept)[0]
 
 
+@pytest.mark.slow  # datasets may start a process when it is imported
 def test_nulls_of_data_sets_are_not_there_whatever_the_way(load):
     datasets = pytest.importorskip("datasets")
     tok = load(CALLS)

@@ -623,6 +623,35 @@ def test_sides_that_hold_the_prompt_are_whole_conversations(tok, prompt, sides):
     assert pairs.report.warned == {"prompt_in_sides": 1}
 
 
+def test_a_prompt_with_turns_that_no_side_has_is_no_part_of_them(tok):
+    """ "ok" is asked twice: nothing that the prompt says may go."""
+    prompt = [user("ok"), assistant("first"), user("more")]
+    row = explicit(prompt, [user("ok"), BLUE], [user("ok"), GREEN])
+    want = explicit([*prompt, user("ok")])
+    assert ids(PairDataset.from_rows([row], tok)) == ids(PairDataset.from_rows([want], tok))
+
+
+def test_sides_hold_a_prompt_that_they_print_alike(tmp_path):
+    strips = TEMPLATE.replace("message['content']", "message['content'] | trim")
+    tok = tokenizer(tmp_path / "m", template=strips)
+    sides = [[system("S"), user(" hi"), assistant(x)] for x in ("b", "c")]
+    pairs = PairDataset.from_rows([explicit([user("hi ")], *sides)], tok)
+    want = PairDataset.from_rows([{"chosen": sides[0], "rejected": sides[1]}], tok)
+    assert ids(pairs) == ids(want)
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations", "conversation"])
+def test_turns_beside_whole_transcripts_are_not_asked_again(tok, field):
+    text = {"chosen": "Human: q\n\nAssistant: b", "rejected": "Human: q\n\nAssistant: c"}
+    turns = [human("q")] if field == "conversations" else [user("q")]
+    pairs = PairDataset.from_rows([{field: turns, **text}], tok)
+    assert ids(pairs) == ids(PairDataset.from_rows([text], tok))
+    assert pairs.report.unread == (field,)
+    with pytest.raises(DataError) as caught:
+        PairDataset.from_rows([{"prompt": turns, **text}], tok)
+    assert (caught.value.reason, caught.value.field) == ("wrong_type", "prompt")
+
+
 def test_a_question_behind_a_prompt_that_the_sides_do_not_hold_is_the_prompts_last(tok):
     row = explicit([system("S")], [user("q"), BLUE], [user("q"), GREEN])
     want = explicit([system("S"), user("q")])
@@ -742,6 +771,41 @@ def test_fields_with_text_that_nobody_reads_are_named(tok, tmp_path):
     many = {f"field {i}": "text" for i in range(100)} | explicit(ASK)
     for pairs in ways(many, tok, tmp_path):
         assert len(pairs.report.unread) == 32
+
+
+@pytest.mark.parametrize("frame", ["pandas", "polars", "categories", "runs", "array interface"])
+def test_fields_that_nobody_reads_are_named_of_every_kind_of_table(tok, frame):
+    columns = {"prompt": ["q"], "chosen": [" b"], "rejected": [" c"]}
+    context = pa.array(["noon"])
+    if frame in ("pandas", "polars"):
+        table = pytest.importorskip(frame).DataFrame({**columns, "context": ["noon"]})
+    elif frame == "array interface":
+        batch = pa.record_batch({**columns, "context": context})
+
+        class Bare:
+            schema = "of another kind"
+            __arrow_c_array__ = batch.__arrow_c_array__
+
+        table = Bare()
+    else:
+        encoded = {"categories": "dictionary_encode", "runs": None}[frame]
+        column = (
+            context.dictionary_encode()
+            if encoded
+            else pa.RunEndEncodedArray.from_arrays([1], context)
+        )
+        table = pa.table({**columns, "context": column})
+    assert PairDataset.from_arrow(table, tok).report.unread == ("context",)
+
+
+@pytest.mark.parametrize("layout", ["completions", "implicit"])
+def test_a_prompt_that_the_layout_of_the_caller_leaves_out_is_named(tok, layout):
+    row = {
+        "prompt": "other",
+        "chosen": "Human: q\n\nAssistant: b",
+        "rejected": "Human: q\n\nAssistant: c",
+    }
+    assert PairDataset.from_rows([row], tok, layout_of_rows=layout).report.unread == ("prompt",)
 
 
 def test_a_prompt_whose_only_token_merges_is_no_empty_field(tok):

@@ -78,12 +78,19 @@ def rows_instead(source: Any) -> bool:
 
 def text_columns(schema: Any, names: Sequence[str]) -> list[str]:
     """The columns of text in a schema that TRL's layouts do not read: one may be a prompt."""
+    from pyarrow import types
+
     is_text = _is_text()
+
+    def holds_text(kind: Any) -> bool:
+        if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+            kind = kind.value_type
+        return any(is_kind(kind) for is_kind in is_text)
+
     return [
         field.name
         for field in schema
-        if field.name not in names[: len(FIELDS)]
-        and any(is_kind(field.type) for is_kind in is_text)
+        if field.name not in names[: len(FIELDS)] and holds_text(field.type)
     ]
 
 
@@ -112,6 +119,9 @@ def record_batches(source: Any, names: Sequence[str], others: list[str]) -> Iter
 def _batches(
     source: Any, kind: str | None, names: Sequence[str], others: list[str], pa: Any
 ) -> Iterator[Any]:
+    ours = isinstance(source, (pa.Table, pa.RecordBatch))
+    if kind is None and not ours and not hasattr(source, "__arrow_c_stream__"):
+        source = pa.record_batch(source)
     schema = getattr(source, "schema", None)
     if kind is not None:
         schema = getattr(source.features, "arrow_schema", None)
@@ -131,9 +141,9 @@ def _batches(
         yield source
     elif hasattr(source, "__arrow_c_stream__"):
         with pa.RecordBatchReader.from_stream(source) as reader:
+            if not isinstance(schema, pa.Schema):  # a frame has a schema of its own kind, or none
+                others.extend(text_columns(reader.schema, names))
             yield from reader
-    else:
-        yield pa.record_batch(source)
 
 
 def slices(batch: Any) -> Iterator[Any]:

@@ -453,9 +453,10 @@ def _verdict(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Ve
 
 def _device(model: nn.Module, call: Mapping[str, Any]) -> torch.device:
     """Where the inputs of a call are; without any, where the first weights are."""
-    given = (value.device for value in call.values() if isinstance(value, Tensor))
-    places = (p.device for p in model.parameters() if p.device.type != "meta")
-    return next(given, None) or next(places, torch.device("cpu"))
+    for value in (*call.values(), *model.parameters()):  # torch 2.8 compiles no `next` of these
+        if isinstance(value, Tensor) and value.device.type != "meta":
+            return value.device
+    return torch.device("cpu")
 
 
 @torch.compiler.disable(
@@ -598,8 +599,9 @@ def _by_logits(
             f"`head_dtype`: {type(model).__name__} is scored by its own logits: {found.reason}\n"
             "hint: leave `head_dtype` out"
         )
-    texts = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids"))
-    ids = next((text for text in texts if text is not None), None)
+    ids = kwargs.get("decoder_input_ids")
+    if ids is None:
+        ids = kwargs.get("input_ids")
     # How many positions are scored is a value, which a compiled graph cannot depend on.
     compiles = torch.compiler.is_compiling()
     if found.keeps and not compiles and ids is not None and ids.dim() == 2:

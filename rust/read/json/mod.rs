@@ -14,7 +14,7 @@ pub use scanner::Findings;
 use scanner::{Keys, Scanner};
 pub use value::Value;
 
-/// Fields that nobody reads which are named.
+/// So many fields that nobody reads are named.
 pub const MOST_UNREAD: usize = 32;
 
 /// The values of the wanted fields, in the order of their names.

@@ -92,7 +92,7 @@ def room(largest: Tensor, slope: float) -> Tensor:
         slope: >= 0, the largest ``dy/dz``.
 
     >>> room(torch.tensor([2.0**-20, 65504.0, 1e-3]), 1.0)
-    tensor([6.8719e+10, 1.0000e+00, 3.3554e+07])
+    tensor([3.4360e+10, 1.0000e+00, 3.3554e+07])
     """
     part, exponent = torch.frexp((largest * slope).clamp(2.0**-90, 2.0**120))
     return torch.ldexp(torch.ones_like(part), 16 - exponent - (part * 65536 > 65504).int())
