@@ -136,7 +136,7 @@ def logit_cases(*, weighted: bool) -> list[Scored]:
         cases += [_scored(random(10, 7), eight(7, f"[{w}] * 8")) for w in (-1.0, 3.0)]
     cases.append(_scored(f"{random(10, 9)} + (arange(10)[:, None] - 5) * 1e4", eight(9)))
     tables = [
-        "ScoreTable(logit_rows=arange(0), targets=arange(0).int(), seq_offsets=arange(3).int() * 0)",
+        "ScoreTable(logit_rows=arange(0), targets=arange(0).int(), seq_offsets=arange(3) * 0)",
         _table("[0, 1, 2]", "[-100, -100, -100]", "[0, 2, 3]"),
         _table("[0, 1, 2]", "[4, -100, 0]", "[0, 0, 3]"),
         _table("[2, 0, 1]", "[4, 1, 0]", "[0, 3, 3]"),
@@ -157,7 +157,7 @@ Row = dict[str, np.ndarray]
 
 
 def row_cases(vocab_size: int, pad_id: int, longest: int) -> list[list[Row]]:
-    """Batches of rows: 1 to 5 pairs, no padding, much padding, equal sides, pads as text, long ones.
+    """Batches of rows: 1 to 5 pairs, no or much padding, equal sides, pads as text, long ones.
 
     Batches with an empty prompt come last; each of them may be refused with a ValueError.
     """

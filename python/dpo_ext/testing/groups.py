@@ -61,9 +61,9 @@ def check_unpaired_loss(
     """Hold a loss of single labelled completions to what it must satisfy.
 
     For every such loss what `check_loss_invariants` asks of a pair's: finite, a gradient that is
-    the slope for any upstream, float32 that agrees with float64, examples apart from each other, any
-    order and strides, inputs left as they were, nothing remembered. It reads the reference and the
-    labels. N = 1 to 5 and more, labels all desirable, all not, and mixed.
+    the slope for any upstream, float32 that agrees with float64, examples apart from each other,
+    any order and strides, inputs left as they were, nothing remembered. It reads the reference and
+    the labels. N = 1 to 5 and more, labels all desirable, all not, and mixed.
 
     Args:
         loss: called with ``(logps, ref_logps, labels)``, (N,) tensors, labels bool, True is
@@ -88,7 +88,9 @@ def check_unpaired_loss(
     ...     return torch.where(labels, torch.sigmoid(-a), torch.sigmoid(a))
     >>> check_unpaired_loss(kto, step0=0.5, bounds=(0, 1))
     >>> check_unpaired_loss(kto, like="kto", parameters={"beta": 0.1, "z": 0.0})
-    >>> check_unpaired_loss(lambda logps, ref, labels: kto(logps, ref, ~labels))  # doctest: +ELLIPSIS
+    >>> def swapped(logps, ref_logps, labels):
+    ...     return kto(logps, ref_logps, ~labels)
+    >>> check_unpaired_loss(swapped)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     AssertionError: monotone: the loss increases in the log-prob of completion 0, slope ...

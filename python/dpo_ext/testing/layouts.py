@@ -26,8 +26,8 @@ class PrefixModel:
     The state of a position mixes, for every token in its sight, the token, how many are in sight
     before it, and its position id. Any difference (a token too many, a pad, another segment, a
     position that is off) changes the logits by nats, so two layouts of the same pairs agree only if
-    both are right. It reads ``input_ids`` (B, T) with ``attention_mask``, (B, T) or (B, 1, T, T) (bool,
-    or added to scores), or without one ``position_ids`` (B, T) that restart at each packed
+    both are right. It reads ``input_ids`` (B, T) with ``attention_mask``, (B, T) or (B, 1, T, T)
+    (bool, or added to scores), or without one ``position_ids`` (B, T) that restart at each packed
     segment; beside a mask they do not cut, as in transformers. float64.
     """
 
@@ -87,8 +87,8 @@ def check_layouts(
     the prompt and the completion so far, from a model that sees nothing else.
 
     Fixed batches come first: 1 to 5 pairs, nothing to pad, one row of 70 tokens beside one of 2,
-    equal sides, pads as text, prompts that pairs share, an empty prompt (which may be refused with a
-    ValueError; its first token is not scored).
+    equal sides, pads as text, prompts that pairs share, an empty prompt (which may be refused with
+    a ValueError; its first token is not scored).
 
     Args:
         subject: a Hugging Face model, in eval mode during the check, that is given ``padded``,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.testing.corpus import FORMS, Scored, logit_cases
-from dpo_ext.testing.search import Violation, hypothesis, literal, search
+from dpo_ext.testing.search import Violation, hypothesis, literal, search, version_of
 from dpo_ext.testing.strategies import logits, score_tables
 
 TOKEN_SLACK = 4e-6  # nats a token in float32, against float64
@@ -141,8 +141,8 @@ def _check_scores(
 
     def broken(what: str) -> Violation:
         lines = [
-            what, "", "import torch", "from torch import arange", "from dpo_ext.torch import ScoreTable",
-            "nan, inf = float('nan'), float('inf')",
+            what, "", "import torch", "from torch import arange",
+            "from dpo_ext.torch import ScoreTable", "nan, inf = float('nan'), float('inf')",
         ]  # fmt: skip
         if source is None:
             lines += [literal("logits", values), *_table_literal(table)]
@@ -156,12 +156,12 @@ def _check_scores(
     kept = {name: t.clone() for name, t in kept.items()}
 
     def call(given: Tensor) -> Tensor:
-        version, fault = given._version, None
+        version, fault = version_of(given), None
         try:
             got = function(given, table)
         except Exception as error:
             fault = error
-        if given._version != version or not _equal(given.detach(), values):
+        if version_of(given) != version or not _equal(given.detach(), values):
             raise broken("the function changes the logits in place")
         for name, was in kept.items():
             if not torch.equal(getattr(table, name), was):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_ext.testing.search import Refused, Violation, violation
+from dpo_ext.testing.search import Refused, Violation, version_of, violation
 from dpo_ext.testing.strategies import PairLogps
 
 # Steps of finite differences: one that agrees is enough, because a loss of exponentials bends
@@ -70,7 +70,7 @@ class Subject:
         given = [t.to(logps.dtype) if t.is_floating_point() else t for t in given]
         arguments = [logps, *given]
         before = [t.detach().clone() for t in arguments]
-        versions = [t._version for t in arguments]
+        versions = [version_of(t) for t in arguments]
         fault: Exception | None = None
         try:
             value = self.function(*arguments)
@@ -78,7 +78,7 @@ class Subject:
             fault = error
         for k, name in enumerate(("logps", *names)):
             now = arguments[k]
-            if now._version != versions[k] or not _bits(now.detach(), before[k]):
+            if version_of(now) != versions[k] or not _bits(now.detach(), before[k]):
                 asked = case._replace(**dict(zip(names, before[1:], strict=True)))
                 raise self.broken(f"the loss changes `{name}` in place", before[0], asked)
         if fault is not None:
@@ -494,8 +494,8 @@ def lengths_only_divide(trial: Trial) -> None:
         if wrong.any():
             i = int(wrong.nonzero()[0])
             raise trial.broken(
-                f"only_averages: twice the {trial.side(where)} with twice the length moves the loss "
-                f"of pair {i} from {values[i].item():.9g} to {got[i].item():.9g}"
+                f"only_averages: twice the {trial.side(where)} with twice the length moves the "
+                f"loss of pair {i} from {values[i].item():.9g} to {got[i].item():.9g}"
             )
 
 

@@ -116,6 +116,11 @@ def no_constants_of_the_caller() -> Iterator[None]:
             setattr(own, name, value)
 
 
+def version_of(t: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return t._version  # noqa: SLF001 - torch has no public name for it
+
+
 def literal(name: str, value: Any) -> str:
     """``name = ...``, ready to paste."""
     if isinstance(value, Tensor):
