@@ -60,10 +60,11 @@ def pair_cases(finite_up_to: float, *, lengths: bool) -> list[PairLogps]:
         add([(c, r, *ref, 1, 2) for c in CERTAIN for r in CERTAIN])
     if lengths:
         rows = []
+        total = {0: 0.0, 1: -2.0, 10**5: -min(2e3, finite_up_to / 2)}
         for nc in LENGTHS:
             for nr in LENGTHS:
-                c, r = -2.0 * (nc > 0), -1.0 * (nr > 0)
-                rows.append((c, r, c * 1.5, r * 0.5, nc, nr))
+                c, r = total[nc], total[nr] / 2
+                rows.append((c, r, c * 1.5, r / 2, nc, nr))
         add([row for row in rows if 0 not in row[4:]])
         for row in rows:  # alone, because a loss may refuse an empty completion
             if 0 in row[4:]:
@@ -136,7 +137,7 @@ def logit_cases(*, weighted: bool) -> list[Scored]:
         cases += [_scored(random(10, 7), eight(7, f"[{w}] * 8")) for w in (-1.0, 3.0)]
     cases.append(_scored(f"{random(10, 9)} + (arange(10)[:, None] - 5) * 1e4", eight(9)))
     tables = [
-        "ScoreTable(logit_rows=arange(0), targets=arange(0).int(), seq_offsets=arange(3) * 0)",
+        "ScoreTable(logit_rows=[], targets=[], seq_offsets=[0, 0, 0])",
         _table("[0, 1, 2]", "[-100, -100, -100]", "[0, 2, 3]"),
         _table("[0, 1, 2]", "[4, -100, 0]", "[0, 0, 3]"),
         _table("[2, 0, 1]", "[4, 1, 0]", "[0, 3, 3]"),
