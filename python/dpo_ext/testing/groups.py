@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dpo_ext.testing.corpus import pair_cases
 from dpo_ext.testing.losses import limits, run
-from dpo_ext.testing.properties import Claims, Subject, Trial
 from dpo_ext.testing.search import hypothesis
 from dpo_ext.testing.strategies import GRID, PairLogps, pair_logps
+from dpo_ext.testing.trial import Claims, Subject, Trial
 from dpo_ext.torch.losses.lists import LISTWISE, list_loss
 from dpo_ext.torch.losses.row import find_row
 from dpo_ext.torch.losses.signature import check_call

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_ext.testing.claims import claimed
 from dpo_ext.testing.corpus import pair_cases
-from dpo_ext.testing.properties import SIDES, Claims, Subject, Trial, applicable, one
+from dpo_ext.testing.properties import EVERY
 from dpo_ext.testing.search import Violation, hypothesis, search
 from dpo_ext.testing.strategies import PairLogps, pair_logps
+from dpo_ext.testing.trial import SIDES, Claims, Subject, Trial, one
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import preference_loss
 from dpo_ext.torch.losses.signature import check_call
@@ -177,7 +179,7 @@ def run(
     checks: Sequence[Callable[[Trial], None]] = (),
 ) -> None:
     """Hold a loss to all that applies and to `checks`, on fixed cases and on drawn ones."""
-    asked = [*applicable(subject.claims), *checks]
+    asked = [*EVERY, *claimed(subject.claims), *checks]
 
     def check(drawn: tuple[Any, int, int]) -> None:
         case, *moves = drawn
