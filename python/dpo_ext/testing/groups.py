@@ -265,6 +265,7 @@ def _reads(subject: Subject, case: Any, **moves: Callable[[Tensor], Tensor]) -> 
             raise AssertionError(
                 f"the loss does not read `{name}`: 16 {subject.entry}s keep their loss with others"
             )
+    subject.check_first_call(value, case.logps, case)
 
 
 def only_the_ratio(trial: Trial) -> None:

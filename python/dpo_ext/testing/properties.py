@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,6 +98,81 @@ def _outside(got: Tensor, left: Tensor, right: Tensor, values: Tensor, step: flo
     return ~((got >= low) & (got <= high)) & left.isfinite() & right.isfinite()
 
 
+def reaches_its_end(trial: Trial) -> None:
+    """At a log-prob of exactly 0 value and gradient are what they tend to from below.
+
+    Judged alone is a loss that settles there, in this case and with the other numbers moved a
+    little: one that is infinite near 0 has no such value, one with a kink in 0 no such gradient.
+    """
+    if trial.claims.couples_batch:
+        return
+    for where in trial.columns:
+        at_0 = trial.logps[where] == 0
+        if not at_0.any():
+            continue
+        case, values, gradient = trial.case, trial.values, trial.gradient[where]
+        near, slope, steady, jumps = _below(trial, where, case)
+        wrong = steady & ((gradient - slope).abs() > 1e-2 * slope.abs() + 1e-5)
+        jumps &= at_0
+        wrong &= at_0
+        if not (wrong | jumps).any():
+            continue
+        for moved in _beside(trial, where):
+            _, slope_there, _, jumps_there = _below(trial, where, moved)
+            jumps &= jumps_there
+            wrong &= (slope_there - slope).abs() <= 0.1 * slope.abs() + 1e-6
+        for found, what in (
+            (jumps, "the loss jumps from {near:.9g} just below to {value:.9g}"),
+            (
+                wrong,
+                "the gradient is {gradient:.9g}, below it the values have the slope {slope:.9g}",
+            ),
+        ):
+            if found.any():
+                i = int(found.nonzero()[0])
+                told = what.format(
+                    near=near[i], value=values[i], gradient=gradient[i], slope=slope[i]
+                )
+                which = f"the {trial.side(where)} of {trial.subject.entry} {i}"
+                raise trial.broken(f"where {which} is exactly 0, {told}")
+
+
+def _below(
+    trial: Trial, where: tuple[Any, ...], case: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values just below a coordinate, slope to there, whether it is steady, whether they jump."""
+
+    def at(step: float) -> Tensor:
+        logps = case.logps.clone()
+        logps[where] -= step
+        return trial.moved(logps, ref_logps=case.ref_logps)
+
+    start, far, middle, near = (at(step) for step in (0.0, *STEPS))
+    slope, other = (start - far) / STEPS[0], (start - middle) / STEPS[1]
+    rounding = start.abs() * (2.0**-50 / STEPS[1])
+    steady = (slope - other).abs() <= 1e-3 * slope.abs() + 1e-6 + rounding
+    jump = (near - start).abs()
+    jumps = (jump > 1e-4 * (1 + start.abs())) & ((near - middle).abs() < 1e-2 * jump)
+    return near, slope, steady, jumps
+
+
+def _beside(trial: Trial, where: tuple[Any, ...]) -> list[Any]:
+    """Two cases off a kink of this one: some of the other numbers a little lower, then the rest."""
+    case = trial.case
+    numbers = torch.stack((case.logps, case.ref_logps))
+    amounts = torch.arange(1, numbers[:, :1].numel() + 1, dtype=numbers.dtype) / 128
+    amounts = amounts.reshape(numbers[:, :1].shape)
+    own = torch.zeros_like(numbers[0], dtype=torch.bool)
+    own[where] = True
+    favoured = torch.stack((~own, own))  # the other log-probs, and the reference of this one
+    cases = []
+    for chosen in (favoured, ~favoured):
+        chosen[0] &= ~own
+        moved = numbers - chosen * amounts
+        cases.append(case._replace(logps=moved[0], ref_logps=moved[1]))
+    return cases
+
+
 def float32_agrees(trial: Trial) -> None:
     """float32 differs from float64 by no more than rounding its inputs could explain."""
     subject, case, logps = trial.subject, trial.case, trial.logps
@@ -162,18 +236,19 @@ def takes_any_upstream(trial: Trial) -> None:
     """The gradient is linear in what comes from above: its sign, 0, one number for all."""
     subject, case = trial.subject, trial.case
 
-    def pulled(upstream: Callable[[Tensor], Tensor]) -> Tensor:
+    def pulled(factor: float) -> Tensor:  # the same number for all, of stride 0
         leaf = trial.logps.clone().requires_grad_()
         value = subject.raw(leaf.clone(), case)
-        return subject.pull(value, leaf, upstream(value.detach()), case)
+        return subject.pull(value, leaf, value.new_tensor(factor).expand_as(value), case)
 
-    up = pulled(torch.ones_like)
+    up = pulled(1.0)
     slack = 1e-9 * (1e-6 + up.abs())
-    if not same(pulled(lambda value: -torch.ones_like(value)), -up, slack):
-        raise trial.broken("the gradient for an upstream of -1 must be minus that of 1")
-    if not same(pulled(lambda value: value.new_tensor(3.0).expand_as(value)), 3 * up, 3 * slack):
-        raise trial.broken("the gradient for an upstream of 3 must be 3 times that of 1")
-    if trial.within_reach().all() and pulled(torch.zeros_like).ne(0).any():
+    for factor in (-1.0, 3.0, -(2.0**16), 2.0**-16):
+        if not same(pulled(factor), factor * up, abs(factor) * slack):
+            raise trial.broken(
+                f"the gradient for an upstream of {factor:g} must be {factor:g} times that of 1"
+            )
+    if trial.within_reach().all() and pulled(0.0).ne(0).any():
         raise trial.broken("an upstream gradient of 0 must give exactly 0")
     if trial.claims.couples_batch:
         return
@@ -223,6 +298,7 @@ EVERY = (
     remembers_nothing,
     is_finite,
     slope_is_the_gradient,
+    reaches_its_end,
     float32_agrees,
     pairs_are_apart,
     takes_any_upstream,

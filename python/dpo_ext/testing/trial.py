@@ -17,7 +17,8 @@ from torch import Tensor
 from dpo_ext.testing.search import Refused, Violation, version_of, violation
 
 SIDES = ("chosen", "rejected")
-UPSTREAM = (2.0, -1.0, 0.5, 4.0)  # powers of two: scaling by them adds no rounding
+# Powers of two, so that scaling by them adds no rounding; 2^16 is a loss scale of half precision.
+UPSTREAM = (2.0, -0.5, 2.0**16, -(2.0**-16))
 
 
 class Claims(NamedTuple):
@@ -56,6 +57,7 @@ class Subject:
         self.claims = claims
         self.others = others
         self.entry = entry
+        self._given: list[tuple[str, Tensor, Tensor, int]] = []
         self.call = f"loss({', '.join(('logps', 'ref_logps', *others))})"
 
     def raw(self, logps: Tensor, case: Any) -> Tensor:
@@ -71,11 +73,8 @@ class Subject:
             value = self.function(*arguments)
         except Exception as error:
             fault = error
-        for k, name in enumerate(("logps", *names)):
-            now = arguments[k]
-            if version_of(now) != versions[k] or not equal_bits(now.detach(), before[k]):
-                asked = case._replace(**dict(zip(names, before[1:], strict=True)))
-                raise self.broken(f"the loss changes `{name}` in place", before[0], asked)
+        self._given = [*zip(("logps", *names), arguments, before, versions, strict=True)]
+        self._check_given(case)
         if fault is not None:
             empty = "lengths" in self.others and bool((case.lengths == 0).any())
             if empty and isinstance(fault, ValueError):
@@ -93,6 +92,20 @@ class Subject:
                 f"{logps.dtype} log-probs must give {logps.dtype}, found {value.dtype}", logps, case
             )
         return value
+
+    def _check_given(self, case: Any) -> None:
+        """No input of the last call was written to."""
+        for name, now, before, version in self._given:
+            if version_of(now) != version or not equal_bits(now.detach(), before):
+                own = {field: kept for field, _, kept, _ in self._given}
+                logps = own.pop("logps")
+                asked = case._replace(**own)
+                raise self.broken(f"the loss changes `{name}` in place", logps, asked)
+
+    def check_first_call(self, value: Tensor, logps: Tensor, case: Any) -> None:
+        """The loss of its first call is the one of a later one."""
+        if not equal_bits(self.values(logps, case).detach(), value.detach()):
+            raise self.broken("the loss of its first call is another one than later", logps, case)
 
     def values(self, logps: Tensor, case: Any) -> Tensor:
         """(N,) loss of each pair; (1,) mean of the batch where pairs are coupled."""
@@ -122,6 +135,7 @@ class Subject:
             raise self.broken(f"the gradient raised RuntimeError: {error}", leaf, case) from error
         if gradient is None:
             raise self.broken("the loss gives `logps` no gradient", leaf, case)
+        self._check_given(case)
         return gradient
 
     def broken(self, what: str, logps: Tensor, case: Any, **others: Any) -> Violation:
