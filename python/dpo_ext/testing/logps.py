@@ -16,6 +16,8 @@ from dpo_ext.testing.strategies import logits, score_tables
 
 TOKEN_SLACK = 4e-6  # nats a token in float32, against float64
 CANARY = float("nan")
+# One of either sign, with the scale of a loss in half precision; then what float16 can hold.
+FAR_UPSTREAM = ((-(2.0**16), 2.0**-16), (-(2.0**10), 2.0**-2))
 
 
 def check_logps(
@@ -237,12 +239,13 @@ def _check_scores(
     nothing = pull(repeated, again, torch.zeros_like(repeated))
     if nothing.isnan().any() or nothing.any():
         raise broken("an upstream gradient of 0 must give exactly 0")
-    again = _placed(values, form).requires_grad_()
-    same = pull(call(again), again, upstream.new_full((1,), -2.0).expand(len(upstream)))
-    ones = definition(values, table, torch.full_like(upstream, -2.0))[1]
-    excess = (same.double() - ones).abs() - rounding * ones.abs()
-    if (~(excess <= 2e-5 * largest) & ones.isfinite()).any():
-        raise broken("the gradient for an upstream of -2 for all (stride 0) is wrong")
+    ones = definition(values, table, torch.ones_like(upstream))[1]
+    for factor in FAR_UPSTREAM[dtype == torch.float16]:
+        again = _placed(values, form).requires_grad_()
+        got = pull(call(again), again, upstream.new_full((1,), factor).expand(len(upstream)))
+        excess = (got.double() / factor - ones).abs() - rounding * ones.abs()
+        if (~(excess <= 1e-5 * largest) & ones.isfinite()).any():
+            raise broken(f"the gradient for an upstream of {factor:g} for all (stride 0) is wrong")
     with torch.no_grad():
         buffer = _placed(values.flip(1) if values.shape[1] > 1 else values + 1, form)
         function(buffer, table)
