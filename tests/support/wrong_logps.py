@@ -280,6 +280,7 @@ KERNELS = {
     "log-probs at least -100": of_softmax(lambda x: torch.log_softmax(x, 1).clamp(min=-100)),
     "log-probs at most -1e-4": of_softmax(lambda x: torch.log_softmax(x, 1).clamp(max=-1e-4)),
     "probabilities and 1e-8": of_softmax(lambda x: torch.log(torch.softmax(x, 1) + 1e-8)),
+    "logsumexp of an offset": of_softmax(lambda x: x - torch.logsumexp(x, 1, keepdim=True)),
     "log of a softmax": of_softmax(lambda x: torch.log(torch.softmax(x, 1))),
     "-inf as the lowest number": of_softmax(lambda x: torch.log_softmax(x.nan_to_num(0.0, neginf=-60.0), 1)),
     "the first column lost": lost_column(0),

@@ -108,7 +108,7 @@ def check_unpaired_loss(
     )  # fmt: skip
     subject = Subject(function, claims, others=("labels",), named=named, entry="completion")
     usual = UnpairedLogps(*_usual(16), torch.arange(16) % 3 == 0)
-    _reads(subject, usual, ref_logps=lambda t: t - 1, labels=lambda t: ~t)
+    _reads(subject, usual, ref_logps=lambda t: t + t.sin(), labels=lambda t: ~t)
     hypothesis()
     import hypothesis.strategies as st
 
