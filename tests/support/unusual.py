@@ -186,7 +186,10 @@ SINGLE = {
     "a mean": (lambda c, f, y: by_sign(c, f, y).mean(), {"bounds": (0, 1)}),
     "labels as targets": (lambda c, f, y: binary_cross_entropy_with_logits(BETA * (c - f), y.to(c.dtype), reduction="none"), {"step0": math.log(2)}),
     "weights of its own": (lambda c, f, y: by_sign(c, f, y) * torch.where(y, 1.0, 1.5).to(c.dtype), {}),
-    "the batch's z": (lambda c, f, y: by_sign(c, f + (c - f).mean().detach().relu(), y) + 0 * c.sum(), {"couples_batch": True, "only_ratio": False, "monotone": False}),
+    "the batch's own baseline": (
+        lambda c, f, y: by_sign(c, f + (c - f).mean(), y),
+        {"couples_batch": True, "monotone": False},
+    ),
 }  # fmt: skip
 
 
