@@ -154,6 +154,10 @@ OTHER_LOSSES = {
         ),
         {"reference_free": True, "needs_lengths": True, "monotone": True, "convex": True},
     ),
+    "a saddle": (
+        lambda c, f: dpo(c, f) + 1e-3 * (c - f)[:, 0] * (c - f)[:, 1],
+        {"convex": True},
+    ),
     "two slopes at one kink": (OneSidedKink.apply, {"only_margin": True}),
     "kto with the sides swapped": (
         lambda c, f: torch.sigmoid(BETA * (c - f)[:, 0]) + torch.sigmoid(-BETA * (c - f)[:, 1]),
@@ -219,6 +223,24 @@ def remembers(key):
         return kept.setdefault(key(c), dpo(c, f).detach()) * 0 + dpo(c, f) * 0 + kept[key(c)]
 
     return loss
+
+
+class Buffered(torch.autograd.Function):
+    """Gives what it gets, in a buffer that it keeps."""
+
+    @staticmethod
+    def forward(ctx, x, buffers):
+        kept = buffers.setdefault((x.shape, x.dtype), torch.empty_like(x))
+        return kept.copy_(x).view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream, None
+
+
+def one_buffer():
+    buffers = {}
+    return lambda c, f: Buffered.apply(dpo(c, f), buffers)
 
 
 def first_call_wrong():
@@ -390,6 +412,7 @@ ENDS = {
     "wrong in its first call": first_call_wrong(),
     "wrong every seventh call": every_seventh_call_wrong(),
     "a baseline that runs": running_baseline(),
+    "one buffer for all its answers": one_buffer(),
     "another one without gradients": lambda c, f: dpo(c, f) * (1 if torch.is_grad_enabled() else 1.01),
     "another one for a leaf": lambda c, f: dpo(c, f) * (1 if c.requires_grad else 1.01),
     # types

@@ -134,18 +134,21 @@ def _directions(trial: Trial) -> list[tuple[tuple[Any, ...], bool, Tensor]]:
 
 
 def is_convex(trial: Trial) -> None:
-    values = trial.values
+    """Along a line on which both log-probs fall, and along one on which one falls and one rises."""
     step = 16 * torch.tensor([trial.shift, trial.other], dtype=trial.logps.dtype)
-    end = trial.logps - step
-    at_end, middle = trial.moved(end), trial.moved((trial.logps + end) / 2)
-    chord = (values + at_end) / 2
-    wrong = (middle - chord > 1e-9 * (1 + values.abs() + at_end.abs())) & chord.isfinite()
-    if wrong.any():
-        i = int(wrong.nonzero()[0])
-        raise trial.broken(
-            f"convex: half way to logps - {step.tolist()} the loss of pair {i} is "
-            f"{middle[i].item():.9g}, above {chord[i].item():.9g}, the mean of the two ends"
-        )
+    both, one, other = step, step * step.new_tensor([1, 0]), step * step.new_tensor([0, 1])
+    for start, end in ((torch.zeros_like(step), both), (one, other)):
+        first = trial.values if not start.any() else trial.moved(trial.logps - start)
+        last = trial.moved(trial.logps - end)
+        middle, chord = trial.moved(trial.logps - (start + end) / 2), (first + last) / 2
+        wrong = (middle - chord > 1e-9 * (1 + first.abs() + last.abs())) & chord.isfinite()
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise trial.broken(
+                f"convex: half way from logps - {start.tolist()} to logps - {end.tolist()} the "
+                f"loss of pair {i} is {middle[i].item():.9g}, above {chord[i].item():.9g}, the "
+                "mean of the two ends"
+            )
 
 
 def swaps_right(trial: Trial) -> None:

@@ -258,7 +258,7 @@ def _usual(count: int) -> tuple[Tensor, Tensor]:
 
 def _reads(subject: Subject, case: Any, **moves: Callable[[Tensor], Tensor]) -> None:
     """Each input that a loss is passed changes it."""
-    value = subject.values(case.logps, case)
+    value = subject.values(case.logps, case).detach().clone()
     for name, move in moves.items():
         moved = subject.values(case.logps, case._replace(**{name: move(getattr(case, name))}))
         if torch.equal(value, moved):

@@ -154,22 +154,29 @@ def _check_scores(
         return Violation("\n".join([*lines, *PLACED[form], "function(logits, table)"]))
 
     fields = ("logit_rows", "targets", "seq_offsets", "weights")
-    kept = {name: getattr(table, name) for name in fields if getattr(table, name) is not None}
-    kept = {name: t.clone() for name, t in kept.items()}
+    parts = {name: getattr(table, name) for name in fields if getattr(table, name) is not None}
+    kept = {name: (t, t.clone()) for name, t in parts.items()}
+    given_last: list[tuple[Tensor, int]] = []
+
+    def check_given() -> None:
+        for given, version in given_last:
+            if version_of(given) != version or not _equal(given.detach(), values):
+                raise broken("the function changes the logits in place")
+        for name, (part, was) in kept.items():
+            if version_of(part) != versions[name] or not torch.equal(part, was):
+                part.copy_(was)
+                raise broken(f"the function changes `table.{name}` in place")
+
+    versions = {name: version_of(t) for name, t in parts.items()}
 
     def call(given: Tensor) -> Tensor:
-        version, fault = version_of(given), None
+        given_last[:] = [(given, version_of(given))]
+        fault = None
         try:
             got = function(given, table)
         except Exception as error:
             fault = error
-        if version_of(given) != version or not _equal(given.detach(), values):
-            raise broken("the function changes the logits in place")
-        for name, was in kept.items():
-            if not torch.equal(getattr(table, name), was):
-                now = getattr(table, name)
-                now.copy_(was)
-                raise broken(f"the function changes `table.{name}` in place")
+        check_given()
         if fault is not None:
             raise broken(f"the function raised {type(fault).__name__}: {fault}") from fault
         if not isinstance(got, Tensor) or got.numel() != len(upstream):
@@ -181,6 +188,7 @@ def _check_scores(
             (grad,) = torch.autograd.grad(flat, leaf, upstream.to(flat.dtype))
         except RuntimeError as error:
             raise broken(f"the gradient raised RuntimeError: {error}") from error
+        check_given()
         return grad
 
     scored = bool((table.targets != -100).any())
@@ -209,6 +217,7 @@ def _check_scores(
             raise broken("the log-probs have no gradient")
         return
     grad = pull(flat, leaf, upstream)
+    earlier = flat.detach().clone(), grad.clone()
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(dtype, 0.0)
     excess = (grad.double() - gradient).abs() - rounding * gradient.abs()
     outside = ~(excess <= 1e-5 * largest * upstream.abs().max()) & gradient.isfinite()
@@ -249,6 +258,8 @@ def _check_scores(
     with torch.no_grad():
         buffer = _placed(values.flip(1) if values.shape[1] > 1 else values + 1, form)
         function(buffer, table)
+        if not (_equal(flat.detach(), earlier[0]) and _equal(grad, earlier[1])):
+            raise broken("the log-probs or the gradient of a call change with a later call")
         buffer.copy_(values)
         if not _equal(call(buffer), flat.detach()):
             compare(call(buffer))

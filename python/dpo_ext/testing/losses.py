@@ -209,7 +209,7 @@ def _check_what_it_reads(subject: Subject, one_sided: bool) -> None:
     ref = ref.clamp(max=-0.5)
     case = PairLogps(logps, ref, torch.randint(1, 20, (16, 2), generator=generator))
     shift = torch.randn(16, 2, generator=generator, dtype=torch.float64).abs()
-    value = subject.values(logps, case)
+    value = subject.values(logps, case).detach().clone()
     moved = subject.values(logps, case._replace(ref_logps=ref - shift))
     if not subject.claims.reference_free and torch.equal(value, moved):
         raise AssertionError(

@@ -50,6 +50,15 @@ def search(
             continue
         except Violation as violation:
             raise AssertionError(str(violation)) from violation.__cause__
+    search_drawn(check, strategy, examples)
+
+
+def search_drawn(check: Callable[[Any], None], strategy: Any, examples: int) -> None:
+    """Run a check on cases that Hypothesis draws, and shorten the first that fails.
+
+    Raises:
+        AssertionError: the `Violation` with the shortest message.
+    """
     hyp = hypothesis()
     settings = hyp.settings(
         max_examples=examples,
