@@ -251,10 +251,15 @@ def _check_scores(
     ones = definition(values, table, torch.ones_like(upstream))[1]
     for factor in FAR_UPSTREAM[dtype == torch.float16]:
         again = _placed(values, form).requires_grad_()
-        got = pull(call(again), again, upstream.new_full((1,), factor).expand(len(upstream)))
+        flat_again = call(again)
+        function(_placed(values.flip(1), form).requires_grad_(), table)  # a later call is nothing
+        got = pull(flat_again, again, upstream.new_full((1,), factor).expand(len(upstream)))
         excess = (got.double() / factor - ones).abs() - rounding * ones.abs()
         if (~(excess <= 1e-5 * largest) & ones.isfinite()).any():
-            raise broken(f"the gradient for an upstream of {factor:g} for all (stride 0) is wrong")
+            raise broken(
+                f"the gradient for an upstream of {factor:g} for all (stride 0), taken after a "
+                "call with other logits, is wrong"
+            )
     with torch.no_grad():
         buffer = _placed(values.flip(1) if values.shape[1] > 1 else values + 1, form)
         function(buffer, table)

@@ -29,8 +29,8 @@ def remembers_nothing(trial: Trial) -> None:
         raise trial.broken("the loss answers differently under torch.no_grad()")
     logps, ref = case.logps.clone(), case.ref_logps.clone()
     subject.raw(logps, case._replace(ref_logps=ref))
-    amounts = torch.arange(1, logps.numel() + 1).reshape(logps.shape) % 5 / 4
-    logps.sub_(amounts)  # not the same from all: that cancels in a margin
+    amounts = _unlike(logps)
+    logps.sub_(amounts)
     ref.sub_(amounts / 8)
     other = case._replace(ref_logps=ref)
     reused = subject.raw(logps, other).detach()
@@ -40,6 +40,11 @@ def remembers_nothing(trial: Trial) -> None:
     if not equal_bits(reused, fresh):
         what = "the loss of a buffer that held other numbers before is not that of a fresh one"
         raise subject.broken(what, logps, other)
+
+
+def _unlike(logps: Tensor) -> Tensor:
+    """Numbers to take from log-probs, not the same from all: that would cancel in a margin."""
+    return torch.arange(1, logps.numel() + 1).reshape(logps.shape) % 5 / 4
 
 
 def is_finite(trial: Trial) -> None:
@@ -253,6 +258,11 @@ def takes_any_upstream(trial: Trial) -> None:
             raise trial.broken(
                 f"the gradient for an upstream of {factor:g} must be {factor:g} times that of 1"
             )
+    leaf, later = (trial.logps.clone().requires_grad_() for _ in range(2))
+    value = subject.raw(leaf.clone(), case)
+    subject.raw(later - _unlike(trial.logps), case)
+    if not same(subject.pull(value, leaf, torch.ones_like(value), case), up, slack):
+        raise trial.broken("the gradient changes when the loss is called again before it is taken")
     if trial.within_reach().all() and pulled(0.0).ne(0).any():
         raise trial.broken("an upstream gradient of 0 must give exactly 0")
     if trial.claims.couples_batch:
