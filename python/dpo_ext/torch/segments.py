@@ -1,0 +1,373 @@
+"""`segment_attention`: attention that costs what its segments cost, not the square of a row.
+
+Letters: R rows, T slots of a row, H heads, K heads of keys and values, D and E their sizes.
+Inside: X batches, g = H / K query heads of one key head, n queries, m keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from dpo_ext.layout.segments import Segments
+
+Backend = Literal["auto", "pieces", "varlen", "flash_attn"]
+# Segments with fewer keys are worked off many at a time: a call costs as much as their attention.
+SHORT = 128
+# Slots by which the segments of one call differ at most.
+STEP = 16
+# Queries of a call where scores are materialised, or where a window leaves most keys out.
+BLOCK = 256
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Causal attention within the segments of packed or shared rows.
+
+    Same as, with the (R, 1, T, T) mask that is never built here::
+
+        scores  = scale * query @ key.mT                      # key heads repeated for their queries
+        scores  = softcap * tanh(scores / softcap)            # with a softcap
+        scores  = where(SegmentMask.of(segments, window).dense(), scores, -inf)
+        weights = softmax(concat([scores, sinks]))[..., :T]   # with sinks, one more score a head
+        result  = (dropout(weights) @ value).transpose(1, 2)
+
+    ``softmax_k(s_qk) = exp(s_qk) / (exp(sink) + sum_j exp(s_qj))``. Softcap: Gemma 2,
+    arXiv:2408.00118; sinks: gpt-oss; windows: Beltagy et al. 2020, arXiv:2004.05150.
+
+    Time and memory are linear in tokens for segments of like length, and with a window also in the
+    length of a segment. On a CPU, segment by segment, views of what is given, through torch's
+    ``scaled_dot_product_attention``; segments of fewer than 128 keys many at a time. On CUDA
+    torch's varlen attention or flash-attn's, where one is there and takes the arguments, else as on
+    a CPU. A softcap or sinks materialise the scores of 256 queries at a time, and again backward.
+
+    Args:
+        query: (R, H, T, D), as transformers gives it. Any floating dtype.
+        key, value: (R, K, T, D) and (R, K, T, E), H a multiple of K.
+        segments: which slots see each other.
+        window: positions that a query sees, its own included; None for all before it.
+        scale: factor of the scores; None for ``D ** -0.5``.
+        softcap: None for none.
+        sinks: (H,), differentiable, or None.
+        dropout: probability that a weight is dropped.
+        backend: ``"auto"``, ``"pieces"`` (segment by segment), ``"varlen"`` (torch's, CUDA, 16
+            bits) or ``"flash_attn"``.
+
+    Returns:
+        (R, T, H, E), contiguous; differentiable.
+
+    Raises:
+        ValueError: shapes do not fit ``segments``, or an unknown ``backend``.
+
+    Numerics: as torch's attention in this dtype; scores with softcap or sinks in float32. Which
+    segments are in a row changes nothing but rounding.
+
+    >>> import numpy as np
+    >>> segments = Segments((1, 5), np.array([0, 2, 5]))
+    >>> value = torch.arange(5.0).view(1, 1, 5, 1)
+    >>> zeros = torch.zeros_like(value)
+    >>> segment_attention(zeros, zeros, value, segments)[0, :, 0, 0]
+    tensor([0.0000, 0.5000, 2.0000, 2.5000, 3.0000])
+    """
+    rows, heads, width, size = query.shape
+    if (rows, width) != segments.shape or key.shape[2] != width:
+        raise ValueError(
+            f"`segments` are of rows {segments.shape}, found queries {(rows, width)} and "
+            f"{key.shape[2]} keys"
+        )
+    if window is not None and window >= segments.longest:
+        window = None
+    call = _Call(window, size**-0.5 if scale is None else scale, softcap, sinks, dropout)
+    if backend == "auto":
+        backend = choose(call, query, value)
+    if backend == "pieces":
+        return _pieces(query, key, value, segments, call)
+    if backend not in ("varlen", "flash_attn"):
+        raise ValueError(
+            f"`backend` must be one of auto, pieces, varlen, flash_attn, found {backend!r}"
+        )
+    return _varlen(query, key, value, segments, call, backend)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call asks for beside its tensors."""
+
+    window: int | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's fused attention computes it."""
+        return self.softcap is None and self.sinks is None
+
+
+# ---- kernels over all segments at once (CUDA) ----------------------------------------------------
+
+
+@cache
+def installed() -> frozenset[str]:
+    """Which of the varlen kernels are there."""
+    specs = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
+    return frozenset(name for name, module in specs.items() if find_spec(module) is not None)
+
+
+def choose(call: Any, query: Tensor, value: Tensor) -> Backend:
+    """The fastest way that is right for a call: both kernels want CUDA and 16 bits, neither knows
+    sinks, torch's knows no softcap and no dropout.
+    """
+    size = query.shape[-1]
+    kernel = query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
+    if not kernel or size > 256 or value.shape[-1] != size or call.sinks is not None:
+        return "pieces"
+    if "varlen" in installed() and call.softcap is None and not call.dropout:
+        return "varlen"
+    return "flash_attn" if "flash_attn" in installed() else "pieces"
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: _Call, backend: str
+) -> Tensor:
+    rows, heads, width, _ = query.shape
+    arrays = segments.on(query.device)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    if segments.prefixes is not None:
+        k, v = k[arrays["key_slots"]], v[arrays["key_slots"]]
+    longest = int(np.diff(segments.offsets).max(initial=0)), segments.longest
+    window = (-1 if call.window is None else call.window - 1, 0)
+    given = (q, k, v, arrays["offsets"], arrays["key_offsets"], *longest)
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = heads // key.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+        out = varlen_attn(q, k, v, *given[3:], scale=call.scale, window_size=window)
+    else:
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            *given,
+            dropout_p=call.dropout,
+            softmax_scale=call.scale,
+            causal=True,
+            window_size=window,
+            softcap=call.softcap or 0.0,
+        )
+    return out.view(rows, width, heads, -1)
+
+
+# ---- segment by segment --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which segments are worked off alone, and which together.
+
+    - ``alone``: row, prefix and segment of each.
+    - ``groups``: slots of the tokens of segments, (G, L), filled up with each one's first.
+    - ``place``: of each slot of the rows, where its result stands behind one another; None: there.
+    """
+
+    alone: list[tuple[int, int, int, int, int]]
+    groups: list[Tensor]
+    place: Tensor | None
+
+
+def _plan(segments: Segments, device: torch.device) -> _Plan:
+    known = segments.plans.get(("pieces", device))
+    if known is not None:
+        return known
+    width = segments.shape[1]
+    every = [s for s in segments if s[4] > s[3]]
+    keys = np.array([q - p + b - a for _, p, q, a, b in every], dtype=np.int64)
+    sizes = -(-keys // STEP) * STEP
+    groups, together = [], np.zeros(len(every), dtype=bool)
+    place = np.zeros(segments.shape[0] * width, dtype=np.int64)
+    members = []
+    for size in np.unique(sizes[keys < SHORT]):
+        found = np.flatnonzero((sizes == size) & (keys < SHORT))
+        if len(found) > 2:
+            together[found] = True
+            members.append(found)
+    behind = 0
+    alone = [one for one, grouped in zip(every, together, strict=True) if not grouped]
+    for row, _, _, a, b in alone:
+        place[row * width + a : row * width + b] = behind + np.arange(b - a)
+        behind += b - a
+    for found in members:
+        longest = int(keys[found].max())
+        slots = np.empty((len(found), longest), dtype=np.int64)
+        for line, index in enumerate(found):
+            row, p, q, a, b = every[index]
+            own = row * width + np.r_[p:q, a:b]
+            slots[line] = own[0]
+            slots[line, : len(own)] = own
+            start = behind + line * longest + q - p
+            place[row * width + a : row * width + b] = start + np.arange(b - a)
+        behind += slots.size
+        groups.append(torch.from_numpy(slots).to(device))
+    ordered = not groups and (np.diff(place) == 1).all()
+    plan = _Plan(alone, groups, None if ordered else torch.from_numpy(place).to(device))
+    segments.plans["pieces", device] = plan
+    return plan
+
+
+def _pieces(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: _Call) -> Tensor:
+    rows, heads, width, _ = query.shape
+    plan = _plan(segments, query.device)
+    K = key.shape[1]
+    shape = (rows, width, heads, value.shape[-1])
+    if not rows * width:
+        return query.new_zeros(shape)
+    spans = [(row, a, b) for row, p, q, a, b in plan.alone for a, b in ((p, q), (a, b)) if a < b]
+    parts = [iter(_Spans.apply(t, spans)) if spans else iter(()) for t in (query, key, value)]
+    found: list[Tensor] = []
+    for _, p, q, a, b in plan.alone:
+        # A prefix is worked off with the segment as if it were its own: no mask is needed then.
+        whole = [
+            torch.cat([next(part), next(part)], 1) if p < q else next(part) for part in parts
+        ]
+        out = _attend(*_grouped(*(t[None] for t in whole), K), call)[:, :, q - p :]
+        found.append(out.flatten(0, 1).transpose(0, 1))
+    if plan.groups:
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+        for slots in plan.groups:
+            many = [t.index_select(0, slots.flatten()).unflatten(0, slots.shape) for t in flat]
+            given = _grouped(*(t.transpose(1, 2) for t in many), K)
+            out = _attend(*given, call).unflatten(0, (len(slots), K)).flatten(1, 2)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(found) if len(found) > 1 else found[0].contiguous()
+    if plan.place is not None:
+        out = out.index_select(0, plan.place)
+    return out.view(shape)
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, K: int) -> tuple[Tensor, ...]:
+    """(G, H, n, D), (G, K, m, D) as (G * K, g, n, D), (G * K, 1, m, D): no key is repeated."""
+    g = query.shape[1] // K
+    q = query.unflatten(1, (K, g)).flatten(0, 1)
+    return q, key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
+
+
+class _Spans(torch.autograd.Function):
+    """Views of slots a to b of a row, for many (row, a, b) at once, which may overlap.
+
+    Slicing so often would fill a gradient of all slots for each slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: list[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+        ctx.spans, ctx.like = spans, (x.shape, x.dtype, x.device)
+        # Detached: they are nobody's views for autograd, which would forbid more than one.
+        return tuple(x[row, :, a:b].detach() for row, a, b in spans)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows, heads, width, size), dtype, device = ctx.like
+        # Tokens before heads, as a model has them.
+        total = torch.zeros(rows, width, heads, size, dtype=dtype, device=device).transpose(1, 2)
+        for (row, a, b), grad in zip(ctx.spans, grads, strict=True):
+            total[row, :, a:b].add_(grad)
+        return total, None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    """Causal attention of whole sequences, (X, g, n, D) with (X, 1, n, D), in as many blocks as a
+    window or materialised scores want.
+    """
+    n, window = query.shape[2], call.window
+    if not call.plain:
+        return _explicit(query, key, value, call)
+    if window is None or window >= n:
+        return _fused(query, key, value, call, None)
+    # The first `window` queries see all before them; each block behind sees as many keys more.
+    block = max(BLOCK, min(window, 2 * BLOCK))
+    blocks = [(0, window, 0)]
+    blocks += [(a, min(a + block, n), a - window + 1) for a in range(window, n, block)]
+    band = torch.ones(block, block + window - 1, dtype=torch.bool, device=query.device)
+    band = band.tril_(window - 1).triu_()
+    # Converted once, and not in each call, which would keep each of them for backward.
+    mask = torch.zeros(band.shape, dtype=query.dtype, device=query.device)
+    mask.masked_fill_(~band, float("-inf"))
+    queries = query.split([b - a for a, b, _ in blocks], 2)
+    keys, values = (
+        _Spans.apply(t.transpose(0, 1), [(0, k, b) for _, b, k in blocks]) for t in (key, value)
+    )
+    outs = [_fused(queries[0], keys[0][:, None], values[0][:, None], call, None)]
+    for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True):
+        outs.append(_fused(q, k[:, None], v[:, None], call, mask[: q.shape[2], : k.shape[1]]))
+    return torch.cat(outs, 2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, call: _Call, mask: Tensor | None) -> Tensor:
+    size = value.shape[-1]
+    short = query.shape[-1] - size
+    if short:  # the fused kernels want one size
+        value = F.pad(value, (0, max(short, 0)))
+        query, key = (F.pad(t, (0, max(-short, 0))) for t in (query, key))
+    g = query.shape[1]
+    out = F.scaled_dot_product_attention(
+        query,
+        key.expand(-1, g, -1, -1),
+        value.expand(-1, g, -1, -1),
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        is_causal=mask is None,
+        scale=call.scale,
+    )
+    return out[..., :size]
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+    """With softcap or sinks: block by block of queries, each forgotten until backward."""
+    n = query.shape[2]
+    outs = []
+    for a in range(0, n, BLOCK):
+        b = min(a + BLOCK, n)
+        first = 0 if call.window is None else max(0, a - call.window + 1)
+        given = query[:, :, a:b], key[:, :, first:b], value[:, :, first:b], call, a - first
+        if torch.is_grad_enabled() and n > BLOCK:
+            outs.append(checkpoint(_scored, *given, use_reentrant=False))
+        else:
+            outs.append(_scored(*given))
+    return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+
+
+def _scored(query: Tensor, key: Tensor, value: Tensor, call: _Call, before: int) -> Tensor:
+    """The equation itself, of queries that have ``before`` keys before the first of them."""
+    scores = (query @ key.mT * call.scale).float()
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    n, m = scores.shape[-2:]
+    band = torch.ones(n, m, dtype=torch.bool, device=scores.device).tril_(before)
+    if call.window is not None:
+        band = band.triu_(before - call.window + 1)
+    scores = scores.masked_fill(~band, float("-inf"))
+    if call.sinks is not None:
+        X, g = scores.shape[:2]
+        sinks = call.sinks.float().view(-1, g).repeat(X * g // call.sinks.numel(), 1)
+        scores = torch.cat([scores, sinks[:, :, None, None].expand(X, g, n, 1)], -1)
+    weights = scores.softmax(-1)[..., :m].to(value.dtype)
+    return F.dropout(weights, call.dropout) @ value
