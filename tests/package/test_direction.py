@@ -25,8 +25,8 @@ FLOORS = [
 ]
 TORCH_FLOORS = [
     {"numbers"},
-    {"once", "ring", "agreement"},
-    {"logps", "loader", "attention"},
+    {"once", "ring", "agreement", "segments"},
+    {"logps", "loader", "attention", "interface"},
     {"losses", "parallel"},
     {"pairwise"},
     {"scoring"},

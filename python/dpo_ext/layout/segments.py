@@ -160,7 +160,7 @@ class SegmentMask(Tensor):
             cls, (rows, 1, width, width), dtype=torch.bool, device=torch.device(device)
         )
         mask.segments = segments
-        mask.window = None if window is None or window >= segments.longest else window
+        mask.window = window
         return mask
 
     def dense(self) -> Tensor:

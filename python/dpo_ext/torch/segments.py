@@ -88,15 +88,14 @@ def segment_attention(
     >>> segment_attention(zeros, zeros, value, segments)[0, :, 0, 0]
     tensor([0.0000, 0.5000, 2.0000, 2.5000, 3.0000])
     """
-    rows, heads, width, size = query.shape
+    rows, width = query.shape[::2]
     if (rows, width) != segments.shape or key.shape[2] != width:
         raise ValueError(
             f"`segments` are of rows {segments.shape}, found queries {(rows, width)} and "
             f"{key.shape[2]} keys"
         )
-    if window is not None and window >= segments.longest:
-        window = None
-    call = _Call(window, size**-0.5 if scale is None else scale, softcap, sinks, dropout)
+    options: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "dropout": dropout}
+    call = call_of(query, segments, window=window, scale=scale, **options)
     if backend == "auto":
         backend = choose(call, query, value)
     if backend == "pieces":
@@ -109,7 +108,7 @@ def segment_attention(
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What a call asks for beside its tensors."""
 
     window: int | None
@@ -124,17 +123,26 @@ class _Call:
         return self.softcap is None and self.sinks is None
 
 
+def call_of(
+    query: Tensor, segments: Segments, *, window: int | None, scale: float | None, **options: Any
+) -> Call:
+    """The options of `segment_attention`, with the default of ``scale``."""
+    if window is not None and window >= segments.longest:
+        window = None
+    return Call(window, query.shape[-1] ** -0.5 if scale is None else scale, **options)
+
+
 # ---- kernels over all segments at once (CUDA) ----------------------------------------------------
 
 
 @cache
 def installed() -> frozenset[str]:
-    """Which of the varlen kernels are there."""
-    specs = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
+    """Which kernels are there; FlexAttention's are compiled by Triton."""
+    specs = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn", "flex": "triton"}
     return frozenset(name for name, module in specs.items() if find_spec(module) is not None)
 
 
-def choose(call: Any, query: Tensor, value: Tensor) -> Backend:
+def choose(call: Call, query: Tensor, value: Tensor) -> Backend:
     """The fastest way that is right for a call: both kernels want CUDA and 16 bits, neither knows
     sinks, torch's knows no softcap and no dropout.
     """
@@ -148,7 +156,7 @@ def choose(call: Any, query: Tensor, value: Tensor) -> Backend:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: _Call, backend: str
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: Call, backend: str
 ) -> Tensor:
     rows, heads, width, _ = query.shape
     arrays = segments.on(query.device)
@@ -234,7 +242,7 @@ def _plan(segments: Segments, device: torch.device) -> _Plan:
     return plan
 
 
-def _pieces(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: _Call) -> Tensor:
+def _pieces(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: Call) -> Tensor:
     rows, heads, width, _ = query.shape
     plan = _plan(segments, query.device)
     K = key.shape[1]
@@ -293,7 +301,7 @@ class _Spans(torch.autograd.Function):
         return total, None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     """Causal attention of whole sequences, (X, g, n, D) with (X, 1, n, D), in as many blocks as a
     window or materialised scores want.
     """
@@ -321,7 +329,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     return torch.cat(outs, 2)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, call: _Call, mask: Tensor | None) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor, call: Call, mask: Tensor | None) -> Tensor:
     size = value.shape[-1]
     short = query.shape[-1] - size
     if short:  # the fused kernels want one size
@@ -340,7 +348,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, call: _Call, mask: Tensor 
     return out[..., :size]
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+def _explicit(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     """With softcap or sinks: block by block of queries, each forgotten until backward."""
     n = query.shape[2]
     outs = []
@@ -355,7 +363,7 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 
-def _scored(query: Tensor, key: Tensor, value: Tensor, call: _Call, before: int) -> Tensor:
+def _scored(query: Tensor, key: Tensor, value: Tensor, call: Call, before: int) -> Tensor:
     """The equation itself, of queries that have ``before`` keys before the first of them."""
     scores = (query @ key.mT * call.scale).float()
     if call.softcap is not None:

@@ -22,7 +22,7 @@ from trl.trainer.utils import use_adapter
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError
+from dpo_ext.errors import DataError, TensorError
 from dpo_ext.layout.batch import LAYOUTS
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
@@ -73,8 +73,9 @@ class DPOTrainer(trl.DPOTrainer):
             are used if both are there, and such data can be evaluated at any step.
         data_collator, quantization_config: None.
         layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
-            padding, for models that keep packed segments apart. Whether this one does is tried
-            before the first step.
+            padding, for models that keep packed segments apart, attended segment by segment. Whether
+            this one does is tried before the first step; one that does not, such as Mamba or a
+            hybrid, gets padded batches, and a warning says so.
         data_options: how rows are read, as `PairDataset.from_files` documents it: `layout_of_rows`,
             `chat_template_kwargs`, `prompt_key`, `special_tokens_in_text` and the rest but for what
             TRL's configuration says (`OF_TRL`). By default as TRL reads them.
@@ -88,7 +89,6 @@ class DPOTrainer(trl.DPOTrainer):
         ValueError: an option that is not honoured, by name; `REFUSED` lists them.
         DataError: no row of a data set can be used.
         TokenizerError: the tokenizer has no ``tokenizer.json``.
-        TensorError: ``layout="packed"`` with a model that lets segments see each other.
 
     Numerics: in float32, over four steps, loss and gradient norm within 1e-5 of stock (relative).
     """
@@ -174,6 +174,8 @@ class DPOTrainer(trl.DPOTrainer):
         if self._scores_by_itself:
             return
         check_model("model", self.model)
+        if self.layout == "packed":
+            self._choose_attention()
         stock = self.data_collator
         self.data_collator = PairCollator(
             stock.pad_token_id,
@@ -183,12 +185,24 @@ class DPOTrainer(trl.DPOTrainer):
             score_table=True,
             layout=self.layout,
         )
-        if self.layout == "packed":
-            assert_packing_safe(self.accelerator.unwrap_model(self.model))
         attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
             attach_scoring(self.accelerator.unwrap_model(self.ref_model))
         self._scores_by_itself = True
+
+    def _choose_attention(self) -> None:
+        """Packed rows segment by segment; padded ones where segments would see each other."""
+        inner = self.accelerator.unwrap_model(self.model)
+        models = [inner] if self.ref_model is None else [inner, self.ref_model]
+        for model in models:
+            attach_scoring(model.get_base_model() if is_peft_model(model) else model)
+        try:
+            assert_packing_safe(inner)
+        except TensorError as error:
+            self.layout = "padded"
+            logger.warning(
+                "%s steps back from layout='packed' to 'padded': %s", type(inner).__name__, error
+            )
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: trl.DPOConfig, dataset_name: str
