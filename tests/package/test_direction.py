@@ -24,8 +24,9 @@ FLOORS = [
     {"__main__"},
 ]
 TORCH_FLOORS = [
-    {"numbers"},
-    {"once", "ring", "agreement", "segments"},
+    {"numbers", "pieces"},
+    {"once", "ring", "agreement", "flash_cpu"},
+    {"segments"},
     {"logps", "loader", "attention", "interface"},
     {"losses", "parallel"},
     {"pairwise"},

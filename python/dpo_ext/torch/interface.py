@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dpo_ext.errors import TensorError
 from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments, seen
 from dpo_ext.torch.agreement import as_it_was, plain_ids, text_config
-from dpo_ext.torch.segments import call_of, choose, installed, segment_attention
+from dpo_ext.torch.pieces import call_of
+from dpo_ext.torch.segments import choose, installed, segment_attention
 
 Model = TypeVar("Model", bound=nn.Module)
 # Of how much of their spread hidden states may differ from those of the dense mask.

@@ -6,7 +6,6 @@ Inside: X batches, g = H / K query heads of one key head, n queries, m keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,14 +17,10 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from dpo_ext.layout.segments import Segments
+from dpo_ext.torch.flash_cpu import flash, serves
+from dpo_ext.torch.pieces import BLOCK, Call, blocks, call_of, plan_of
 
 Backend = Literal["auto", "pieces", "varlen", "flash_attn"]
-# Segments with fewer keys are worked off many at a time: a call costs as much as their attention.
-SHORT = 128
-# Slots by which the segments of one call differ at most.
-STEP = 16
-# Queries of a call where scores are materialised, or where a window leaves most keys out.
-BLOCK = 256
 
 
 def segment_attention(
@@ -107,31 +102,6 @@ def segment_attention(
     return _varlen(query, key, value, segments, call, backend)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a call asks for beside its tensors."""
-
-    window: int | None
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-    dropout: float
-
-    @property
-    def plain(self) -> bool:
-        """Whether torch's fused attention computes it."""
-        return self.softcap is None and self.sinks is None
-
-
-def call_of(
-    query: Tensor, segments: Segments, *, window: int | None, scale: float | None, **options: Any
-) -> Call:
-    """The options of `segment_attention`, with the default of ``scale``."""
-    if window is not None and window >= segments.longest:
-        window = None
-    return Call(window, query.shape[-1] ** -0.5 if scale is None else scale, **options)
-
-
 # ---- kernels over all segments at once (CUDA) ----------------------------------------------------
 
 
@@ -189,84 +159,30 @@ def _varlen(
 # ---- segment by segment --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which segments are worked off alone, and which together.
-
-    - ``alone``: row, prefix and segment of each.
-    - ``groups``: slots of the tokens of segments, (G, L), filled up with each one's first.
-    - ``place``: of each slot of the rows, where its result stands behind one another; None: there.
-    """
-
-    alone: list[tuple[int, int, int, int, int]]
-    groups: list[Tensor]
-    place: Tensor | None
-
-
-def _plan(segments: Segments, device: torch.device) -> _Plan:
-    known = segments.plans.get(("pieces", device))
-    if known is not None:
-        return known
-    width = segments.shape[1]
-    every = [s for s in segments if s[4] > s[3]]
-    keys = np.array([q - p + b - a for _, p, q, a, b in every], dtype=np.int64)
-    sizes = -(-keys // STEP) * STEP
-    groups, together = [], np.zeros(len(every), dtype=bool)
-    place = np.zeros(segments.shape[0] * width, dtype=np.int64)
-    members = []
-    for size in np.unique(sizes[keys < SHORT]):
-        found = np.flatnonzero((sizes == size) & (keys < SHORT))
-        if len(found) > 2:
-            together[found] = True
-            members.append(found)
-    behind = 0
-    alone = [one for one, grouped in zip(every, together, strict=True) if not grouped]
-    for row, _, _, a, b in alone:
-        place[row * width + a : row * width + b] = behind + np.arange(b - a)
-        behind += b - a
-    for found in members:
-        longest = int(keys[found].max())
-        slots = np.empty((len(found), longest), dtype=np.int64)
-        for line, index in enumerate(found):
-            row, p, q, a, b = every[index]
-            own = row * width + np.r_[p:q, a:b]
-            slots[line] = own[0]
-            slots[line, : len(own)] = own
-            start = behind + line * longest + q - p
-            place[row * width + a : row * width + b] = start + np.arange(b - a)
-        behind += slots.size
-        groups.append(torch.from_numpy(slots).to(device))
-    ordered = not groups and (np.diff(place) == 1).all()
-    plan = _Plan(alone, groups, None if ordered else torch.from_numpy(place).to(device))
-    segments.plans["pieces", device] = plan
-    return plan
-
-
 def _pieces(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call: Call) -> Tensor:
     rows, heads, width, _ = query.shape
-    plan = _plan(segments, query.device)
+    plan = plan_of(segments, query.device)
     K = key.shape[1]
     shape = (rows, width, heads, value.shape[-1])
     if not rows * width:
         return query.new_zeros(shape)
+    if serves(query, call):
+        return flash(query, key, value, plan, call)
     spans = [(row, a, b) for row, p, q, a, b in plan.alone for a, b in ((p, q), (a, b)) if a < b]
     parts = [iter(_Spans.apply(t, spans)) if spans else iter(()) for t in (query, key, value)]
     found: list[Tensor] = []
-    for _, p, q, a, b in plan.alone:
+    for _, p, q, _, _ in plan.alone:
         # A prefix is worked off with the segment as if it were its own: no mask is needed then.
-        whole = [
-            torch.cat([next(part), next(part)], 1) if p < q else next(part) for part in parts
-        ]
+        whole = [torch.cat([next(x), next(x)], 1) if p < q else next(x) for x in parts]
         out = _attend(*_grouped(*(t[None] for t in whole), K), call)[:, :, q - p :]
         found.append(out.flatten(0, 1).transpose(0, 1))
-    if plan.groups:
-        flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-        for slots in plan.groups:
-            many = [t.index_select(0, slots.flatten()).unflatten(0, slots.shape) for t in flat]
-            given = _grouped(*(t.transpose(1, 2) for t in many), K)
-            out = _attend(*given, call).unflatten(0, (len(slots), K)).flatten(1, 2)
-            found.append(out.transpose(1, 2).flatten(0, 1))
-    out = torch.cat(found) if len(found) > 1 else found[0].contiguous()
+    flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)] if plan.groups else []
+    for slots, _ in plan.groups:
+        many = [t.index_select(0, slots.flatten()).unflatten(0, slots.shape) for t in flat]
+        given = _grouped(*(t.transpose(1, 2) for t in many), K)
+        out = _attend(*given, call).unflatten(0, (len(slots), K)).flatten(1, 2)
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(found)
     if plan.place is not None:
         out = out.index_select(0, plan.place)
     return out.view(shape)
@@ -310,22 +226,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         return _explicit(query, key, value, call)
     if window is None or window >= n:
         return _fused(query, key, value, call, None)
-    # The first `window` queries see all before them; each block behind sees as many keys more.
-    block = max(BLOCK, min(window, 2 * BLOCK))
-    blocks = [(0, window, 0)]
-    blocks += [(a, min(a + block, n), a - window + 1) for a in range(window, n, block)]
-    band = torch.ones(block, block + window - 1, dtype=torch.bool, device=query.device)
-    band = band.tril_(window - 1).triu_()
-    # Converted once, and not in each call, which would keep each of them for backward.
-    mask = torch.zeros(band.shape, dtype=query.dtype, device=query.device)
-    mask.masked_fill_(~band, float("-inf"))
-    queries = query.split([b - a for a, b, _ in blocks], 2)
-    keys, values = (
-        _Spans.apply(t.transpose(0, 1), [(0, k, b) for _, b, k in blocks]) for t in (key, value)
+    spans, masks = [], []
+    for queries, keys, _, mask in blocks(n, 0, window, query):
+        spans.append((queries, keys))
+        masks.append(mask)
+    ks, vs = (
+        _Spans.apply(t.transpose(0, 1), [(0, k0, k1) for _, (k0, k1) in spans])
+        for t in (key, value)
     )
-    outs = [_fused(queries[0], keys[0][:, None], values[0][:, None], call, None)]
-    for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True):
-        outs.append(_fused(q, k[:, None], v[:, None], call, mask[: q.shape[2], : k.shape[1]]))
+    qs = query.split([b - a for (a, b), _ in spans], 2)
+    outs = [
+        _fused(q, k[:, None], v[:, None], call, mask)
+        for q, k, v, mask in zip(qs, ks, vs, masks, strict=True)
+    ]
     return torch.cat(outs, 2)
 
 
