@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from dpo_ext.torch.pieces import Call, Group, Plan, blocks
+from dpo_ext.torch.pieces import Call, Group, Plan, Span, blocks
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
@@ -70,11 +70,10 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, sinks, out, *sums = ctx.saved_tensors
+        once = ctx.plan.once and ctx.call.window is None
+        make = torch.empty if once else torch.zeros
         # Tokens before heads, as a model has them.
-        grads = [
-            torch.zeros(t.transpose(1, 2).shape, dtype=t.dtype, device=t.device)
-            for t in (query, key, value)
-        ]
+        grads = [make(t.transpose(1, 2).shape, dtype=t.dtype) for t in (query, key, value)]
         sunk = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         for work, lse in zip(_works(query, key, value, ctx.plan), sums, strict=True):
             g, o = work.get(grad), work.get(out)
@@ -84,7 +83,7 @@ class _Flash(torch.autograd.Function):
                     g[:, :, i0:i1], work.q[:, :, i0:i1], work.keys(k0, k1), work.values(k0, k1),
                     o[:, :, i0:i1], lse[:, :, i0:i1], 0.0, causal, attn_mask=mask, scale=ctx.call.scale,
                 )  # fmt: skip
-                work.add(grads, found, (i0, i1), (k0, k1))
+                work.add(grads, found, (i0, i1), (k0, k1), once)
             if sunk is not None:
                 sink = _per_head(sinks, work.q)
                 weight = torch.exp(sink - lse) * (g.float() * o.float()).sum(-1)
@@ -139,16 +138,16 @@ class _Alone:
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, piece: tuple[int, int, int, int, int]
     ) -> None:
-        self.row, self.p, self.b0, self.a, self.b = piece
-        self.key, self.value = key[self.row], value[self.row]
-        K = key.shape[1]
-        self.g = query.shape[1] // K
-        self.q = query[self.row, :, self.a : self.b].unflatten(0, (K, self.g))
-        self.before = self.b0 - self.p
+        self.row, self.p, q, self.a, self.b = piece
+        self.before, self.n = q - self.p, self.b - self.a
+        self.key, self.value = key, value
+        heads, self.K, size = query.shape[1], key.shape[1], query.shape[3]
+        self.shape = (self.K, heads // self.K, self.n, size)
+        self.q = query[self.row, :, self.a : self.b].view(self.shape)
 
     def parts(self, call: Call) -> Iterator[Any]:
         """Queries, keys, whether causal, mask. Keys count from the first of the prefix."""
-        n, before = self.b - self.a, self.before
+        n, before = self.n, self.before
         if call.window is None or call.window >= n + before:
             if before:
                 yield (0, n), (0, before), False, None
@@ -157,14 +156,19 @@ class _Alone:
             yield from blocks(n, before, call.window, self.q)
 
     def _take(self, x: Tensor, k0: int, k1: int) -> Tensor:
-        if k0 >= self.before:
-            found = x[:, self.a + k0 - self.before : self.a + k1 - self.before]
-        elif k1 <= self.before:
-            found = x[:, self.p + k0 : self.p + k1]
-        else:
-            own = x[:, self.a : self.a + k1 - self.before]
-            found = torch.cat([x[:, self.p + k0 : self.b0], own], 1)
-        return found[:, None].expand(-1, self.g, -1, -1)
+        spans = list(self._spans(k0, k1))
+        parts = [x[self.row, :, None, a:b] for a, b, _ in spans]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return found.expand(-1, self.shape[1], -1, -1)
+
+    def _spans(self, k0: int, k1: int) -> Iterator[tuple[int, int, int]]:
+        """Slots of keys k0 to k1, of the prefix and of the segment, and their place among them."""
+        before = self.before
+        if k0 < before:
+            yield self.p + k0, self.p + min(k1, before), 0
+        if k1 > before:
+            start = max(k0, before)
+            yield self.a + start - before, self.a + k1 - before, start - k0
 
     def keys(self, k0: int, k1: int) -> Tensor:
         return self._take(self.key, k0, k1)
@@ -174,26 +178,22 @@ class _Alone:
 
     def get(self, x: Tensor) -> Tensor:
         """(R, T, H, D) as (K, g, n, D)."""
-        return x[self.row, self.a : self.b].transpose(0, 1).unflatten(0, (-1, self.g))
+        K, g, n, size = self.shape
+        return x[self.row, self.a : self.b].view(n, K, g, size).permute(1, 2, 0, 3)
 
     def put(self, out: Tensor, found: Tensor) -> None:
-        out[self.row, self.a : self.b] = found.flatten(0, 1).transpose(0, 1)
+        self.get(out).copy_(found)
 
     def add(
-        self, grads: list[Tensor], found: Any, queries: tuple[int, int], keys: tuple[int, int]
+        self, grads: list[Tensor], found: Any, queries: Span, keys: Span, once: bool
     ) -> None:
-        i0, i1 = queries
-        grads[0][self.row, self.a + i0 : self.a + i1] += found[0].flatten(0, 1).transpose(0, 1)
-        (k0, k1), before = keys, self.before
-        inside = max(0, min(k1, before) - k0)  # keys of the prefix
+        """Adds gradients of ``queries`` and ``keys``; ``once``: they are all that there is."""
+        write = Tensor.copy_ if once else Tensor.add_
+        write(self.get(grads[0])[:, :, queries[0] : queries[1]], found[0])
         for total, grad in zip(grads[1:], found[1:], strict=True):
-            many = grad.sum(1) if self.g > 1 else grad[:, 0]
-            many = many.transpose(0, 1)
-            if inside:
-                total[self.row, self.p + k0 : self.p + k0 + inside] += many[:inside]
-            if k1 > before:
-                start = self.a + k0 + inside - before
-                total[self.row, start : self.a + k1 - before] += many[inside:]
+            many = (grad.sum(1) if self.shape[1] > 1 else grad[:, 0]).transpose(0, 1)
+            for a, b, at in self._spans(*keys):
+                write(total[self.row, a:b], many[at : at + b - a])
 
 
 class _Group:
@@ -241,7 +241,7 @@ class _Group:
         out.view(-1, *out.shape[2:])[self.slots.flatten()[own]] = self._flat(found)[own]
 
     def add(
-        self, grads: list[Tensor], found: Any, queries: tuple[int, int], keys: tuple[int, int]
+        self, grads: list[Tensor], found: Any, queries: Span, keys: Span, once: bool
     ) -> None:
         spans = (queries, keys, keys)
         for total, grad, (a, b) in zip(grads, found, spans, strict=True):

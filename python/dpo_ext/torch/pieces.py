@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_ext.layout.segments import Segments
 
 # Segments with fewer keys are attended many at a time: a call costs as much as their attention.
-SHORT = 128
+SHORT = 64
 # Slots by which the segments of one call differ at most.
 STEP = 16
 # Queries of a call where scores are materialised, or where a window leaves most keys out.
@@ -75,6 +75,11 @@ class Plan:
     alone: list[tuple[int, int, int, int, int]]
     groups: list[Group]
     place: Tensor | None
+
+    @property
+    def once(self) -> bool:
+        """Whether each slot is worked off as a key but once."""
+        return not self.groups and all(p == q for _, p, q, _, _ in self.alone)
 
 
 def plan_of(segments: Segments, device: torch.device) -> Plan:

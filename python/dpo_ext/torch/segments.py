@@ -51,7 +51,7 @@ def segment_attention(
 
     Time and memory are linear in tokens for segments of like length, and with a window also in the
     length of a segment. On a CPU, segment by segment, views of what is given, through torch's
-    ``scaled_dot_product_attention``; segments of fewer than 128 keys many at a time. On CUDA
+    ``scaled_dot_product_attention``; segments of fewer than 64 keys many at a time. On CUDA
     torch's varlen attention or flash-attn's, where one is there and takes the arguments, else as on
     a CPU. A softcap or sinks materialise the scores of 256 queries at a time, and again backward.
 
