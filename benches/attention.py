@@ -32,6 +32,8 @@ from dpo_ext import PairDataset
 from dpo_ext.torch import use_segment_attention
 
 REPEATS, WARM_UP, SEGMENT = 7, 1, 500
+# The dense mask takes minutes beyond this length, and part in two rounds up to it.
+DENSE, DENSE_LONGEST, DENSE_ROUNDS = "packed, dense", 256, 2
 # Way: layout, and whether attention is ours.
 WAYS = {
     "padded": ("padded", False),
@@ -153,24 +155,32 @@ def lengths(arguments: argparse.Namespace) -> list[str]:
         pairs = pairs_of(arguments.pairs, longest)
         batches = {way: batch_of(way, pairs) for way in WAYS}
         fill = float(batches["padded"].attention_mask.float().mean())
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        ways = [way for way in WAYS if way != DENSE or longest <= DENSE_LONGEST]
+        times: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(REPEATS + WARM_UP):
-            for way in WAYS:
+            for way in ways:
+                if way == DENSE and repeat > DENSE_ROUNDS:
+                    continue
                 took, _ = step(models[way], batches[way])
                 if repeat >= WARM_UP:
                     times[way].append(took)
         given = ("--longest", str(longest), "--pairs", str(arguments.pairs))
-        peaks = {way: peak_megabytes("--one", way, *given) for way in WAYS}
-        base = statistics.median(times["padded"])
+        peaks = {way: peak_megabytes("--one", way, *given) for way in ways}
+        ratios = {
+            way: statistics.median(a / b for a, b in zip(took, times["padded"], strict=False))
+            for way, took in times.items()
+        }
         for way, took in times.items():
-            ratio = statistics.median(took) / base
+            ratio = ratios[way]
             line = f"{spread(took)}, {ratio:.2f} of padded, {ratio / fill:.2f} of padded x fill"
             print(f"{longest:>6} {way:<14} {line}, peak +{peaks[way]:,.0f} MB")
         cells = [f"{longest}", f"{int(batches['packed'].input_ids.numel()):,}", f"{fill:.2f}"]
-        cells += [f"{spread(times[way])}, +{peaks[way]:,.0f} MB" for way in WAYS]
-        cells.append(f"{statistics.median(times['packed']) / base / fill:.2f}")
+        cells += [
+            f"{spread(times[way])}, +{peaks[way]:,.0f} MB" if way in ways else "" for way in WAYS
+        ]
+        cells.append(f"{ratios['packed'] / fill:.2f}")
         lines.append(f"| {' | '.join(cells)} |\n")
-    head = ["longest", "tokens", "fill", *WAYS, "packed / (padded x fill)"]
+    head = ["longest", "tokens", "fill", *WAYS, "packed / (padded x fill), median of rounds"]
     return [f"| {' | '.join(head)} |\n", "| --- " * len(head) + "|\n", *lines]
 
 
@@ -186,7 +196,10 @@ def one_row(arguments: argparse.Namespace) -> list[str]:
                 times[size].append(took)
     half, whole = (statistics.median(times[size]) for size in sizes)
     peaks = [peak_megabytes("--one", "packed", "--row", str(size)) for size in sizes]
-    said = [f"{s:,} tokens {spread(times[s])}, peak +{p:,.0f} MB" for s, p in zip(sizes, peaks, strict=True)]
+    said = [
+        f"{size:,} tokens {spread(times[size])}, peak +{peak:,.0f} MB"
+        for size, peak in zip(sizes, peaks, strict=True)
+    ]
     line = f"One row, segments of {SEGMENT}: {'; '.join(said)}: {whole / half:.2f}x the time"
     print(line)
     return [f"{line}.\n"]
@@ -215,8 +228,9 @@ def main() -> None:
         where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch "
         where += f"{torch.__version__}, transformers {transformers.__version__}"
         asked = f" --row {arguments.row}" if arguments.row else f" --pairs {arguments.pairs}"
-        title = f"\n{date.today()}, {commit}, {where}, Llama with 4 layers of 128, forward + backward, "
-        title += f"1 thread, CPU time, medians of {REPEATS}: `python benches/attention.py{asked} --record`\n\n"
+        title = f"\n{date.today()}, {commit}, {where}, Llama with 4 layers of 128, forward + "
+        title += f"backward, 1 thread, CPU time, medians of {REPEATS}: "
+        title += f"`python benches/attention.py{asked} --record`\n\n"
         with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
             file.writelines([title, *lines])
 

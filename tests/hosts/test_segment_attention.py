@@ -156,6 +156,8 @@ def gradients(model, hidden, upstream):
 @pytest.mark.parametrize("name", SERVED)
 def test_a_packed_row_is_its_segments_alone_forward_and_backward(name):
     model = tiny(name)
+    if transformers.__version__.startswith("4.") and not model._can_set_attn_implementation():
+        pytest.skip("attention of its own in this transformers")
     lengths = [7, 1, 20, 3, 3, 3]
     row = row_of(lengths)
     alone = copy.deepcopy(model)
