@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
@@ -23,9 +23,16 @@ import dpo_ext.torch.interface as interface  # noqa: E402
 import dpo_ext.torch.segments as by_segment  # noqa: E402
 from dpo_ext import PairDataset, TensorError  # noqa: E402
 from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments  # noqa: E402
-from dpo_ext.torch import assert_packing_safe, attach_scoring, segment_attention, use_segment_attention  # noqa: E402
+from dpo_ext.torch import (  # noqa: E402
+    assert_packing_safe,
+    attach_scoring,
+    segment_attention,
+    use_segment_attention,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*RoPE.*", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:.*RoPE.*", "ignore::DeprecationWarning"
+)
 # Lengths on both sides of what is worked off together, in blocks, and alone.
 LENGTHS = [1, 2, 5, 17, 40, 90, 300]
 
@@ -73,7 +80,9 @@ def layouts(draw):
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_attention_is_that_of_the_dense_mask(kernel, segments, heads, size, window, softcap, sinks, seed):
+def test_attention_is_that_of_the_dense_mask(
+    kernel, segments, heads, size, window, softcap, sinks, seed
+):
     torch.manual_seed(seed)
     (rows, width), (H, K) = segments.shape, heads
     tensors = [torch.randn(rows, h, width, d) for h, d in ((H, 8), (K, 8), (K, size))]
@@ -198,27 +207,53 @@ class no_square(TorchDispatchMode):  # noqa: N801
 def test_what_does_not_attend_by_segments_is_said_and_stays_as_it_was(name):
     model = tiny(name)
     before = interface.attention_of(model)
-    with pytest.raises(TensorError, match="cannot attend segment by segment: .*\nhint: use layout=\"padded\""):
+    with pytest.raises(
+        TensorError, match=r'cannot attend segment by segment: .*\nhint: use layout="padded"'
+    ):
         use_segment_attention(model)
     assert interface.attention_of(model) == before
 
 
 def llama(**options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = transformers.LlamaConfig(
-        vocab_size=64, num_hidden_layers=2, initializer_range=0.3, max_position_embeddings=65536, **sizes, **options
+        vocab_size=64,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+        max_position_embeddings=65536,
+        **sizes,
+        **options,
     )
     return transformers.LlamaForCausalLM(config)
 
 
 def windowed(kind="MistralConfig", **options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     config = getattr(transformers, kind)(
-        vocab_size=64, num_hidden_layers=2, initializer_range=0.3, sliding_window=6, pad_token_id=0, **sizes, **options
+        vocab_size=64,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+        sliding_window=6,
+        pad_token_id=0,
+        **sizes,
+        **options,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
 
 
 WINDOWS = {
@@ -231,7 +266,10 @@ WINDOWS = {
 
 def pairs():
     generator = np.random.default_rng(3)
-    lists = [[generator.integers(3, 60, generator.integers(1, 40)).tolist() for _ in range(4)] for _ in range(3)]
+    lists = [
+        [generator.integers(3, 60, generator.integers(1, 40)).tolist() for _ in range(4)]
+        for _ in range(3)
+    ]
     lists[0][1] = []
     return PairDataset.from_ids(*lists, pad_id=0)
 
@@ -252,7 +290,9 @@ def test_windows_softcap_and_prefixes_give_the_log_probs_of_padded_rows(name, la
     (got[order] * weights).sum().backward()
     (want[padded.pair_index.argsort()] * weights).sum().backward()
     for (parameter, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-4 * float(q.grad.abs().max()), rtol=1e-3, msg=parameter)
+        torch.testing.assert_close(
+            p.grad, q.grad, atol=1e-4 * float(q.grad.abs().max()), rtol=1e-3, msg=parameter
+        )
     assert_packing_safe(model, layout=layout, inputs=lambda b: b.inputs_for(model))
 
 
@@ -265,7 +305,9 @@ def test_padded_rows_and_generation_are_as_before(name):
     mask[0, :4] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     real = mask.bool()
-    torch.testing.assert_close(model(**inputs).logits[real], plain(**inputs).logits[real], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        model(**inputs).logits[real], plain(**inputs).logits[real], atol=1e-3, rtol=1e-4
+    )
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**inputs, **options), plain.generate(**inputs, **options))
 
@@ -338,7 +380,7 @@ def test_packed_rows_of_a_model_that_leaks_are_an_error_that_names_the_cure(name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
-            with pytest.raises(TensorError, match='packed.*\nhint: use layout="padded"'):
+            with pytest.raises(TensorError, match=r'packed.*\nhint: use layout="padded"'):
                 model(**packed.model_inputs, score_table=packed.table)
 
 
@@ -369,7 +411,7 @@ def test_a_mask_that_others_read_is_built_and_said():
     assert torch.equal(added == 0, mask.dense())
     q = torch.randn(1, 1, 6, 4)
     with pytest.warns(UserWarning, match="was built"):
-        read = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        read = scaled_dot_product_attention(q, q, q, attn_mask=mask)
     torch.testing.assert_close(read.transpose(1, 2), dense(q, q, q, segments, 3))
 
 
@@ -382,7 +424,9 @@ def test_the_kernel_is_chosen_by_what_it_knows(monkeypatch):
 
     def chosen(dtype=torch.bfloat16, device="cuda", size=64, **options):
         call = {"softcap": None, "sinks": None, "dropout": 0.0} | options
-        tensor = types.SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 8, size))
+        tensor = types.SimpleNamespace(
+            device=torch.device(device), dtype=dtype, shape=(1, 2, 8, size)
+        )
         return by_segment.choose(types.SimpleNamespace(window=None, **call), tensor, tensor)
 
     assert chosen() == "pieces"
@@ -391,7 +435,12 @@ def test_the_kernel_is_chosen_by_what_it_knows(monkeypatch):
     there.add("varlen")
     assert chosen() == "varlen"
     assert chosen(softcap=5.0) == chosen(dropout=0.1) == "flash_attn"
-    for options in ({"device": "cpu"}, {"dtype": torch.float32}, {"size": 512}, {"sinks": torch.zeros(2)}):
+    for options in (
+        {"device": "cpu"},
+        {"dtype": torch.float32},
+        {"size": 512},
+        {"sinks": torch.zeros(2)},
+    ):
         assert chosen(**options) == "pieces"
 
 
@@ -405,7 +454,11 @@ def by_hand(q, k, v, cu_q, cu_k, scale, window):
         groups = q.shape[1] // k.shape[1]
         keys, values = (t[c:d].repeat_interleave(groups, 1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values))
+        outs.append(
+            torch.einsum(
+                "hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values
+            )
+        )
     return torch.cat(outs)
 
 
@@ -418,7 +471,9 @@ def test_varlen_kernels_are_given_the_same_segments(backend, segments, window):
         assert max_k == (cu_k[1:] - cu_k[:-1]).max()
         return by_hand(q, k, v, cu_q, cu_k, scale, window_size)
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, dropout_p, softmax_scale, causal, window_size, softcap):
+    def flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, max_q, max_k, *, dropout_p, softmax_scale, causal, window_size, softcap
+    ):
         assert causal
         return by_hand(q, k, v, cu_q, cu_k, softmax_scale, window_size)
 
@@ -441,7 +496,10 @@ def test_flex_attention_is_given_the_same_mask(window):
     model = use_segment_attention(llama())
     mask = batch.inputs_for(model)["attention_mask"]
     assert torch.equal(mask.dense(), batch_mask(batch))
-    masks = [interface.block_mask(mask), interface.block_mask(SegmentMask.of(mask.segments, window))]
+    masks = [
+        interface.block_mask(mask),
+        interface.block_mask(SegmentMask.of(mask.segments, window)),
+    ]
     width = batch.input_ids.shape[1]
     q, k = torch.arange(width)[:, None], torch.arange(width)
     zero = torch.zeros(1, dtype=torch.int64)

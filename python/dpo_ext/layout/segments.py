@@ -97,9 +97,7 @@ class Segments:
             return np.arange(int(self.offsets[-1]))
         parts = [
             np.r_[p:q, a:b]
-            for (p, q), a, b in zip(
-                self.prefixes, self.offsets[:-1], self.offsets[1:], strict=True
-            )
+            for (p, q), a, b in zip(self.prefixes, self.offsets[:-1], self.offsets[1:], strict=True)
         ]
         return np.concatenate(parts or [np.zeros(0, dtype=np.int64)])
 
@@ -151,12 +149,10 @@ class SegmentMask(Tensor):
     window: int | None
 
     @classmethod
-    def of(
-        cls, segments: Segments, window: int | None = None, device: Any = "cpu"
-    ) -> SegmentMask:
+    def of(cls, segments: Segments, window: int | None = None, device: Any = "cpu") -> SegmentMask:
         """The mask of ``segments``; a query sees ``window`` positions, its own included."""
         rows, width = segments.shape
-        mask: SegmentMask = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined] # noqa: SLF001
+        mask: SegmentMask = Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls, (rows, 1, width, width), dtype=torch.bool, device=torch.device(device)
         )
         mask.segments = segments
@@ -171,11 +167,11 @@ class SegmentMask(Tensor):
             self.segments.on(self.device), slot[:, None, :, None], slot[:, None, None], self.window
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"SegmentMask(shape={tuple(self.shape)}, window={self.window})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -200,9 +196,7 @@ class SegmentMask(Tensor):
         return function(*tree_map(plain, args), **tree_map(plain, kwargs))
 
 
-def seen(
-    rows: dict[str, Tensor], query: Tensor, key: Tensor, window: int | None
-) -> Tensor:
+def seen(rows: dict[str, Tensor], query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Whether slots ``query`` see slots ``key``, both of one row; ``rows`` is `Segments.on`."""
     first, prefix, behind = (rows[name][query] for name in ("first", "prefix", "behind"))
     own = (key >= first) & (key <= query)

@@ -1,8 +1,8 @@
 """All segments of a layer in one node, by torch's flash attention for a CPU.
 
-That kernel also gives the log of each query's sum of exponentials, and its backward takes it. So the
-keys of a query may come in several parts, each attended alone: what the parts give is weighted by
-their sums, ``out = sum_i exp(lse_i - lse) out_i, lse = logsumexp_i lse_i``, and backward of each
+That kernel also gives the log of each query's sum of exponentials, and its backward takes it. So
+the keys of a query may come in several parts, each attended alone: what the parts give is weighted
+by their sums, ``out = sum_i exp(lse_i - lse) out_i, lse = logsumexp_i lse_i``, and backward of each
 part with ``out`` and ``lse`` of the whole is exact. A sink is a part with a value of 0.
 
 Letters as in segments.py: X batches, K key heads of g query heads each.
@@ -81,7 +81,8 @@ class _Flash(torch.autograd.Function):
                 (i0, i1), (k0, k1), causal, mask = part
                 found = _backward(
                     g[:, :, i0:i1], work.q[:, :, i0:i1], work.keys(k0, k1), work.values(k0, k1),
-                    o[:, :, i0:i1], lse[:, :, i0:i1], 0.0, causal, attn_mask=mask, scale=ctx.call.scale,
+                    o[:, :, i0:i1], lse[:, :, i0:i1], 0.0, causal,
+                    attn_mask=mask, scale=ctx.call.scale,
                 )  # fmt: skip
                 work.add(grads, found, (i0, i1), (k0, k1), once)
             if sunk is not None:
@@ -184,9 +185,7 @@ class _Alone:
     def put(self, out: Tensor, found: Tensor) -> None:
         self.get(out).copy_(found)
 
-    def add(
-        self, grads: list[Tensor], found: Any, queries: Span, keys: Span, once: bool
-    ) -> None:
+    def add(self, grads: list[Tensor], found: Any, queries: Span, keys: Span, once: bool) -> None:
         """Adds gradients of ``queries`` and ``keys``; ``once``: they are all that there is."""
         write = Tensor.copy_ if once else Tensor.add_
         write(self.get(grads[0])[:, :, queries[0] : queries[1]], found[0])
@@ -240,9 +239,7 @@ class _Group:
         own = self.own.flatten()
         out.view(-1, *out.shape[2:])[self.slots.flatten()[own]] = self._flat(found)[own]
 
-    def add(
-        self, grads: list[Tensor], found: Any, queries: Span, keys: Span, once: bool
-    ) -> None:
+    def add(self, grads: list[Tensor], found: Any, queries: Span, keys: Span, once: bool) -> None:
         spans = (queries, keys, keys)
         for total, grad, (a, b) in zip(grads, found, spans, strict=True):
             many = grad if total is grads[0] else grad.sum(1, keepdim=True)

@@ -221,7 +221,7 @@ def check_packed(model: Any, call: Mapping[str, Any]) -> None:
     if moved > LEAK.get(next(model.parameters()).dtype, 1e-2):
         raise TensorError(
             f"packed segments of {name} see each other: changing one moved hidden states of another"
-            f" by {moved:.2g} of their spread\nhint: use layout=\"padded\""
+            f' by {moved:.2g} of their spread\nhint: use layout="padded"'
         )
     setattr(model, _CHECKED, True)
 
@@ -337,14 +337,18 @@ def attention_forward(
             window = None if attention_mask is None else attention_mask.window
             attention_mask = SegmentMask.of(told, window, query.device)
     biased = any(kwargs.get(name) is not None for name in ("position_bias", "head_mask"))
-    given = {"dropout": dropout, "scaling": scaling}
+    given: dict[str, Any] = {"dropout": dropout, "scaling": scaling}
     if isinstance(attention_mask, SegmentMask):
         fits = (rows, width, key.shape[2]) == (*attention_mask.shape[::2], width)
         if biased or not fits:
             attention_mask = attention_mask.dense()
         else:
             _Count.segments += 1
-            options = {"window": attention_mask.window, "scale": scaling, "softcap": softcap}
+            options: dict[str, Any] = {
+                "window": attention_mask.window,
+                "scale": scaling,
+                "softcap": softcap,
+            }
             options |= {"sinks": s_aux, "dropout": dropout}
             segments = attention_mask.segments
             backend = choose(call_of(query, segments, **options), query, value)

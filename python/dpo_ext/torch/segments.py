@@ -7,6 +7,7 @@ Inside: X batches, g = H / K query heads of one key head, n queries, m keys.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -137,11 +138,11 @@ def _varlen(
     window = (-1 if call.window is None else call.window - 1, 0)
     given = (q, k, v, arrays["offsets"], arrays["key_offsets"], *longest)
     if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
         groups = heads // key.shape[1]
         k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
-        out = varlen_attn(q, k, v, *given[3:], scale=call.scale, window_size=window)
+        more: dict[str, Any] = {"scale": call.scale, "window_size": window}
+        varlen = import_module("torch.nn.attention.varlen")  # from torch 2.10 on
+        out: Any = varlen.varlen_attn(q, k, v, *given[3:], **more)
     else:
         from flash_attn import flash_attn_varlen_func
 
@@ -153,7 +154,8 @@ def _varlen(
             window_size=window,
             softcap=call.softcap or 0.0,
         )
-    return out.view(rows, width, heads, -1)
+    result: Tensor = out.view(rows, width, heads, -1)
+    return result
 
 
 # ---- segment by segment --------------------------------------------------------------------------
@@ -174,13 +176,13 @@ def _pieces(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call:
     for _, p, q, _, _ in plan.alone:
         # A prefix is worked off with the segment as if it were its own: no mask is needed then.
         whole = [torch.cat([next(x), next(x)], 1) if p < q else next(x) for x in parts]
-        out = _attend(*_grouped(*(t[None] for t in whole), K), call)[:, :, q - p :]
+        out = _attend(_grouped([t[None] for t in whole], K), call)[:, :, q - p :]
         found.append(out.flatten(0, 1).transpose(0, 1))
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)] if plan.groups else []
     for slots, _ in plan.groups:
         many = [t.index_select(0, slots.flatten()).unflatten(0, slots.shape) for t in flat]
-        given = _grouped(*(t.transpose(1, 2) for t in many), K)
-        out = _attend(*given, call).unflatten(0, (len(slots), K)).flatten(1, 2)
+        given = _grouped([t.transpose(1, 2) for t in many], K)
+        out = _attend(given, call).unflatten(0, (len(slots), K)).flatten(1, 2)
         found.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(found)
     if plan.place is not None:
@@ -188,8 +190,9 @@ def _pieces(query: Tensor, key: Tensor, value: Tensor, segments: Segments, call:
     return out.view(shape)
 
 
-def _grouped(query: Tensor, key: Tensor, value: Tensor, K: int) -> tuple[Tensor, ...]:
+def _grouped(tensors: list[Tensor], K: int) -> tuple[Tensor, Tensor, Tensor]:
     """(G, H, n, D), (G, K, m, D) as (G * K, g, n, D), (G * K, 1, m, D): no key is repeated."""
+    query, key, value = tensors
     g = query.shape[1] // K
     q = query.unflatten(1, (K, g)).flatten(0, 1)
     return q, key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
@@ -217,10 +220,11 @@ class _Spans(torch.autograd.Function):
         return total, None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+def _attend(tensors: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
     """Causal attention of whole sequences, (X, g, n, D) with (X, 1, n, D), in as many blocks as a
     window or materialised scores want.
     """
+    query, key, value = tensors
     n, window = query.shape[2], call.window
     if not call.plain:
         return _explicit(query, key, value, call)

@@ -73,9 +73,9 @@ class DPOTrainer(trl.DPOTrainer):
             are used if both are there, and such data can be evaluated at any step.
         data_collator, quantization_config: None.
         layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
-            padding, for models that keep packed segments apart, attended segment by segment. Whether
-            this one does is tried before the first step; one that does not, such as Mamba or a
-            hybrid, gets padded batches, and a warning says so.
+            padding, for models that keep packed segments apart, attended segment by segment.
+            Whether this one does is tried before the first step; one that does not, such as Mamba
+            or a hybrid, gets padded batches, and a warning says so.
         data_options: how rows are read, as `PairDataset.from_files` documents it: `layout_of_rows`,
             `chat_template_kwargs`, `prompt_key`, `special_tokens_in_text` and the rest but for what
             TRL's configuration says (`OF_TRL`). By default as TRL reads them.
