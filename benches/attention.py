@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from dpo_ext import PairDataset
 from dpo_ext.torch import use_segment_attention
 
-REPEATS, WARM_UP, SEGMENT = 7, 1, 500
+REPEATS, WARM_UP, SEGMENT = 5, 1, 500
 # The dense mask takes minutes beyond this length, and part in two rounds up to it.
-DENSE, DENSE_LONGEST, DENSE_ROUNDS = "packed, dense", 256, 2
+DENSE, DENSE_LONGEST, DENSE_ROUNDS = "packed, dense", 128, 2
 # Way: layout, and whether attention is ours.
 WAYS = {
     "padded": ("padded", False),
