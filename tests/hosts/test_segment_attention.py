@@ -344,6 +344,29 @@ def test_a_compiled_model_is_never_wrong():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_whose_mask_is_not_told_its_segments_leaves_the_graph():
+    model = use_segment_attention(tiny("GptOssForCausalLM"))
+    offsets = torch.tensor([0, 9, 17], dtype=torch.int32)
+    want = model.base_model(**row_of([9, 8]))[0]
+    got = torch.compile(model.base_model, backend="eager")(**row_of([9, 8]), cu_seq_lens_q=offsets)
+    torch.testing.assert_close(got[0], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GptOssForCausalLM"])
+def test_inference_mode_reads_packed_rows(name):
+    model = use_segment_attention(tiny(name))
+    with torch.inference_mode():
+        row = row_of([9, 300, 8]) if name[0] == "L" else row_of([9, 30, 8])
+        got = model.base_model(**row)[0]
+    torch.testing.assert_close(got, model.base_model(**row_of(row_lengths(row)))[0])
+
+
+def row_lengths(row):
+    begins = [*np.flatnonzero(row["position_ids"][0].numpy() == 0), row["input_ids"].shape[1]]
+    return np.diff(begins).tolist()
+
+
 def test_offsets_alone_are_enough_where_a_layer_is_told_them():
     model = use_segment_attention(tiny("GptOssForCausalLM"))
     row = row_of([9, 8])

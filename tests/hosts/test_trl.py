@@ -285,10 +285,14 @@ def test_packed_training_equals_stock(own, variant, loss):
 
 
 def test_a_model_that_leaks_steps_back_to_padded_batches_before_it_trains(own, caplog):
-    """One that is not told its positions sees a row as one text."""
+    """One that is told neither positions nor offsets sees a row as one text."""
     model = AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
     forward = model.model.forward
-    model.model.forward = lambda *args, position_ids=None, **inputs: forward(*args, **inputs)
+
+    def untold(*args, position_ids=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **inputs):
+        return forward(*args, **inputs)
+
+    model.model.forward = untold
     args = runs.config(own)
     data = runs.load(own, "text_explicit")
     trainer = DPOTrainer(

@@ -29,7 +29,7 @@ class Segments:
 
         input_ids  [[1, 2, 3, 2, 6, 6, 8, 0]]     ([1, 2], [3, 4], [5]), ([6], [7], [8, 9]), a tail
         offsets    [0, 3, 4, 5, 7, 8]
-        prefixes   [[0, 0], [0, 1], [0, 0], [0, 0], [0, 0]]    slots [0, 1) come before segment 1
+        prefixes   [[0, 0], [0, 1], [4, 4], [5, 5], [7, 7]]    slots [0, 1) come before segment 1
 
     Attributes:
         shape: (R, T).
@@ -55,7 +55,7 @@ class Segments:
         >>> segments.offsets.tolist()
         [0, 3, 4, 5, 7]
         >>> segments.prefixes.tolist()
-        [[0, 0], [0, 1], [4, 4], [4, 4]]
+        [[0, 0], [0, 1], [4, 4], [5, 5]]
         """
         offsets = _host(batch.cu_seq_lens_q)
         rows, width = batch.input_ids.shape

@@ -262,7 +262,10 @@ def mask_of(**kwargs: Any) -> Any:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     if not torch.compiler.is_compiling():
-        found = _segment_mask(kwargs)
+        try:
+            found = _segment_mask(kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError):  # a rule for single slots
+            found = None
         if found is not None:
             return found
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**kwargs)
@@ -336,6 +339,8 @@ def attention_forward(
         if told is not None:
             window = None if attention_mask is None else attention_mask.window
             attention_mask = SegmentMask.of(told, window, query.device)
+    if attention_mask is None and torch.compiler.is_compiling():
+        check_compiled(module, kwargs)
     biased = any(kwargs.get(name) is not None for name in ("position_bias", "head_mask"))
     given: dict[str, Any] = {"dropout": dropout, "scaling": scaling}
     if isinstance(attention_mask, SegmentMask):
@@ -367,6 +372,15 @@ def attention_forward(
     return _explicit(module, query, key, value, attention_mask, softcap, s_aux, **given), None
 
 
+def check_compiled(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Where segments begin is a value, which a compiled graph does not depend on."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise TensorError(
+            f"{type(module).__name__} has no mask of packed rows, and cannot have one compiled\n"
+            'hint: use layout="padded", or the model as it is'
+        )
+
+
 class _Told:
     """The segments that the latest tensor told, for all layers."""
 
@@ -384,14 +398,15 @@ def _told(kwargs: dict[str, Any], rows: int, width: int) -> Segments | None:
         told = kwargs.get("position_ids")
     if not isinstance(told, Tensor) or told.dim() not in (1, 2):
         return None
-    if _Told.tensor is None or _Told.tensor() is not told or _Told.version != told._version:  # noqa: SLF001
+    version = 0 if told.is_inference() else told._version  # noqa: SLF001
+    if _Told.tensor is None or _Told.tensor() is not told or _Told.version != version:
         values = told.detach().cpu().numpy().astype(np.int64)
         if values.ndim == 1:
             fits = len(values) > rows + 1 and values[-1] == rows * width
             found = Segments((rows, width), values) if fits else None
         else:
             found = _by_positions(values, rows, width)
-        _Told.tensor, _Told.version, _Told.segments = ref(told), told._version, found  # noqa: SLF001
+        _Told.tensor, _Told.version, _Told.segments = ref(told), version, found
     found = _Told.segments
     return found if found is not None and found.shape == (rows, width) else None
 
