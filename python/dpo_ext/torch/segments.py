@@ -24,6 +24,7 @@ from dpo_ext.torch.pieces import BLOCK, Call, blocks, call_of, plan_of
 Backend = Literal["auto", "pieces", "varlen", "flash_attn"]
 
 
+@torch.compiler.disable(reason="where segments begin is a value, no shape")
 def segment_attention(
     query: Tensor,
     key: Tensor,
