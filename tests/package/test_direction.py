@@ -24,9 +24,10 @@ FLOORS = [
     {"__main__"},
 ]
 TORCH_FLOORS = [
-    {"numbers"},
-    {"once", "ring", "agreement"},
-    {"logps", "loader", "attention"},
+    {"numbers", "pieces"},
+    {"once", "ring", "agreement", "flash_cpu"},
+    {"segments"},
+    {"logps", "loader", "attention", "interface"},
     {"losses", "parallel"},
     {"pairwise"},
     {"scoring"},

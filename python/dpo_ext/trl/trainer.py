@@ -22,7 +22,7 @@ from trl.trainer.utils import use_adapter
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError
+from dpo_ext.errors import DataError, TensorError
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
@@ -80,8 +80,9 @@ class DPOTrainer(trl.DPOTrainer):
         data_collator: None, or one that gives TRL's keys, of which ``completion_mask`` says what is
             scored.
         layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
-            padding, for models that keep packed segments apart. Whether this one does is tried
-            before the first step.
+            padding, for models that keep packed segments apart, attended segment by segment.
+            Whether this one does is tried before the first step; one that does not, such as Mamba
+            or a hybrid, gets padded batches, and a warning says so.
         data_options: how rows are read, as `PairDataset.from_files` documents it: `layout_of_rows`,
             `chat_template_kwargs`, `prompt_key`, `special_tokens_in_text` and the rest but for what
             TRL's configuration says (`OF_TRL`). By default as TRL reads them, so that pairs which
@@ -98,7 +99,6 @@ class DPOTrainer(trl.DPOTrainer):
     Raises:
         ValueError: an option that is not honoured, by name; `REFUSED` lists them.
         DataError: no row of a data set can be used.
-        TensorError: ``layout="packed"`` with a model that lets segments see each other.
 
     Numerics: in float32, over four steps, loss and gradient norm within 1e-5 of stock (relative).
     """
@@ -186,14 +186,17 @@ class DPOTrainer(trl.DPOTrainer):
         if self._is_vision_dataset and self.layout == "packed":
             self._step_back(_LAYOUT, "pictures belong to rows")
         try:
-            if self.layout == "packed":
-                assert_packing_safe(self.accelerator.unwrap_model(self.model))
             attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
             if self.ref_model is not None:
                 attach_scoring(self.accelerator.unwrap_model(self.ref_model))
         except TypeError as error:
             self._step_back(_HEAD, str(error).partition("\n")[0])
             return
+        if self.layout == "packed":
+            try:
+                assert_packing_safe(self.accelerator.unwrap_model(self.model))
+            except TensorError as error:
+                self._step_back(_LAYOUT, str(error).partition("\n")[0])
         if not self._has_own_collator and not self._is_vision_dataset:
             stock = self.data_collator
             self.data_collator = PairCollator(
