@@ -303,7 +303,7 @@ def test_a_model_that_leaks_steps_back_to_padded_batches_before_it_trains(own, c
         layout="packed",
     )
     assert trainer.layout == trainer.data_collator.layout == "padded"
-    assert "steps back from layout='packed' to 'padded': packed " in caplog.text
+    assert "layout: TRL's own, as packed segments see each other" in caplog.text
     trainer.train()
 
 

@@ -409,6 +409,23 @@ def test_pairs_that_teach_nothing_are_kept_as_trl_keeps_them(own, data):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_a_loss_that_is_not_a_number_goes_on_as_in_stock(own, data, caplog, layout, is_filtered):
+    options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "logging_nan_inf_filter": is_filtered}
+    histories = []
+    for kind, keywords in ((trl.DPOTrainer, {}), (DPOTrainer, {"layout": layout})):
+        trainer = runs.build(kind, own, data, keywords, **options)
+        trainer.train()
+        histories.append([entry.get("loss") for entry in runs.history(trainer)])
+    assert str(histories[0]) == str(histories[1])
+    assert ("nan" in str(histories[0])) != is_filtered
+    said = [r.message for r in caplog.records if "the loss is not a number" in r.message]
+    assert len(said) == 1
+    assert "`logps` must not be NaN" in said[0]
+
+
+@pytest.mark.slow
 def test_debugging_looks_at_what_modules_return_by_trls_own_head(own, data):
     options = {"debug": "underflow_overflow", "max_steps": 1}
     trainer = runs.build(DPOTrainer, own, data, **options)

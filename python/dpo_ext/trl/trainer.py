@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from dpo_ext.layout.table import ScoreTable
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
 from dpo_ext.torch import (
+    PreferenceLoss,
     assert_packing_safe,
     attach_scoring,
     ld_table,
@@ -45,6 +46,12 @@ _DATA, _LAYOUT, _HEAD = "data", "layout", "head and loss"
 _METRICS = ("trl", "weighted")
 _ROW = "dpo_ext_row"
 _STATS = ("entropy", "mean_logit", "is_top1")
+
+
+class _NotANumber(NamedTuple):
+    loss: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -146,6 +153,7 @@ class DPOTrainer(trl.DPOTrainer):
         self._prepared: set[str] = set()  # fingerprints of data sets that are ours
         self._encoder: tuple[Any, Tokenizer] | None = None
         self._scores_by_itself = False
+        self._said_not_a_number = False
         self._has_own_collator = data_collator is not None
         if args is not None:
             self._step_back(_HEAD, why_not_scoring(args, peft_config, model))
@@ -319,13 +327,16 @@ class DPOTrainer(trl.DPOTrainer):
             lengths = inputs["completion_lengths"]
         else:  # the chosen half above the rejected half
             lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
-        out = preference_loss(
-            scores.logps,
-            torch.stack(reference, dim=1).to(scores.logps.dtype),
-            lengths=lengths,
-            weight=self._weights_of_pairs(scores, inputs[TABLE_KEY]),
-            **loss_options(self),
-        )
+        ref_logps = torch.stack(reference, dim=1).to(scores.logps.dtype)
+        weight = self._weights_of_pairs(scores, inputs[TABLE_KEY])
+        options = loss_options(self)
+        out: PreferenceLoss | _NotANumber
+        try:
+            out = preference_loss(
+                scores.logps, ref_logps, lengths=lengths, weight=weight, **options
+            )
+        except TensorError as error:
+            out = self._not_a_number(scores.logps, ref_logps, error)
         mode, loss = "train" if self.model.training else "eval", out.loss
         self._record(mode, inputs, scores, out)
         if self.aux_loss_enabled:
@@ -336,6 +347,18 @@ class DPOTrainer(trl.DPOTrainer):
             return loss
         with torch.no_grad():  # `compute_metrics` wants logits, which scoring never builds
             return loss, model(**_of_the_model(inputs), use_cache=False)
+
+    def _not_a_number(
+        self, logps: torch.Tensor, ref_logps: torch.Tensor, error: TensorError
+    ) -> _NotANumber:
+        """What stock goes on with: a loss and gradients of NaN, which the loop sees."""
+        if not self._said_not_a_number:
+            logger.warning(
+                "step %d: the loss is not a number, as in TRL: %s", self.state.global_step, error
+            )
+            self._said_not_a_number = True
+        rewards = self.beta * (logps.detach() - ref_logps)
+        return _NotANumber(logps.sum() * torch.nan, *rewards.unbind(dim=1))
 
     def _weights_of_pairs(self, scores: Any, table: ScoreTable) -> torch.Tensor | None:
         """WPO's, (N,): the product of both sides' ``exp(mean(logp - log sum_v p_v^2))``."""
