@@ -1,0 +1,123 @@
+"""Entropy of rows of logits with a gradient: ours carry none, TRL's do.
+
+Letters: R rows of a chunk, V vocabulary, H hidden.
+
+With ``y`` the logits after scale, cap and temperature, ``p = softmax(y)``, ``E = -sum p log p``:
+``dE/dy_j = -p_j (log p_j + E)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps.scores import Transform
+from dpo_ext.torch.once import differentiable_once, node
+
+CHUNK_BYTES = 64_000_000
+"""Bound of one chunk of logits in float32 in the backward pass, which holds some five of them."""
+
+
+def attach_entropy(rows: Tensor, places: Tensor, value: Tensor, how: Transform) -> Tensor:
+    """``value`` (M,), the entropy of ``rows[places]``, with its gradient by the rows (R, V)."""
+    return node(_Entropy, rows, places, value.detach(), how)
+
+
+def attach_linear_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, how: Transform
+) -> Tensor:
+    """``value`` (M,), the entropy of ``hidden @ weight.T + bias``, with its gradients."""
+    return node(_LinearEntropy, hidden, weight, bias, value.detach(), how)
+
+
+def _chunks(count: int, V: int) -> list[slice]:
+    step = max(CHUNK_BYTES // (4 * max(V, 1)), 1)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _slope(z: Tensor, value: Tensor, g: Tensor, how: Transform) -> Tensor:
+    """(R, V) gradient of ``sum(g * entropy)`` by raw logits; a row of ``g`` 0 is not read."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        y = twin.transform(leaf, *how)
+    log_p = y.detach().log_softmax(-1)
+    p = log_p.exp()
+    inner = torch.where(p > 0, -p * (log_p + value[:, None].to(p.dtype)), 0.0)
+    column = g[:, None].to(p.dtype)
+    (dz,) = torch.autograd.grad(y, leaf, torch.where(column != 0, column * inner, 0.0))
+    return torch.where(column != 0, dz, 0.0)
+
+
+class _Entropy(torch.autograd.Function):
+    ONCE = "the entropy can be differentiated once, not twice"
+
+    @staticmethod
+    def forward(rows: Tensor, places: Tensor, value: Tensor, how: Transform) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, places, value, ctx.how = inputs
+        ctx.save_for_backward(rows, places, value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rows, places, value = ctx.saved_tensors
+        with torch.no_grad():
+            dz = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+            for chunk in _chunks(len(places), rows.shape[1]):
+                at = places[chunk]
+                dz[at] = _slope(rows[at], value[chunk], g[chunk], ctx.how).to(dz.dtype)
+        return differentiable_once(dz, g, _Entropy.ONCE), None, None, None
+
+
+class _LinearEntropy(torch.autograd.Function):
+    ONCE = _Entropy.ONCE
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, how: Transform
+    ) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.how = inputs
+        ctx.set_materialize_grads(False)  # mostly it is logged, and nothing is computed here
+        ctx.save_for_backward(*tensors)
+        where = inputs[0].device.type
+        ctx.dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 5
+        hidden, weight, bias, value = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            dtype = ctx.dtype or hidden.dtype
+            sums = torch.float64 if dtype == torch.float64 else torch.float32
+            w = weight.to(dtype)
+            dx = torch.empty_like(hidden) if need_x else None
+            dw = torch.zeros_like(weight, dtype=sums) if need_w else None
+            db = None if bias is None or not need_b else torch.zeros_like(bias, dtype=sums)
+            for chunk in _chunks(len(hidden), weight.shape[0]):
+                x = hidden[chunk].to(dtype)
+                z = x @ w.T if bias is None else torch.addmm(bias.to(dtype), x, w.T)
+                dz = _slope(z, value[chunk], g[chunk], ctx.how)
+                if dx is not None:
+                    dx[chunk] = (dz @ w.to(dz.dtype)).to(dx.dtype)
+                if dw is not None:
+                    dw += dz.T @ x.to(dz.dtype)
+                if db is not None:
+                    db += dz.sum(0)
+        grads = (
+            dx,
+            None if dw is None else dw.to(weight.dtype),
+            None if db is None else db.to(bias.dtype),
+        )
+        once = [None if d is None else differentiable_once(d, g, _Entropy.ONCE) for d in grads]
+        return (*once, None, None)
