@@ -6,23 +6,21 @@ Liger's take, in its order, and give ``(loss, values)``: the loss with a gradien
 Common to all. ``target`` (B, T) stands where it is predicted: the caller shifts. ``ignore_index``
 is not scored. ``compiled`` and ``chunk_size`` are accepted and change nothing: the kernels need no
 compiler, and a chunk holds as many scored rows as keep its logits within 1.1 GB. Values are float32
-for every dtype, as Liger's. Logits are rounded to the dtype of the product, as Liger's; the weight's
-gradient is added over chunks in float32, where Liger adds in the weight's own dtype. Only scored
-rows are multiplied and read, so NaN in a hidden state of padding stays there; Liger's spreads. The
-means and sums of logits are over all rows and columns, padding included: Liger's, and kept.
+for every dtype, as Liger's. Logits are rounded to the dtype of the product, as Liger's; the
+weight's gradient is added over chunks in float32, where Liger adds in the weight's own dtype. Only
+scored rows are multiplied and read, so NaN in a hidden state of padding stays there; Liger's
+spreads. The means and sums of logits are over all rows and columns, padding included: Liger's, and
+kept.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dpo_ext.compat.parts.heads import check_head, logit_total, per_row, token_grid
+from dpo_ext.compat.parts.heads import Head, check_head, logit_total, per_row, token_grid
 from dpo_ext.compat.parts.margins import pair_losses, smoothed
-from dpo_ext.errors import TensorError
+from dpo_ext.compat.parts.paired import mean, pair_logps, reference_logps
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -31,82 +29,6 @@ __all__ = [
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
 ]
-_NAMES = ("_input", "lin_weight", "target")
-
-
-class _Head(NamedTuple):
-    """What `forward` is given of one model."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-class _Pairs(NamedTuple):
-    """Log-probs of both sides and what Liger returns beside them."""
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_logits: Tensor
-    rejected_logits: Tensor
-    nll: Tensor
-
-    def values(self, *more: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value.detach().float() for value in (*self, *more))
-
-
-def _pairs(
-    head: _Head,
-    target: Tensor,
-    ignore_index: int,
-    *,
-    average: bool,
-    nll: bool,
-    nll_target: Tensor | None = None,
-) -> _Pairs:
-    check_head(head.hidden, head.weight, target, names=_NAMES)
-    N, (B, T, _) = target.shape[0] // 2, head.hidden.shape
-    if B % 2:
-        raise TensorError(f"`target` must have a row for each side of a pair, found {B} rows")
-    scored = target != ignore_index
-    wanted = target if nll_target is None else nll_target
-    for_nll = (wanted[:N] != ignore_index) if nll else torch.zeros_like(scored[:N])
-    labels, union = target, scored
-    shared = True
-    if nll and nll_target is not None:
-        shared = not bool((scored[:N] & for_nll & (target[:N] != wanted[:N])).any())
-    if nll and nll_target is not None and shared:  # one token of a row says both
-        only = for_nll & ~scored[:N]
-        labels = torch.cat((torch.where(only, wanted[:N], target[:N]), target[N:]))
-        union = torch.cat((scored[:N] | for_nll, scored[N:]))
-    grid = token_grid(*head, labels, union)
-    logps = per_row(torch.where(scored, grid, 0.0), scored, average)
-    of_nll = grid[:N]
-    if not shared:
-        of_nll = token_grid(head.hidden[:N], head.weight, head.bias, wanted[:N], for_nll)
-    total = torch.where(for_nll, of_nll, 0.0).sum()
-    count = (wanted[:N] != ignore_index).sum()
-    V = head.weight.shape[0]
-    means = (logit_total(*head, rows) / (N * T * V) for rows in (slice(0, N), slice(N, B)))
-    return _Pairs(logps[:N], logps[N:], *means, -total / count)
-
-
-def _reference(head: _Head, target: Tensor, ignore_index: int, average: bool) -> Tensor:
-    """(B,) log-probs of the reference, without a graph."""
-    for name, value in (("ref_input", head.hidden), ("ref_weight", head.weight)):
-        if value is None:
-            raise TensorError(
-                f"`{name}` is missing: `use_ref_model=True` needs the reference's hidden states and "
-                "weight\nhint: use_ref_model=False takes log-probs of 0"
-            )
-    check_head(head.hidden, head.weight, target, names=("ref_input", "ref_weight", "target"))
-    scored = target != ignore_index
-    with torch.no_grad():
-        return per_row(token_grid(*head, target, scored), scored, average)
-
-
-def _mean(losses: Tensor) -> Tensor:
-    return losses.sum() / len(losses)
 
 
 class LigerFusedLinearDPOLoss(nn.Module):
@@ -142,8 +64,8 @@ class LigerFusedLinearDPOLoss(nn.Module):
 
     Numerics: see the head of this module.
 
-    >>> x, w = torch.zeros(2, 2, 8), torch.zeros(4, 8)
-    >>> loss, values = LigerFusedLinearDPOLoss()(w, x, torch.tensor([[1, 2], [3, -100]]), None, x, w)
+    >>> x, w, target = torch.zeros(2, 2, 8), torch.zeros(4, 8), torch.tensor([[1, 2], [3, -100]])
+    >>> loss, values = LigerFusedLinearDPOLoss()(w, x, target, None, x, w)
     >>> loss, values[0]
     (tensor(0.6931), tensor([-2.7726]))
     """
@@ -208,13 +130,15 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         average = self.average_log_prob
-        head = _Head(_input, lin_weight, bias)
-        own = _pairs(head, target, self.ignore_index, average=average, nll=self.compute_nll_loss)
+        head = Head(_input, lin_weight, bias)
+        own = pair_logps(
+            head, target, self.ignore_index, average=average, nll=self.compute_nll_loss
+        )
         N, zero = len(own.chosen), torch.zeros_like(own.chosen.detach())
         ref = (zero, zero)
         if self.use_ref_model:
-            theirs = _Head(ref_input, ref_weight, ref_bias)  # type: ignore[arg-type]
-            logps = _reference(theirs, target, self.ignore_index, average).to(zero.dtype)
+            theirs = Head(ref_input, ref_weight, ref_bias)  # type: ignore[arg-type]
+            logps = reference_logps(theirs, target, self.ignore_index, average).to(zero.dtype)
             ref = (logps[:N], logps[N:])
         name = "dpo" if self.loss_type == "sigmoid" else self.loss_type
         params: dict[str, float] = {"beta": self.beta}
@@ -225,7 +149,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         if name == "bco_pair":
             params["delta"] = 0.0
         losses = pair_losses((own.chosen, own.rejected), ref, name, **params)
-        loss = self.alpha * own.nll + _mean(losses)
+        loss = self.alpha * own.nll + mean(losses)
         rewards = (self.beta * (own.chosen - ref[0]), self.beta * (own.rejected - ref[1]))
         return loss.float(), own.values(*rewards)
 
@@ -276,8 +200,8 @@ class LigerFusedLinearCPOLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        own = _pairs(
-            _Head(_input, lin_weight, bias),
+        own = pair_logps(
+            Head(_input, lin_weight, bias),
             target,
             self.ignore_index,
             average=self.average_log_prob,
@@ -289,7 +213,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
             beta=self.beta,
             label_smoothing=self.label_smoothing,
         )
-        loss = self.alpha * own.nll + _mean(losses)
+        loss = self.alpha * own.nll + mean(losses)
         return loss.float(), own.values(self.beta * own.chosen, self.beta * own.rejected)
 
 
@@ -338,8 +262,8 @@ class LigerFusedLinearSimPOLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        head = _Head(_input, lin_weight, bias)
-        own = _pairs(head, target, self.ignore_index, average=True, nll=self.compute_nll_loss)
+        head = Head(_input, lin_weight, bias)
+        own = pair_logps(head, target, self.ignore_index, average=True, nll=self.compute_nll_loss)
         margin = self.beta * (own.chosen - own.rejected) - self.gamma
         losses = smoothed(
             (margin, torch.zeros_like(margin)),
@@ -347,7 +271,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
             beta=1.0,
             label_smoothing=self.label_smoothing,
         )
-        loss = self.alpha * own.nll + _mean(losses)
+        loss = self.alpha * own.nll + mean(losses)
         return loss.float(), own.values(self.beta * own.chosen, self.beta * own.rejected)
 
 
@@ -360,7 +284,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
         loss = nll - beta * logsigmoid(log_odds).sum() / N
 
     arXiv:2403.07691, eq. 4 and 7. Kept as Liger's: a side of probability 1 has a gradient of NaN;
-    the NLL is the mean over the batch's chosen tokens (of ``nll_target``, prompt and all, if given).
+    the NLL is the mean over the batch's chosen tokens (those of ``nll_target``, if given).
 
     Args:
         As `LigerFusedLinearDPOLoss`.
@@ -400,8 +324,8 @@ class LigerFusedLinearORPOLoss(nn.Module):
         bias: Tensor | None = None,
         nll_target: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        own = _pairs(
-            _Head(_input, lin_weight, bias),
+        own = pair_logps(
+            Head(_input, lin_weight, bias),
             target,
             self.ignore_index,
             average=True,
@@ -410,9 +334,9 @@ class LigerFusedLinearORPOLoss(nn.Module):
         )
         c, r = own.chosen, own.rejected
         log_odds = (c - r) - ((-c.expm1()).log() - (-r.expm1()).log())
-        ratio = F.logsigmoid(log_odds)
-        loss = own.nll - self.beta * _mean(ratio)
-        more = (self.beta * c, self.beta * r, _mean(ratio), _mean(log_odds))
+        ratio = nn.functional.logsigmoid(log_odds)
+        loss = own.nll - self.beta * mean(ratio)
+        more = (self.beta * c, self.beta * r, mean(ratio), mean(log_odds))
         return loss.float(), own.values(*more)
 
 
@@ -476,18 +400,18 @@ class LigerFusedLinearKTOLoss(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if preference_labels is None:
             raise AssertionError("`preference_labels` is missing: which completions are desirable")
-        head, average = _Head(_input, lin_weight, bias), self.average_log_prob
-        check_head(_input, lin_weight, target, names=_NAMES)
+        head, average = Head(_input, lin_weight, bias), self.average_log_prob
+        check_head(_input, lin_weight, target)
         good, scored = preference_labels.bool(), target != self.ignore_index
         logps = per_row(token_grid(*head, target, scored), scored, average)
         x = logps
         if self.use_ref_model:
-            theirs = _Head(ref_input, ref_weight, ref_bias)  # type: ignore[arg-type]
-            x = x - _reference(theirs, target, self.ignore_index, average).to(x.dtype)
+            theirs = Head(ref_input, ref_weight, ref_bias)  # type: ignore[arg-type]
+            x = x - reference_logps(theirs, target, self.ignore_index, average).to(x.dtype)
         shifted = x if kl is None else x - kl.detach()
         losses = torch.sigmoid(-self.beta * torch.where(good, shifted, -shifted))
         both = (logps.detach(), self.beta * x.detach())
         sums = [torch.where(side, v, 0.0).sum() for v in both for side in (good, ~good)]
         logits = [logit_total(*head, side) for side in (good, ~good)]
         values = (*sums[:2], *logits, *sums[2:])
-        return _mean(losses).float(), tuple(value.float() for value in values)
+        return mean(losses).float(), tuple(value.float() for value in values)

@@ -87,7 +87,8 @@ def get_batch_logps(
     last sequence.
 
     >>> borders = torch.tensor([0, 2, 4])
-    >>> get_batch_logps(torch.tensor([[-1.0, -2.0, -4.0, 0]]), torch.tensor([[0, 5, 6, 7]]), borders)
+    >>> logps, labels = torch.tensor([[-1.0, -2.0, -4.0, 0]]), torch.tensor([[0, 5, 6, 7]])
+    >>> get_batch_logps(logps, labels, borders)
     tensor([-1., -6.])
     """
     mask = labels[0, 1:] != -100

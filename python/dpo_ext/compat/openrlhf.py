@@ -1,4 +1,4 @@
-"""OpenRLHF's log-probs and DPO loss (``openrlhf.models.utils``, ``openrlhf.models.loss``), 0.8 on."""
+"""OpenRLHF's log-probs and DPO loss (``openrlhf.models.utils`` and ``.loss``), 0.8 and later."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _take(swap: Swap) -> tuple[_Key | None, str | None]:
             if not module_name.startswith(error.name or "?"):
                 why = f"importing {module_name} failed: {error}"
             continue
-        except Exception as error:  # noqa: BLE001 - an optional package of another version
+        except Exception as error:  # an optional package of another version
             why = f"importing {module_name} failed: {type(error).__name__}: {error}"
             continue
         owner, attribute = _owner(module, swap.name)

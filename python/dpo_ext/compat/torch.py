@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from dpo_ext.compat.parts.heads import token_grid
 from dpo_ext.compat.parts.rows import like
@@ -142,11 +141,11 @@ def _reference(
     """The two lines of torch's definition, whose logits probabilities and K dimensions need."""
     V, *out, H = linear_weight.shape
     flat = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = F.linear(input, linear_weight.reshape(-1, H), flat)
+    logits = nn.functional.linear(input, linear_weight.reshape(-1, H), flat)
     logits = logits.reshape(*input.shape[:-1], V, *out)
     if target.shape == logits.shape and ignore_index is not None:
         raise RuntimeError("`ignore_index` cannot be given with targets that are probabilities")
-    return F.cross_entropy(
+    return nn.functional.cross_entropy(
         logits,
         target,
         weight=weight,

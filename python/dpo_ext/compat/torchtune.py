@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dpo_ext.compat.parts.margins import rewards, smoothed
@@ -34,7 +35,7 @@ def get_batch_log_probs(
         return_average_logprobs: divide by the number of scored tokens.
 
     Returns:
-        (B,) in the dtype of ``logits``; the average of no token is 0.
+        (B,) in the dtype of ``logits``, averages in float32 at least; the average of no token is 0.
 
     Raises:
         ValueError: shapes differ.  TensorError: another dtype; on the CPU an id outside [0, V).
@@ -42,7 +43,6 @@ def get_batch_log_probs(
     Numerics: float32 inside, rounded once. Rows that are not scored are not read: NaN there stays
     there, where theirs multiplies it by 0 and gives NaN.
 
-    >>> import torch
     >>> get_batch_log_probs(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]]))
     tensor([-2.7726])
     """
@@ -52,7 +52,10 @@ def get_batch_log_probs(
         )
     grid, mask = shifted_logps(logits, labels, label_pad_token_id)
     sums = grid.sum(-1)
-    return like(sums / (mask.sum(-1) + _TINY) if return_average_logprobs else sums, logits.dtype)
+    if return_average_logprobs:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return like(sums / (mask.sum(-1) + _TINY), dtype)
+    return like(sums, logits.dtype)
 
 
 class DPOLoss(nn.Module):

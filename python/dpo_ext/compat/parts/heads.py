@@ -5,6 +5,8 @@ Letters: B rows, T columns, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,20 @@ from dpo_ext.errors import TensorError, describe
 from dpo_ext.torch.logps.linear import linear_token_scores
 from dpo_ext.torch.logps.scores import check_plain
 
+LIGER = ("_input", "lin_weight", "target")
 
-def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, *, names: tuple[str, ...]) -> None:
+
+class Head(NamedTuple):
+    """Hidden states of one model and the head that multiplies them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, names: tuple[str, ...] = LIGER
+) -> None:
     """Hidden (B, T, H), weight (V, H) and labels (B, T)."""
     for name, value in zip(names, (hidden, weight, labels), strict=True):
         check_plain(name, value)

@@ -114,7 +114,8 @@ def row_scores(
     rows, place = logit_rows(logits)
     table = table_of(place, as_targets(ids, scored, name))
     out = token_scores(rows, table, stats=stats, temperature=temperature, inplace_grad=inplace_grad)
-    return TokenScores(*(None if x is None else x.reshape(ids.shape) for x in out))
+    rest = (None if x is None else x.reshape(ids.shape) for x in out[1:])
+    return TokenScores(out.logps.reshape(ids.shape), *rest)
 
 
 def shifted_logps(logits: Tensor, labels: Tensor, pad: int) -> tuple[Tensor, Tensor]:
