@@ -25,6 +25,7 @@ from compat_cases import (
     TRL_HEAD,
     VERL,
     Draw,
+    draw_batch,
     head_without_names,
     module,
     run,
@@ -119,7 +120,7 @@ def test_trl_head(wheel):
         return args
 
     def slow(**args):
-        out = TRL_HEAD.slow(**{"bias": None, **args} if biased else in_order(args))
+        out = TRL_HEAD.slow(**in_order(args))
         return out[0], out[1] if biased else without_slope(out[0], out[1])
 
     grads = TRL_HEAD.grads if biased else TRL_HEAD.grads[:2]
@@ -128,8 +129,7 @@ def test_trl_head(wheel):
 
 
 def in_order(args):
-    names = ["hidden", "weight", "bias", *list(args)[2:]]
-    return {name: args.get(name) for name in names}
+    return {"hidden": args["hidden"], "weight": args["weight"], "bias": args.get("bias"), **args}
 
 
 def without_slope(logps, entropy):
@@ -206,7 +206,11 @@ def test_torchtune(wheel):
     same_parameters(theirs["get_batch_log_probs"], torchtune.get_batch_log_probs)
     same_module(theirs["DPOLoss"], torchtune.DPOLoss)
     loss = module(theirs["DPOLoss"], "beta", "label_smoothing")
-    compare_all(TORCHTUNE, {**theirs, "DPOLoss": loss})
+    cases = TORCHTUNE
+    if number(wheel) < (0, 6):  # its average is that of the original code: no 1e-8
+        batch, pairs = TORCHTUNE
+        cases = (batch._replace(draw=draw_batch), pairs)
+    compare_all(cases, {**theirs, "DPOLoss": loss})
 
 
 @each("open_instruct")

@@ -1,4 +1,7 @@
-"""torchtune's log-probs of a batch and its DPO loss (``torchtune.rlhf``), 0.5 and later."""
+"""torchtune's log-probs of a batch and its DPO loss (``torchtune.rlhf``), 0.6.
+
+In 0.5 the average has no 1e-8: NaN for a row without tokens, and in half precision rounded to it.
+"""
 
 from __future__ import annotations
 
