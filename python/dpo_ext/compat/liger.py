@@ -349,8 +349,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
         loss = (1 - sigmoid(beta * (x - kl) * sign)).sum() / B
 
     arXiv:2402.01306, eq. 7, with both weights 1. Kept as Liger's: no ``lam_d, lam_u``. Liger before
-    0.8 returned wrong sums of log-probs, logits and rewards (a product of all rows with all
-    labels); these are those of 0.8.
+    0.8 returned wrong sums of log-probs, logits and rewards for a ``chunk_size`` above 1 (each row
+    times each label); these are those of 0.8.
 
     Args:
         As `LigerFusedLinearDPOLoss`; ``use_ref_model`` is False by default.
