@@ -146,7 +146,8 @@ def main() -> None:
         lines.append(
             f"| {date.today()} | {commit} | {device} | compat {rival.name}, forward + backward, "
             f"{args.threads} thread(s) | {a * 1e3:.1f} ms ({spread}) | theirs {b * 1e3:.1f} ms "
-            f"({min(theirs) * 1e3:.0f} to {max(theirs) * 1e3:.0f}) | {b / a:.2f}x faster | `{command}` |"
+            f"({min(theirs) * 1e3:.0f} to {max(theirs) * 1e3:.0f}) | {b / a:.2f}x faster "
+            f"| `{command}` |"
         )
         print(lines[-1], flush=True)
     if args.record:

@@ -22,9 +22,8 @@ warnings.simplefilter("ignore")
 from importlib.machinery import ModuleSpec
 from unittest.mock import MagicMock
 
+# Packages that a trainer imports at its head and that are not needed to look at its names.
 class Absent:
-    """Packages that a trainer imports at its head and that are not needed to look at its names."""
-
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("requests", "joblib", "llm_blender", "mergekit", "weave"):
             return ModuleSpec(name, self, is_package=True)
