@@ -7,6 +7,8 @@ from compare import assert_no_worse
 from compat_cases import GROUPS, Draw, run
 from liger_cases import LIGER
 
+from dpo_ext.compat.parts import entropy, several
+
 ALL = {**GROUPS, "liger": LIGER}
 CASES = [(group, case) for group, cases in ALL.items() for case in cases]
 NAMES = [f"{group}.{case.name}-{case.draw.__name__}" for group, case in CASES]
@@ -48,6 +50,13 @@ def slack(got, truth, dtype, head):
 @pytest.mark.parametrize(("group", "case"), CASES, ids=NAMES)
 def test_it_is_the_slow_formula(group, case):
     compare(case, same_dtype(case.slow, case), sampled.seeds(200))
+
+
+@pytest.mark.parametrize("case", GROUPS["trl"], ids=lambda case: case.draw.__name__)
+def test_chunks_of_one_row_change_nothing(case, monkeypatch):
+    monkeypatch.setattr(entropy, "CHUNK_BYTES", 4)
+    monkeypatch.setattr(several, "CHUNK_BYTES", 4)
+    compare(case, same_dtype(case.slow, case), sampled.seeds(60))
 
 
 def same_dtype(slow, case):

@@ -308,7 +308,13 @@ def draw_head(d: Draw) -> dict[str, Any]:
         "chunk_size": d.of(1, 5, 64),
         "final_logit_softcapping": d.of(None, 5.0),
         "logit_scale": d.of(1.0, 0.25),
-        "outputs": d.of(trl.OPTIONAL_OUTPUTS, ("entropy",), ()),
+        "outputs": d.of(
+            trl.OPTIONAL_OUTPUTS,
+            ("entropy",),
+            (),
+            ("log_sum_sq_probs",),
+            ("mean_logits", "is_top1"),
+        ),
     }
 
 
@@ -331,6 +337,7 @@ def draw_average(name: str):
 
 def draw_pairs(d: Draw) -> dict[str, Any]:
     N, scale = d.int(1, 6), d.of(1.0, 20.0, 200.0)
+    scale = min(scale, 20.0) if d.dtype == torch.float16 else scale  # a square leaves its range
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
     args: dict[str, Any] = {f"{name}_logps": -d.normal(N, scale=scale).abs() for name in names}
     if d.int(0, 4) == 0:  # policy == reference
