@@ -17,8 +17,11 @@ from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.scores import Transform
 from dpo_ext.torch.once import differentiable_once, node
 
-CHUNK_BYTES = 64_000_000
-"""Bound of one chunk of logits in float32 in the backward pass, which holds some five of them."""
+CHUNK_BYTES = 4_000_000
+"""Bound of one chunk of given logits in float32 in the backward pass: it stays in the cache."""
+HEAD_BYTES = 64_000_000
+"""The same where a chunk is multiplied, and adds to a gradient of the size of the weight."""
+_PLAIN = Transform(1.0, 0.0, 1.0)
 
 
 def attach_entropy(rows: Tensor, places: Tensor, value: Tensor, how: Transform) -> Tensor:
@@ -33,22 +36,27 @@ def attach_linear_entropy(
     return node(_LinearEntropy, hidden, weight, bias, value.detach(), how)
 
 
-def _chunks(count: int, V: int) -> list[slice]:
-    step = max(CHUNK_BYTES // (4 * max(V, 1)), 1)
+def _chunks(count: int, V: int, budget: int) -> list[slice]:
+    step = max(budget // (4 * max(V, 1)), 1)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _slope(z: Tensor, value: Tensor, g: Tensor, how: Transform) -> Tensor:
     """(R, V) gradient of ``sum(g * entropy)`` by raw logits; a row of ``g`` 0 is not read."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        y = twin.transform(leaf, *how)
-    log_p = y.detach().log_softmax(-1)
-    p = log_p.exp()
-    inner = torch.where(p > 0, -p * (log_p + value[:, None].to(p.dtype)), 0.0)
-    column = g[:, None].to(p.dtype)
-    (dz,) = torch.autograd.grad(y, leaf, torch.where(column != 0, column * inner, 0.0))
-    return torch.where(column != 0, dz, 0.0)
+    y = twin.transform(z, *how) if how != _PLAIN else z
+    dz = torch.log_softmax(y, -1, dtype=_wide(z.dtype))
+    p = dz.exp()
+    # a logit of -inf has p = 0, and 0 * -inf is NaN
+    dz.clamp_(min=torch.finfo(dz.dtype).min).add_(value[:, None].to(dz.dtype)).mul_(p)
+    dz.mul_((-g * (how.logit_scale / how.temperature))[:, None].to(dz.dtype))
+    if how.softcap:  # y is divided by the temperature already
+        tanh = y.to(dz.dtype) * (how.temperature / how.softcap)
+        dz.mul_(1 - tanh * tanh)
+    return dz.masked_fill_((g == 0)[:, None], 0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Entropy(torch.autograd.Function):
@@ -67,9 +75,11 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, places, value = ctx.saved_tensors
         with torch.no_grad():
-            dz = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-            for chunk in _chunks(len(places), rows.shape[1]):
-                at = places[chunk]
+            every = len(places) == len(rows)  # in order: `logit_rows` leaves rows out, or none
+            make = torch.empty_like if every else torch.zeros_like
+            dz = make(rows, memory_format=torch.contiguous_format)
+            for chunk in _chunks(len(places), rows.shape[1], CHUNK_BYTES):
+                at = chunk if every else places[chunk]
                 dz[at] = _slope(rows[at], value[chunk], g[chunk], ctx.how).to(dz.dtype)
         return differentiable_once(dz, g, _Entropy.ONCE), None, None, None
 
@@ -104,7 +114,7 @@ class _LinearEntropy(torch.autograd.Function):
             dx = torch.empty_like(hidden) if need_x else None
             dw = torch.zeros_like(weight, dtype=sums) if need_w else None
             db = None if bias is None or not need_b else torch.zeros_like(bias, dtype=sums)
-            for chunk in _chunks(len(hidden), weight.shape[0]):
+            for chunk in _chunks(len(hidden), weight.shape[0], HEAD_BYTES):
                 x = hidden[chunk].to(dtype)
                 z = x @ w.T if bias is None else torch.addmm(bias.to(dtype), x, w.T)
                 dz = _slope(z, value[chunk], g[chunk], ctx.how)
