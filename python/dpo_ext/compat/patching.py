@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dpo_ext.compat.swaps import PEERS, Peer, Swap, misfit
 from dpo_ext.errors import PatchError
+from dpo_ext.extras import install_other
 
 
 class Patch:
@@ -145,11 +146,9 @@ def _import_package(peer: str, known: Peer) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != known.package:
             raise
-        hint = (
-            f"pip install {known.distribution}"
-            if known.distribution
-            else "add its folder to sys.path"
-        )
+        hint = "add its folder to sys.path"
+        if known.distribution:
+            hint = install_other(known.distribution)
         raise ModuleNotFoundError(
             f"patch({peer!r}) needs the module {known.package}\nhint: {hint}", name=known.package
         ) from error
