@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compat_cases import Case, Draw, gathered
+from compat_cases import Case, Draw
+from compat_formulas import gathered
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
