@@ -18,7 +18,7 @@ FLOORS = [
     {"pairs"},
     {"layout", "store"},
     {"data", "torch"},
-    {"", "arrow", "preference", "testing", "trl"},
+    {"", "arrow", "compat", "preference", "testing", "trl"},
     {"bench", "demo"},
     {"cli"},
     {"__main__"},

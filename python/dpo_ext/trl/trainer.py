@@ -203,7 +203,7 @@ class DPOTrainer(trl.DPOTrainer):
         if self.layout == "packed":
             try:
                 assert_packing_safe(self.accelerator.unwrap_model(self.model))
-            except TensorError as error:
+            except (TensorError, RuntimeError) as error:  # it leaks, or cannot run in the trial
                 self._step_back(_LAYOUT, str(error).partition("\n")[0])
         if not self._has_own_collator and not self._is_vision_dataset:
             stock = self.data_collator
