@@ -25,7 +25,7 @@ from dpo_ext.data.dataset import PairDataset
 from dpo_ext.torch.losses import compat as loss_compat
 from dpo_ext.trl import BY_TRL, HONOURED, REFUSED, DPOTrainer, layers
 from dpo_ext.trl.collator import REFERENCE
-from dpo_ext.trl.options import LOSS_TYPES
+from dpo_ext.trl.options import LOSS_TYPES, check_args
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*"),
@@ -77,12 +77,37 @@ def test_the_defaults_of_refused_options_are_allowed(own):
         assert getattr(args, name) in allowed, name
 
 
-def test_refused_options_are_named(own, data):
-    assert list(REFUSED) == ["parallelism_config"]
+# A value that a refused option must not have; set afterwards, as some would need hardware.
+REFUSED_VALUES = {
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+    "parallelism_config": object(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_options_are_named(own, data, name):
     args = runs.config(own)
-    args.parallelism_config = object()
-    with pytest.raises(ValueError, match="`parallelism_config`"):
+    setattr(args, name, REFUSED_VALUES[name])
+    with pytest.raises(ValueError, match=f"`{name}`"):
         DPOTrainer(str(own / "model"), args=args, train_dataset=data)
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "PARALLELISM_CONFIG"])
+def test_sharding_that_the_launcher_turns_on_is_refused(own, data, monkeypatch, name):
+    args = runs.config(own)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=name.lower() if name == "FSDP" else name):
+        DPOTrainer(str(own / "model"), args=args, train_dataset=data)
+
+
+def test_the_first_version_of_fsdp_is_refused_and_the_second_is_not(own):
+    args = runs.config(own)
+    args.fsdp = True
+    args.fsdp_config = {"version": 2}
+    check_args(args)
+    args.fsdp_config = {"version": 1}
+    with pytest.raises(ValueError, match="expected version 2, found 1"):
+        check_args(args)
 
 
 def test_a_loss_that_trl_has_not_is_refused_before_training(own, data):

@@ -48,12 +48,15 @@ BY_TRL: Mapping[str, str] = {
     # From here on fields of transformers.TrainingArguments that TRL treats in a way of its own.
     "use_liger_kernel": "the layers alone, as TRL has it",
     "liger_kernel_config": "of `use_liger_kernel`",
+    "fsdp": "version 2; not run here, as Accelerate shards on accelerators alone",
+    "fsdp_config": "of `fsdp`",
     "label_smoothing_factor": "TRL does not read it; `label_smoothing` is the option of the loss",
 }
 """Fields that TRL alone reads, with our layers inside or without."""
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "parallelism_config": ((None,), "use DDP or FSDP"),
+    "deepspeed": ((None, False, ""), "it has not been tried here: use DDP or FSDP2"),
+    "parallelism_config": ((None,), "use DDP or FSDP2"),
 }
 """Fields that must have one of the values named here, and a hint for who needs another."""
 
@@ -65,10 +68,19 @@ def check_args(args: trl.DPOConfig) -> None:
         if value not in allowed:
             raise ValueError(f"`{name}` must be {allowed[0]!r}, found {value!r}\nhint: {hint}")
     on = ("1", "true", "t", "yes", "y", "on")
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in on:
+    for name in ("DEEPSPEED", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in on:
+            raise ValueError(
+                f"`ACCELERATE_USE_{name}` is set: such models have not been tried here\n"
+                "hint: use DDP or FSDP2; docs/distributed.md has a loop for tensor parallelism"
+            )
+    config: Any = args.fsdp_config or {}  # read from its file by TrainingArguments
+    version = os.environ.get("FSDP_VERSION") or config.get("version", 1)
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in on or args.fsdp
+    if is_sharded and int(version) < 2:
         raise ValueError(
-            "`ACCELERATE_USE_PARALLELISM_CONFIG` is set: tensor and context parallel models are "
-            "not supported here\nhint: docs/distributed.md has a loop for them"
+            "`fsdp`: expected version 2, found 1, which flattens the weight of the head\n"
+            "hint: fsdp_config={'version': 2}, or fsdp_version: 2 for `accelerate launch`"
         )
     for name in args.loss_type:
         if name not in LOSS_TYPES:
