@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 from weakref import ref
@@ -23,7 +24,12 @@ from dpo_ext.errors import TensorError
 from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments, seen
 from dpo_ext.torch.agreement import as_it_was, plain_ids, text_config
 from dpo_ext.torch.pieces import call_of
-from dpo_ext.torch.segments import choose, installed, segment_attention
+from dpo_ext.torch.segments import (
+    as_autocast_has_them,
+    choose,
+    installed,
+    segment_attention,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 # Of how much of their spread hidden states may differ from those of the dense mask.
@@ -148,7 +154,7 @@ def checked(model: Any) -> str | None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return None
-    with torch.no_grad(), as_it_was(model, device):
+    with _in_its_own_dtype(model, device):
         row = packed_row(model, device)
         before = _Count.segments
         try:
@@ -173,12 +179,23 @@ def checked(model: Any) -> str | None:
         return reason
 
 
+@contextmanager
+def _in_its_own_dtype(model: Any, device: torch.device) -> Iterator[None]:
+    """As it was, and without autocast where the weights are of one dtype: what rounds little
+    enough to tell a leak from a token that was sent to another expert.
+    """
+    plain = len({p.dtype for p in model.parameters() if p.is_floating_point()}) == 1
+    exact: Any = torch.autocast(device.type, enabled=False) if plain else nullcontext()
+    with torch.no_grad(), as_it_was(model, device), exact:
+        yield
+
+
 def leak(model: Any) -> float:
     """How far the hidden states of a segment move, of their spread, when another one changes."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "meta" or getattr(model.config, "is_encoder_decoder", False):
         return 0.0
-    with torch.no_grad(), as_it_was(model, device):
+    with _in_its_own_dtype(model, device):
         row = packed_row(model, device)
         first = model.base_model(**row)[0].float()
         ids = row["input_ids"].clone()
@@ -356,6 +373,7 @@ def attention_forward(
             }
             options |= {"sinks": s_aux, "dropout": dropout}
             segments = attention_mask.segments
+            query, key, value = as_autocast_has_them(query, key, value)
             backend = choose(call_of(query, segments, **options), query, value)
             on_cuda = backend == "pieces" and query.device.type == "cuda"
             if on_cuda and not dropout and "flex" in installed():

@@ -6,6 +6,7 @@ Inside: X batches, g = H / K query heads of one key head, n queries, m keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -75,8 +76,8 @@ def segment_attention(
     Raises:
         ValueError: shapes do not fit ``segments``, or an unknown ``backend``.
 
-    Numerics: as torch's attention in this dtype; scores with softcap or sinks in float32. Which
-    segments are in a row changes nothing but rounding.
+    Numerics: as torch's attention in this dtype, under autocast in that of autocast; scores with
+    softcap or sinks in float32. Which segments are in a row changes nothing but rounding.
 
     >>> import numpy as np
     >>> segments = Segments((1, 5), np.array([0, 2, 5]))
@@ -91,6 +92,7 @@ def segment_attention(
             f"`segments` are of rows {segments.shape}, found queries {(rows, width)} and "
             f"{key.shape[2]} keys"
         )
+    query, key, value = as_autocast_has_them(query, key, value)
     options: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "dropout": dropout}
     call = call_of(query, segments, window=window, scale=scale, **options)
     if backend == "auto":
@@ -102,6 +104,17 @@ def segment_attention(
             f"`backend` must be one of auto, pieces, varlen, flash_attn, found {backend!r}"
         )
     return _varlen(query, key, value, segments, call, backend)
+
+
+def as_autocast_has_them(*tensors: Tensor) -> Iterator[Tensor]:
+    """In the dtype of autocast where that is on, as it gives them to torch's own attention: the
+    positions may have made queries and keys float32 beside values of 16 bits.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return iter(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return (t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 # ---- kernels over all segments at once (CUDA) ----------------------------------------------------

@@ -159,6 +159,11 @@ class DPOTrainer(trl.DPOTrainer):
             self._step_back(_HEAD, why_not_scoring(args, peft_config, model))
             if layout == "packed":
                 self._step_back(_LAYOUT, why_not_packed(args, compute_metrics, data_collator))
+            # Streams would be read by one rank, and its batches cut up by their rows. TRL has the
+            # same for streams to train on.
+            launcher: Any = args.accelerator_config
+            if launcher.dispatch_batches is None:
+                launcher.dispatch_batches = False
         super().__init__(
             model=model,
             ref_model=ref_model,
