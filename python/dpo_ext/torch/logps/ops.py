@@ -11,10 +11,8 @@ here looks at shapes, dtypes and devices alone, so that nothing waits for a devi
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor
 from dpo_ext import _core
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.torch.logps import cuda as kernels
+from dpo_ext.torch.once import outside_graphs
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -111,29 +110,7 @@ def _check_segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tens
 
 def _implement(device: str, bodies: dict[str, Callable[..., Any]]) -> None:
     for name, body in bodies.items():
-        _LIBRARY.impl(name, _outside_graphs(body), device)
-
-
-def _outside_graphs(body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body`` where Dynamo does not look.
-
-    Behind a graph break Dynamo watches every call, an operator's body too, and stops at functions
-    of Rust and CuPy. Telling it takes its import, of a second or more, so only those pay for it who
-    have compiled something.
-    """
-    hidden: Callable[..., Any] | None = None
-
-    @functools.wraps(body)
-    def run(*arguments: Any) -> Any:
-        nonlocal hidden
-        if hidden is None and "torch._dynamo" in sys.modules:
-            from torch._dynamo.decorators import skip
-
-            hidden = torch.compiler.disable(body)
-            skip(run)
-        return (hidden or body)(*arguments)
-
-    return run
+        _LIBRARY.impl(name, outside_graphs(body), device)
 
 
 # ---- CPU ------------------------------------------------------------
