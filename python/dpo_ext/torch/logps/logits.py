@@ -168,7 +168,7 @@ def _rows(logits: Tensor, table: ScoreTable, impl: str, inplace_grad: bool) -> t
             "`logits` must be a plain tensor, found a DTensor\n"
             "hint: dpo_ext.torch.parallel scores one shard of the vocabulary, logits.to_local()"
         )
-    kernels = uses_kernels(logits, impl)
+    kernels = uses_kernels(logits.dtype, logits.device.type, impl)
     if inplace_grad and not kernels:
         raise ValueError("`inplace_grad` needs the kernels, and here `impl` means the torch twin")
     if logits.dim() not in (2, 3):

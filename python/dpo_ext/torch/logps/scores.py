@@ -89,21 +89,21 @@ def sum_sequences(logps: Tensor, table: ScoreTable, kernels: bool) -> Tensor:
     return add(logps, table.weights, table.seq_offsets).reshape(-1, table.group_size)
 
 
-def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
-    """Whether ``impl`` means the kernels (or the twin) for this tensor; raises if it cannot."""
+def uses_kernels(dtype: torch.dtype, where: str, impl: str, name: str = "logits") -> bool:
+    """Whether ``impl`` means the kernels (or the twin) for a tensor of this dtype and type of
+    device; raises if it cannot.
+    """
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {', '.join(IMPLS)}, found {impl!r}")
-    if not values.is_floating_point():
-        found = describe(values.dtype)
-        raise TensorError(f"`{name}` must have a floating-point dtype, found {found}")
-    where = values.device.type
-    if values.dtype not in ops.DTYPES and values.dtype != torch.float64:
+    if not dtype.is_floating_point:
+        raise TensorError(f"`{name}` must have a floating-point dtype, found {describe(dtype)}")
+    if dtype not in ops.DTYPES and dtype != torch.float64:
         accepted = ", ".join((*ops.DTYPES.values(), "float64"))
-        raise TensorError(f"`{name}` must be {accepted}, found {describe(values.dtype)}")
+        raise TensorError(f"`{name}` must be {accepted}, found {describe(dtype)}")
     if impl == "torch":
         return False
     if impl == "auto":
-        return where in ("cpu", "cuda") and values.dtype in ops.DTYPES
+        return where in ("cpu", "cuda") and dtype in ops.DTYPES
     if impl == "cuda" and not torch.cuda.is_available():
         raise KernelUnavailable(
             'no CUDA device: `impl="cuda"` needs one\n'
@@ -114,10 +114,10 @@ def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
             f'`{name}` must be on a {impl} device for impl="{impl}", found {where}\n'
             'hint: use impl="auto" to choose by device'
         )
-    if values.dtype not in ops.DTYPES:
+    if dtype not in ops.DTYPES:
         raise TensorError(
             f'`{name}` must be {", ".join(ops.DTYPES.values())} for impl="{impl}", found '
-            f'{describe(values.dtype)}\nhint: use impl="torch"'
+            f'{describe(dtype)}\nhint: use impl="torch"'
         )
     return True
 
@@ -127,6 +127,8 @@ def is_dtensor(value: object) -> bool:
     torch.distributed, and no look at the modules that are loaded, which a compiled region would
     read once and for all.
     """
+    if type(value) is Tensor:  # most are, and to find that there is no such method takes longer
+        return False
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
