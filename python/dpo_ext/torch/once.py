@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ def node(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     A `setup_context` may return the outputs that the caller reads, where the rest is for backward
     alone: only what runs as one then has no more than these.
     """
-    trains = torch.is_grad_enabled() and any(
-        isinstance(a, Tensor) and a.requires_grad for a in arguments
-    )
+    recording = torch.is_grad_enabled()
+    trains = recording and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if torch.compiler.is_compiling():
         # where nothing asks for a gradient Dynamo passes a context that forward does not take
         return function.apply(*arguments) if trains else function.forward(*arguments)
@@ -43,7 +43,8 @@ def node(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         return function.apply(*arguments)
     if trains or in_dual_level():
         return _joined(function).apply(*arguments)
-    with torch.no_grad():  # an argument that is no tensor may hold one that asks for a gradient
+    # an argument that is no tensor may hold one that asks for a gradient
+    with torch.no_grad() if recording else nullcontext():
         return function.forward(*arguments)
 
 

@@ -166,6 +166,7 @@ def linear_token_scores(
     """
     names = check_stats(stats)
     how = Transform.of(logit_scale, softcap, temperature)
+    check_is_table(table)
     options = HeadOptions(how, impl, chunk_rows, exact_target)
     linear = Linear.of(hidden, weight, bias, table)
     scores, _ = _score(linear, table, plan, options, bool(names))

@@ -203,10 +203,11 @@ def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
             f"`inplace_grad` would overwrite `logits`, {what} that needs a gradient\n"
             "hint: leave inplace_grad out, or pass the output of the model"
         )
-    R, V = logits.shape[:-1].numel(), logits.shape[-1]
+    V = logits.shape[-1]
     if logits.dim() == 2:
-        rows = logits
+        R, rows = logits.shape[0], logits
     else:
+        R = logits.shape[0] * logits.shape[1]
         try:
             rows = logits.view(R, V)
         except RuntimeError:

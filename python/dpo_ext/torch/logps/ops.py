@@ -130,16 +130,13 @@ def _flat(logits: Tensor):
     """The memory from first to last logit as one array, half-width types as uint16; no copy."""
     rows, columns = logits.shape
     length = (rows - 1) * _stride(logits) + columns if rows and columns else 0
-    flat = _plain(logits).as_strided((length,), (1,))
+    flat = logits.detach().as_strided((length,), (1,))
     return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
 def _array(tensor: Tensor):
-    return _plain(tensor).contiguous().numpy()
+    tensor = tensor.contiguous()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
 
 
 def _shape_of(logits: Tensor) -> tuple[int, int, int]:

@@ -154,33 +154,34 @@ def check_is_table(table: ScoreTable) -> None:
 def check_table(
     table: ScoreTable, values: Tensor, name: str, vocabulary: int | None = None
 ) -> None:
-    """Table and values (R, ...) or (rows, T, ...) fit: same device, the table's own shape and, on
-    the CPU, its rows below R and its ids below ``vocabulary``. Waits for no device.
+    """A table (`check_is_table`) and values (R, ...) or (rows, T, ...) fit: same device, the
+    table's own shape and, on the CPU, its rows below R and its ids below ``vocabulary``. Waits for
+    no device.
     """
-    check_is_table(table)
-    if table.device != values.device:
+    targets, device = table.targets, values.device
+    if targets.device != device:
         raise TensorError(
-            f"`table` must be on {values.device}, as `{name}` is, found {table.device}\n"
+            f"`table` must be on {device}, as `{name}` is, found {table.device}\n"
             f"hint: use table.to({name}.device)"
         )
     check_shape(table.shape, values, name)
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not table.n_tokens:
+    if device.type != "cpu" or torch.compiler.is_compiling() or not targets.shape[0]:
         return
-    R = values.shape[:-1].numel()
+    R = values.shape[0] if values.dim() == 2 else values.shape[0] * values.shape[1]
     # Two reductions say of nearly every table that it fits; tokens that are not scored may not.
     if int(table.logit_rows.max()) >= R:
-        beyond = (table.logit_rows >= R) & (table.targets != IGNORE_INDEX)
+        beyond = (table.logit_rows >= R) & (targets != IGNORE_INDEX)
         if bool(beyond.any()):
             i = int(beyond.nonzero()[0])
             raise TensorError(
                 f"`logit_rows` must be below {R}, the rows of `{name}`, "
                 f"found {int(table.logit_rows[i])} at token {i}"
             )
-    if vocabulary is not None and int(table.targets.max()) >= vocabulary:
-        i = int((table.targets >= vocabulary).nonzero()[0])
+    if vocabulary is not None and int(targets.max()) >= vocabulary:
+        i = int((targets >= vocabulary).nonzero()[0])
         raise TensorError(
             f"`targets` must be below {vocabulary}, the vocabulary of `{name}`, found "
-            f"{int(table.targets[i])} at token {i}, {_place(table, i)}\n"
+            f"{int(targets[i])} at token {i}, {_place(table, i)}\n"
             "hint: the labels are of another tokenizer than the model, or its embedding was not "
             "resized to it"
         )

@@ -44,8 +44,8 @@ class Pairs(NamedTuple):
             whole = self.whole
             seen = Symbols(whole.logps, whole.ref_logps, whole.lengths)
             per_pair, gc, gr, *others = row.formula(seen, **params)
-            # clones: a slice of an output is a view of it
-            per_pair, gc, gr = (t[whole.mine].clone() for t in (per_pair, gc, gr))
+            # a clone: a slice of an output is a view of it
+            per_pair, gc, gr = per_pair[whole.mine].clone(), gc[whole.mine], gr[whole.mine]
         else:
             seen = Symbols(logps, self.ref_logps, self.lengths)
             per_pair, gc, gr, *others = row.formula(seen, **params)
