@@ -84,7 +84,7 @@ def part(values: Tensor, some: slice) -> Tensor:
     return values[some.start : some.stop]
 
 
-def joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     """One after the other; a single part takes no operator."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
