@@ -1,5 +1,7 @@
 //! Which turns are the prompt of both sides.
 
+use std::cell::OnceCell;
+
 use super::options::{Boundary, Options};
 use super::outcome::{Pair, Refusal};
 use super::render::Renderer;
@@ -101,10 +103,27 @@ pub(super) fn parted<'a>(
     Ok(parts)
 }
 
-/// Whether two turns say the same, or are printed alike by themselves.
-fn alike(a: &Value<'_>, b: &Value<'_>, renderer: &Renderer<'_>) -> bool {
-    let printed = |turn| renderer.try_render(&[turn]);
-    a.role() == b.role() && (a.same(b) || printed(a).is_some_and(|a| Some(a) == printed(b)))
+/// A turn, and what the template prints of it alone, which is rendered once.
+struct Single<'v> {
+    turn: &'v Value<'v>,
+    printed: OnceCell<Option<String>>,
+}
+
+impl<'v> Single<'v> {
+    fn all(turns: &'v [Value<'v>]) -> Vec<Self> {
+        turns.iter().map(|turn| Self { turn, printed: OnceCell::new() }).collect()
+    }
+
+    fn printed(&self, renderer: &Renderer<'_>) -> Option<&String> {
+        self.printed.get_or_init(|| renderer.try_render(&[self.turn])).as_ref()
+    }
+
+    /// Whether two turns say the same, or are printed alike by themselves.
+    fn is_like(&self, other: &Single<'_>, renderer: &Renderer<'_>) -> bool {
+        self.turn.role() == other.turn.role()
+            && (self.turn.same(other.turn)
+                || self.printed(renderer).is_some_and(|text| Some(text) == other.printed(renderer)))
+    }
 }
 
 /// Whether a content, or a part of it, contains a text.
@@ -151,8 +170,7 @@ impl Parts<'_> {
     /// Whether the sides begin alike with turns of which one is a question of the prompt, and have all its turns.
     fn sides_hold_prompt(&self, renderer: &Renderer<'_>) -> bool {
         let begins = self.chosen.first().is_some_and(is_asked);
-        let questions = || self.prompt.iter().filter(|turn| turn.role() == Some("user"));
-        if !begins || questions().next().is_none() {
+        if !begins || self.prompt.iter().all(|turn| turn.role() != Some("user")) {
             return false;
         }
         let alone = Parts {
@@ -163,15 +181,15 @@ impl Parts<'_> {
             twice: 0,
             spelt: [None, None],
         };
-        let turns = self.chosen.get(..shared(&alone, renderer)).unwrap_or_default();
-        let is_in = |turn: &Value<'_>, mut side: std::slice::Iter<'_, Value<'_>>| {
-            side.any(|other| alike(turn, other, renderer))
+        let shared = shared(&alone, renderer);
+        let [prompt, chosen, rejected] =
+            [&self.prompt, &self.chosen, &self.rejected].map(|turns| Single::all(turns));
+        let is_in = |turn: &Single<'_>, side: &[Single<'_>]| {
+            side.iter().any(|other| turn.is_like(other, renderer))
         };
-        questions().any(|asked| is_in(asked, turns.iter()))
-            && self
-                .prompt
-                .iter()
-                .all(|turn| is_in(turn, self.chosen.iter()) || is_in(turn, self.rejected.iter()))
+        let begin = chosen.get(..shared).unwrap_or_default();
+        prompt.iter().any(|single| single.turn.role() == Some("user") && is_in(single, begin))
+            && prompt.iter().all(|turn| is_in(turn, &chosen) || is_in(turn, &rejected))
     }
 
     /// Makes the first turns of one side the prompt's last where those of the other print the same, be they more or
@@ -206,11 +224,15 @@ impl Parts<'_> {
     /// How many of the first turns of both sides are the prompt's last ones once more.
     fn prompt_in_sides(&self, renderer: &Renderer<'_>) -> usize {
         let longest = self.prompt.len().min(self.chosen.len() - 1).min(self.rejected.len() - 1);
+        let [prompt, chosen, rejected] =
+            [&self.prompt, &self.chosen, &self.rejected].map(|turns| Single::all(turns));
         let is_twice = |count: &usize| {
-            let end = self.prompt.get(self.prompt.len() - count..).unwrap_or_default();
+            let end = prompt.get(prompt.len() - count..).unwrap_or_default();
             let same =
-                |side: &[Value<'_>]| end.iter().zip(side).all(|(a, b)| alike(a, b, renderer));
-            end.first().is_some_and(is_asked) && same(&self.chosen) && same(&self.rejected)
+                |side: &[Single<'_>]| end.iter().zip(side).all(|(a, b)| a.is_like(b, renderer));
+            end.first().is_some_and(|single| is_asked(single.turn))
+                && same(&chosen)
+                && same(&rejected)
         };
         (1..=longest).rev().find(is_twice).unwrap_or(0)
     }
@@ -230,15 +252,22 @@ fn shared(parts: &Parts<'_>, renderer: &Renderer<'_>) -> usize {
     }
     let whole: Vec<&Value<'_>> = prompt.iter().chain(rejected).collect();
     let Some(own) = renderer.try_render(&whole) else { return shared };
-    while shared < most {
-        // With the other side's turn in the place of its own the conversation must read as before.
-        let begin = chosen.iter().take(shared + 1);
-        let rest = rejected.iter().skip(shared + 1);
-        let swapped: Vec<&Value<'_>> = prompt.iter().chain(begin).chain(rest).collect();
-        if renderer.try_render(&swapped).as_deref() != Some(&own) {
-            break;
+    // With the other side's turns in the place of its own the conversation must read as before.
+    let reads_alike = |count: usize| {
+        let sides = chosen.iter().take(count).chain(rejected.iter().skip(count));
+        let swapped: Vec<&Value<'_>> = prompt.iter().chain(sides).collect();
+        renderer.try_render(&swapped).as_deref() == Some(&own)
+    };
+    // Doubled and then halved: a long conversation that is spelt otherwise all along takes few renders.
+    let (mut step, mut beyond) = (1, most + 1);
+    while shared + 1 < beyond {
+        let count = if beyond > most { (shared + step).min(most) } else { shared.midpoint(beyond) };
+        if reads_alike(count) {
+            shared = equal(count);
+            step *= 2;
+        } else {
+            beyond = count;
         }
-        shared = equal(shared + 1);
     }
     shared
 }

@@ -87,6 +87,11 @@ impl<'a> Cells<'a> {
         matches!(self.get(field), Some(Value::List(_) | Value::Object(_)))
     }
 
+    /// Whether the field holds a list of nothing.
+    pub(super) fn is_empty(&self, field: Field) -> bool {
+        matches!(self.get(field), Some(Value::List(items)) if items.is_empty())
+    }
+
     /// Whether the field holds a turn that is no answer: a whole conversation.
     pub(super) fn is_conversation(&self, field: Field) -> bool {
         self.get(field).is_some_and(turns::is_conversation)

@@ -126,7 +126,11 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
         };
     }
     let whole = whole || transcripts;
-    if !whole && (has(Field::Messages) || cells.is_turns(Field::Conversation)) {
+    let asks = [Field::Instruction, Field::Input, Field::Question, Field::Query];
+    // Tables with rows of several layouts leave an empty list where a row has no conversation.
+    let empty = cells.is_empty(Field::Messages) && asks.into_iter().any(has);
+    let messages = has(Field::Messages) && !empty;
+    if !whole && (messages || cells.is_turns(Field::Conversation)) {
         return Layout::Messages;
     }
     if !whole && has(Field::Conversations) {
@@ -134,11 +138,14 @@ pub(super) fn found(cells: &Cells<'_>, keys: &Keys) -> Layout {
     }
     let answers = sides || swift || has(Field::ChosenResponse) || cells.has_two(Field::Output);
     if !whole && answers {
-        if has(Field::Instruction) || has(Field::Input) {
+        if has(Field::Instruction) {
             return Layout::Alpaca;
         }
         if has(Field::Question) || has(Field::Query) {
             return Layout::Question;
+        }
+        if has(Field::Input) {
+            return Layout::Alpaca;
         }
     }
     // A prompt of null is none, where the sides themselves have one.

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import pyarrow as pa
 import pytest
@@ -698,6 +699,43 @@ def test_an_answer_that_is_called_chosen_comes_before_the_one_that_was_logged(to
         {"conversation": ASK, **answers},
     ):
         assert ids(PairDataset.from_rows([row], tok)) == want
+
+
+def test_an_empty_conversation_is_none_where_something_is_asked(tok):
+    want = ids(PairDataset.from_rows([explicit(ASK)], tok))
+    for asks in ("query", "question", "instruction", "input"):
+        row = {"messages": [], asks: "sky?", "chosen": "blue", "rejected": "green"}
+        assert ids(PairDataset.from_rows([row], tok)) == want
+    with pytest.raises(DataError, match="at least one message"):
+        PairDataset.from_rows([{"messages": [], "chosen": "blue", "rejected": "green"}], tok)
+
+
+def test_a_question_is_asked_and_not_the_input_beside_it(tok):
+    want = ids(PairDataset.from_rows([explicit(ASK)], tok))
+    for asks in ("query", "question"):
+        row = {"input": "[INST] sky? [/INST]", asks: "sky?", "chosen": "blue", "rejected": "green"}
+        pairs = PairDataset.from_rows([row], tok)
+        assert ids(pairs) == want
+        assert pairs.report.unread == ("input",)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_three_thousand_turns_of_other_spellings_are_shared_in_no_time(tok, alike):
+    def spelt(name):
+        said = ["yes" if alike else f"turn {i}" for i in range(3001)]
+        roles = ["user", "assistant"]
+        return [{"role": roles[i % 2], "content": text, name: i} for i, text in enumerate(said)]
+
+    sides = {"chosen": [*spelt("a"), BLUE], "rejected": [*spelt("b"), GREEN]}
+    options = {"max_length": None, "truncation": "error"}
+    begin = time.process_time()
+    pairs = PairDataset.from_rows([sides], tok, **options)
+    twice = PairDataset.from_rows([{"prompt": spelt("p"), **sides}], tok, **options)
+    took = time.process_time() - begin
+    bare = [{name: turn[name] for name in ("role", "content")} for turn in spelt("a")]
+    assert ids(pairs) == ids(twice) == ids(PairDataset.from_rows([explicit(bare)], tok, **options))
+    # Rendered anew for each turn they took six seconds to a minute.
+    assert took < 3
 
 
 def test_an_id_under_the_name_of_a_conversation_is_none(tok):

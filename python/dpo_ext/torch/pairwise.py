@@ -362,8 +362,9 @@ class _TracedPairwiseHead(torch.autograd.Function):
         run = _Pass(linear, job, ctx.needed)
         logps = run.logps()
         made = run.made()
-        ctx.height = made.height
-        ctx.save_for_backward(hidden, weight, bias, *made[:6])
+        # One by one: the compiler of torch 2.8 cuts no named tuple.
+        dx, dw, db, place, unit, scale, ctx.height = made
+        ctx.save_for_backward(hidden, weight, bias, dx, dw, db, place, unit, scale)
         per_pair = job.losses.per_pair(logps)
         ctx.mark_non_differentiable(logps, per_pair)
         return job.losses.total(per_pair), logps, per_pair
