@@ -318,7 +318,10 @@ def _backward_recompute(
             z = work.logits(x)
         else:
             z = part(last, slice(0, t.shape[0]))
-        dz = head.gradient(z, t, [part(values, chunk) for values in state], some_g)
+        # a slice inside a comprehension would fix the sizes of a compiled graph
+        first, end = chunk.start, chunk.stop
+        kept = [part(values, slice(first, end)) for values in state]
+        dz = head.gradient(z, t, kept, some_g)
         if dx is not None:
             dx.index_copy_(0, part(rows.place, chunk), product(dz, work.weight).to(dx.dtype))
         if dw is not None:

@@ -96,9 +96,8 @@ def sequence_logps(
     rows, kernels = _rows(logits, scored, impl, inplace_grad)
     call = _Call(how, False, inplace_grad, kernels)
     if kernels:
-        return _kernels(rows, scored, call, (table.weights, table.seq_offsets))[0].reshape(
-            -1, table.group_size
-        )
+        (sums,) = _kernels(rows, scored, call, (table.weights, table.seq_offsets))
+        return sums.reshape(-1, table.group_size)
     return sum_sequences(_score(rows, scored, call).logps, table, kernels)
 
 
@@ -261,10 +260,9 @@ class _TokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         *tensors, ctx.call = inputs
         ctx.save_for_backward(*tensors, *output[-2:])
-        read = output[:-2]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        return read
+        return output[:-2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

@@ -270,5 +270,5 @@ class _SegmentSum(torch.autograd.Function):
 def token_grad(grad: Tensor, weights: Tensor | None, seq_offsets: Tensor, tokens: int) -> Tensor:
     """(M,) gradients of the tokens' log-probs from those of sequences (S,): ``w * grad[seq]``."""
     place = torch.arange(tokens, dtype=torch.int32, device=grad.device)
-    g = grad[torch.bucketize(place, seq_offsets[1:], right=True)]
+    g = grad.index_select(0, torch.bucketize(place, seq_offsets[1:], right=True))
     return g if weights is None else torch.where(weights != 0, g * weights, 0.0)

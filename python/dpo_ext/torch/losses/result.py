@@ -91,11 +91,9 @@ class PreferenceLoss:
         ratios = self._logps
         if self._ref_logps is not None:
             ratios = ratios - self._ref_logps
-        scale = self._scale
-        if scale is not None:
-            ratios = times(ratios, scale[:, None] if isinstance(scale, Tensor) else scale)
         chosen, rejected = ratios.unbind(1)
-        return chosen, rejected
+        scale = 1.0 if self.scale is None else self.scale
+        return times(chosen, scale), times(rejected, scale)
 
     def __repr__(self) -> str:
         return f"PreferenceLoss(loss={self.loss!r}, {self.per_pair.shape[0]} pairs)"
