@@ -95,7 +95,7 @@ def cases() -> list[Case]:
         seq_offsets=torch.arange(0, TOKENS + 1, TOKENS // 4, dtype=torch.int32),
     )
     found = []
-    ref = draw(2, 2)
+    ref, size = draw(2, 2), f"{TOKENS} x {VOCABULARY}"
     for dtype in (torch.float32, torch.bfloat16):
         z = draw(TOKENS, VOCABULARY).to(dtype).requires_grad_()
         x = draw(TOKENS, HIDDEN).to(dtype).requires_grad_()
@@ -103,21 +103,21 @@ def cases() -> list[Case]:
         kind = str(dtype).removeprefix("torch.")
         found += [
             Case(
-                f"sequence_logps, {kind}",
+                f"sequence_logps, {size} {kind}",
                 lambda z=z: sequence_logps(z, table),
                 lambda z=z: five_lines(z, table),
                 FIVE,
                 (z,),
             ),
             Case(
-                f"linear_sequence_logps, {kind}",
+                f"linear_sequence_logps, {size} {kind}",
                 lambda x=x, w=w: linear_sequence_logps(x, w, table),
                 lambda x=x, w=w: five_lines(x @ w.t(), table),
                 FIVE,
                 (x, w),
             ),
             Case(
-                f"linear_preference_loss, {kind}",
+                f"linear_preference_loss, {size} {kind}",
                 lambda x=x, w=w: linear_preference_loss(x, w, table, ref, beta=BETA).loss,
                 lambda x=x, w=w: by_hand(five_lines(x @ w.t(), table), ref),
                 f"{FIVE} and the loss {HAND}",
@@ -217,8 +217,8 @@ def record(rows: list[tuple]) -> None:
     with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
         for name, ours, peer, theirs, ratio in rows:
             file.write(
-                f"| {date.today()} | {commit} | {where} | host time of a small call "
-                f"({TOKENS} x {VOCABULARY}): {name}, one thread | {ours} | {peer} {theirs:.1f} us "
+                f"| {date.today()} | {commit} | {where} | host time of a small call: {name}, one "
+                f"thread | {ours} | {peer} {theirs:.1f} us "
                 f"| {ratio:.2f}x the time | `python benches/small.py --record` |\n"
             )
 

@@ -9,7 +9,8 @@
     ├── TensorError (ValueError)         a tensor has the wrong shape, dtype, device or content
     ├── KernelUnavailable (RuntimeError) no CuPy, no driver, no GPU: says what to install or change
     ├── KernelCompileError (RuntimeError) NVRTC refused a kernel: architecture, options, log
-    └── RefLogpsError (RuntimeError)     the store of reference log-probs
+    ├── RefLogpsError (RuntimeError)     the store of reference log-probs
+    └── PatchError (RuntimeError)        a code base has nothing that `dpo_ext.compat` could replace
 
 Python's own `FileNotFoundError`, `PermissionError`, `IsADirectoryError`, `MemoryError`,
 `KeyboardInterrupt` and, for a bad scalar argument, `ValueError` and `TypeError` are raised where
@@ -81,6 +82,10 @@ class KernelCompileError(DpoExtError, RuntimeError):
 
 class RefLogpsError(DpoExtError, RuntimeError):
     """The store of reference log-probs is missing, damaged or stale."""
+
+
+class PatchError(DpoExtError, RuntimeError):
+    """The installed version of a code base has nothing that `dpo_ext.compat.patch` replaces."""
 
 
 def describe(value: Any) -> str:

@@ -38,6 +38,15 @@ def install(extra: str) -> str:
     return f'pip install "dpo_ext[{extra}]"'
 
 
+def install_other(distribution: str) -> str:
+    """The command that installs what no extra brings, a code base that `dpo_ext.compat` knows.
+
+    >>> install_other("verl")
+    'pip install verl'
+    """
+    return f"pip install {distribution}"
+
+
 def need(module: str, what: str) -> Any:
     """The module, which ``what`` needs.
 

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::content::{Side, check_content, in_parts, joined};
-use super::options::{EmptyThink, Options, SpecialText};
+use super::options::{EmptyThink, Options, SpecialText, Useless};
 use super::outcome::{Pair, Refusal};
 use super::prompt::{Parts, parted};
 use super::render::{Renderer, failed};
@@ -129,8 +129,9 @@ pub(super) fn texts(
     };
     let whole_chosen = renderer.render(&prompt, Some(&chosen), names[1], pair)?;
     let whole_rejected = renderer.render(&prompt, Some(&rejected), names[2], pair)?;
+    let drops = options.useless == Useless::Drop;
     for (messages, key) in [(&chosen, names[1]), (&rejected, names[2])] {
-        if !messages.iter().any(says_something) {
+        if drops && !messages.iter().any(says_something) {
             let message = "expected a completion, found none but white space";
             return Err(Bad::new(Reason::EmptyCompletion, key, message).into());
         }
@@ -139,7 +140,7 @@ pub(super) fn texts(
         let message = "expected two completions, found the same one twice";
         Refusal::from(Bad::new(Reason::IdenticalPair, names[2], message))
     };
-    if chosen == rejected {
+    if drops && chosen == rejected {
         return Err(identical());
     }
     let sides = [(&chosen, &whole_chosen, names[1]), (&rejected, &whole_rejected, names[2])];
@@ -161,7 +162,7 @@ pub(super) fn texts(
     }
     let (whole_chosen, whole_rejected) = (whole_chosen.text, whole_rejected.text);
     // What the sides say is printed, and alike.
-    if whole_chosen == whole_rejected {
+    if drops && whole_chosen == whole_rejected {
         return Err(identical());
     }
     let marks = if options.special_text == SpecialText::Text

@@ -1,6 +1,6 @@
 //! What is cut, and the rules on ids.
 
-use super::options::{Boundary, Options, Truncation};
+use super::options::{Boundary, Options, Truncation, Useless};
 use super::outcome::{Pair, Refusal};
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
@@ -23,7 +23,8 @@ pub(super) fn finish(
     if pair.prompt.is_empty() {
         pair.warn(Warning::EmptyPrompt);
     }
-    if pair.chosen == pair.rejected {
+    let drops = options.useless == Useless::Drop;
+    if drops && pair.chosen == pair.rejected {
         let message = "expected two completions, found the same ids twice";
         return Err(Bad::new(Reason::IdenticalPair, &keys.rejected, message).into());
     }
@@ -52,7 +53,7 @@ pub(super) fn finish(
             Bad::new(Reason::NoCompletionTokens, key, message)
         };
         check_scored(pair, keys, no_tokens)?;
-        if pair.chosen == pair.rejected {
+        if drops && pair.chosen == pair.rejected {
             let message = format!("both sides have the same ids after truncation to {most} tokens");
             return Err(Bad::new(Reason::IdenticalAfterTruncation, &keys.rejected, message).into());
         }

@@ -19,7 +19,7 @@ use crate::read::row::{Content, Row};
 use crate::tokenize::Tokenizer;
 use boundary::boundary;
 use finish::finish;
-pub use options::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation};
+pub use options::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation, Useless};
 pub use outcome::{Pair, Refusal};
 
 /// Turns one row into the ids of `pair`, whose former content is lost.

@@ -53,6 +53,15 @@ pub enum Images {
     Ignore,
 }
 
+/// What becomes of pairs that teach a preference nothing: a side is blank, or both are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Useless {
+    /// They are dropped and counted.
+    Drop,
+    /// They are kept, as TRL keeps them.
+    Keep,
+}
+
 /// Where a block of thoughts belongs that a template puts before an answer without any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EmptyThink {
@@ -75,6 +84,8 @@ pub struct Options {
     pub special_text: SpecialText,
     /// What becomes of pictures.
     pub images: Images,
+    /// What becomes of blank and identical sides.
+    pub useless: Useless,
     /// Where an empty block of thoughts belongs.
     pub empty_think: EmptyThink,
     /// Variables of the template for all rows; a row's own win.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::implicit;
-use super::options::{Boundary, Options, SpecialText};
+use super::options::{Boundary, Options, SpecialText, Useless};
 use super::outcome::Pair;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
@@ -133,13 +133,14 @@ pub(super) fn texts<'a>(
         ([chosen, rejected], cut)
     };
     let [chosen, rejected] = whole.each_ref().map(|whole| whole.get(cut..).unwrap_or_default());
+    let drops = options.useless == Useless::Drop;
     for (text, key) in [(chosen, &keys.chosen), (rejected, &keys.rejected)] {
-        if is_blank(text.get(..body(text)).unwrap_or_default()) {
+        if drops && is_blank(text.get(..body(text)).unwrap_or_default()) {
             let message = "expected a completion, found none but white space";
             return Err(Bad::new(Reason::EmptyCompletion, key, message));
         }
     }
-    if chosen == rejected {
+    if drops && chosen == rejected {
         return Err(Bad::new(
             Reason::IdenticalPair,
             &keys.rejected,

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 
 use super::value::to_value;
 use crate::encode::OnBad;
-use crate::pair::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation};
+use crate::pair::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation, Useless};
 use crate::read::json::{Findings, Value};
 use crate::read::keys::Keys;
 use crate::read::layouts::Layout;
@@ -58,6 +58,11 @@ impl Settings {
             "ignore" => Images::Ignore,
             other => return Err(unknown("images", other)),
         };
+        let useless = match word("on_useless")?.as_str() {
+            "drop" => Useless::Drop,
+            "keep" => Useless::Keep,
+            other => return Err(unknown("on_useless", other)),
+        };
         let empty_think = match word("empty_think")?.as_str() {
             "completion" => EmptyThink::Completion,
             "prompt" => EmptyThink::Prompt,
@@ -83,6 +88,7 @@ impl Settings {
             boundary,
             special_text,
             images,
+            useless,
             empty_think,
             kwargs,
             layout,

@@ -33,7 +33,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError, TensorError
+from dpo_ext.errors import DataError
 from dpo_ext.pairs import IDS
 from dpo_ext.torch import scoring
 from dpo_ext.torch.logps import linear
@@ -284,21 +284,27 @@ def test_packed_training_equals_stock(own, variant, loss):
     assert runs.differences(expected, found, skip=(*skip, "total_flos")) == []
 
 
-def test_a_model_that_leaks_is_refused_before_it_trains_packed(own):
-    """One that is not told its positions sees a row as one text."""
+def test_a_model_that_leaks_steps_back_to_padded_batches_before_it_trains(own, caplog):
+    """One that is told neither positions nor offsets sees a row as one text."""
     model = AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
     forward = model.model.forward
-    model.model.forward = lambda *args, position_ids=None, **inputs: forward(*args, **inputs)
+
+    def untold(*args, position_ids=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **inputs):
+        return forward(*args, **inputs)
+
+    model.model.forward = untold
     args = runs.config(own)
     data = runs.load(own, "text_explicit")
-    with pytest.raises(TensorError, match="packed segments"):
-        DPOTrainer(
-            model,
-            args=args,
-            train_dataset=data,
-            processing_class=runs.tokenizer(own),
-            layout="packed",
-        )
+    trainer = DPOTrainer(
+        model,
+        args=args,
+        train_dataset=data,
+        processing_class=runs.tokenizer(own),
+        layout="packed",
+    )
+    assert trainer.layout == trainer.data_collator.layout == "padded"
+    assert "layout: TRL's own, as packed segments see each other" in caplog.text
+    trainer.train()
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])

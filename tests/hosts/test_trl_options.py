@@ -1,52 +1,37 @@
-"""Every option of TRL is honoured as stock honours it, or refused by name; none is accepted and ignored."""
+"""Every option of TRL is honoured as stock honours it, left to TRL, or refused by name; none is accepted and ignored."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import logging
+import os
+import subprocess
+import sys
 
+import make_trl
 import pytest
 import torch
 import transformers
 import trl
 import trl_runs as runs
-from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import dpo_ext.trl
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.torch.losses import compat as loss_compat
-from dpo_ext.trl import HONOURED, REFUSED, DPOTrainer
+from dpo_ext.trl import BY_TRL, HONOURED, REFUSED, DPOTrainer, layers
 from dpo_ext.trl.collator import REFERENCE
+from dpo_ext.trl.options import LOSS_TYPES, check_args
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*"),
     pytest.mark.filterwarnings("ignore:.*deprecated.*v2.0.0.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-
-# A value that a refused option must not have. Those of TrainingArguments that would need hardware are set afterwards.
-REFUSED_VALUES = {
-    "padding_free": True,
-    "ld_alpha": 0.5,
-    "f_divergence_type": "js_divergence",
-    "f_alpha_divergence_coef": 0.3,
-    "use_weighting": True,
-    "discopop_tau": 0.1,
-    "activation_offloading": True,
-    "sync_ref_model": True,
-    "ref_model_mixup_alpha": 0.5,
-    "ref_model_sync_steps": 8,
-    "use_liger_kernel": True,
-    "liger_kernel_config": {"rope": True},
-    "label_smoothing_factor": 0.1,
-    "torch_compile": True,
-    "deepspeed": {"zero_optimization": {"stage": 2}},
-    "fsdp": True,
-    "parallelism_config": object(),
-}
 
 
 def own_fields() -> set[str]:
@@ -71,17 +56,18 @@ def stock_sigmoid(own, data):
 
 def test_every_field_of_dpo_config_is_honoured_or_refused():
     """Fails when TRL adds a field: decide what it is before it can be ignored."""
-    assert HONOURED.keys().isdisjoint(REFUSED)
-    assert own_fields() <= HONOURED.keys() | REFUSED.keys()
-    every = {field.name for field in dataclasses.fields(trl.DPOConfig)}
-    assert HONOURED.keys() | REFUSED.keys() <= every
+    tables = (HONOURED, BY_TRL, REFUSED)
+    named = [name for table in tables for name in table]
+    assert len(named) == len(set(named))
+    assert own_fields() <= set(named)
+    assert set(named) <= {field.name for field in dataclasses.fields(trl.DPOConfig)}
 
 
 def test_every_argument_of_the_constructor_is_ours_too():
     stock = inspect.signature(trl.DPOTrainer.__init__).parameters
     found = inspect.signature(DPOTrainer.__init__).parameters
     assert list(found)[: len(stock)] == list(stock)
-    assert set(found) - set(stock) == {"layout", "data_options"}
+    assert set(found) - set(stock) == {"layout", "data_options", "metrics"}
     assert all(found[name].default == stock[name].default for name in stock)
 
 
@@ -89,6 +75,13 @@ def test_the_defaults_of_refused_options_are_allowed(own):
     args = runs.config(own)
     for name, (allowed, _) in REFUSED.items():
         assert getattr(args, name) in allowed, name
+
+
+# A value that a refused option must not have; set afterwards, as some would need hardware.
+REFUSED_VALUES = {
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+    "parallelism_config": object(),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -99,37 +92,27 @@ def test_refused_options_are_named(own, data, name):
         DPOTrainer(str(own / "model"), args=args, train_dataset=data)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sft",
-        "sigmoid_norm",
-        "no such loss",
-    ],
-)
-def test_other_losses_are_refused(own, data, loss):
-    args = runs.config(own, loss_type=["sigmoid", loss], label_smoothing=0.1)
-    with pytest.raises(ValueError, match=f"`loss_type`.*'{loss}'"):
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "PARALLELISM_CONFIG"])
+def test_sharding_that_the_launcher_turns_on_is_refused(own, data, monkeypatch, name):
+    args = runs.config(own)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=name.lower() if name == "FSDP" else name):
         DPOTrainer(str(own / "model"), args=args, train_dataset=data)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"beta": 0.0}, {"loss_type": "robust", "label_smoothing": 0.5}],
-    ids=["beta", "robust"],
-)
-def test_values_outside_the_domain_of_the_loss_are_refused_before_training(own, data, wrong):
-    args = runs.config(own, **wrong)
-    with pytest.raises(ValueError, match=f"`{list(wrong)[-1]}` must be"):
+def test_the_first_version_of_fsdp_is_refused_and_the_second_is_not(own):
+    args = runs.config(own)
+    args.fsdp = True
+    args.fsdp_config = {"version": 2}
+    check_args(args)
+    args.fsdp_config = {"version": 1}
+    with pytest.raises(ValueError, match="expected version 2, found 1"):
+        check_args(args)
+
+
+def test_a_loss_that_trl_has_not_is_refused_before_training(own, data):
+    args = runs.config(own, loss_type=["sigmoid", "no such loss"])
+    with pytest.raises(ValueError, match=r"`loss_type`.*'no such loss'"):
         DPOTrainer(str(own / "model"), args=args, train_dataset=data)
 
 
@@ -142,19 +125,33 @@ TRACED = {
     "loss_weights": {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.3, 2.0]},
     "label_smoothing": {"loss_type": "robust", "label_smoothing": 0.2},
     "beta": {"beta": 0.3},
+    "f_divergence_type": {"f_divergence_type": "js_divergence"},
+    "f_alpha_divergence_coef": {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+    },
+    "ld_alpha": {"ld_alpha": 0.4},
+    "use_weighting": {"use_weighting": True},
+    "discopop_tau": {"loss_type": "discopop", "discopop_tau": 0.2},
+}
+# The same of options that TRL reads, and our layers beside it.
+TRACED_BY_TRL = {
     "disable_dropout": {
         "disable_dropout": False,
         "model_init_kwargs": {"attention_dropout": 0.5, "attn_implementation": "eager"},
     },
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "ref_model_mixup_alpha": {
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 0.3,
+    },
 }
 # Options that do not; each has a test below.
 UNTRACED = {
-    "model_init_kwargs",
-    "trust_remote_code",
     "dataset_num_proc",
     "precompute_ref_log_probs",
     "precompute_ref_batch_size",
-    "pad_token",
     "router_aux_loss_coef",
 }
 
@@ -164,11 +161,51 @@ def test_every_honoured_option_is_tested():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRACED)
-def test_honoured_options_do_what_stock_does(own, data, stock_sigmoid, name):
-    expected = runs.stock(own, data, **TRACED[name])
+@pytest.mark.parametrize("name", TRACED | TRACED_BY_TRL)
+def test_options_do_what_stock_does(own, data, stock_sigmoid, name):
+    options = (TRACED | TRACED_BY_TRL)[name]
+    expected = runs.stock(own, data, **options)
     assert runs.differences(stock_sigmoid, expected) != []
-    assert runs.differences(expected, runs.ours(own, data, **TRACED[name])) == []
+    trainer = runs.build(DPOTrainer, own, data, **options)
+    trainer.train()
+    assert trainer.steps_back == {}
+    assert runs.differences(expected, runs.history(trainer)) == []
+
+
+# Every loss of TRL and what goes with it, and whether its own head and loss do the work.
+LOSSES = {
+    **{name: ({"loss_type": name}, False) for name in LOSS_TYPES if name != "exo_pair"},
+    "exo_pair": ({"loss_type": "exo_pair", "label_smoothing": 1e-3}, False),
+    "MPO": ({"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, False),
+    "smoothed aot": ({"loss_type": ["aot", "aot_unpaired"], "label_smoothing": 0.2}, False),
+    "forward KL": ({"f_divergence_type": "forward_kl"}, False),
+    "LD-DPO, WPO": ({"ld_alpha": 0.3, "use_weighting": True}, False),
+    "LD-DPO, IPO, precomputed": (
+        {"ld_alpha": 0.3, "loss_type": "ipo", "precompute_ref_log_probs": True},
+        False,
+    ),
+    "WPO, hinge": ({"use_weighting": True, "loss_type": "hinge"}, False),
+    "forward KL, hinge": ({"f_divergence_type": "forward_kl", "loss_type": "hinge"}, True),
+    "LD-DPO, sft": ({"ld_alpha": 0.3, "loss_type": ["sigmoid", "sft"]}, True),
+    "LD-DPO beyond 1": ({"ld_alpha": 1.5}, True),
+    "no beta": ({"beta": 0.0}, True),
+    "much smoothing": ({"loss_type": "robust", "label_smoothing": 0.7}, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains_as_in_stock(own, data, name, layout):
+    options, is_trls = LOSSES[name]
+    expected = runs.stock(own, data, **options)
+    trainer = runs.build(DPOTrainer, own, data, {"layout": layout}, **options)
+    trainer.train()
+    assert ("head and loss" in trainer.steps_back) == is_trls
+    # Packed rows have other FLOPs; where policy and reference are one, ratios of 0 have any sign.
+    skip = ("total_flos",) if layout == "packed" else ()
+    skip += ("accuracies",) if "precomputed" in name else ()
+    assert runs.differences(expected, runs.history(trainer), skip=skip) == []
 
 
 def test_model_init_kwargs_reach_the_model_and_its_reference(own, data):
@@ -262,81 +299,180 @@ def test_other_layouts_are_refused(own, data, layout):
         runs.build(DPOTrainer, own, data, {"layout": layout})
 
 
-def test_packed_batches_have_no_padded_logits_for_compute_metrics(own, data):
-    keywords = {"layout": "packed", "compute_metrics": lambda _: {}}
-    with pytest.raises(ValueError, match="`compute_metrics` must be None"):
+# What packed rows have not, and padded ones have.
+UNPACKED = {
+    "compute_metrics": ({"compute_metrics": lambda _: {}}, {}),
+    "data_collator": ({"data_collator": DataCollatorForPreference(pad_token_id=0)}, {}),
+    "neftune_noise_alpha": ({}, {"neftune_noise_alpha": 5.0}),
+    "dispatch_batches": ({}, {"accelerator_config": {"dispatch_batches": True}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNPACKED)
+def test_what_packed_rows_have_not_is_trained_padded_and_said_once(own, data, caplog, name):
+    keywords, options = UNPACKED[name]
+    expected = runs.build(trl.DPOTrainer, own, data, keywords, **options)
+    expected.train()
+    with caplog.at_level(logging.WARNING, logger="dpo_ext.trl"):
+        trainer = runs.build(DPOTrainer, own, data, {"layout": "packed", **keywords}, **options)
+        trainer.train()
+    assert trainer.layout == "padded"
+    said = [record.message for record in caplog.records if "TRL's own" in record.message]
+    assert len(said) == 1
+    assert name in said[0]
+    assert runs.differences(runs.history(expected), runs.history(trainer)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Adapter name 'ref':UserWarning")
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+@pytest.mark.parametrize("is_model", [False, True])
+def test_a_learned_prompt_is_trained_by_trls_own_head(own, data, config, is_model):
+    def build(kind):
+        tuning = config(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        options = {"gradient_checkpointing": False}
+        if not is_model:
+            return runs.build(kind, own, data, {"peft_config": tuning}, **options)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
+        model = get_peft_model(model, tuning)
+        args, tokenizer = runs.config(own, **options), runs.tokenizer(own)
+        return kind(model, args=args, train_dataset=data, processing_class=tokenizer)
+
+    histories = []
+    for kind in (trl.DPOTrainer, DPOTrainer):
+        trainer = build(kind)
+        trainer.train()
+        histories.append(runs.history(trainer))
+    assert list(trainer.steps_back) == ["head and loss"]
+    assert runs.differences(*histories) == []
+
+
+def test_an_adapter_on_the_head_is_trls_error(own, data):
+    keywords = {"peft_config": LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])}
+    with pytest.raises(ValueError, match="lm_head"):
         runs.build(DPOTrainer, own, data, keywords)
 
 
-@pytest.mark.parametrize(
-    ("keyword", "value"),
-    [
-        ("data_collator", dpo_ext.trl.PairCollator(0)),
-        ("quantization_config", object()),
-        ("peft_config", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
-        ("peft_config", LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])),
-        ("eval_dataset", IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))),
-        ("eval_dataset", {"one": IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))}),
-    ],
-)
-def test_other_values_of_an_argument_are_refused(own, data, keyword, value):
-    name = "lm_head" if "lm_head" in str(value) else keyword
-    with pytest.raises(ValueError, match=name):
-        runs.build(DPOTrainer, own, data, {keyword: value})
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_collator_with_trls_keys_serves(own, data, layout):
+    keywords = {"data_collator": DataCollatorForPreference(pad_token_id=0, max_length=80)}
+    expected = runs.build(trl.DPOTrainer, own, data, keywords)
+    expected.train()
+    trainer = runs.build(DPOTrainer, own, data, {"layout": layout, **keywords})
+    trainer.train()
+    assert "head and loss" not in trainer.steps_back
+    assert runs.differences(runs.history(expected), runs.history(trainer)) == []
 
 
-def test_a_model_that_learns_a_prompt_is_refused(own, data):
-    model = AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
-    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    args, tokenizer = runs.config(own), runs.tokenizer(own)
-    with pytest.raises(ValueError, match="`model`: prompt learning"):
-        DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_stream_is_encoded_by_trl_and_scored_here(own, data, layout):
+    rows = data.to_iterable_dataset()
+    options = {"eval_strategy": "steps", "eval_steps": 2}
+    histories = []
+    for kind, keywords in ((trl.DPOTrainer, {}), (DPOTrainer, {"layout": layout})):
+        keywords = {"eval_dataset": {"a": rows, "b": data}, **keywords}
+        trainer = runs.build(kind, own, rows, keywords, **options)
+        trainer.train()
+        histories.append(runs.history(trainer))
+    assert list(trainer.steps_back) == ["data"]
+    skip = ("total_flos",) if layout == "packed" else ()
+    assert runs.differences(*histories, skip=skip) == []
 
 
-@pytest.mark.parametrize("name", ["model", "ref_model"])
-def test_a_quantized_model_is_refused(own, data, name):
-    models = {
-        key: AutoModelForCausalLM.from_pretrained(own / "model", dtype=torch.float32)
-        for key in ("model", "ref_model")
-    }
-    models[name].is_quantized = True
-    args, tokenizer = runs.config(own), runs.tokenizer(own)
-    with pytest.raises(ValueError, match=f"`{name}`: quantized"):
-        DPOTrainer(**models, args=args, train_dataset=data, processing_class=tokenizer)
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer whose Python side matters."""
+
+    def apply_chat_template(self, *args, **kwargs):
+        return super().apply_chat_template(*args, **kwargs)
+
+    def __call__(self, text, *args, **kwargs):
+        text = text.upper() if isinstance(text, str) else [one.upper() for one in text]
+        return super().__call__(text, *args, **kwargs)
 
 
-def test_a_processor_of_images_is_refused(own, data):
-    class Processor(transformers.ProcessorMixin):
-        def __init__(self, tokenizer):
-            self.tokenizer = tokenizer
-
-    with pytest.raises(ValueError, match="`processing_class`"):
-        runs.build(DPOTrainer, own, data, {"processing_class": Processor(runs.tokenizer(own))})
-
-
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "PARALLELISM_CONFIG"])
-def test_sharding_that_the_launcher_turns_on_is_refused(own, data, monkeypatch, name):
-    args = runs.config(own)
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=name):
-        DPOTrainer(str(own / "model"), args=args, train_dataset=data)
+def test_a_tokenizer_with_a_python_side_of_its_own_encodes_by_trl(own, data):
+    trainers = []
+    for kind in (trl.DPOTrainer, DPOTrainer):
+        tokenizer = Shouting.from_pretrained(own / "model")
+        trainers.append(runs.build(kind, own, data, {"processing_class": tokenizer}))
+    stock, ours = (trainer.train_dataset for trainer in trainers)
+    assert "`__call__` of its own" in trainers[1].steps_back["data"]
+    assert stock[:] == ours[:]
+    assert layers.why_not_data(data, runs.tokenizer(own)) is None
 
 
-def test_streaming_data_is_refused(own):
-    rows = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
-    with pytest.raises(ValueError, match=r"`train_dataset`.*streaming"):
-        runs.build(DPOTrainer, own, rows)
+def test_the_columns_of_the_rows_are_kept(own, data):
+    data = data.add_column("note", [f"row {i}" for i in range(len(data))])
+    trainer = runs.build(DPOTrainer, own, data)
+    assert trainer.train_dataset[:]["note"] == data[:]["note"]
+    # Rows that are dropped go with all their columns.
+    trainer = runs.build(DPOTrainer, own, data, max_length=60)
+    stock = runs.build(trl.DPOTrainer, own, data, max_length=60)
+    assert len(trainer.train_dataset) < len(data)
+    for name in ("note", "prompt_ids"):  # TRL cuts completions in its collator
+        assert trainer.train_dataset[:][name] == stock.train_dataset[:][name]
 
 
-def test_vision_data_is_refused(own):
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "images": []}])
-    with pytest.raises(ValueError, match=r"`train_dataset`.*vision"):
-        runs.build(DPOTrainer, own, rows)
+def test_pairs_that_teach_nothing_are_kept_as_trl_keeps_them(own, data):
+    useless = [
+        {"prompt": "Ask: a?", "chosen": "", "rejected": " no"},
+        {"prompt": "Ask: b?", "chosen": " \n", "rejected": " no"},
+        {"prompt": "Ask: c?", "chosen": " yes", "rejected": " yes"},
+    ]
+    rows = Dataset.from_list([*data.to_list(), *useless])
+    stock = runs.build(trl.DPOTrainer, own, rows).train_dataset
+    ours = runs.build(DPOTrainer, own, rows).train_dataset
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[:][name] == stock[:][name]
+    keywords = {"data_options": {"on_useless": "drop"}}
+    assert len(runs.build(DPOTrainer, own, rows, keywords).train_dataset) == len(data)
 
 
-def test_dispatched_batches_are_refused(own, data):
-    with pytest.raises(ValueError, match="dispatch_batches"):
-        runs.build(DPOTrainer, own, data, accelerator_config={"dispatch_batches": True})
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_a_loss_that_is_not_a_number_goes_on_as_in_stock(own, data, caplog, layout, is_filtered):
+    options = {"learning_rate": 1e30, "max_grad_norm": 0.0, "logging_nan_inf_filter": is_filtered}
+    histories = []
+    for kind, keywords in ((trl.DPOTrainer, {}), (DPOTrainer, {"layout": layout})):
+        trainer = runs.build(kind, own, data, keywords, **options)
+        trainer.train()
+        histories.append([entry.get("loss") for entry in runs.history(trainer)])
+    assert str(histories[0]) == str(histories[1])
+    assert ("nan" in str(histories[0])) != is_filtered
+    said = [r.message for r in caplog.records if "the loss is not a number" in r.message]
+    assert len(said) == 1
+    assert "`logps` must not be NaN" in said[0]
+
+
+@pytest.mark.slow
+def test_debugging_looks_at_what_modules_return_by_trls_own_head(own, data):
+    options = {"debug": "underflow_overflow", "max_steps": 1}
+    trainer = runs.build(DPOTrainer, own, data, **options)
+    trainer.train()
+    assert "debug" in trainer.steps_back["head and loss"]
+
+
+@pytest.mark.slow
+def test_weighted_metrics_do_not_depend_on_the_batch_size(own, data):
+    found = {}
+    for metrics in ("trl", "weighted"):
+        for size in (5, 24):
+            keywords = {"metrics": metrics, "eval_dataset": data}
+            trainer = runs.build(DPOTrainer, own, data, keywords, per_device_eval_batch_size=size)
+            found[metrics, size] = trainer.evaluate()
+    for name in ("eval_rewards/margins", "eval_logps/chosen", "eval_entropy"):
+        small, whole = (found["weighted", size][name] for size in (5, 24))
+        assert small == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    name = "eval_logps/chosen"
+    assert abs(found["trl", 5][name] - found["trl", 24][name]) > 1e-2
+    with pytest.raises(ValueError, match="`metrics` must be one of"):
+        runs.build(DPOTrainer, own, data, {"metrics": "mean"})
 
 
 @pytest.mark.slow
@@ -383,3 +519,23 @@ def test_options_of_the_data_reach_the_rows(own):
     ):
         with pytest.raises(ValueError, match=match):
             runs.build(DPOTrainer, own, data, {"data_options": bad})
+
+
+def test_the_page_shows_every_option(capsys):
+    assert make_trl.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_another_version_of_trl_is_named():
+    code = (
+        "import importlib.metadata as m; real = m.version\n"
+        "m.version = lambda name: '1.17.2' if name == 'trl' else real(name)\n"
+        "import dpo_ext.trl"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "DPO_EXT_ANY_TRL"}
+    refused = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "compared with TRL 1.16, found 1.17.2" in refused.stderr
+    assert "DPO_EXT_ANY_TRL=1" in refused.stderr
+    env["DPO_EXT_ANY_TRL"] = "1"
+    tried = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert tried.returncode == 0, tried.stderr

@@ -71,7 +71,7 @@ def dpo(logps, ref_logps):
         (lambda logps, ref: dpo(logps, ref).mean(), {"only_margin": True, "monotone": True}),
         (lambda logps, ref: ((logps - ref) @ logps.new_tensor([1.0, -1.0]) - 5) ** 2, {"only_margin": True, "convex": True, "swap": lambda d: -20 * d}),
         (lambda logps, ref: (1 - 0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).relu(), {"only_margin": True, "monotone": True, "step0": 1.0}),
-        (lambda logps, _, n: -logsigmoid(2 * (logps / n) @ logps.new_tensor([1.0, -1.0]) - 0.5), {"reference_free": True, "needs_lengths": True, "monotone": True}),
+        (lambda logps, _, n: -logsigmoid(2 * (logps / n.clamp(min=1)) @ logps.new_tensor([1.0, -1.0]) - 0.5), {"reference_free": True, "needs_lengths": True, "monotone": True}),
         (lambda logps, _: -logps[:, 0], {"reference_free": True, "monotone": True, "convex": True}),
         (lambda logps, ref: -torch.logsumexp(-dpo(logps, ref), 0) + math.log(len(logps)), {"couples_batch": True, "only_margin": True}),
     ],

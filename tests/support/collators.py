@@ -16,6 +16,8 @@ def collate_trl(rows, side="right"):
         ids[i, at:end] = torch.tensor([*p.tolist(), *c.tolist()])
         mask[i, at:end] = 1
         labels[i, at + len(p) : end] = torch.tensor(c)
+        if not len(p):  # nothing stands before the first token of an empty prompt
+            labels[i, at] = -100
     return {"input_ids": ids, "attention_mask": mask}, ScoreTable.from_labels(labels)
 
 
@@ -24,8 +26,9 @@ def collate_packed(rows):
     for r in rows:
         for key in ("chosen_ids", "rejected_ids"):
             p, c = r["prompt_ids"].tolist(), r[key].tolist()
-            logit_rows += range(len(ids) + len(p) - 1, len(ids) + len(p) + len(c) - 1)
-            targets += c
+            first = int(not p)  # nothing stands before the first token of an empty prompt
+            logit_rows += range(len(ids) + len(p) - 1 + first, len(ids) + len(p) + len(c) - 1)
+            targets += c[first:]
             ids += p + c
             positions += range(len(p) + len(c))
             offsets.append(len(targets))

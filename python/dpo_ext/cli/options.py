@@ -17,6 +17,7 @@ from dpo_ext.data.options import (
     Images,
     LayoutOfRows,
     OnBad,
+    OnUseless,
     Options,
     SpecialTokensInText,
     Truncation,
@@ -125,6 +126,13 @@ def data_options(
             help="Variables of the chat template for all rows, as JSON.", rich_help_panel=PANEL
         ),
     ] = None,
+    on_useless: Annotated[
+        OnUseless,
+        typer.Option(
+            help="What becomes of pairs with a blank side, or the same one twice.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "drop",
     empty_think: Annotated[
         EmptyThink,
         typer.Option(
@@ -156,6 +164,7 @@ def data_options(
         "layout_of_rows": layout_of_rows,
         "images": images,
         "keep_nulls": keep_nulls,
+        "on_useless": on_useless,
         "empty_think": empty_think,
         "now": now,
         "threads": threads,

@@ -113,6 +113,8 @@ class PairDataset(Pairs):
                 no prompt at all, which other layouts refuse.
             images: ``error``: a row with a picture, a film or a sound is bad, in a part of a
                 message or in a column; ``ignore``: its text alone is read, and it is counted.
+            on_useless: ``drop``: pairs that teach no preference, as a side is blank or both are the
+                same, are dropped and counted; ``keep``: they are kept, as TRL keeps them.
             keep_nulls: keep the keys of Arrow structs that hold null. They mostly are there because
                 another row has them, and templates print them, so by default they are not.
             chat_template_kwargs: variables of the chat template for all rows; those of a row win.

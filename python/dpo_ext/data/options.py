@@ -18,6 +18,7 @@ Boundary = Literal["joint", "separate", "trl"]
 OnBad = Literal["error", "skip"]
 SpecialTokensInText = Literal["special", "text", "error"]
 Images = Literal["error", "ignore"]
+OnUseless = Literal["drop", "keep"]
 EmptyThink = Literal["completion", "prompt"]
 LayoutOfRows = Literal[
     "explicit",
@@ -132,6 +133,7 @@ class Options(TypedDict, total=False):
     images: Images
     keep_nulls: bool
     chat_template_kwargs: Mapping[str, Any] | None
+    on_useless: OnUseless
     empty_think: EmptyThink
     now: datetime | None
     limits: Limits | None
@@ -156,6 +158,7 @@ class Settings:
     images: Images = "error"
     keep_nulls: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    on_useless: OnUseless = "drop"
     empty_think: EmptyThink = "completion"
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
@@ -170,6 +173,7 @@ class Settings:
             "on_bad": OnBad,
             "special_tokens_in_text": SpecialTokensInText,
             "images": Images,
+            "on_useless": OnUseless,
             "empty_think": EmptyThink,
             "layout_of_rows": LayoutOfRows,
         }

@@ -5,6 +5,7 @@ Letters: R rows, T slots of a row.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError
 from dpo_ext.layout import BLOCK
+from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -156,7 +158,15 @@ def mask_for(batch: SharedBlocks, model: Any) -> Any:
         dtype = model.dtype if implementation == "eager" else None
         return dense_mask(batch, window=window, dtype=dtype)
 
-    if implementation not in ("eager", "sdpa", "flex_attention"):
+    if implementation == SEGMENTS:
+        segments = Segments.of_batch(batch)
+        device = torch.as_tensor(batch.position_ids).device
+
+        def mask(window: int | None) -> Any:
+            segments.plans["blocks", window] = partial(block_mask, batch, window=window)
+            return SegmentMask.of(segments, window, device)
+
+    elif implementation not in ("eager", "sdpa", "flex_attention"):
         raise TensorError(
             f"the model's attention is {implementation!r}, which takes no mask of its own\n"
             'hint: load it with attn_implementation="sdpa" or "flex_attention", or use '

@@ -12,23 +12,43 @@ from torch import Tensor, nn
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.layout.batch import LAYOUTS, Layout
 from dpo_ext.layout.table import ScoreTable
+from dpo_ext.testing.corpus import row_cases
 from dpo_ext.testing.logps import definition
-from dpo_ext.testing.search import Violation, hypothesis, search
+from dpo_ext.testing.search import Refused, Violation, hypothesis, search
 from dpo_ext.testing.strategies import pairs
+
+LONGEST = 70  # tokens of a prompt or a completion in the fixed batches
 
 
 class PrefixModel:
-    """A causal model whose logits at a position are a function of the tokens it may attend to.
+    """A causal model whose logits at a position are a function of all that it may attend to.
 
-    Any difference in what a position sees (a token too many, a pad, another segment) changes its
-    logits by nats, so two layouts of the same pairs agree only if both are right. It reads
-    ``input_ids`` (B, T) with ``attention_mask`` (B, T), or ``position_ids`` (B, T) that restart at
-    each packed segment. float64.
+    The state of a position mixes, for every token in its sight, the token, how many are in sight
+    before it, and its position id. Any difference (a token too many, a pad, another segment, a
+    position that is off) changes the logits by nats, so two layouts of the same pairs agree only if
+    both are right. It reads ``input_ids`` (B, T) with ``attention_mask``, (B, T) or (B, 1, T, T)
+    (bool, or added to scores), or without one ``position_ids`` (B, T) that restart at each packed
+    segment; beside a mask they do not cut, as in transformers.
+
+    Returns:
+        Logits (B, T, V) float64; in a row that sees nothing they mean nothing.
+
+    >>> model = PrefixModel(vocab_size=11)
+    >>> alone = model(torch.tensor([[5, 2, 7]]))
+    >>> padded = model(torch.tensor([[0, 5, 2, 7]]), torch.tensor([[0, 1, 1, 1]]))
+    >>> torch.equal(alone, padded[:, 1:])
+    True
+    >>> unmasked = model(torch.tensor([[0, 5, 2, 7]]))
+    >>> bool((unmasked[:, 1:] - alone).abs().amax(-1).min() > 0.1)
+    True
     """
+
+    PRIMES = (257, 251)
 
     def __init__(self, vocab_size: int) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.table = torch.randn(257, vocab_size, generator=generator, dtype=torch.float64) * 2
+        rows = sum(self.PRIMES)
+        self.table = torch.randn(rows, vocab_size, generator=generator, dtype=torch.float64) * 1.5
 
     def __call__(
         self,
@@ -38,24 +58,28 @@ class PrefixModel:
         **_: Any,
     ) -> Tensor:
         """Logits (B, T, V)."""
-        rows = input_ids.tolist()
-        seen = (
-            [[1] * len(row) for row in rows] if attention_mask is None else attention_mask.tolist()
-        )
-        restarts = [[int(t == 0) for t in range(len(row))] for row in rows]
-        if position_ids is not None:
-            restarts = [[int(p == 0) for p in row] for row in position_ids.tolist()]
-        states = []
-        for ids, mask, restart in zip(rows, seen, restarts, strict=True):
-            state, out = 0, []
-            for token, visible, first in zip(ids, mask, restart, strict=True):
-                if first and position_ids is not None:
-                    state = 0
-                if visible:
-                    state = (state * 31 + token + 1) % 257
-                out.append(state)
-            states.append(out)
-        return self.table[torch.tensor(states, dtype=torch.int64)]
+        ids = input_ids.long()
+        B, T = ids.shape
+        sees = torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T)
+        if attention_mask is None:
+            if position_ids is not None:
+                segment = (position_ids == 0).cumsum(-1)
+                sees = sees & (segment[..., :, None] == segment[..., None, :])
+        elif attention_mask.dim() == 2:
+            sees = sees & (attention_mask != 0)[:, None, :]
+        else:
+            added = attention_mask.is_floating_point()
+            allowed = attention_mask > -1 if added else attention_mask != 0
+            sees = sees & allowed.reshape(-1, T, T)
+        rank = sees.long().cumsum(-1) - 1  # of a token in the sight of a position
+        at = rank if position_ids is None else position_ids.long().reshape(-1, 1, T)
+        parts = []
+        for prime, base in zip(self.PRIMES, (31, 43), strict=True):
+            power = torch.tensor([pow(base, k, prime) for k in range(T + 1)])
+            place = 7 * at + at * at % prime
+            mixed = power[rank.clamp(min=0)] * ((ids[:, None, :] + 1) * 3 + place)
+            parts.append((mixed * sees).sum(-1) % prime)
+        return self.table[parts[0]] + self.table[self.PRIMES[0] + parts[1]]
 
 
 def check_layouts(
@@ -74,6 +98,10 @@ def check_layouts(
     Same as, for every pair and side: the sum over the completion's tokens of their log-prob after
     the prompt and the completion so far, from a model that sees nothing else.
 
+    Fixed batches come first: 1 to 5 pairs, nothing to pad, one row of 70 tokens beside one of 2,
+    equal sides, pads as text, prompts that pairs share, an empty prompt (which may be refused with
+    a ValueError; its first token is not scored).
+
     Args:
         subject: a Hugging Face model, in eval mode during the check, that is given ``padded``,
             ``packed`` and ``shared`` batches; or a collator. That is called with a list of rows
@@ -86,7 +114,7 @@ def check_layouts(
             the result by nats.
         layouts: of a model: which ones it is given.
         vocab_size, pad_id: ids drawn; the pad id appears as an ordinary token too. By default 97
-            ids, or the model's.
+            ids, or up to 97 of the model's.
         max_tokens: longest prompt and completion drawn.
         slack: allowed difference in nats a token; by default 1e-9, for a model 3e-4, what float32
             needs.
@@ -122,8 +150,10 @@ def check_layouts(
             lambda batch: _check_batch(collate, scorer, batch, most),
             st.lists(rows, min_size=1, max_size=4),
             examples,
+            row_cases(V, pad_id, longest),
         )
 
+    longest = max(max_tokens, LONGEST)
     if not isinstance(subject, nn.Module):
         V = 97 if vocab_size is None else vocab_size
         scorer = PrefixModel(V) if model is None else model
@@ -132,6 +162,7 @@ def check_layouts(
     if model is not None:
         raise ValueError("`model` belongs to a collator: `subject` is a model itself")
     config = getattr(subject, "config", None)
+    longest = min(longest, getattr(config, "max_position_embeddings", 2 * longest) // 2)
     V = min(97, getattr(config, "vocab_size", 97)) if vocab_size is None else vocab_size
     training = subject.training
     try:
@@ -188,19 +219,28 @@ def _check_batch(
         return Violation("\n".join(lines))
 
     before = [{k: v.copy() for k, v in row.items()} for row in batch]
+    given = list(batch)
+
+    def check_rows() -> None:
+        same = len(given) == len(batch) and all(a is b for a, b in zip(given, batch, strict=True))
+        if not same or any(
+            row.keys() != was.keys() or any(not np.array_equal(row[k], was[k]) for k in was)
+            for row, was in zip(batch, before, strict=True)
+        ):
+            batch[:] = [dict(row) for row in before]
+            raise broken("the collator changes its rows in place")
+
     try:
-        made = collate(batch)
+        made = collate(given)
         inputs, table = made if isinstance(made, tuple) else (made.model_inputs, made.table)
         values = _logits(model, **inputs).double().cpu()
         got = _score(values.reshape(-1, values.shape[-1]), table)
     except Exception as error:
+        check_rows()
+        if isinstance(error, ValueError) and any(not len(r["prompt_ids"]) for r in batch):
+            raise Refused from error
         raise broken(f"collating and scoring raised {type(error).__name__}: {error}") from error
-    if any(
-        not np.array_equal(row[k], was[k])
-        for row, was in zip(batch, before, strict=True)
-        for k in was
-    ):
-        raise broken("the collator changes its rows in place")
+    check_rows()
     if len(got) != 2 * len(batch):
         raise broken(f"the table must have {2 * len(batch)} sequences, found {len(got)}")
     for i, row in enumerate(batch):

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.testing.search import Violation, hypothesis, literal, search
+from dpo_ext.testing.corpus import FORMS, Scored, logit_cases
+from dpo_ext.testing.search import Violation, hypothesis, literal, search, version_of
 from dpo_ext.testing.strategies import logits, score_tables
 
 TOKEN_SLACK = 4e-6  # nats a token in float32, against float64
 CANARY = float("nan")
+# One of either sign, with the scale of a loss in half precision; then what float16 can hold.
+FAR_UPSTREAM = ((-(2.0**16), 2.0**-16), (-(2.0**10), 2.0**-2))
 
 
 def check_logps(
@@ -30,12 +33,14 @@ def check_logps(
     The definition: the log-prob of a sequence is the weighted sum over its scored tokens of
     ``(z_y - max z) - log sum exp(z - max z)``, and its gradient by a row ``weight * (onehot -
     softmax)``.
-    Drawn: flat, peaked, offset (3e4), +-1e4 and -inf logits, odd vocabularies, sequences without a
-        token,
-    targets of -100, weights of 0, rows in any order, NaN in the rows that nothing scores, a random
-    upstream. Exactly 0 must be: a sequence without a token, the gradient of a row that nothing
-    scores, every gradient for an upstream of 0. A row's gradient adds up to 0, and a second call
-    has the bits of the first.
+    Fixed: vocabularies of 1 to 4099 with the maximum first, last and behind 1024 columns of -inf;
+    logits that are rows, columns or a tail of a larger buffer; weights of -1, 0 and 3; sequences of
+    0, 1 and 10^5 tokens. Then drawn: flat, peaked, offset (3e4), +-1e4 and -inf logits, odd
+    vocabularies, sequences without a token, targets of -100, rows in any order, NaN in the rows
+    that nothing scores, an upstream of either sign. Exactly 0 must be: a sequence without a token,
+    the gradient of a row that nothing scores, every gradient for an upstream of 0. A row's gradient
+    adds up to 0, a second call has the bits of the first, also in a buffer that held other logits,
+    and logits and table are left as they were.
 
     Args:
         function: ``(logits (R, V), table: ScoreTable) -> (S,) or (S / 2, 2)`` log-probs,
@@ -67,24 +72,63 @@ def check_logps(
 
     def with_table(values: Tensor) -> Any:
         tables = score_tables(*values.shape, weighted=weighted)
-        return st.tuples(st.just(values), tables, st.integers(0, 2**16))
+        forms = st.sampled_from((*FORMS[:1] * 4, *FORMS))
+        return st.builds(Scored, st.just(values), tables, st.integers(0, 2**16), forms)
 
     search(
-        lambda case: _check_scores(function, *case, dtype=dtype, token_slack=token_slack),
+        lambda case: _check_scores(function, case, dtype=dtype, token_slack=token_slack),
         logits().flatmap(with_table),
         examples,
+        logit_cases(weighted=weighted),
     )
+
+
+def _placed(values: Tensor, form: str) -> Tensor:
+    """A fresh copy of the logits, with the strides of a form, NaN around them."""
+    R, V = values.shape
+    nan = float("nan")
+    if form == "contiguous":
+        return values.clone()
+    if form == "columns first":
+        return values.t().contiguous().t()
+    if form == "offset":
+        return torch.cat((values.new_full((5,), nan), values.reshape(-1)))[5:].reshape(R, V)
+    if form == "every second column":
+        buffer = values.new_full((R, 2 * V), nan)
+        view = buffer[:, ::2]
+    else:
+        buffer = values.new_full((R + 2, V + 3), nan)
+        view = buffer[1 : R + 1, 2 : V + 2]
+    view.copy_(values)
+    return view
+
+
+PLACED = {
+    "contiguous": [],
+    "rows of a larger buffer": [
+        "R, V = logits.shape", "buffer = torch.full((R + 2, V + 3), nan, dtype=logits.dtype)",
+        "logits = buffer[1 : R + 1, 2 : V + 2].copy_(logits)",
+    ],
+    "every second column": [
+        "R, V = logits.shape", "buffer = torch.full((R, 2 * V), nan, dtype=logits.dtype)",
+        "logits = buffer[:, ::2].copy_(logits)",
+    ],
+    "columns first": ["logits = logits.t().contiguous().t()"],
+    "offset": [
+        "buffer = torch.cat((logits.new_full((5,), nan), logits.reshape(-1)))",
+        "logits = buffer[5:].reshape(logits.shape)",
+    ],
+}  # fmt: skip
 
 
 def _check_scores(
     function: Callable[[Tensor, ScoreTable], Tensor],
-    values: Tensor,
-    table: ScoreTable,
-    seed: int,
+    case: Scored,
     *,
     dtype: torch.dtype,
     token_slack: float,
 ) -> None:
+    values, table, seed, form, source = case
     values = values.to(dtype)
     used = table.logit_rows[table.targets != -100]
     if table.weights is not None:
@@ -93,44 +137,90 @@ def _check_scores(
     spare[used] = False
     values = values.clone()
     values[spare] = CANARY  # a row that nothing scores is never read
-    upstream = 2.0 ** torch.tensor(
-        np.random.default_rng(seed).integers(-2, 3, len(table.seq_offsets) - 1)
-    )
+    generator = np.random.default_rng(seed)
+    upstream = 2.0 ** torch.tensor(generator.integers(-2, 3, table.n_sequences))
+    upstream *= torch.tensor(generator.choice([-1.0, 1.0], table.n_sequences))
 
     def broken(what: str) -> Violation:
         lines = [
-            what, "", "import torch", "from dpo_ext.torch import ScoreTable",
-            "nan, inf = float('nan'), float('inf')",
-            literal("logits", values), *_table_literal(table), "function(logits, table)",
+            what, "", "import torch", "from torch import arange",
+            "from dpo_ext.torch import ScoreTable", "nan, inf = float('nan'), float('inf')",
         ]  # fmt: skip
-        return Violation("\n".join(lines))
+        if source is None:
+            lines += [literal("logits", values), *_table_literal(table)]
+        else:
+            lines += [f"logits = ({source[0]}).to({dtype})", f"table = {source[1]}"]
+            lines += [f"logits[{spare.nonzero()[:, 0].tolist()}] = nan"] if spare.any() else []
+        return Violation("\n".join([*lines, *PLACED[form], "function(logits, table)"]))
 
-    leaf = values.clone().requires_grad_()
+    fields = ("logit_rows", "targets", "seq_offsets", "weights")
+    parts = {name: getattr(table, name) for name in fields if getattr(table, name) is not None}
+    kept = {name: (t, t.clone()) for name, t in parts.items()}
+    given_last: list[tuple[Tensor, int]] = []
+
+    def check_given() -> None:
+        for given, version in given_last:
+            if version_of(given) != version or not _equal(given.detach(), values):
+                raise broken("the function changes the logits in place")
+        for name, (part, was) in kept.items():
+            if version_of(part) != versions[name] or not torch.equal(part, was):
+                part.copy_(was)
+                raise broken(f"the function changes `table.{name}` in place")
+
+    versions = {name: version_of(t) for name, t in parts.items()}
+
+    def call(given: Tensor) -> Tensor:
+        given_last[:] = [(given, version_of(given))]
+        fault = None
+        try:
+            got = function(given, table)
+        except Exception as error:
+            fault = error
+        check_given()
+        if fault is not None:
+            raise broken(f"the function raised {type(fault).__name__}: {fault}") from fault
+        if not isinstance(got, Tensor) or got.numel() != len(upstream):
+            raise broken(f"the function must return {len(upstream)} log-probs")
+        return got.reshape(-1)
+
+    def pull(flat: Tensor, leaf: Tensor, upstream: Tensor) -> Tensor:
+        try:
+            (grad,) = torch.autograd.grad(flat, leaf, upstream.to(flat.dtype))
+        except RuntimeError as error:
+            raise broken(f"the gradient raised RuntimeError: {error}") from error
+        check_given()
+        return grad
+
     scored = bool((table.targets != -100).any())
-    try:
-        got = function(leaf, table)
-    except Exception as error:
-        raise broken(f"the function raised {type(error).__name__}: {error}") from error
-    if not isinstance(got, Tensor) or got.numel() != len(upstream):
-        raise broken(f"the function must return {len(upstream)} log-probs")
-    flat = got.reshape(-1)
-    if not torch.equal(leaf.detach().nan_to_num(nan=7.5), values.nan_to_num(nan=7.5)):
-        raise broken("the function changes the logits in place")
     want, gradient, tokens = definition(values, table, upstream)
-    for i, (ours, truth) in enumerate(zip(flat.tolist(), want.tolist(), strict=True)):
-        slack = token_slack * max(int(tokens[i]), 1) + 2.0**-22 * abs(truth)
-        if not (ours == truth or abs(ours - truth) <= slack):
-            raise broken(f"the log-prob of sequence {i} must be {truth!r}, found {ours!r}")
-        if not int(tokens[i]) and ours != 0:
-            raise broken(f"sequence {i} has no scored token: it must be exactly 0, found {ours!r}")
+
+    def compare(flat: Tensor) -> None:
+        for i, (ours, truth) in enumerate(zip(flat.tolist(), want.tolist(), strict=True)):
+            slack = token_slack * largest * max(int(tokens[i]), 1) + 2.0**-22 * abs(truth)
+            if not (ours == truth or abs(ours - truth) <= slack):
+                raise broken(f"the log-prob of sequence {i} must be {truth!r}, found {ours!r}")
+            if not int(tokens[i]) and ours != 0:
+                raise broken(
+                    f"sequence {i} has no scored token: it must be exactly 0, found {ours!r}"
+                )
+
+    largest = 1.0
+    if table.weights is not None and table.n_tokens:
+        largest = max(1.0, table.weights.abs().max().item())
+    with torch.no_grad():  # first, so that a write to the logits is seen as one
+        compare(call(_placed(values, form)))
+    leaf = _placed(values, form).requires_grad_()
+    flat = call(leaf if form != "contiguous" else leaf.clone())
+    compare(flat)
     if not flat.requires_grad:
         if scored:
             raise broken("the log-probs have no gradient")
         return
-    (grad,) = torch.autograd.grad(flat, leaf, upstream.to(flat.dtype))
+    grad = pull(flat, leaf, upstream)
+    earlier = flat.detach().clone(), grad.clone()
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(dtype, 0.0)
     excess = (grad.double() - gradient).abs() - rounding * gradient.abs()
-    outside = ~(excess <= 1e-5 * upstream.abs().max()) & gradient.isfinite()
+    outside = ~(excess <= 1e-5 * largest * upstream.abs().max()) & gradient.isfinite()
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
         raise broken(
@@ -138,12 +228,12 @@ def _check_scores(
             f"{gradient[row, column].item():.9g}, found {grad[row, column].item():.9g} (upstream "
             f"{upstream.tolist()})"
         )
-    for row in spare.nonzero()[:, 0].tolist():
-        if grad[row].any() or grad[row].isnan().any():
-            raise broken(f"the gradient of row {row} must be exactly 0: nothing scores it")
+    if grad[spare].any() or grad[spare].isnan().any():
+        row = int((spare & (grad != 0).any(1)).nonzero()[0])
+        raise broken(f"the gradient of row {row} must be exactly 0: nothing scores it")
     if dtype not in (torch.bfloat16, torch.float16):
         drift = grad.double().sum(1).abs()
-        moved = ~(drift <= 4e-6 * gradient.abs().sum(1) + 2e-6 * upstream.abs().max())
+        moved = ~(drift <= 4e-6 * gradient.abs().sum(1) + 2e-6 * largest * upstream.abs().max())
         moved &= gradient.isfinite().all(1)
         if moved.any():
             row = int(moved.nonzero()[0])
@@ -151,38 +241,61 @@ def _check_scores(
                 f"the gradient of row {row} must add up to 0 over the vocabulary, found "
                 f"{drift[row].item():.3g}"
             )
-    again = values.clone().requires_grad_()
-    repeated = function(again, table).reshape(-1)
-    if not torch.equal(repeated.detach().nan_to_num(7.5), flat.detach().nan_to_num(7.5)):
+    again = _placed(values, form).requires_grad_()
+    repeated = call(again)
+    if not _equal(repeated.detach(), flat.detach()):
         raise broken("the same logits must give the same bits: the function is random")
-    (nothing,) = torch.autograd.grad(repeated, again, torch.zeros_like(repeated))
+    nothing = pull(repeated, again, torch.zeros_like(repeated))
     if nothing.isnan().any() or nothing.any():
         raise broken("an upstream gradient of 0 must give exactly 0")
+    ones = definition(values, table, torch.ones_like(upstream))[1]
+    for factor in FAR_UPSTREAM[dtype == torch.float16]:
+        again = _placed(values, form).requires_grad_()
+        flat_again = call(again)
+        function(_placed(values.flip(1), form).requires_grad_(), table)  # a later call is nothing
+        got = pull(flat_again, again, upstream.new_full((1,), factor).expand(len(upstream)))
+        excess = (got.double() / factor - ones).abs() - rounding * ones.abs()
+        if (~(excess <= 1e-5 * largest) & ones.isfinite()).any():
+            raise broken(
+                f"the gradient for an upstream of {factor:g} for all (stride 0), taken after a "
+                "call with other logits, is wrong"
+            )
+    with torch.no_grad():
+        buffer = _placed(values.flip(1) if values.shape[1] > 1 else values + 1, form)
+        function(buffer, table)
+        if not (_equal(flat.detach(), earlier[0]) and _equal(grad, earlier[1])):
+            raise broken("the log-probs or the gradient of a call change with a later call")
+        buffer.copy_(values)
+        if not _equal(call(buffer), flat.detach()):
+            compare(call(buffer))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN included."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def definition(
     values: Tensor, table: ScoreTable, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs (S,), gradient (R, V) and scored tokens (S,), in float64, one token at a time."""
+    """Log-probs (S,), gradient (R, V) and scored tokens (S,), in float64."""
     z = values.double()
-    offsets = table.seq_offsets.tolist()
-    logps = torch.zeros(len(offsets) - 1, dtype=torch.float64)
-    tokens = torch.zeros(len(offsets) - 1, dtype=torch.int64)
-    gradient = torch.zeros_like(z)
-    for sequence in range(len(logps)):
-        for token in range(offsets[sequence], offsets[sequence + 1]):
-            row, target = int(table.logit_rows[token]), int(table.targets[token])
-            weight = 1.0 if table.weights is None else float(table.weights[token])
-            if target == -100 or weight == 0:
-                continue
-            top = z[row].max()
-            mass = torch.exp(z[row] - top)
-            logps[sequence] += weight * ((z[row, target] - top) - torch.log(mass.sum()))
-            tokens[sequence] += 1
-            onehot = torch.zeros_like(mass)
-            onehot[target] = 1
-            gradient[row] += weight * upstream[sequence].double() * (onehot - mass / mass.sum())
-    return logps, gradient, tokens
+    offsets = table.seq_offsets.long()
+    counts = offsets[1:] - offsets[:-1]
+    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    weight = torch.ones(len(sequence)) if table.weights is None else table.weights
+    kept = (table.targets != -100) & (weight != 0)
+    sequence, weight = sequence[kept], weight[kept].double()
+    rows, targets = table.logit_rows[kept], table.targets[kept].long()[:, None]
+    shifted = z[rows] - z[rows].amax(1, keepdim=True)
+    mass = shifted.exp()
+    total = mass.sum(1)
+    logps = torch.zeros(len(counts), dtype=torch.float64)
+    logps.index_add_(0, sequence, weight * (shifted.gather(1, targets)[:, 0] - total.log()))
+    onehot = torch.zeros_like(mass).scatter_(1, targets, 1)
+    pull = (weight * upstream[sequence].double())[:, None]
+    gradient = torch.zeros_like(z).index_add_(0, rows, pull * (onehot - mass / total[:, None]))
+    return logps, gradient, torch.bincount(sequence, minlength=len(counts))
 
 
 def _table_literal(table: ScoreTable) -> list[str]:

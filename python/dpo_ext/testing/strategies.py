@@ -192,7 +192,7 @@ def score_tables(
         targets = [draw(target) for _ in used]
         weights = None
         if weighted and draw(st.booleans()):
-            choice = st.sampled_from([1.0, 0.5, 0.0, 2.0])
+            choice = st.sampled_from([1.0, 0.5, 0.0, 2.0, -1.0, 3.0])
             weights = np.array([draw(choice) for _ in used], dtype=np.float32)
         return ScoreTable(
             logit_rows=np.array(used, dtype=np.int64),

@@ -6,6 +6,7 @@ need("torch", "dpo_ext.torch")
 
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.attention import assert_packing_safe
+from dpo_ext.torch.interface import use_segment_attention
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps.kl import linear_token_kl, token_kl
 from dpo_ext.torch.logps.linear import linear_sequence_logps, linear_token_scores
@@ -19,6 +20,7 @@ from dpo_ext.torch.losses.single import RunningMean, kto_z, unpaired_loss
 from dpo_ext.torch.losses.tokens import ld_table, tdpo_kls, wpo_averages
 from dpo_ext.torch.pairwise import linear_preference_loss
 from dpo_ext.torch.scoring import ModelScores, attach_scoring
+from dpo_ext.torch.segments import segment_attention
 
 __all__ = [
     "GroupLoss",
@@ -39,10 +41,12 @@ __all__ = [
     "list_loss",
     "preference_loss",
     "register_loss",
+    "segment_attention",
     "sequence_logps",
     "tdpo_kls",
     "token_kl",
     "token_scores",
     "unpaired_loss",
+    "use_segment_attention",
     "wpo_averages",
 ]

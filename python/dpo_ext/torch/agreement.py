@@ -70,7 +70,7 @@ def examine(
     modes are as before. ``head`` may be the reason why there is no linear one: then only
     ``keeps`` is found out, which else costs two forwards more, and is left open unless asked for.
     """
-    with torch.no_grad(), _as_it_was(model, device):
+    with torch.no_grad(), as_it_was(model, device):
         inputs = _probe(model, device)
         try:
             if isinstance(head, str):
@@ -212,7 +212,7 @@ def _amplified(backbone: nn.Module, head: nn.Module, factor: float) -> Iterator[
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode inside; modes and random states come back."""
     training = [module for module in model.modules() if module.training]
     state = torch.random.get_rng_state()
@@ -230,18 +230,22 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _probe(model: Any, device: torch.device) -> dict[str, Tensor]:
-    """Token ids that mean nothing special to the model."""
+    rows = plain_ids(model, device)
+    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = rows
+    return inputs
+
+
+def plain_ids(model: Any, device: torch.device) -> Tensor:
+    """Token ids that mean nothing special to the model, (2, 8)."""
     text = text_config(model.config)
     V = int(getattr(text, "vocab_size", 0) or model.get_input_embeddings().weight.shape[0])
     special = set(_special_ids(model.config.to_dict()))
     plain = (i * 2654435761 % V for i in range(1, 64 * ROWS * COLUMNS))
     ids = [i for i in plain if i not in special][: ROWS * COLUMNS]
     ids += [0] * (ROWS * COLUMNS - len(ids))
-    rows = torch.tensor(ids, device=device).view(ROWS, COLUMNS)
-    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = rows
-    return inputs
+    return torch.tensor(ids, device=device).view(ROWS, COLUMNS)
 
 
 def text_config(config: Any) -> Any:

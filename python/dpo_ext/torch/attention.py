@@ -19,6 +19,7 @@ from dpo_ext.errors import TensorError
 from dpo_ext.layout.batch import LAYOUTS, Batch
 from dpo_ext.layout.masks import layer_windows
 from dpo_ext.layout.plan import BatchPlan
+from dpo_ext.layout.segments import SegmentMask
 from dpo_ext.pairs import Pairs, Ragged
 from dpo_ext.report import Report
 
@@ -162,6 +163,10 @@ class _Probe:
             apart = replace(batch, position_ids=batch.position_ids * window)
             mask: Any = self._make(apart).get("attention_mask")
             mask = mask.get(kind) if isinstance(mask, dict) else mask
+            if isinstance(mask, SegmentMask):
+                if mask.window == window:  # it counts in slots of a sequence
+                    continue
+                mask = mask.dense()
             slots = torch.arange(apart.input_ids.shape[1], device=self._device)
             zero = torch.zeros_like(slots[:1])
             if isinstance(mask, Tensor):

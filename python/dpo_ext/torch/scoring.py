@@ -21,6 +21,7 @@ from dpo_ext.layout.masks import check_windows
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch import pairwise
 from dpo_ext.torch.agreement import NEUTRAL, Head, Logits, Verdict, examine, text_config
+from dpo_ext.torch.interface import check_packed, choose_segments, restored, use_segment_attention
 from dpo_ext.torch.logps.linear import (
     PLANS,
     choose_plan,
@@ -42,6 +43,7 @@ from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 from dpo_ext.torch.once import outside_graphs
 
 Model = TypeVar("Model", bound=nn.Module)
+Attention = Literal["auto", "segments", "model"]
 Plan = Literal["auto", "frozen", "recompute", "pairwise", "logits"]
 _HEAD, _LOSS, _DTYPE = "_dpo_ext_head", "_dpo_ext_loss", "_dpo_ext_head_dtype"
 _FOUND = "_dpo_ext_found"
@@ -82,6 +84,7 @@ def attach_scoring(
     exact_target: bool = False,
     head_dtype: torch.dtype | None = None,
     verify: bool | None = None,
+    attention: Attention = "auto",
 ) -> Model:
     """The model, whose forward pass also takes ``score_table=`` and then returns log-probs.
 
@@ -139,6 +142,11 @@ def attach_scoring(
             logits should not be rounded. Costs a copy of the weight a call; not for ``"logits"``.
         verify: None: compare before the first scored call, and again when head, dtype or plan
             change (two forwards of 16 tokens). True: now. False: never; ``.plan`` says so.
+        attention: ``"auto"``: packed and shared rows are attended segment by segment, as with
+            `use_segment_attention`, where the model has the attention that transformers gives by
+            itself, and not one that was chosen, such as flash attention. Compared at the first
+            packed or shared call; a model that gives other numbers keeps its own, and a warning
+            says so. ``"segments"``: that, or an error. ``"model"``: as it is.
 
     Returns:
         The same object. Its forward returns `ModelScores` for a score table.
@@ -147,7 +155,8 @@ def attach_scoring(
         TypeError: ``model`` has no head as Hugging Face models do, learns a prompt (its virtual
             tokens would shift every row), or was prepared before for a precision that is no
             autocast.
-        TensorError: at the comparison, a plan other than ``"auto"`` and ``"logits"`` for a model
+        TensorError: packed rows for a model whose segments see each other, such as Mamba and
+            hybrids; at the comparison, a plan other than ``"auto"`` and ``"logits"`` for a model
             whose logits are not those of its head, with how far off and what it looks like.
         ValueError: an unknown ``plan`` or loss; at the call, ``labels``, ``logits_to_keep`` or an
             unknown name in ``score_stats``; ``ref_logps`` without a loss.
@@ -172,6 +181,9 @@ def attach_scoring(
         raise ValueError(f"`plan` must be one of {', '.join(plans)}, found {plan!r}{hint}")
     if verify is not None and not isinstance(verify, bool):
         raise TypeError(f"`verify` must be True, False or None, found {type(verify).__name__}")
+    if attention not in get_args(Attention):
+        known = ", ".join(get_args(Attention))
+        raise ValueError(f"`attention` must be one of {known}, found {attention!r}")
     options = _loss_options(loss)
     inner = _inner_model(model)
     if plan not in ("auto", "logits"):
@@ -182,6 +194,10 @@ def attach_scoring(
     setattr(inner, _HEAD, (how, verify is not False))
     setattr(inner, _DTYPE, head_dtype)
     setattr(inner, _LOSS, options)
+    if attention == "segments":
+        use_segment_attention(inner)
+    elif attention == "auto":
+        choose_segments(inner)
     vars(inner).pop(_FOUND, None)
     scoring = _scoring_of(inner)
     if scoring is None:
@@ -207,6 +223,10 @@ class ScoringForward:
                 "`model` was prepared for a precision that scoring does not know\n"
                 "hint: attach first: accelerator.prepare(attach_scoring(model))"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        restored()
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward without scoring."""
@@ -525,6 +545,8 @@ def _score(
     kwargs.pop("return_dict", None)
     check_windows(kwargs.get("attention_mask"), model)
     router = _router(model, kwargs)
+    if not torch.compiler.is_compiling() and getattr(model, _HEAD)[1]:
+        check_packed(model, kwargs)
     found = _found(model, own, kwargs)
     kwargs["use_cache"] = _cached(model, kwargs) if found.caches else False
     wish = (names, step, options if wanted else None)

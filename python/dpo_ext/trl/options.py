@@ -1,4 +1,4 @@
-"""What `dpo_ext.trl.DPOTrainer` does with each option of TRL 1.16: honoured, or refused by name."""
+"""What becomes of each option of TRL 1.16: honoured by ours, left to TRL, or refused by name."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import trl
-from datasets import Dataset, IterableDataset
 
 from dpo_ext.data.options import Options, settings
-from dpo_ext.torch import preference_loss
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 
 HONOURED: Mapping[str, str] = {
-    "model_init_kwargs": "by TRL, which loads the model",
-    "trust_remote_code": "by TRL, which loads the model",
-    "disable_dropout": "by TRL",
     "dataset_num_proc": "as the number of threads that encode; no process is forked",
     "max_length": "a pair whose prompt alone fills it is dropped, longer sides are cut",
     "truncation_mode": "both; `keep_end` cuts each side by itself, as TRL does",
@@ -27,32 +24,39 @@ HONOURED: Mapping[str, str] = {
     "precompute_ref_batch_size": "pairs in a batch of that pass",
     "loss_type": f"one or several of {', '.join(LOSS_TYPES)}",
     "loss_weights": "the factors of several losses",
-    "label_smoothing": "by `robust`; the other losses ignore it, as in TRL, but warn once",
+    "label_smoothing": "by `robust`, `exo_pair`, both `aot`; others ignore it as in TRL, but warn",
     "beta": "by the loss",
-    "pad_token": "by TRL, which sets the tokenizer's",
+    "f_divergence_type": "with `sigmoid`; with other losses by TRL's own head and loss",
+    "f_alpha_divergence_coef": "of `alpha_divergence`",
+    "ld_alpha": "as weights of tokens; with `sft` by TRL's own head and loss",
+    "use_weighting": "WPO's weights of pairs",
+    "discopop_tau": "of `discopop`",
     "router_aux_loss_coef": "the factor of the router loss of a mixture of experts",
 }
-"""Fields of ``trl.DPOConfig`` that do what TRL documents, and how."""
+"""Fields of ``trl.DPOConfig`` that our layers read, and how."""
+
+BY_TRL: Mapping[str, str] = {
+    "model_init_kwargs": "TRL loads the model",
+    "trust_remote_code": "TRL loads the model",
+    "disable_dropout": "in both models",
+    "pad_token": "the tokenizer's is set",
+    "sync_ref_model": "its callback moves the reference",
+    "ref_model_mixup_alpha": "of `sync_ref_model`",
+    "ref_model_sync_steps": "of `sync_ref_model`",
+    "activation_offloading": "around each step",
+    "padding_free": "TRL 1.16 itself warns and pads; `layout='packed'` does not pad",
+    # From here on fields of transformers.TrainingArguments that TRL treats in a way of its own.
+    "use_liger_kernel": "the layers alone, as TRL has it",
+    "liger_kernel_config": "of `use_liger_kernel`",
+    "fsdp": "version 2; not run here, as Accelerate shards on accelerators alone",
+    "fsdp_config": "of `fsdp`",
+    "label_smoothing_factor": "TRL does not read it; `label_smoothing` is the option of the loss",
+}
+"""Fields that TRL alone reads, with our layers inside or without."""
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "padding_free": ((False,), "TRL 1.16 itself warns and pads; `layout='packed'` does not pad"),
-    "ld_alpha": ((None,), "LD-DPO needs trl.DPOTrainer"),
-    "f_divergence_type": (("reverse_kl",), "other divergences need trl.DPOTrainer"),
-    "f_alpha_divergence_coef": ((0.5,), "it belongs to `f_divergence_type`"),
-    "use_weighting": ((False,), "WPO needs trl.DPOTrainer"),
-    "discopop_tau": ((0.05,), "it belongs to `loss_type='discopop'`"),
-    "activation_offloading": ((False,), "use gradient checkpointing"),
-    "sync_ref_model": ((False,), "the reference stays fixed"),
-    "ref_model_mixup_alpha": ((0.6,), "it belongs to `sync_ref_model`"),
-    "ref_model_sync_steps": ((512,), "it belongs to `sync_ref_model`"),
-    # From here on fields of transformers.TrainingArguments: not served here, or ignored by TRL.
-    "use_liger_kernel": ((False,), "it replaces the forward that scores"),
-    "liger_kernel_config": ((None,), "it belongs to `use_liger_kernel`"),
-    "label_smoothing_factor": ((0.0,), "`label_smoothing` is the option of the loss"),
-    "torch_compile": ((False,), "not tried with scoring inside the forward"),
-    "deepspeed": ((None, False, ""), "use DDP"),
-    "fsdp": ((None, False, "", []), "use DDP"),
-    "parallelism_config": ((None,), "use DDP"),
+    "deepspeed": ((None, False, ""), "it has not been tried here: use DDP or FSDP2"),
+    "parallelism_config": ((None,), "use DDP or FSDP2"),
 }
 """Fields that must have one of the values named here, and a hint for who needs another."""
 
@@ -63,23 +67,24 @@ def check_args(args: trl.DPOConfig) -> None:
         value = getattr(args, name)
         if value not in allowed:
             raise ValueError(f"`{name}` must be {allowed[0]!r}, found {value!r}\nhint: {hint}")
-    for name in ("DEEPSPEED", "FSDP", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in (
-            "1",
-            "true",
-            "t",
-            "yes",
-            "y",
-            "on",
-        ):
-            raise ValueError(f"`ACCELERATE_USE_{name}` is set: sharded models are not supported")
+    on = ("1", "true", "t", "yes", "y", "on")
+    for name in ("DEEPSPEED", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in on:
+            raise ValueError(
+                f"`ACCELERATE_USE_{name}` is set: such models have not been tried here\n"
+                "hint: use DDP or FSDP2; docs/distributed.md has a loop for tensor parallelism"
+            )
+    config: Any = args.fsdp_config or {}  # read from its file by TrainingArguments
+    version = os.environ.get("FSDP_VERSION") or config.get("version", 1)
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in on or args.fsdp
+    if is_sharded and int(version) < 2:
+        raise ValueError(
+            "`fsdp`: expected version 2, found 1, which flattens the weight of the head\n"
+            "hint: fsdp_config={'version': 2}, or fsdp_version: 2 for `accelerate launch`"
+        )
     for name in args.loss_type:
         if name not in LOSS_TYPES:
             raise ValueError(f"`loss_type` must be among {LOSS_TYPES}, found {name!r}")
-    logps = torch.zeros(1, 2)  # a dry run: the loss knows the domains of its parameters
-    preference_loss(logps, logps, lengths=logps.long() + 1, **loss_options(args))
-    if getattr(args.accelerator_config, "dispatch_batches", None):
-        raise ValueError("`accelerator_config`: `dispatch_batches` cuts batches up, leave it off")
 
 
 def loss_options(source: Any) -> dict[str, Any]:
@@ -93,26 +98,13 @@ def loss_options(source: Any) -> dict[str, Any]:
     }
     if source.label_smoothing:
         options["label_smoothing"] = source.label_smoothing
+    if "discopop" in losses:
+        options["discopop_tau"] = getattr(source, "args", source).discopop_tau
+    if source.f_divergence_type != "reverse_kl":
+        options["f_divergence_type"] = source.f_divergence_type
+        if source.f_divergence_type == "alpha_divergence":
+            options["f_alpha_divergence_coef"] = source.f_alpha_divergence_coef
     return options
-
-
-def check_model(name: str, model: Any) -> None:
-    """Raise `ValueError` for a model that cannot be scored row by row; a path passes."""
-    adapters = getattr(model, "peft_config", None) or {}
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
-        raise ValueError(f"`{name}`: prompt learning shifts rows, it is not supported")
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"`{name}`: quantized models are not supported")
-
-
-def check_dataset(name: str, dataset: Any) -> None:
-    """Raise `ValueError` for a stream or images; what is no data set at all is left to TRL."""
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"`{name}`: streaming is not supported, expected a datasets.Dataset")
-    if isinstance(dataset, Dataset):
-        columns = {"image", "images"} & set(dataset.column_names)
-        if columns:
-            raise ValueError(f"`{name}`: vision data is not supported, found {sorted(columns)}")
 
 
 OF_TRL = ("max_length", "truncation", "boundary", "on_bad", "threads", "columns")

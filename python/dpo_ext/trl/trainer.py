@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ import torch
 import transformers
 import trl
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
@@ -22,27 +22,36 @@ from trl.trainer.utils import use_adapter
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError
-from dpo_ext.layout.batch import LAYOUTS
+from dpo_ext.errors import DataError, TensorError
+from dpo_ext.layout.table import ScoreTable
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
-from dpo_ext.torch import assert_packing_safe, attach_scoring, preference_loss
-from dpo_ext.trl.collator import NUM_TOKENS, SERVED, TABLE_KEY, PairCollator
-from dpo_ext.trl.options import (
-    check_args,
-    check_data_options,
-    check_dataset,
-    check_model,
-    loss_options,
+from dpo_ext.torch import (
+    PreferenceLoss,
+    assert_packing_safe,
+    attach_scoring,
+    ld_table,
+    preference_loss,
+    wpo_averages,
 )
+from dpo_ext.trl.collator import NUM_TOKENS, SERVED, TABLE_KEY, PairCollator
+from dpo_ext.trl.layers import why_not_data, why_not_packed, why_not_scoring
+from dpo_ext.trl.options import check_args, check_data_options, loss_options
 
 logger = logging.getLogger(__name__)
 
-_MODEL_KEYS = {name: LAYOUTS[name].model_inputs for name in SERVED}
-BATCH_KEYS = {
-    "padded": {*_MODEL_KEYS["padded"], "completion_mask", *REFERENCE, TABLE_KEY},
-    "packed": {*_MODEL_KEYS["packed"], "completion_lengths", NUM_TOKENS, *REFERENCE, TABLE_KEY},
-}
+# Of a batch, what the model is not given.
+_NOT_OF_THE_MODEL = {"completion_mask", "completion_lengths", NUM_TOKENS, *REFERENCE, TABLE_KEY}
+_DATA, _LAYOUT, _HEAD = "data", "layout", "head and loss"
+_METRICS = ("trl", "weighted")
+_ROW = "dpo_ext_row"
+_STATS = ("entropy", "mean_logit", "is_top1")
+
+
+class _NotANumber(NamedTuple):
+    loss: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -59,36 +68,44 @@ class DPOTrainer(trl.DPOTrainer):
         trainer.train()
 
     What is different inside. Rows are encoded once, in threads, into the columns ``prompt_ids,
-    chosen_ids, rejected_ids``. Only scored tokens reach ``lm_head``, inside the model's own
-    forward, so that DDP sees one forward. Log-probs are summed in float64. Metrics are sums and
-    counts, gathered in one call. Precomputed reference log-probs are never read from a cache: TRL's
-    can be stale.
+    chosen_ids, rejected_ids`` beside their own. Only scored tokens reach ``lm_head``, inside the
+    model's own forward, so that DDP sees one forward. Log-probs are summed in float64. Metrics are
+    sums and counts, gathered in one call. Precomputed reference log-probs are never read from a
+    cache: TRL's can be stale.
+
+    What stock TRL takes is taken. Where one of our layers (the data, the layout, the head with its
+    loss) does not serve, TRL's own does the work: one warning names the layer and why, and
+    ``steps_back`` keeps it.
 
     Args:
         model, ref_model, args, processing_class, compute_metrics, callbacks, optimizers,
-            peft_config: as in TRL.
-        train_dataset, eval_dataset: `datasets.Dataset`, for `eval_dataset` also a dict of them;
-            text or messages, with or without ``prompt``, or the three id columns. Where
+            peft_config, quantization_config: as in TRL.
+        train_dataset, eval_dataset: as in TRL; rows of text or messages, with or without
+            ``prompt``, or of the three id columns. Streams are encoded by TRL. Where
             ``precompute_ref_log_probs`` is on, the columns ``ref_chosen_logps, ref_rejected_logps``
             are used if both are there, and such data can be evaluated at any step.
-        data_collator, quantization_config: None.
+        data_collator: None, or one that gives TRL's keys, of which ``completion_mask`` says what is
+            scored.
         layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
-            padding, for models that keep packed segments apart. Whether this one does is tried
-            before the first step.
+            padding, for models that keep packed segments apart, attended segment by segment.
+            Whether this one does is tried before the first step; one that does not, such as Mamba
+            or a hybrid, gets padded batches, and a warning says so.
         data_options: how rows are read, as `PairDataset.from_files` documents it: `layout_of_rows`,
             `chat_template_kwargs`, `prompt_key`, `special_tokens_in_text` and the rest but for what
-            TRL's configuration says (`OF_TRL`). By default as TRL reads them.
+            TRL's configuration says (`OF_TRL`). By default as TRL reads them, so that pairs which
+            teach nothing are kept: ``{"on_useless": "drop"}`` drops sides that are blank, or the
+            same.
+        metrics: ``"trl"``: the mean over batches, as TRL logs them; ``"weighted"``: the mean over
+            pairs, or tokens, of all batches, which does not depend on the batch size.
 
     Attributes:
         data_reports: by name of the data set, what became of its rows: read = kept + dropped,
-            reason by reason. Bad rows are dropped and counted in one warning; so are pairs that TRL
-            keeps although they teach nothing: sides that are blank, or identical once truncated.
+            reason by reason. Bad rows are dropped and counted in one warning.
+        steps_back: by layer, why TRL's own does the work.
 
     Raises:
         ValueError: an option that is not honoured, by name; `REFUSED` lists them.
         DataError: no row of a data set can be used.
-        TokenizerError: the tokenizer has no ``tokenizer.json``.
-        TensorError: ``layout="packed"`` with a model that lets segments see each other.
 
     Numerics: in float32, over four steps, loss and gradient norm within 1e-5 of stock (relative).
     """
@@ -106,9 +123,9 @@ class DPOTrainer(trl.DPOTrainer):
         model: str | transformers.PreTrainedModel | Any,
         ref_model: transformers.PreTrainedModel | None = None,
         args: trl.DPOConfig | None = None,
-        data_collator: None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Any] | None = None,
         processing_class: Any = None,
         compute_metrics: Any = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
@@ -118,91 +135,104 @@ class DPOTrainer(trl.DPOTrainer):
         *,
         layout: str = "padded",
         data_options: Options | None = None,
+        metrics: str = "trl",
     ) -> None:
         if layout not in SERVED:
             raise ValueError(f"`layout` must be one of {SERVED}, found {layout!r}")
+        if metrics not in _METRICS:
+            raise ValueError(f"`metrics` must be one of {_METRICS}, found {metrics!r}")
         if args is not None:
             check_args(args)
-        if quantization_config is not None:
-            raise ValueError("`quantization_config`: quantized models are not supported")
-        if data_collator is not None:
-            raise ValueError(
-                "`data_collator` must be None: a batch needs the score table of PairCollator\n"
-                "hint: `max_length`, `truncation_mode`, `pad_to_multiple_of` of the configuration"
-            )
-        if layout == "packed" and compute_metrics is not None:
-            raise ValueError(
-                "`compute_metrics` must be None with `layout='packed'`: it wants padded logits"
-            )
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise ValueError("`peft_config`: prompt learning shifts rows, it is not supported")
-        check_model("model", model)
-        check_model("ref_model", ref_model)
-        check_dataset("train_dataset", train_dataset)
-        if isinstance(eval_dataset, Mapping):
-            for name, dataset in eval_dataset.items():
-                check_dataset(f"eval_dataset[{name!r}]", dataset)
-        else:
-            check_dataset("eval_dataset", eval_dataset)
-
         self.data_options = check_data_options(data_options or {})
         # `super().__init__` calls the methods below, so what they read must exist before it.
         self.layout = layout
+        self.metrics = metrics
+        self._totals: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self.data_reports: dict[str, Report] = {}
+        self.steps_back: dict[str, str] = {}
         self._prepared: set[str] = set()  # fingerprints of data sets that are ours
         self._encoder: tuple[Any, Tokenizer] | None = None
         self._scores_by_itself = False
+        self._said_not_a_number = False
+        self._has_own_collator = data_collator is not None
+        if args is not None:
+            self._step_back(_HEAD, why_not_scoring(args, peft_config, model))
+            if layout == "packed":
+                self._step_back(_LAYOUT, why_not_packed(args, compute_metrics, data_collator))
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
         )
         self._attach()
+
+    def _step_back(self, layer: str, reason: str | None) -> None:
+        """Leave a layer to TRL for a reason, if there is one, and say so once."""
+        if reason is None or layer in self.steps_back:
+            return
+        self.steps_back[layer] = reason
+        if layer != _DATA:
+            self.layout = "padded"
+        logger.warning("%s: TRL's own, as %s", layer, reason)
 
     def _attach(self) -> None:
         """Make the models score in their forward and the collator emit the table; once.
 
         Models that are given as paths exist only inside TRL's constructor, and score there first.
         """
-        if self._scores_by_itself:
+        if self._scores_by_itself or _HEAD in self.steps_back:
             return
-        check_model("model", self.model)
-        stock = self.data_collator
-        self.data_collator = PairCollator(
-            stock.pad_token_id,
-            stock.max_length,
-            stock.truncation_mode,
-            stock.pad_to_multiple_of,
-            score_table=True,
-            layout=self.layout,
-        )
+        if self._is_vision_dataset and self.layout == "packed":
+            self._step_back(_LAYOUT, "pictures belong to rows")
+        try:
+            attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+            if self.ref_model is not None:
+                attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+        except TypeError as error:
+            self._step_back(_HEAD, str(error).partition("\n")[0])
+            return
         if self.layout == "packed":
-            assert_packing_safe(self.accelerator.unwrap_model(self.model))
-        attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.ref_model is not None:
-            attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+            try:
+                assert_packing_safe(self.accelerator.unwrap_model(self.model))
+            except (TensorError, RuntimeError) as error:  # it leaks, or cannot run in the trial
+                self._step_back(_LAYOUT, str(error).partition("\n")[0])
+        if not self._has_own_collator and not self._is_vision_dataset:
+            stock = self.data_collator
+            self.data_collator = PairCollator(
+                stock.pad_token_id,
+                stock.max_length,
+                stock.truncation_mode,
+                stock.pad_to_multiple_of,
+                # Rows that a launcher cuts up take no table with them.
+                score_table=not getattr(self.args.accelerator_config, "dispatch_batches", None),
+                layout=self.layout,
+            )
         self._scores_by_itself = True
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: trl.DPOConfig, dataset_name: str
     ) -> Dataset:
         """Encode the rows, which may hold ids already; what it returned once passes unchanged."""
-        check_dataset(dataset_name, dataset)
-        if isinstance(processing_class, transformers.ProcessorMixin):
-            raise ValueError("`processing_class` must be a tokenizer: vision is not supported")
-        if _fingerprint(dataset) in self._prepared:
+        if isinstance(dataset, Dataset) and _fingerprint(dataset) in self._prepared:
             return dataset
+        reason = why_not_data(dataset, processing_class)
+        if reason is not None:
+            self._step_back(_DATA, reason)
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self._encoder is None or self._encoder[0] is not processing_class:
             self._encoder = processing_class, Tokenizer.from_pretrained(processing_class)
         keep_start = args.truncation_mode == "keep_start"
         options: Options = {
+            "on_useless": "keep",
             **self.data_options,
             # `keep_end` is left to the collator: TRL cuts each side alone, we cut a pair as one.
             "max_length": args.max_length if keep_start else None,
@@ -221,12 +251,19 @@ class DPOTrainer(trl.DPOTrainer):
             raise DataError(f"`{dataset_name}`: there are no rows", reason="no_pairs")
         if pairs.report.dropped or pairs.report.warned:
             logger.warning("%s: not every row was taken as it is\n%s", dataset_name, pairs.report)
-        prepared = _as_dataset(pairs)
+        if pairs.report.dropped:
+            numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
+            options["columns"] = (_ROW,)
+            pairs = PairDataset.from_rows(numbered, self._encoder[1], **options)
+            dataset = dataset.select(pairs.columns[_ROW])
+        prepared = _beside(dataset, pairs)
         self._prepared.add(_fingerprint(prepared))
         return prepared
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add both reference columns unless they are there; the same on every rank, not cached."""
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         self._attach()
@@ -258,6 +295,8 @@ class DPOTrainer(trl.DPOTrainer):
 
         `model` is the reference, or the PEFT model: its adapter is then ``"ref"``, or switched off.
         """
+        if not self._scores_by_itself:
+            return super().compute_ref_log_probs(model, inputs)
         adapter: Any = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
@@ -273,9 +312,11 @@ class DPOTrainer(trl.DPOTrainer):
         self, model: torch.nn.Module, inputs: Mapping[str, Any], return_outputs: bool
     ) -> Any:
         """The loss of a batch that is scored in one forward of `model`; `log` finds the metrics."""
-        scores = model(
-            **self._model_inputs(inputs), score_stats=("entropy", "mean_logit", "is_top1")
-        )
+        if not self._scores_by_itself:
+            return super()._compute_loss(model, inputs, return_outputs)
+        inputs = {**inputs, TABLE_KEY: _table(inputs)}
+        stats = (*_STATS, "log_sum_sq") if self.use_weighting else _STATS
+        scores = model(**self._model_inputs(inputs), score_stats=stats)
         if self.precompute_ref_logps:
             reference = [inputs[name] for name in REFERENCE]
         else:
@@ -286,12 +327,16 @@ class DPOTrainer(trl.DPOTrainer):
             lengths = inputs["completion_lengths"]
         else:  # the chosen half above the rejected half
             lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
-        out = preference_loss(
-            scores.logps,
-            torch.stack(reference, dim=1).to(scores.logps.dtype),
-            lengths=lengths,
-            **loss_options(self),
-        )
+        ref_logps = torch.stack(reference, dim=1).to(scores.logps.dtype)
+        weight = self._weights_of_pairs(scores, inputs[TABLE_KEY])
+        options = loss_options(self)
+        out: PreferenceLoss | _NotANumber
+        try:
+            out = preference_loss(
+                scores.logps, ref_logps, lengths=lengths, weight=weight, **options
+            )
+        except TensorError as error:
+            out = self._not_a_number(scores.logps, ref_logps, error)
         mode, loss = "train" if self.model.training else "eval", out.loss
         self._record(mode, inputs, scores, out)
         if self.aux_loss_enabled:
@@ -301,8 +346,25 @@ class DPOTrainer(trl.DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # `compute_metrics` wants logits, which scoring never builds
-            model_inputs = {key: inputs[key] for key in _MODEL_KEYS[self.layout]}
-            return loss, model(**model_inputs, use_cache=False)
+            return loss, model(**_of_the_model(inputs), use_cache=False)
+
+    def _not_a_number(
+        self, logps: torch.Tensor, ref_logps: torch.Tensor, error: TensorError
+    ) -> _NotANumber:
+        """What stock goes on with: a loss and gradients of NaN, which the loop sees."""
+        if not self._said_not_a_number:
+            logger.warning(
+                "step %d: the loss is not a number, as in TRL: %s", self.state.global_step, error
+            )
+            self._said_not_a_number = True
+        rewards = self.beta * (logps.detach() - ref_logps)
+        return _NotANumber(logps.sum() * torch.nan, *rewards.unbind(dim=1))
+
+    def _weights_of_pairs(self, scores: Any, table: ScoreTable) -> torch.Tensor | None:
+        """WPO's, (N,): the product of both sides' ``exp(mean(logp - log sum_v p_v^2))``."""
+        if not self.use_weighting:
+            return None
+        return torch.stack(wpo_averages(scores.tokens, table)).sum(dim=0).exp()
 
     def _record(self, mode: str, inputs: Mapping[str, Any], scores: Any, out: Any) -> None:
         """TRL's metrics of one batch: sums and counts, gathered over the ranks in one call."""
@@ -330,29 +392,27 @@ class DPOTrainer(trl.DPOTrainer):
         }
         local = torch.stack([torch.stack([a.double(), b.double()]) for a, b in sums.values()])
         gathered = self.accelerator.gather(local[None]).sum(dim=0).tolist()
-        metrics = self._metrics[mode]
+        metrics, totals = self._metrics[mode], self._totals[mode]
         for name, (total, count) in zip(sums, gathered, strict=True):
             if name == "num_tokens":  # a running sum, over training alone
                 self._total_train_tokens += int(total) if mode == "train" else 0
                 metrics[name] = [self._total_train_tokens]
+            elif self.metrics == "weighted":  # `log` empties the list
+                before = totals.get(name, (0.0, 0.0)) if metrics[name] else (0.0, 0.0)
+                totals[name] = total, count = total + before[0], count + before[1]
+                metrics[name] = [total / count if count else 0.0]
             else:
                 metrics[name].append(total / count if count else 0.0)
 
     def _model_inputs(self, inputs: Mapping[str, Any], router: bool = True) -> dict[str, Any]:
-        """What a scoring forward takes of a batch; a key that nobody would read is an error."""
-        foreign = sorted(inputs.keys() - BATCH_KEYS[self.layout])
-        if foreign:
-            names = ", ".join(f"`{name}`" for name in foreign)
-            raise ValueError(f"the batch has keys that would be ignored: {names}")
-        if TABLE_KEY not in inputs:
-            raise ValueError(
-                f"the batch has no score table under `{TABLE_KEY}`\n"
-                "hint: batches come from PairCollator(..., score_table=True)"
-            )
-        model_inputs = {name: inputs[name] for name in _MODEL_KEYS[self.layout]}
+        """What a scoring forward takes: all that TRL would hand to the model, and the table."""
+        table = _table(inputs)
+        if self.ld_alpha is not None:
+            table = ld_table(table, self.ld_alpha)
+        model_inputs = _of_the_model(inputs)
         if self.aux_loss_enabled:  # the reference has no use for it
             model_inputs["output_router_logits"] = router
-        return {**model_inputs, "use_cache": False, "score_table": inputs[TABLE_KEY]}
+        return {**model_inputs, "use_cache": False, "score_table": table}
 
     def evaluate(
         self,
@@ -380,8 +440,25 @@ def _fingerprint(dataset: Dataset) -> str:
     return dataset._fingerprint  # noqa: SLF001 - `datasets` has no public name for it
 
 
-def _as_dataset(pairs: PairDataset) -> Dataset:
-    """The pairs as Arrow columns: ids, and reference log-probs where the rows had them."""
+def _of_the_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _NOT_OF_THE_MODEL}
+
+
+def _table(inputs: Mapping[str, Any]) -> ScoreTable:
+    """The table of a batch; of another collator's, what its completion mask says."""
+    if TABLE_KEY in inputs:
+        return inputs[TABLE_KEY]
+    if "completion_mask" not in inputs:
+        raise ValueError(
+            f"the batch has neither a score table under `{TABLE_KEY}` nor a `completion_mask`\n"
+            "hint: batches come from PairCollator, or from a collator with TRL's keys"
+        )
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return ScoreTable.from_labels(labels).compact()
+
+
+def _beside(dataset: Dataset, pairs: PairDataset) -> Dataset:
+    """The data set with the pairs as columns: ids, and what the rows had of the reference."""
     columns: dict[str, pa.Array] = {}
     for name in IDS:
         ragged = getattr(pairs, name)
@@ -389,4 +466,6 @@ def _as_dataset(pairs: PairDataset) -> Dataset:
     if pairs.ref_logps is not None:
         for index, name in enumerate(REFERENCE):
             columns[name] = pa.array(pairs.ref_logps[:, index].astype(np.float32))
-    return Dataset(InMemoryTable(pa.table(columns)))
+    rest = dataset.remove_columns([name for name in dataset.column_names if name in columns])
+    ids = Dataset(InMemoryTable(pa.table(columns)))
+    return concatenate_datasets([rest, ids], axis=1) if rest.column_names else ids

@@ -1,0 +1,1 @@
+"""What the replacements of several code bases are made of."""
