@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dpo_ext.errors import describe
 
@@ -16,6 +17,11 @@ _ACTIVE = torch._C._are_functorch_transforms_active  # noqa: SLF001
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` is at work."""
     return _ACTIVE()
+
+
+def in_dual_level() -> bool:
+    """Whether tensors may carry a tangent of ``torch.autograd.forward_ad``."""
+    return forward_ad._current_level >= 0  # noqa: SLF001 - torch has no public name for it
 
 
 def derivatives(tensor: Tensor) -> int:

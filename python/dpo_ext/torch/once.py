@@ -1,4 +1,4 @@
-"""A gradient that can be taken once, and how a node of the graph is called.
+"""How a node of the graph is called, a gradient that can be taken once, what no graph looks into.
 
 Where the backward of a backward would be wrong in silence, it is an error.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.numbers import derivatives, transformed
+from dpo_ext.torch.numbers import derivatives, in_dual_level, transformed
 
+_watcher = torch._C._dynamo.eval_frame.get_eval_frame_callback  # noqa: SLF001 - no public name
 KERNEL_LOGPS = (
     "the log-probs of the kernels can be differentiated once, not twice\n"
     'hint: impl="torch" has a second derivative per token (token_scores)'
@@ -24,19 +26,26 @@ def node(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, for a function that has a `setup_context`.
 
     torch.func and the compiler ask for forward and context apart. torch binds the arguments to the
-    signature then, which takes 20 us a call, so elsewhere both run as one.
+    signature then, which takes 20 us a call, so elsewhere both run as one; and where nothing asks
+    for a gradient there is no node, which takes 5 us and 3 more for each output.
+
+    A `setup_context` may return the outputs that the caller reads, where the rest is for backward
+    alone: only what runs as one then has no more than these.
     """
+    recording = torch.is_grad_enabled()
+    trains = recording and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if torch.compiler.is_compiling():
         # where nothing asks for a gradient Dynamo passes a context that forward does not take
-        trains = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-        if torch.is_grad_enabled() and trains:
-            return function.apply(*arguments)
-        return function.forward(*arguments)
+        return function.apply(*arguments) if trains else function.forward(*arguments)
     if transformed():
         if any(isinstance(a, Tensor) and derivatives(a) > 1 for a in arguments):
             raise RuntimeError(getattr(function, "ONCE", KERNEL_LOGPS))
         return function.apply(*arguments)
-    return _joined(function).apply(*arguments)
+    if trains or in_dual_level():
+        return _joined(function).apply(*arguments)
+    # an argument that is no tensor may hold one that asks for a gradient
+    with torch.no_grad() if recording else nullcontext():
+        return function.forward(*arguments)
 
 
 @functools.cache
@@ -45,11 +54,38 @@ def _joined(function: Any) -> Any:
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = function.forward(*arguments)
-        function.setup_context(ctx, arguments, output)
-        return output
+        read = function.setup_context(ctx, arguments, output)
+        return output if read is None else read
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (torch.autograd.Function,), methods)
+
+
+def outside_graphs(body: Callable[..., Any], reason: str | None = None) -> Callable[..., Any]:
+    """``body`` where Dynamo does not look; same as ``torch.compiler.disable(body, reason=reason)``.
+
+    Behind a graph break Dynamo watches every call, an operator's body too, and stops at functions
+    of Rust and CuPy. Telling it takes its import, of a second or more, and 8 us a call: only a call
+    that it watches pays for them.
+    """
+    hidden: Callable[..., Any] | None = None
+
+    @functools.wraps(body)
+    def run(*arguments: Any) -> Any:
+        nonlocal hidden
+        if _watcher() is None:
+            return body(*arguments)
+        if hidden is None:
+            from torch._dynamo.decorators import skip
+
+            hidden = torch.compiler.disable(body, reason=reason)
+            skip(run)
+        return hidden(*arguments)
+
+    # as `disable` marks what it returns, for a graph that comes to this call
+    run._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001
+    run._torchdynamo_disable_msg = reason  # type: ignore[attr-defined] # noqa: SLF001
+    return run
 
 
 def differentiable_once(value: Tensor, upstream: Tensor, message: str = KERNEL_LOGPS) -> Tensor:

@@ -20,7 +20,7 @@ from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps.products import add_product, new_sum, product, room, wide
+from dpo_ext.torch.logps.products import add_product, joined, new_sum, product, room, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
     Transform,
@@ -456,7 +456,7 @@ class _Pass:
                 sums = [self.pairs(p, offsets[2 * p.start : 2 * p.stop + 1]) for p in chunks]
         if self.first and self.dw is not None:  # no pair has a token
             self.dw.zero_()
-        return torch.cat(sums) if sums else hidden.new_zeros(0, 2, dtype=self._wide)
+        return joined(sums) if sums else hidden.new_zeros(0, 2, dtype=self._wide)
 
     def _equal_chunks(self) -> Iterator[tuple[slice, list[int]]]:
         """Chunks whose borders follow from shapes: all pairs, or ``chunk_pairs`` at a time if all
@@ -484,13 +484,13 @@ class _Pass:
         borders = self.job.table.seq_offsets[2 * pairs.start : 2 * pairs.stop + 1] - first
         weights = self.job.table.weights
         weights = None if weights is None else weights[first:last]
-        joined = torch.cat([values[0] for _, _, (values, _) in folded])
+        values = joined([values[0] for _, _, (values, _) in folded])
         add: Callable[..., Tensor] = (
             torch.ops.dpo_ext.segment_sum if self.job.head.kernels else twin.segment_sum
         )
         if self.equal is not None:
             borders = borders.clamp(0, last - first)
-        logps = add(joined, weights, borders).reshape(-1, 2)
+        logps = add(values, weights, borders).reshape(-1, 2)
         if self.equal is not None:
             logps = torch.where(self.equal, logps, math.nan)
         if not self.job.trained:

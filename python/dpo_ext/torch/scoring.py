@@ -6,6 +6,7 @@ outside it are not averaged over ranks (DDP says nothing) or not gathered (FSDP2
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,7 @@ from dpo_ext.torch.logps.scores import (
 )
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
+from dpo_ext.torch.once import outside_graphs
 
 Model = TypeVar("Model", bound=nn.Module)
 Attention = Literal["auto", "segments", "model"]
@@ -479,8 +481,9 @@ def _device(model: nn.Module, call: Mapping[str, Any]) -> torch.device:
     return torch.device("cpu")
 
 
-@torch.compiler.disable(
-    reason="the comparison of attach_scoring; attach_scoring(model, verify=True) makes it before"
+@functools.partial(
+    outside_graphs,
+    reason="the comparison of attach_scoring; attach_scoring(model, verify=True) makes it before",
 )
 def _compared(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
     key = _key(model, _router(model, call))

@@ -16,7 +16,7 @@ from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.ops import fresh
-from dpo_ext.torch.logps.products import logits_into, wide
+from dpo_ext.torch.logps.products import logits_into, part, wide
 from dpo_ext.torch.logps.scores import Impl, Transform, check_table, is_dtensor, uses_kernels
 from dpo_ext.torch.numbers import as_number
 
@@ -142,8 +142,7 @@ class Head(NamedTuple):
         dtype, where = rows.dtype, rows.device.type
         if torch.is_autocast_enabled(where) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(where)
-        like = torch.empty(0, dtype=dtype, device=rows.device)
-        kernels = uses_kernels(like, options.impl, "hidden")
+        kernels = uses_kernels(dtype, where, options.impl, "hidden")
         row_bytes = linear.weight.shape[0] * dtype.itemsize
         chunk_rows = check_chunk_rows(options.chunk_rows, row_bytes, SCRATCH_BYTES)
         return Head(options.transform, kernels, dtype, chunk_rows, options.exact_target)
@@ -162,7 +161,7 @@ class Head(NamedTuple):
         return fresh((rows, weight.shape[0]), self.dtype, weight.device)
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-        return logits_into(scratch[: x.shape[0]], x, weight, bias)
+        return logits_into(part(scratch, slice(0, x.shape[0])), x, weight, bias)
 
     def exact(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Exact:
         """(C,) logits of the targets, added and kept in float32, or None if not asked for."""
@@ -180,16 +179,16 @@ class Head(NamedTuple):
         return y if bias is None else y + bias[column]
 
     def fold(self, z: Tensor, targets: Tensor, stats: bool, exact: Exact = None) -> Folded:
-        """Log-probs and statistics of each row, and what `gradient` needs of them."""
+        """Log-probs and, if asked for, statistics of each row, and what `gradient` needs."""
         rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
             out = torch.ops.dpo_ext.token_stats(z, rows, targets, *self.how, stats)
-            values, state = [out[0], *out[3:]], [out[1], out[2]]
+            values, state = [out[0], *(out[3:] if stats else ())], [out[1], out[2]]
             if exact is not None:
                 values[0], factor = self._replace_target(z, targets, values[0], state, exact)
                 state.append(factor)
             return values, state
-        values = list(twin.token_stats(z, rows, targets, *self.how, stats))
+        values = list(twin.token_stats(z, rows, targets, *self.how, stats)[: 5 if stats else 1])
         if exact is not None:
             replaced = self._with_target(z, targets, exact)
             values[0] = twin.token_stats(replaced, rows, targets, *self.how, False)[0]
@@ -260,12 +259,13 @@ class Rows(NamedTuple):
     def of(logit_rows: Tensor, targets: Tensor, height: int) -> Rows:
         scored = targets != IGNORE_INDEX
         exists = (logit_rows >= 0) & (logit_rows < height)
-        place = torch.where(scored & exists, logit_rows, height)
-        return Rows(place, targets.masked_fill(scored & ~exists, _NO_ROW), height)
+        here = scored & exists
+        place = torch.where(here, logit_rows, height)
+        return Rows(place, targets.masked_fill(scored ^ here, _NO_ROW), height)
 
     def gather(self, hidden: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
         """(C, H): zeros where there is no row, whatever lies in the rows that are not scored."""
-        place = self.place[chunk]
+        place = part(self.place, chunk)
         missing = (place == self.height)[:, None]
         if not self.height:
             return hidden.new_zeros(place.shape[0], hidden.shape[1], dtype=dtype)
@@ -306,5 +306,5 @@ class Work(NamedTuple):
 
     def fold(self, x: Tensor, z: Tensor, chunk: slice, stats: bool) -> Folded:
         """Log-probs and statistics of the chunk's rows, and what their gradient needs."""
-        t = self.rows.targets[chunk]
+        t = part(self.rows.targets, chunk)
         return self.head.fold(z, t, stats, self.head.exact(x, self.weight, self.bias, t))

@@ -22,7 +22,7 @@ from dpo_ext.torch.logps.head import (
     check_chunk_rows,
 )
 from dpo_ext.torch.logps.products import add_product, product, wide
-from dpo_ext.torch.logps.scores import Transform, check_plain, check_table
+from dpo_ext.torch.logps.scores import Transform, check_is_table, check_plain, check_table
 from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 Direction = Literal["ref_policy", "policy_ref"]
@@ -81,6 +81,7 @@ def token_kl(
     how = _checked(direction, temperature, softcap, logit_scale)
     rows, ref_rows = (_rows(n, x) for n, x in (("logits", logits), ("ref_logits", ref_logits)))
     _check_pair("ref_logits", ref_rows, rows)
+    check_is_table(table)
     check_table(table, logits, "logits")
     check_table(table, ref_logits, "ref_logits")
     C = check_chunk_rows(chunk_rows, 4 * rows.shape[1], CHUNK_BYTES)
@@ -135,6 +136,7 @@ def linear_token_kl(
     tensor([0.1201])
     """
     how = _checked(direction, temperature, softcap, logit_scale)
+    check_is_table(table)
     policy = Linear.of(hidden, weight, bias, table, reads_targets=False)
     ref = Linear.of(
         ref_hidden, ref_weight, ref_bias, table, called="ref_hidden", reads_targets=False

@@ -28,7 +28,14 @@ from torch import Tensor
 
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps.head import Head, HeadOptions, Linear, Rows, Work
-from dpo_ext.torch.logps.products import add_product, new_sum, product, wide
+from dpo_ext.torch.logps.products import (
+    add_product,
+    joined,
+    new_sum,
+    part,
+    product,
+    wide,
+)
 from dpo_ext.torch.logps.scores import (
     Impl,
     TokenScores,
@@ -159,6 +166,7 @@ def linear_token_scores(
     """
     names = check_stats(stats)
     how = Transform.of(logit_scale, softcap, temperature)
+    check_is_table(table)
     options = HeadOptions(how, impl, chunk_rows, exact_target)
     linear = Linear.of(hidden, weight, bias, table)
     scores, _ = _score(linear, table, plan, options, bool(names))
@@ -187,7 +195,7 @@ def _score(
     trained = torch.is_grad_enabled() and linear.hidden.requires_grad if frozen else linear.trains()
     rows = Rows.of(table.logit_rows, table.targets, linear.hidden.shape[0])
     out = node(_LinearLogps, *linear, rows, _Call(head, stats, frozen, trained, []))
-    return TokenScores(*out[:5]), head.kernels
+    return TokenScores(*out[: 5 if stats else 1]), head.kernels
 
 
 def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> Literal["frozen", "recompute"]:
@@ -213,7 +221,9 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, call: _Call
     ) -> tuple[Tensor | None, ...]:
-        """Five values of each token, ``e``, and what the gradient of each row needs."""
+        """Log-prob of each token, four statistics if asked for, ``e``, and what the gradient of
+        each row needs.
+        """
         (head, stats, frozen, trained, left), M = call, rows.targets.shape[0]
         parts: list[list[Tensor]] = []
         kept: list[list[Tensor]] = []
@@ -229,27 +239,34 @@ class _LinearLogps(torch.autograd.Function):
                 kept.append(state)
                 if e is not None:
                     g = torch.full_like(values[0], one)
-                    made = product(head.gradient(z, rows.targets[chunk], state, g), work.weight)
+                    made = product(
+                        head.gradient(z, part(rows.targets, chunk), state, g), work.weight
+                    )
                     e[chunk] = made if one == 1.0 else made * (1.0 / one)
-        out = [torch.cat(column) for column in zip(*parts, strict=True)]
-        state = [torch.cat(column) for column in zip(*kept, strict=True)]
+        out = [joined(column) for column in zip(*parts, strict=True)]
+        state = [joined(column) for column in zip(*kept, strict=True)]
         plain = torch.compiler.is_compiling() or transformed()
         if trained and not frozen and not plain:
             left.append(work.scratch)
         return (*out, e, *([] if frozen else state))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
         hidden, weight, bias, rows, call = inputs
         ctx.head, ctx.frozen, ctx.count = call.head, call.frozen, hidden.shape[0]
         ctx.left = call.left
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
         ctx.set_materialize_grads(False)
+        values = 5 if call.stats else 1
         if call.frozen:
-            ctx.save_for_backward(rows.place, rows.targets, output[5])
+            ctx.save_for_backward(rows.place, rows.targets, output[values])
         else:
-            ctx.save_for_backward(rows.place, rows.targets, hidden, weight, bias, *output[6:])
+            state = output[values + 1 :]
+            ctx.save_for_backward(rows.place, rows.targets, hidden, weight, bias, *state)
+        return output[:values]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -296,18 +313,19 @@ def _backward_recompute(
     work = Work.of(linear, rows, head, last)
     chunks = list(head.chunks(M))[::-1]
     for chunk in chunks:
-        x, t = work.gather(chunk), rows.targets[chunk]
+        x, t, some_g = work.gather(chunk), part(rows.targets, chunk), part(g, chunk)
         if last is None or chunk is not chunks[0]:
             z = work.logits(x)
         else:
-            z = last[: len(t)]
+            z = part(last, slice(0, t.shape[0]))
         # a slice inside a comprehension would fix the sizes of a compiled graph
         first, end = chunk.start, chunk.stop
-        dz = head.gradient(z, t, [part[first:end] for part in state], g[chunk])
+        kept = [part(values, slice(first, end)) for values in state]
+        dz = head.gradient(z, t, kept, some_g)
         if dx is not None:
-            dx.index_copy_(0, rows.place[chunk], product(dz, work.weight).to(dx.dtype))
+            dx.index_copy_(0, part(rows.place, chunk), product(dz, work.weight).to(dx.dtype))
         if dw is not None:
-            x = x.masked_fill_((g[chunk] == 0)[:, None], 0)  # what has no gradient is not read
+            x = x.masked_fill_((some_g == 0)[:, None], 0)  # what has no gradient is not read
             add_product(dw, dz, x, first=chunk is chunks[0])
         if db is not None:
             db += dz.sum(0, dtype=sums)

@@ -24,6 +24,7 @@ from dpo_ext.torch.logps.scores import (
     is_dtensor,
     only,
     sum_sequences,
+    token_grad,
     uses_kernels,
 )
 from dpo_ext.torch.once import differentiable_once, node, one_by_one
@@ -93,8 +94,11 @@ def sequence_logps(
     check_is_table(table)
     scored = table.without_zero_weights()
     rows, kernels = _rows(logits, scored, impl, inplace_grad)
-    scores = _score(rows, scored, _Call(how, False, inplace_grad, kernels))
-    return sum_sequences(scores.logps, table, kernels)
+    call = _Call(how, False, inplace_grad, kernels)
+    if kernels:
+        (sums,) = _kernels(rows, scored, call, (table.weights, table.seq_offsets))
+        return sums.reshape(-1, table.group_size)
+    return sum_sequences(_score(rows, scored, call).logps, table, kernels)
 
 
 def token_scores(
@@ -163,7 +167,7 @@ def _rows(logits: Tensor, table: ScoreTable, impl: str, inplace_grad: bool) -> t
             "`logits` must be a plain tensor, found a DTensor\n"
             "hint: dpo_ext.torch.parallel scores one shard of the vocabulary, logits.to_local()"
         )
-    kernels = uses_kernels(logits, impl)
+    kernels = uses_kernels(logits.dtype, logits.device.type, impl)
     if inplace_grad and not kernels:
         raise ValueError("`inplace_grad` needs the kernels, and here `impl` means the torch twin")
     if logits.dim() not in (2, 3):
@@ -179,8 +183,15 @@ def _score(rows: Tensor, table: ScoreTable, call: _Call) -> TokenScores:
     if not call.kernels:
         out = twin.token_stats(rows, table.logit_rows, table.targets, *call.how, call.stats)
         return TokenScores(*out)
-    out = node(_TokenStats, rows, table.logit_rows, table.targets, call)
-    return TokenScores(out[0], *out[3:])
+    return TokenScores(*_kernels(rows, table, call, (None, None)))
+
+
+def _kernels(
+    rows: Tensor, table: ScoreTable, call: _Call, sums: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Log-probs of tokens, or of the sequences of ``sums``; all statistics or none."""
+    out = node(_TokenStats, rows, table.logit_rows, table.targets, *sums, call)
+    return out[: 5 if call.stats else 1]
 
 
 def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
@@ -191,10 +202,11 @@ def _flatten(logits: Tensor, kernels: bool, inplace_grad: bool) -> Tensor:
             f"`inplace_grad` would overwrite `logits`, {what} that needs a gradient\n"
             "hint: leave inplace_grad out, or pass the output of the model"
         )
-    R, V = logits.shape[:-1].numel(), logits.shape[-1]
+    V = logits.shape[-1]
     if logits.dim() == 2:
-        rows = logits
+        R, rows = logits.shape[0], logits
     else:
+        R = logits.shape[0] * logits.shape[1]
         try:
             rows = logits.view(R, V)
         except RuntimeError:
@@ -221,35 +233,53 @@ def _of_leaf(logits: Tensor) -> bool:
 
 
 class _TokenStats(torch.autograd.Function):
-    """The kernels' statistics of each token; the log-probs are differentiable once."""
+    """The kernels' statistics of each token; the log-probs are differentiable once. With
+    ``seq_offsets`` their weighted sums over sequences stand in their place: one node, not two.
+    """
 
     @staticmethod
     def forward(
-        logits: Tensor, logit_rows: Tensor, targets: Tensor, call: _Call
+        logits: Tensor,
+        logit_rows: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        seq_offsets: Tensor | None,
+        call: _Call,
     ) -> tuple[Tensor, ...]:
-        return torch.ops.dpo_ext.token_stats(logits, logit_rows, targets, *call.how, call.stats)
+        logps, *state_and_stats = torch.ops.dpo_ext.token_stats(
+            logits, logit_rows, targets, *call.how, call.stats
+        )
+        if seq_offsets is not None:
+            logps = torch.ops.dpo_ext.segment_sum(logps, weights, seq_offsets)
+        state, stats = state_and_stats[:2], state_and_stats[2:]
+        return (logps, *(stats if call.stats else ()), *state)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, logit_rows, targets, ctx.call = inputs
-        ctx.save_for_backward(logits, logit_rows, targets, output[1], output[2])
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors, *output[-2:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
+        return output[:-2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 4
-        logits, *saved = ctx.saved_tensors
+            return (None,) * 6
+        logits, logit_rows, targets, weights, seq_offsets, *state = ctx.saved_tensors
 
         def gradients(g: Tensor) -> tuple[Tensor]:
-            how = ctx.call.how
+            if seq_offsets is not None:
+                g = token_grad(g, weights, seq_offsets, targets.shape[0])
+            saved = (logit_rows, targets, *state, g.contiguous(), *ctx.call.how)
             if not ctx.call.inplace:
-                return (torch.ops.dpo_ext.logits_grad(logits, *saved, g.contiguous(), *how),)
+                return (torch.ops.dpo_ext.logits_grad(logits, *saved),)
             dz = logits.detach()
-            torch.ops.dpo_ext.logits_grad_(dz, *saved, g.contiguous(), *how)
+            torch.ops.dpo_ext.logits_grad_(dz, *saved)
             return (dz,)
 
         with torch.no_grad():
             (dz,) = one_by_one(gradients, grad)
-        return (differentiable_once(dz, grad), None, None, None)
+        return (differentiable_once(dz, grad), *(None,) * 5)

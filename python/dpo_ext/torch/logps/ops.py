@@ -11,10 +11,8 @@ here looks at shapes, dtypes and devices alone, so that nothing waits for a devi
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +22,17 @@ from torch import Tensor
 from dpo_ext import _core
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.torch.logps import cuda as kernels
+from dpo_ext.torch.once import outside_graphs
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _HUGE = 1 << 24  # bytes from which a gradient asks for huge pages
+
+# What stands for the statistics that nobody asked for: four tensors less to make a call.
+_NO_STATS = tuple(
+    torch.empty(0, dtype=dtype, device="cpu") for dtype in (*(torch.float32,) * 3, torch.bool)
+)
 
 _LIBRARY = torch.library.Library("dpo_ext", "DEF")
 _TRANSFORM = "float logit_scale, float softcap, float temperature"
@@ -43,8 +47,8 @@ _LIBRARY.define(f"logits_grad_(Tensor(a!) logits, {_SAVED}, {_TRANSFORM}) -> ()"
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor):
-    if tensor.dtype != dtype or tensor.ndim != 1 or tuple(tensor.shape) != shape:
-        expected = f"{describe(dtype)} of shape {shape}"
+    if tensor.dtype != dtype or tensor.shape != shape:
+        expected = f"{describe(dtype)} of shape {tuple(shape)}"
         raise TensorError(f"`{name}` must be {expected}, found {describe(tensor)}")
     if tensor.device != like.device:
         raise TensorError(f"`{name}` must be on {like.device}, found {tensor.device}")
@@ -83,7 +87,7 @@ def _check_token_stats(logits: Tensor, logit_rows: Tensor, targets: Tensor, *tra
     _check_logits(logits)
     if logit_rows.ndim != 1:
         raise TensorError(f"`logit_rows` must have shape (M,), found {tuple(logit_rows.shape)}")
-    shape = tuple(logit_rows.shape)
+    shape = logit_rows.shape
     _check("logit_rows", logit_rows, torch.int64, shape, logits)
     _check("targets", targets, torch.int32, shape, logits)
     _check_transform(*transform)
@@ -91,7 +95,7 @@ def _check_token_stats(logits: Tensor, logit_rows: Tensor, targets: Tensor, *tra
 
 def _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform):
     _check_token_stats(logits, logit_rows, targets, *transform)
-    shape = tuple(logit_rows.shape)
+    shape = logit_rows.shape
     for name, tensor in (("row_max", row_max), ("row_rest", row_rest), ("grad", grad)):
         _check(name, tensor, torch.float32, shape, logits)
 
@@ -99,41 +103,19 @@ def _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *tr
 def _check_segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> None:
     if values.ndim != 1:
         raise TensorError(f"`values` must have shape (M,), found {tuple(values.shape)}")
-    _check("values", values, torch.float32, tuple(values.shape), values)
+    _check("values", values, torch.float32, values.shape, values)
     if weights is not None:
-        _check("weights", weights, torch.float32, tuple(values.shape), values)
+        _check("weights", weights, torch.float32, values.shape, values)
     if seq_offsets.ndim != 1 or seq_offsets.shape[0] == 0:
         raise TensorError(
             f"`seq_offsets` must have shape (S + 1,), found {tuple(seq_offsets.shape)}"
         )
-    _check("seq_offsets", seq_offsets, torch.int32, tuple(seq_offsets.shape), values)
+    _check("seq_offsets", seq_offsets, torch.int32, seq_offsets.shape, values)
 
 
 def _implement(device: str, bodies: dict[str, Callable[..., Any]]) -> None:
     for name, body in bodies.items():
-        _LIBRARY.impl(name, _outside_graphs(body), device)
-
-
-def _outside_graphs(body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body`` where Dynamo does not look.
-
-    Behind a graph break Dynamo watches every call, an operator's body too, and stops at functions
-    of Rust and CuPy. Telling it takes its import, of a second or more, so only those pay for it who
-    have compiled something.
-    """
-    hidden: Callable[..., Any] | None = None
-
-    @functools.wraps(body)
-    def run(*arguments: Any) -> Any:
-        nonlocal hidden
-        if hidden is None and "torch._dynamo" in sys.modules:
-            from torch._dynamo.decorators import skip
-
-            hidden = torch.compiler.disable(body)
-            skip(run)
-        return (hidden or body)(*arguments)
-
-    return run
+        _LIBRARY.impl(name, outside_graphs(body), device)
 
 
 # ---- CPU ------------------------------------------------------------
@@ -153,7 +135,8 @@ def _flat(logits: Tensor):
 
 
 def _array(tensor: Tensor):
-    return tensor.detach().contiguous().numpy()
+    tensor = tensor.contiguous()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
 
 
 def _shape_of(logits: Tensor) -> tuple[int, int, int]:
@@ -173,7 +156,8 @@ def _token_stats_cpu(logits, logit_rows, targets, logit_scale, softcap, temperat
         stats,
         torch.get_num_threads(),
     )
-    return tuple(torch.from_numpy(column) for column in columns)
+    values = map(torch.from_numpy, columns if stats else columns[:3])
+    return (*values, *(() if stats else _NO_STATS))
 
 
 def _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform):

@@ -89,21 +89,21 @@ def sum_sequences(logps: Tensor, table: ScoreTable, kernels: bool) -> Tensor:
     return add(logps, table.weights, table.seq_offsets).reshape(-1, table.group_size)
 
 
-def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
-    """Whether ``impl`` means the kernels (or the twin) for this tensor; raises if it cannot."""
+def uses_kernels(dtype: torch.dtype, where: str, impl: str, name: str = "logits") -> bool:
+    """Whether ``impl`` means the kernels (or the twin) for a tensor of this dtype and type of
+    device; raises if it cannot.
+    """
     if impl not in IMPLS:
         raise ValueError(f"`impl` must be one of {', '.join(IMPLS)}, found {impl!r}")
-    if not values.is_floating_point():
-        found = describe(values.dtype)
-        raise TensorError(f"`{name}` must have a floating-point dtype, found {found}")
-    where = values.device.type
-    if values.dtype not in ops.DTYPES and values.dtype != torch.float64:
+    if not dtype.is_floating_point:
+        raise TensorError(f"`{name}` must have a floating-point dtype, found {describe(dtype)}")
+    if dtype not in ops.DTYPES and dtype != torch.float64:
         accepted = ", ".join((*ops.DTYPES.values(), "float64"))
-        raise TensorError(f"`{name}` must be {accepted}, found {describe(values.dtype)}")
+        raise TensorError(f"`{name}` must be {accepted}, found {describe(dtype)}")
     if impl == "torch":
         return False
     if impl == "auto":
-        return where in ("cpu", "cuda") and values.dtype in ops.DTYPES
+        return where in ("cpu", "cuda") and dtype in ops.DTYPES
     if impl == "cuda" and not torch.cuda.is_available():
         raise KernelUnavailable(
             'no CUDA device: `impl="cuda"` needs one\n'
@@ -114,10 +114,10 @@ def uses_kernels(values: Tensor, impl: str, name: str = "logits") -> bool:
             f'`{name}` must be on a {impl} device for impl="{impl}", found {where}\n'
             'hint: use impl="auto" to choose by device'
         )
-    if values.dtype not in ops.DTYPES:
+    if dtype not in ops.DTYPES:
         raise TensorError(
             f'`{name}` must be {", ".join(ops.DTYPES.values())} for impl="{impl}", found '
-            f'{describe(values.dtype)}\nhint: use impl="torch"'
+            f'{describe(dtype)}\nhint: use impl="torch"'
         )
     return True
 
@@ -127,6 +127,8 @@ def is_dtensor(value: object) -> bool:
     torch.distributed, and no look at the modules that are loaded, which a compiled region would
     read once and for all.
     """
+    if type(value) is Tensor:  # most are, and to find that there is no such method takes longer
+        return False
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
@@ -152,33 +154,34 @@ def check_is_table(table: ScoreTable) -> None:
 def check_table(
     table: ScoreTable, values: Tensor, name: str, vocabulary: int | None = None
 ) -> None:
-    """Table and values (R, ...) or (rows, T, ...) fit: same device, the table's own shape and, on
-    the CPU, its rows below R and its ids below ``vocabulary``. Waits for no device.
+    """A table (`check_is_table`) and values (R, ...) or (rows, T, ...) fit: same device, the
+    table's own shape and, on the CPU, its rows below R and its ids below ``vocabulary``. Waits for
+    no device.
     """
-    check_is_table(table)
-    if table.device != values.device:
+    targets, device = table.targets, values.device
+    if targets.device != device:
         raise TensorError(
-            f"`table` must be on {values.device}, as `{name}` is, found {table.device}\n"
+            f"`table` must be on {device}, as `{name}` is, found {table.device}\n"
             f"hint: use table.to({name}.device)"
         )
     check_shape(table.shape, values, name)
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not table.n_tokens:
+    if device.type != "cpu" or torch.compiler.is_compiling() or not targets.shape[0]:
         return
-    R = values.shape[:-1].numel()
+    R = values.shape[0] if values.dim() == 2 else values.shape[0] * values.shape[1]
     # Two reductions say of nearly every table that it fits; tokens that are not scored may not.
     if int(table.logit_rows.max()) >= R:
-        beyond = (table.logit_rows >= R) & (table.targets != IGNORE_INDEX)
+        beyond = (table.logit_rows >= R) & (targets != IGNORE_INDEX)
         if bool(beyond.any()):
             i = int(beyond.nonzero()[0])
             raise TensorError(
                 f"`logit_rows` must be below {R}, the rows of `{name}`, "
                 f"found {int(table.logit_rows[i])} at token {i}"
             )
-    if vocabulary is not None and int(table.targets.max()) >= vocabulary:
-        i = int((table.targets >= vocabulary).nonzero()[0])
+    if vocabulary is not None and int(targets.max()) >= vocabulary:
+        i = int((targets >= vocabulary).nonzero()[0])
         raise TensorError(
             f"`targets` must be below {vocabulary}, the vocabulary of `{name}`, found "
-            f"{int(table.targets[i])} at token {i}, {_place(table, i)}\n"
+            f"{int(targets[i])} at token {i}, {_place(table, i)}\n"
             "hint: the labels are of another tokenizer than the model, or its embedding was not "
             "resized to it"
         )
@@ -267,5 +270,5 @@ class _SegmentSum(torch.autograd.Function):
 def token_grad(grad: Tensor, weights: Tensor | None, seq_offsets: Tensor, tokens: int) -> Tensor:
     """(M,) gradients of the tokens' log-probs from those of sequences (S,): ``w * grad[seq]``."""
     place = torch.arange(tokens, dtype=torch.int32, device=grad.device)
-    g = grad[torch.bucketize(place, seq_offsets[1:], right=True)]
+    g = grad.index_select(0, torch.bucketize(place, seq_offsets[1:], right=True))
     return g if weights is None else torch.where(weights != 0, g * weights, 0.0)

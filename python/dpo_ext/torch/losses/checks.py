@@ -76,8 +76,10 @@ def bind_parameters(row: LossRow, given: Mapping[str, Any], logps: Tensor) -> di
         TensorError: an array of them has another shape than (N,), or is elsewhere.
     """
     bound: dict[str, Number] = {}
+    known = 0
     for name, parameter in row.parameters.items():
         if name in given:
+            known += 1
             bound[name] = convert_parameter(name, given[name], parameter, logps, row.differentiable)
         elif parameter.default is None:
             raise ValueError(
@@ -85,7 +87,7 @@ def bind_parameters(row: LossRow, given: Mapping[str, Any], logps: Tensor) -> di
             )
         else:
             bound[name] = parameter.default
-    if len(given) != sum(name in given for name in row.parameters):
+    if len(given) != known:
         unknown = next(name for name in given if name not in row.parameters)
         has = ", ".join(f"`{name}`" for name in row.parameters) or "no parameter"
         raise ValueError(f"loss {row.name!r} has no parameter `{unknown}`\nhint: it has {has}")

@@ -125,7 +125,12 @@ def sp(z: Tensor) -> Tensor:
     """Softplus ``log(1 + e^z)``; ``torch.nn.functional.softplus`` is linear beyond 20, 2e-9 off in
     float64.
     """
-    return -logsigmoid(-z)
+    return sp_of_minus(-z)
+
+
+def sp_of_minus(z: Tensor) -> Tensor:
+    """``sp(-z)``, which is nearer to what torch has."""
+    return -logsigmoid(z)
 
 
 def relu(z: Tensor) -> Tensor:

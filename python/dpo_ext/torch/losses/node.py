@@ -36,25 +36,24 @@ class Pairs(NamedTuple):
     whole: Gathered | None
 
     def evaluate(self, logps: Tensor, bound: Bound) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss of each pair, and what it is differentiated by: ``dL/dc, dL/dr`` and those of the
-        parameters that ask for it. No graph.
+        """Loss of each pair, and what it is differentiated by: ``dL/dc, dL/dr`` side by side (N, 2)
+        and those of the parameters that ask for it. No graph.
         """
         row, params = bound
         if self.whole is not None:
             whole = self.whole
             seen = Symbols(whole.logps, whole.ref_logps, whole.lengths)
             per_pair, gc, gr, *others = row.formula(seen, **params)
-            # clones: a slice of an output is a view of it
-            per_pair, gc, gr = (t[whole.mine].clone() for t in (per_pair, gc, gr))
+            # a clone: a slice of an output is a view of it
+            per_pair, gc, gr = per_pair[whole.mine].clone(), gc[whole.mine], gr[whole.mine]
         else:
             seen = Symbols(logps, self.ref_logps, self.lengths)
             per_pair, gc, gr, *others = row.formula(seen, **params)
-        slopes = [gc, gr]
-        if others:
-            slopes += [
-                others[0][name] for name in row.differentiable if isinstance(params[name], Tensor)
-            ]
-        return per_pair, tuple(slopes)
+        slopes = torch.stack((gc, gr), 1)
+        if not others:
+            return per_pair, (slopes,)
+        asked = [n for n in row.differentiable if isinstance(params[n], Tensor)]
+        return per_pair, (slopes, *(others[0][name] for name in asked))
 
 
 class PairLoss(torch.autograd.Function):
@@ -83,12 +82,15 @@ class PairLoss(torch.autograd.Function):
         return over(weighted_sum(per_pair, pairs.weight), pairs.divisor), per_pair, *slopes
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         _, pairs, bound, *_ = inputs
         ctx.set_materialize_grads(False)
         ctx.divisor = pairs.divisor
         ctx.save_for_backward(pairs.weight, *output[2:])
         ctx.mark_non_differentiable(*output[1 if bound.row.couples_batch else 2 :])
+        return output[:2]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_per_pair: Tensor | None, *_: Any) -> Any:
@@ -103,7 +105,7 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad_loss: Any, grad_per_pair: Any) -> tuple[Tensor, list[Tensor]]:
-        weight, gc, gr, *others = ctx.saved_tensors
+        weight, slopes, *others = ctx.saved_tensors
         if grad_loss is None:
             factor = grad_per_pair
         else:
@@ -112,16 +114,16 @@ class PairLoss(torch.autograd.Function):
                 factor = factor * weight
             if grad_per_pair is not None:
                 factor = factor + grad_per_pair
+        column = factor[:, None] if factor.dim() else factor
         if weight is not None:
-            zero = torch.zeros_like(gc)
-            gc, gr, *others = (torch.where(factor == 0, zero, g) for g in (gc, gr, *others))
-        return torch.stack((gc * factor, gr * factor), 1), [g * factor for g in others]
+            slopes = torch.where(column == 0, torch.zeros_like(slopes), slopes)
+            others = [torch.where(factor == 0, torch.zeros_like(g), g) for g in others]
+        return slopes * column, [g * factor for g in others]
 
 
 def slopes_of(logps: Tensor, pairs: Pairs, bound: Bound) -> Tensor:
     """(N, 2) gradient of the batch loss by the log-probs, without a graph."""
-    _, (gc, gr, *_) = pairs.evaluate(logps, bound)
-    slopes = torch.stack((gc, gr), 1)
+    _, (slopes, *_) = pairs.evaluate(logps, bound)
     if pairs.weight is not None:
         weight = pairs.weight[:, None]
         slopes = torch.where(weight == 0, torch.zeros_like(slopes), slopes * weight)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.losses.forms import Number
+from dpo_ext.torch.losses.forms import Number, over, times
 
 
 class PreferenceLoss:
@@ -82,10 +82,8 @@ class PreferenceLoss:
         chosen, rejected = self._rewards()
         logps = self._logps
         above = (chosen > rejected).to(logps.dtype)
-        columns = torch.stack(
-            (chosen, rejected, above, chosen - rejected, logps[:, 0], logps[:, 1])
-        )
-        means = (columns.sum(1) / max(logps.shape[0], 1)).unbind()
+        columns = torch.stack((chosen, rejected, above, chosen - rejected, *logps.unbind(1)))
+        means = over(columns.sum(1), float(max(logps.shape[0], 1))).unbind()
         keys = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
         return dict(zip((*keys, "logps/chosen", "logps/rejected"), means, strict=True))
 
@@ -95,7 +93,7 @@ class PreferenceLoss:
             ratios = ratios - self._ref_logps
         chosen, rejected = ratios.unbind(1)
         scale = 1.0 if self.scale is None else self.scale
-        return chosen * scale, rejected * scale
+        return times(chosen, scale), times(rejected, scale)
 
     def __repr__(self) -> str:
         return f"PreferenceLoss(loss={self.loss!r}, {self.per_pair.shape[0]} pairs)"

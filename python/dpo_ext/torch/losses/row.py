@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.losses.forms import Number, s, scaled_exp, sigmoid_times_exp, sp, times
+from dpo_ext.torch.losses.forms import (
+    Number,
+    s,
+    scaled_exp,
+    sigmoid_times_exp,
+    sp_of_minus,
+    times,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +185,7 @@ def u_row(
             u, uc, ur, *others = u_formula(x, **p)
             if _given(margin):
                 u = u - margin
-            loss, slope = sp(-u), s(-u)
+            loss, slope = sp_of_minus(u), s(-u)
             if _given(label_smoothing):
                 loss, slope = loss + label_smoothing * u, slope - label_smoothing
             if not others:
@@ -213,9 +220,9 @@ def u_exp_row(
             if _given(margin):
                 u = u - margin
             if not _given(label_smoothing):
-                return sp(-u), -sigmoid_times_exp(u, bc, kc), sigmoid_times_exp(u, br, kr)
+                return sp_of_minus(u), -sigmoid_times_exp(u, bc, kc), sigmoid_times_exp(u, br, kr)
             u = u.clamp(torch.finfo(u.dtype).min, torch.finfo(u.dtype).max)  # inf - inf is NaN
-            loss, slope = sp(-u) + label_smoothing * u, s(-u) - label_smoothing
+            loss, slope = sp_of_minus(u) + label_smoothing * u, s(-u) - label_smoothing
             zero = torch.zeros_like(u)
             gc = torch.where(slope == 0, zero, slope * scaled_exp(kc, bc))
             gr = torch.where(slope == 0, zero, slope * scaled_exp(kr, br))
