@@ -591,13 +591,16 @@ def test_the_collator_without_a_table_serves_stock_trl(own, stock_sigmoid):
     assert runs.differences(stock_sigmoid, found) == []
 
 
-def test_a_batch_with_a_foreign_key_or_without_a_table_raises(own):
+def test_a_batch_with_a_foreign_key_or_without_table_and_mask_raises(own):
     trainer = runs.build(DPOTrainer, own, runs.load(own, "text_explicit"))
     batch = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(ValueError, match="`pair_index`"):
         trainer.compute_loss(trainer.model, batch | {"pair_index": torch.arange(4)})
+    loss = trainer.compute_loss(trainer.model, dict(batch))
     del batch[TABLE_KEY]
-    with pytest.raises(ValueError, match=TABLE_KEY):
+    assert torch.equal(trainer.compute_loss(trainer.model, dict(batch)), loss)  # from its mask
+    del batch["completion_mask"]
+    with pytest.raises(ValueError, match="`completion_mask`"):
         trainer.compute_loss(trainer.model, batch)
 
 

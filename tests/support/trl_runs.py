@@ -225,7 +225,11 @@ def ours(material: Path, data: Dataset, **options: Any) -> list[dict[str, float]
 
 
 def differences(
-    expected: list[dict[str, float]], found: list[dict[str, float]], *, skip: tuple[str, ...] = ()
+    expected: list[dict[str, float]],
+    found: list[dict[str, float]],
+    *,
+    skip: tuple[str, ...] = (),
+    slack: float = 1.0,
 ) -> list[str]:
     """Everything by which two histories differ beyond float32 noise, one line each; empty where they agree."""
     if len(expected) != len(found):
@@ -238,7 +242,7 @@ def differences(
             if any(name in key for name in skip):
                 continue
             gap = abs(want[key] - got[key])
-            bound = next(bound for name, bound in BOUNDS.items() if name in key)
+            bound = slack * next(bound for name, bound in BOUNDS.items() if name in key)
             if key.endswith(RELATIVE):
                 bound *= abs(want[key])
             if not gap <= bound:

@@ -149,7 +149,6 @@ class SegmentMask(Tensor):
     window: int | None
 
     @classmethod
-    @torch.compiler.disable
     def of(cls, segments: Segments, window: int | None = None, device: Any = "cpu") -> SegmentMask:
         """The mask of ``segments``; a query sees ``window`` positions, its own included."""
         rows, width = segments.shape

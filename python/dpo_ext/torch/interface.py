@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dpo_ext.errors import TensorError
 from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments, seen
 from dpo_ext.torch.agreement import as_it_was, plain_ids, text_config
+from dpo_ext.torch.once import outside_graphs
 from dpo_ext.torch.pieces import call_of
 from dpo_ext.torch.segments import (
     as_autocast_has_them,
@@ -179,6 +180,9 @@ def checked(model: Any) -> str | None:
         return reason
 
 
+_mask_over = outside_graphs(SegmentMask.of)  # a subclass of tensors, which Dynamo does not trace
+
+
 @contextmanager
 def _in_its_own_dtype(model: Any, device: torch.device) -> Iterator[None]:
     """As it was, and without autocast where the weights are of one dtype: what rounds little
@@ -325,7 +329,7 @@ def _segment_mask(kwargs: dict[str, Any]) -> SegmentMask | None:
     if not bool(right.all()):
         return None
     offsets = np.append(np.flatnonzero(begins.flatten().cpu().numpy()), rows * width)
-    return SegmentMask.of(Segments((rows, width), offsets), window, device)
+    return _mask_over(Segments((rows, width), offsets), window, device)
 
 
 def attention_forward(
@@ -355,7 +359,7 @@ def attention_forward(
         told = _told(kwargs, rows, width) if causal else None
         if told is not None:
             window = None if attention_mask is None else attention_mask.window
-            attention_mask = SegmentMask.of(told, window, query.device)
+            attention_mask = _mask_over(told, window, query.device)
     if attention_mask is None and torch.compiler.is_compiling():
         check_compiled(module, kwargs)
     biased = any(kwargs.get(name) is not None for name in ("position_bias", "head_mask"))

@@ -71,16 +71,16 @@ def outside_graphs(body: Callable[..., Any], reason: str | None = None) -> Calla
     hidden: Callable[..., Any] | None = None
 
     @functools.wraps(body)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **options: Any) -> Any:
         nonlocal hidden
         if _watcher() is None:
-            return body(*arguments)
+            return body(*arguments, **options)
         if hidden is None:
             from torch._dynamo.decorators import skip
 
             hidden = torch.compiler.disable(body, reason=reason)
             skip(run)
-        return hidden(*arguments)
+        return hidden(*arguments, **options)
 
     # as `disable` marks what it returns, for a graph that comes to this call
     run._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001

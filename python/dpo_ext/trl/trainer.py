@@ -23,6 +23,7 @@ from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError, TensorError
+from dpo_ext.layout.batch import LAYOUTS
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
@@ -40,6 +41,7 @@ from dpo_ext.trl.options import check_args, check_data_options, loss_options
 
 logger = logging.getLogger(__name__)
 
+_MODEL_KEYS = {name: set(LAYOUTS[name].model_inputs) for name in SERVED}
 # Of a batch, what the model is not given.
 _NOT_OF_THE_MODEL = {"completion_mask", "completion_lengths", NUM_TOKENS, *REFERENCE, TABLE_KEY}
 _DATA, _LAYOUT, _HEAD = "data", "layout", "head and loss"
@@ -410,7 +412,15 @@ class DPOTrainer(trl.DPOTrainer):
                 metrics[name].append(total / count if count else 0.0)
 
     def _model_inputs(self, inputs: Mapping[str, Any], router: bool = True) -> dict[str, Any]:
-        """What a scoring forward takes: all that TRL would hand to the model, and the table."""
+        """What a scoring forward takes: all that TRL would hand to the model, and the table.
+
+        Beside a table of ours a key that nobody would read is an error.
+        """
+        known = _MODEL_KEYS[self.layout] | _NOT_OF_THE_MODEL
+        foreign = sorted(inputs.keys() - known) if TABLE_KEY in inputs else []
+        if foreign and isinstance(self.data_collator, PairCollator):
+            names = ", ".join(f"`{name}`" for name in foreign)
+            raise ValueError(f"the batch has keys that would be ignored: {names}")
         table = _table(inputs)
         if self.ld_alpha is not None:
             table = ld_table(table, self.ld_alpha)
