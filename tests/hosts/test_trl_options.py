@@ -541,3 +541,26 @@ def test_another_version_of_trl_is_named():
     env["DPO_EXT_ANY_TRL"] = "1"
     tried = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert tried.returncode == 0, tried.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_quantized_base_with_an_adapter_trains_as_in_stock(own, data, layout):
+    pytest.importorskip("bitsandbytes")
+
+    def train(kind, keywords):
+        quantized = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32
+        )
+        adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        keywords |= {"quantization_config": quantized, "peft_config": adapter}
+        trainer = runs.build(kind, own, data, keywords)
+        trainer.train()
+        return runs.history(trainer), trainer
+
+    expected, _ = train(trl.DPOTrainer, {})
+    found, trainer = train(DPOTrainer, {"layout": layout})
+    assert trainer.model.is_loaded_in_4bit
+    assert "head and loss" not in trainer.steps_back
+    skip = ("total_flos",) if layout == "packed" else ()
+    assert runs.differences(expected, found, skip=skip, slack=3.0) == []
