@@ -136,7 +136,7 @@ def attach_scoring(
         plan: as in `linear_sequence_logps`, with ``loss`` as in `linear_preference_loss`; or
             ``"logits"``. ``"auto"`` takes ``"logits"`` where no other plan is right.
         loss: None, a name or several, or a dict of `linear_preference_loss`'s options: ``loss,
-            beta, compat, loss_weights`` and parameters of the loss.
+            beta, compat, loss_weights, chunk_pairs`` and parameters of the loss.
         chunk_rows, exact_target: as in `linear_sequence_logps`; not for ``"logits"``.
         head_dtype: dtype of the product with the head, ``torch.float32`` for a bfloat16 model whose
             logits should not be rounded. Costs a copy of the weight a call; not for ``"logits"``.
@@ -652,7 +652,8 @@ def _by_logits(
         lengths = options.get("lengths")
         if lengths is None and not callable(options["loss"]):
             lengths = table.lengths
-        rest = {name: value for name, value in options.items() if name != "lengths"}
+        of_the_head = ("lengths", "chunk_pairs")
+        rest = {name: value for name, value in options.items() if name not in of_the_head}
         out = preference_loss(
             logps,
             None if ref is None else ref.to(logps.dtype),
