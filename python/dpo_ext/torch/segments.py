@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.layout.segments import Segments
 from dpo_ext.torch.flash_cpu import flash, serves
 from dpo_ext.torch.pieces import BLOCK, Call, blocks, call_of, plan_of
@@ -24,7 +25,7 @@ from dpo_ext.torch.pieces import BLOCK, Call, blocks, call_of, plan_of
 Backend = Literal["auto", "pieces", "varlen", "flash_attn"]
 
 
-@torch.compiler.disable(reason="where segments begin is a value, no shape")
+@outside_graphs("where segments begin is a value, no shape")
 def segment_attention(
     query: Tensor,
     key: Tensor,

@@ -30,7 +30,7 @@ def several_logps(logits: Tensor, index: Tensor, how: Transform) -> Tensor:
     if host_values(index) and bool(outside.any()):
         raise TensorError(f"`index` must be in [0, {V}), found {int(index[outside][0])}")
     ids = index.clamp(0, max(V - 1, 0)).long().reshape(-1, index.shape[-1])
-    if not uses_kernels(logits, "auto"):
+    if not uses_kernels(logits.dtype, logits.device.type, "auto"):
         y = twin.transform(logits.reshape(-1, V), *how).log_softmax(-1)
         logps = y.gather(-1, ids)
     else:
