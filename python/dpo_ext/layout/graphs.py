@@ -26,7 +26,8 @@ def outside_graphs(reason: str | None = None) -> Callable[[F], F]:
         @functools.wraps(body)
         def run(*arguments: Any, **options: Any) -> Any:
             nonlocal hidden
-            if _watcher() is None:
+            # Dynamo may look at this very frame, once, and knows no `_watcher`
+            if not torch.compiler.is_compiling() and _watcher() is None:
                 return body(*arguments, **options)
             if hidden is None:
                 from torch._dynamo.decorators import skip
