@@ -411,8 +411,7 @@ def test_packed_rows_of_a_model_that_leaks_are_an_error_that_names_the_cure(name
 
 def test_a_model_that_gives_other_numbers_keeps_its_own_attention(monkeypatch):
     wrong = segment_attention
-    interface.register()
-    monkeypatch.setattr(interface._Outside, "attend", lambda *a, **k: wrong(*a, **k) * 1.5)
+    monkeypatch.setattr(interface, "segment_attention", lambda *a, **k: wrong(*a, **k) * 1.5)
     model = attach_scoring(llama())
     packed = pairs().plan(layout="packed", tokens_per_batch=600, shuffle=False)[0].to()
     call = {**packed.model_inputs, "score_table": packed.table}

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dpo_ext.layout.graphs import outside_graphs
+
 # The name under which transformers knows attention segment by segment.
 SEGMENTS = "dpo_ext_segments"
 
@@ -149,6 +151,7 @@ class SegmentMask(Tensor):
     window: int | None
 
     @classmethod
+    @outside_graphs()
     def of(cls, segments: Segments, window: int | None = None, device: Any = "cpu") -> SegmentMask:
         """The mask of ``segments``; a query sees ``window`` positions, its own included."""
         rows, width = segments.shape

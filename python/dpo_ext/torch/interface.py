@@ -265,18 +265,9 @@ def restored() -> None:
         register()
 
 
-class _Outside:
-    """What leaves a graph: the compiler, whose import takes a second, is told with transformers."""
-
-    mask_over = staticmethod(SegmentMask.of)
-    attend = staticmethod(segment_attention)
-
-
 @cache
 def register() -> None:
     """Tells transformers both functions."""
-    _Outside.mask_over = staticmethod(torch.compiler.disable(SegmentMask.of))
-    _Outside.attend = staticmethod(torch.compiler.disable(segment_attention))
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(SEGMENTS, attention_forward)
@@ -334,7 +325,7 @@ def _segment_mask(kwargs: dict[str, Any]) -> SegmentMask | None:
     if not bool(right.all()):
         return None
     offsets = np.append(np.flatnonzero(begins.flatten().cpu().numpy()), rows * width)
-    return _Outside.mask_over(Segments((rows, width), offsets), window, device)
+    return SegmentMask.of(Segments((rows, width), offsets), window, device)
 
 
 def attention_forward(
@@ -364,7 +355,7 @@ def attention_forward(
         told = _told(kwargs, rows, width) if causal else None
         if told is not None:
             window = None if attention_mask is None else attention_mask.window
-            attention_mask = _Outside.mask_over(told, window, query.device)
+            attention_mask = SegmentMask.of(told, window, query.device)
     if attention_mask is None and torch.compiler.is_compiling():
         check_compiled(module, kwargs)
     biased = any(kwargs.get(name) is not None for name in ("position_bias", "head_mask"))
@@ -391,7 +382,7 @@ def attention_forward(
                 more = {"softcap": softcap, "s_aux": s_aux}
                 out: Tensor = flex(module, query, key, value, blocks, scaling=scaling, **more)[0]
                 return out, None
-            out = _Outside.attend(query, key, value, segments, **options, backend=backend)
+            out = segment_attention(query, key, value, segments, **options, backend=backend)
             return out, None
     if softcap is None and s_aux is None:
         sdpa: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]

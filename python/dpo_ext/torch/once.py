@@ -1,4 +1,4 @@
-"""How a node of the graph is called, a gradient that can be taken once, what no graph looks into.
+"""A gradient that can be taken once, and how a node of the graph is called.
 
 Where the backward of a backward would be wrong in silence, it is an error.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dpo_ext.torch.numbers import derivatives, in_dual_level, transformed
 
-_watcher = torch._C._dynamo.eval_frame.get_eval_frame_callback  # noqa: SLF001 - no public name
 KERNEL_LOGPS = (
     "the log-probs of the kernels can be differentiated once, not twice\n"
     'hint: impl="torch" has a second derivative per token (token_scores)'
@@ -59,33 +58,6 @@ def _joined(function: Any) -> Any:
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (torch.autograd.Function,), methods)
-
-
-def outside_graphs(body: Callable[..., Any], reason: str | None = None) -> Callable[..., Any]:
-    """``body`` where Dynamo does not look; same as ``torch.compiler.disable(body, reason=reason)``.
-
-    Behind a graph break Dynamo watches every call, an operator's body too, and stops at functions
-    of Rust and CuPy. Telling it takes its import, of a second or more, and 8 us a call: only a call
-    that it watches pays for them.
-    """
-    hidden: Callable[..., Any] | None = None
-
-    @functools.wraps(body)
-    def run(*arguments: Any, **options: Any) -> Any:
-        nonlocal hidden
-        if _watcher() is None:
-            return body(*arguments, **options)
-        if hidden is None:
-            from torch._dynamo.decorators import skip
-
-            hidden = torch.compiler.disable(body, reason=reason)
-            skip(run)
-        return hidden(*arguments, **options)
-
-    # as `disable` marks what it returns, for a graph that comes to this call
-    run._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001
-    run._torchdynamo_disable_msg = reason  # type: ignore[attr-defined] # noqa: SLF001
-    return run
 
 
 def differentiable_once(value: Tensor, upstream: Tensor, message: str = KERNEL_LOGPS) -> Tensor:

@@ -6,7 +6,6 @@ outside it are not averaged over ranks (DDP says nothing) or not gathered (FSDP2
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.layout.masks import check_windows
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch import pairwise
@@ -40,7 +40,6 @@ from dpo_ext.torch.logps.scores import (
 )
 from dpo_ext.torch.losses.compat import find_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
-from dpo_ext.torch.once import outside_graphs
 
 Model = TypeVar("Model", bound=nn.Module)
 Attention = Literal["auto", "segments", "model"]
@@ -481,9 +480,8 @@ def _device(model: nn.Module, call: Mapping[str, Any]) -> torch.device:
     return torch.device("cpu")
 
 
-@functools.partial(
-    outside_graphs,
-    reason="the comparison of attach_scoring; attach_scoring(model, verify=True) makes it before",
+@outside_graphs(
+    "the comparison of attach_scoring; attach_scoring(model, verify=True) makes it before"
 )
 def _compared(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
     key = _key(model, _router(model, call))

@@ -7,7 +7,7 @@ Inside: X batches, g = H / K query heads of one key head, n queries, m keys.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.layout.segments import Segments
 from dpo_ext.torch.flash_cpu import flash, serves
-from dpo_ext.torch.once import outside_graphs
 from dpo_ext.torch.pieces import BLOCK, Call, blocks, call_of, plan_of
 
 Backend = Literal["auto", "pieces", "varlen", "flash_attn"]
 
 
-@partial(outside_graphs, reason="where segments begin is a value, no shape")
+@outside_graphs("where segments begin is a value, no shape")
 def segment_attention(
     query: Tensor,
     key: Tensor,

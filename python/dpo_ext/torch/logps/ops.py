@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dpo_ext import _core
 from dpo_ext.errors import TensorError, describe
+from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.torch.logps import cuda as kernels
-from dpo_ext.torch.once import outside_graphs
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -115,7 +115,7 @@ def _check_segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tens
 
 def _implement(device: str, bodies: dict[str, Callable[..., Any]]) -> None:
     for name, body in bodies.items():
-        _LIBRARY.impl(name, outside_graphs(body), device)
+        _LIBRARY.impl(name, outside_graphs()(body), device)
 
 
 # ---- CPU ------------------------------------------------------------
