@@ -22,6 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import dpo_ext.trl
 from dpo_ext.data.dataset import PairDataset
+from dpo_ext.errors import TokenizerError
 from dpo_ext.torch.losses import compat as loss_compat
 from dpo_ext.trl import BY_TRL, HONOURED, REFUSED, DPOTrainer, layers
 from dpo_ext.trl.collator import REFERENCE
@@ -564,3 +565,26 @@ def test_a_quantized_base_with_an_adapter_trains_as_in_stock(own, data, layout):
     assert "head and loss" not in trainer.steps_back
     skip = ("total_flos",) if layout == "packed" else ()
     assert runs.differences(expected, found, skip=skip, slack=3.0) == []
+
+
+@pytest.mark.parametrize(
+    ("keywords", "options", "unheard"),
+    [
+        ({"data_options": {"on_useless": "drop"}}, {}, "data_options"),
+        ({"metrics": "weighted"}, {"beta": 0.0}, "metrics"),
+    ],
+)
+def test_an_option_that_would_go_unheard_is_an_error(own, data, keywords, options, unheard):
+    rows = data.to_iterable_dataset() if unheard == "data_options" else data
+    with pytest.raises(ValueError, match=f"`{unheard}` would go unheard: .* is TRL's own, as"):
+        runs.build(DPOTrainer, own, rows, keywords, **options)
+
+
+def test_a_tokenizer_that_we_do_not_know_to_read_encodes_by_trl(own, data, monkeypatch):
+    def refuse(source):
+        raise TokenizerError("a key `odd` that nobody knows")
+
+    monkeypatch.setattr(dpo_ext.trl.trainer.Tokenizer, "from_pretrained", refuse)
+    trainer = runs.build(DPOTrainer, own, data)
+    assert trainer.steps_back == {"data": "a key `odd` that nobody knows"}
+    assert trainer.train_dataset[:] == runs.build(trl.DPOTrainer, own, data).train_dataset[:]

@@ -22,7 +22,7 @@ from trl.trainer.utils import use_adapter
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError, TensorError
+from dpo_ext.errors import DataError, TensorError, TokenizerError
 from dpo_ext.layout.batch import LAYOUTS
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.pairs import IDS, REFERENCE
@@ -186,6 +186,10 @@ class DPOTrainer(trl.DPOTrainer):
         """Leave a layer to TRL for a reason, if there is one, and say so once."""
         if reason is None or layer in self.steps_back:
             return
+        unheard = self.data_options if layer == _DATA else self.metrics == "weighted"
+        if unheard and layer != _LAYOUT:
+            option = "data_options" if layer == _DATA else "metrics"
+            raise ValueError(f"`{option}` would go unheard: {layer} is TRL's own, as {reason}")
         self.steps_back[layer] = reason
         if layer != _DATA:
             self.layout = "padded"
@@ -198,8 +202,10 @@ class DPOTrainer(trl.DPOTrainer):
         """
         if self._scores_by_itself or _HEAD in self.steps_back:
             return
-        if self._is_vision_dataset and self.layout == "packed":
-            self._step_back(_LAYOUT, "pictures belong to rows")
+        if self._is_vision_dataset:
+            self._step_back(_DATA, "pictures are prepared batch by batch")
+            if self.layout == "packed":
+                self._step_back(_LAYOUT, "pictures belong to rows")
         try:
             attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
             if self.ref_model is not None:
@@ -232,11 +238,10 @@ class DPOTrainer(trl.DPOTrainer):
         if isinstance(dataset, Dataset) and _fingerprint(dataset) in self._prepared:
             return dataset
         reason = why_not_data(dataset, processing_class)
-        if reason is not None:
-            self._step_back(_DATA, reason)
+        self._step_back(_DATA, reason)
+        encoder = None if reason is not None else self._encoder_of(processing_class)
+        if encoder is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if self._encoder is None or self._encoder[0] is not processing_class:
-            self._encoder = processing_class, Tokenizer.from_pretrained(processing_class)
         keep_start = args.truncation_mode == "keep_start"
         options: Options = {
             "on_useless": "keep",
@@ -248,7 +253,7 @@ class DPOTrainer(trl.DPOTrainer):
             "threads": args.dataset_num_proc,
         }
         try:
-            pairs = PairDataset.from_rows(dataset, self._encoder[1], **options)
+            pairs = PairDataset.from_rows(dataset, encoder, **options)
         except DataError as error:
             if error.reason != "no_pairs":
                 raise
@@ -261,11 +266,21 @@ class DPOTrainer(trl.DPOTrainer):
         if pairs.report.dropped:
             numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
             options["columns"] = (_ROW,)
-            pairs = PairDataset.from_rows(numbered, self._encoder[1], **options)
+            pairs = PairDataset.from_rows(numbered, encoder, **options)
             dataset = dataset.select(pairs.columns[_ROW])
         prepared = _beside(dataset, pairs)
         self._prepared.add(_fingerprint(prepared))
         return prepared
+
+    def _encoder_of(self, processing_class: Any) -> Tokenizer | None:
+        """The tokenizer, made once; None for one that we do not know to read exactly."""
+        if self._encoder is None or self._encoder[0] is not processing_class:
+            try:
+                self._encoder = processing_class, Tokenizer.from_pretrained(processing_class)
+            except TokenizerError as error:
+                self._step_back(_DATA, str(error).partition("\n")[0])
+                return None
+        return self._encoder[1]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add both reference columns unless they are there; the same on every rank, not cached."""
