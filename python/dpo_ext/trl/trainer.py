@@ -290,9 +290,10 @@ class DPOTrainer(trl.DPOTrainer):
             return dataset
         self._attach()
         model = self.model if self.ref_model is None else self.ref_model
+        rows = dataset if self._has_own_collator else dataset.select_columns(list(IDS))
         loader = self.accelerator.prepare(
             DataLoader(
-                dataset.select_columns(list(IDS)),
+                rows,
                 batch_size=batch_size,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
