@@ -114,7 +114,7 @@ bench: setup  ## the CPU benchmarks, each verified before it is timed
 	$(BIN)/python benches/logps.py
 	$(BIN)/python benches/loss.py
 	$(BIN)/python benches/linear.py
-	$(BIN)/python benches/small.py
+	$(BIN)/python benches/calls.py
 	$(BIN)/python benches/attention.py
 	$(BIN)/python benches/attention.py --row 32000
 	cargo bench --bench tokenize

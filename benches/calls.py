@@ -5,7 +5,7 @@ is timed is Python, the dispatcher and autograd. Verifies values and gradients a
 torch that a call replaces, then times both in the same process, taking turns. Times are the
 process's own, which other processes do not stop. `--record` appends a row a call to RESULTS.md.
 
-    python benches/small.py [--record]
+    python benches/calls.py [--record]
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def record(rows: list[tuple]) -> None:
             file.write(
                 f"| {date.today()} | {commit} | {where} | host time of a small call: {name}, one "
                 f"thread | {ours} | {peer} {theirs:.1f} us "
-                f"| {ratio:.2f}x the time | `python benches/small.py --record` |\n"
+                f"| {ratio:.2f}x the time | `python benches/calls.py --record` |\n"
             )
 
 
