@@ -25,6 +25,7 @@ from compat_cases import (
     TRL_HEAD,
     VERL,
     Draw,
+    compare_with,
     draw_batch,
     head_without_names,
     module,
@@ -32,7 +33,6 @@ from compat_cases import (
 )
 from liger_cases import LIGER, LIGER_OLD
 from liger_cases import module as liger_module
-from test_formulas import compare
 
 from dpo_ext import compat
 from dpo_ext.compat import dpo as original
@@ -58,7 +58,7 @@ def compare_all(cases, theirs):
     done = 0
     for case in cases:
         if case.name in theirs:
-            compare(case, theirs[case.name], sampled.seeds(DRAWS))
+            compare_with(case, theirs[case.name], sampled.seeds(DRAWS))
             done += 1
     assert done
 
@@ -105,7 +105,7 @@ def test_trl_head(wheel):
     if kernels is None and theirs is None:
         pytest.skip("this version has no fused head that runs without Triton")
     if kernels is not None:
-        compare(TRL_HEAD, head_without_names(kernels.apply), sampled.seeds(DRAWS))
+        compare_with(TRL_HEAD, head_without_names(kernels.apply), sampled.seeds(DRAWS))
         assert misfit(kernels, trl.ChunkedLogProbFunction) is None
         return
     biased = "bias" in inspect.signature(theirs.forward).parameters
@@ -125,7 +125,7 @@ def test_trl_head(wheel):
 
     grads = TRL_HEAD.grads if biased else TRL_HEAD.grads[:2]
     case = TRL_HEAD._replace(ours=head_without_names(ours.apply), slow=slow, draw=draw, grads=grads)
-    compare(case, head_without_names(theirs.apply), sampled.seeds(DRAWS))
+    compare_with(case, head_without_names(theirs.apply), sampled.seeds(DRAWS))
 
 
 def in_order(args):
@@ -238,7 +238,7 @@ def test_liger(wheel):
         assert misfit(cls, getattr(liger, case.name)) is None or not newest
         if newest:
             same_module(cls, getattr(liger, case.name))
-        compare(case, liger_module(cls), sampled.seeds(DRAWS))
+        compare_with(case, liger_module(cls), sampled.seeds(DRAWS))
 
 
 @pytest.mark.skipif(

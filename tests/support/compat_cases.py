@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from compare import assert_no_worse
 from compat_formulas import (
     slow_both,
     slow_entropy,
@@ -424,3 +425,40 @@ GROUPS = {
     "open_instruct": OPEN_INSTRUCT,
     "torch": TORCH,
 }
+
+
+# ---- ours beside theirs ----
+
+SLACK = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 3e-5, torch.float16: 3e-5}
+
+
+def compare_with(case, theirs, seeds):
+    """Values, dtypes, and gradients of ours are no worse than theirs of the same dtype."""
+    for seed in seeds:
+        draw, head = Draw(seed), any("weight" in name for name in case.grads)
+        args = case.draw(draw)
+        got, grads = run(case.ours, args, case.grads)
+        base, base_grads = run(theirs, args, case.grads)
+        truth, true_grads = run(case.slow, args, case.grads, torch.float64)
+        assert len(got) == len(base) == len(truth), (seed, len(got), len(base))
+        for i, (a, b, t) in enumerate(zip(got, base, truth, strict=True)):
+            assert (a.dtype, a.shape, a.requires_grad) == (b.dtype, b.shape, b.requires_grad), (
+                seed,
+                i,
+            )
+            assert_no_worse(a, b, t, slack(a, t, draw.dtype, head))
+        assert len(grads) == len(base_grads)
+        for a, b, t in zip(grads, base_grads, true_grads, strict=True):
+            assert a.dtype == b.dtype, seed
+            assert_no_worse(a, b, t, slack(a, t, draw.dtype, head))
+
+
+def slack(got, truth, dtype, head):
+    """Rounding of sums, one unit in the last place of what is returned in half precision, and of a
+    head its logits, which two ways of adding a bias round in two ways.
+    """
+    size = float(truth.detach().double().abs().nan_to_num(0, 0, 0).max()) if truth.numel() else 0.0
+    unit = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+    base = max(SLACK[dtype], SLACK.get(got.dtype, 0.0))
+    rounded = 2.0 * torch.finfo(dtype).eps * (1.0 + size) if head and dtype.itemsize == 2 else 0.0
+    return base * (1.0 + size / 10) + unit * size + rounded

@@ -10,7 +10,7 @@ Raises:
 import os
 from importlib.metadata import version
 
-from dpo_ext.extras import need
+from dpo_ext.extras import install_other, need
 
 need("torch", "dpo_ext.trl")
 need("trl", "dpo_ext.trl")
@@ -20,8 +20,8 @@ _FOUND = version("trl")
 if not _FOUND.startswith(f"{_SERVED}.") and os.environ.get("DPO_EXT_ANY_TRL") != "1":
     raise ImportError(
         f"`dpo_ext.trl` is compared with TRL {_SERVED}, found {_FOUND}\n"
-        f"hint: pip install 'trl=={_SERVED}.*', or set DPO_EXT_ANY_TRL=1 to try it all the same; "
-        'dpo_ext.compat.patch("trl") serves other versions'
+        f"hint: {install_other(f'trl~={_SERVED}.0')}, or set DPO_EXT_ANY_TRL=1 to try it all the "
+        'same; dpo_ext.compat.patch("trl") serves other versions'
     )
 
 from dpo_ext.trl.collator import PairCollator
