@@ -2,7 +2,7 @@
 
 Verifies values and gradients against each other first, then times both in the same process, taking
 turns. The peers' own functions come out of unpacked wheels (`DPO_EXT_PEERS`, see
-tests/support/peers.py). `--record` appends the rows to benches/RESULTS.md.
+tests/support/wheels.py). `--record` appends the rows to benches/RESULTS.md.
 
     DPO_EXT_PEERS=folder python benches/compat.py [--record] [--vocabulary 50257] [--threads 1]
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
-import peers  # noqa: E402
+import wheels  # noqa: E402
 
 from dpo_ext.compat import liger, llamafactory, trl  # noqa: E402
 
@@ -42,10 +42,10 @@ class Rival(NamedTuple):
     """How many of the inputs, from the first on, get a gradient."""
 
 
-def newest(name: str) -> peers.Wheel:
-    found = peers.wheels(name)
+def newest(name: str) -> wheels.Wheel:
+    found = wheels.wheels(name)
     if not found:
-        sys.exit(f"{peers.NO_PEERS}: {name}")
+        sys.exit(f"{wheels.NO_PEERS}: {name}")
     return found[-1]
 
 
@@ -59,9 +59,9 @@ def rivals(V: int) -> list[Rival]:
     x, ref_x = torch.randn(2, rows, LENGTH, HIDDEN, generator=generator)
     w, ref_w = torch.randn(2, V, HIDDEN, generator=generator) / HIDDEN**0.5
     trl_wheel, factory, fused = newest("trl"), newest("llamafactory"), newest("liger_kernel")
-    theirs = peers.trl_functions(trl_wheel)
-    batch = peers.llamafactory_functions(factory)["get_batch_logps"]
-    dpo = peers.liger_modules(fused)["LigerFusedLinearDPOLoss"](compiled=False)
+    theirs = wheels.trl_functions(trl_wheel)
+    batch = wheels.llamafactory_functions(factory)["get_batch_logps"]
+    dpo = wheels.liger_modules(fused)["LigerFusedLinearDPOLoss"](compiled=False)
     head = liger.LigerFusedLinearDPOLoss()
     shape = f"{rows} x {LENGTH} x {V} float32"
     found = [

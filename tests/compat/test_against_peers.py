@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 from types import SimpleNamespace
 
-import peers
 import pytest
 import sampled
 import torch
+import wheels
 from compat_cases import (
     LLAMAFACTORY,
     OPEN_INSTRUCT,
@@ -45,8 +45,8 @@ DRAWS = 500
 
 def each(*names):
     """Every unpacked version of a peer, or one skipped test."""
-    found = [wheel for name in names for wheel in peers.wheels(name)]
-    skip = pytest.param(None, marks=pytest.mark.skip(reason=peers.NO_PEERS))
+    found = [wheel for name in names for wheel in wheels.wheels(name)]
+    skip = pytest.param(None, marks=pytest.mark.skip(reason=wheels.NO_PEERS))
     return pytest.mark.parametrize("wheel", found or [skip], ids=str)
 
 
@@ -71,7 +71,7 @@ def same_parameters(theirs, ours):
 
 @each("trl")
 def test_trl(wheel):
-    theirs = peers.trl_functions(wheel)
+    theirs = wheels.trl_functions(wheel)
     newer = number(wheel) >= (1, 15)
     draws = TRL if number(wheel) >= (0, 29) else (one_token(TRL[0]), TRL[1])
     compare_all(TRL_115 if newer else draws, theirs)
@@ -100,8 +100,8 @@ def one_token(case):
 
 @each("trl")
 def test_trl_head(wheel):
-    theirs = peers.trl_functions(wheel).get("_ChunkedLogProbFunction")
-    kernels = peers.trl_kernels(wheel)
+    theirs = wheels.trl_functions(wheel).get("_ChunkedLogProbFunction")
+    kernels = wheels.trl_kernels(wheel)
     if kernels is None and theirs is None:
         pytest.skip("this version has no fused head that runs without Triton")
     if kernels is not None:
@@ -138,7 +138,7 @@ def without_slope(logps, entropy):
 
 @each("trl")
 def test_trl_online_dpo(wheel):
-    theirs = peers.trl_online(wheel)
+    theirs = wheels.trl_online(wheel)
     assert theirs is not None
     assert misfit(theirs, trl.online_dpo_forward) is None
     pictures = "vision_inputs" in inspect.signature(theirs).parameters
@@ -169,14 +169,14 @@ def test_trl_online_dpo(wheel):
 
 @each("llamafactory")
 def test_llamafactory(wheel):
-    theirs = peers.llamafactory_functions(wheel)
+    theirs = wheels.llamafactory_functions(wheel)
     compare_all(LLAMAFACTORY, theirs)
     same_parameters(theirs["get_batch_logps"], llamafactory.get_batch_logps)
 
 
 @each("openrlhf")
 def test_openrlhf(wheel):
-    theirs = peers.openrlhf_functions(wheel)
+    theirs = wheels.openrlhf_functions(wheel)
     same_parameters(theirs["log_probs_from_logits"], openrlhf.log_probs_from_logits)
     same_module(theirs["DPOLoss"], openrlhf.DPOLoss)
     calls = {
@@ -195,14 +195,14 @@ def same_module(theirs, ours):
 
 @each("verl")
 def test_verl(wheel):
-    theirs = peers.verl_functions(wheel)["logprobs_from_logits"]
+    theirs = wheels.verl_functions(wheel)["logprobs_from_logits"]
     same_parameters(theirs, verl.logprobs_from_logits)
     compare_all(VERL, {"logprobs_from_logits": lambda logits, index: theirs(logits, index)})
 
 
 @each("torchtune")
 def test_torchtune(wheel):
-    theirs = peers.torchtune_functions(wheel)
+    theirs = wheels.torchtune_functions(wheel)
     same_parameters(theirs["get_batch_log_probs"], torchtune.get_batch_log_probs)
     same_module(theirs["DPOLoss"], torchtune.DPOLoss)
     loss = module(theirs["DPOLoss"], "beta", "label_smoothing")
@@ -215,7 +215,7 @@ def test_torchtune(wheel):
 
 @each("open_instruct")
 def test_open_instruct(wheel):
-    theirs = peers.open_instruct_functions(wheel)
+    theirs = wheels.open_instruct_functions(wheel)
     for case in OPEN_INSTRUCT:
         same_parameters(theirs[case.name], getattr(open_instruct, case.name))
     compare_all(OPEN_INSTRUCT, theirs)
@@ -223,7 +223,7 @@ def test_open_instruct(wheel):
 
 @each("direct-preference-optimization")
 def test_the_original(wheel):
-    theirs = peers.original_functions(wheel)
+    theirs = wheels.original_functions(wheel)
     for case in ORIGINAL:
         same_parameters(theirs[case.name], getattr(original, case.name))
     compare_all(ORIGINAL, theirs)
@@ -231,7 +231,7 @@ def test_the_original(wheel):
 
 @each("liger_kernel")
 def test_liger(wheel):
-    theirs = peers.liger_modules(wheel)
+    theirs = wheels.liger_modules(wheel)
     newest = number(wheel) >= (0, 8)
     for case in LIGER if newest else LIGER_OLD:
         cls = theirs[case.name]

@@ -10,8 +10,8 @@ import os
 import subprocess
 import sys
 
-import peers
 import pytest
+import wheels
 from places import ROOT, child_path
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ print(json.dumps({
 
 @pytest.mark.parametrize(
     "wheel",
-    peers.wheels("trl") or [pytest.param(None, marks=pytest.mark.skip(reason=peers.NO_PEERS))],
+    wheels.wheels("trl") or [pytest.param(None, marks=pytest.mark.skip(reason=wheels.NO_PEERS))],
     ids=str,
 )
 def test_every_name_of_this_version_is_swapped_and_put_back(wheel, record_property):
