@@ -191,29 +191,39 @@ fn the_joint_prompt_is_the_common_prefix_inside_the_border() {
 
 #[test]
 fn ten_megabytes_of_one_character_are_linear_work() {
-    // 1 s on a quiet machine, over 2 on a busy one.
-    let limit = if cfg!(debug_assertions) { 40.0 } else { 4.0 };
+    // 0.1 to 2 s on a quiet machine, ten times that where neighbours fill its caches; quadratic work would take hours.
+    let limit = if cfg!(debug_assertions) { 800.0 } else { 120.0 };
     let units = ["a", " ", "1", "<", "\n", "A", "e\u{301}", "\u{4e2d}", "1234567", "theof"];
     let units = if deep() { &units[..] } else { &units[..3] };
     for (name, ours, _) in built().step_by(if deep() { 1 } else { 4 }).chain(shipped()) {
-        let mut scratch = Scratch::default();
-        for unit in units {
-            let text = unit.repeat(10_000_000 / unit.len());
-            let tenth = unit.repeat(1_000_000 / unit.len());
-            let mut spend = |text: &str| {
-                let start = seconds();
-                let mut ids = Vec::new();
+        let (mut scratch, mut ids) = (Scratch::default(), Vec::new());
+        let mut spend = |text: &str, times: usize| {
+            let start = seconds();
+            for _ in 0..times {
+                ids.clear();
                 ours.encode_into(text, None, &mut scratch, &mut ids).unwrap();
-                start.and_then(|start| Some(seconds()? - start))
-            };
-            let (part, spent) = (spend(&tenth), spend(&text));
+            }
+            start.and_then(|start| Some(seconds()? - start))
+        };
+        for unit in units {
+            let [ten_mb, large, small] =
+                [10_000_000, 80_000, 10_000].map(|n| unit.repeat(n / unit.len()));
+            // Both stay in a core's own cache: eight times the text takes eight times the time, and quadratic work
+            // sixty-four times. Neighbours may spoil a try, and never make the larger one quicker.
+            let mut tries = Vec::new();
+            let linear = (0..5).any(|_| {
+                let (part, all) = (spend(&small, 200), spend(&large, 200));
+                tries.extend(part.zip(all));
+                part.zip(all).is_none_or(|(part, all)| all < 24.0 * part.max(0.008))
+            });
+            assert!(linear, "{name}: 200 times 10 and 80 kB of {unit:?} took {tries:.3?} s");
+            let spent = spend(&ten_mb, 1);
             if std::env::var_os("DPO_EXT_TIMES").is_some() {
-                eprintln!("{name}: 10 MB of {unit:?}: {spent:.2?} s");
+                eprintln!(
+                    "{name}: {unit:?}: {spent:.2?} s for 10 MB; 200 times 10 and 80 kB: {tries:.3?}"
+                );
             }
             assert!(spent.is_none_or(|s| s < limit), "{name}: 10 MB of {unit:?} took {spent:?} s");
-            // Ten times the text takes about ten times the time, and quadratic work a hundred times.
-            let ratio = part.zip(spent).map(|(part, spent)| spent / part.max(0.02));
-            assert!(ratio.is_none_or(|r| r < 30.0), "{name}: {unit:?} x 10 took {ratio:?} x");
         }
     }
 }
