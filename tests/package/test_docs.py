@@ -75,6 +75,12 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *PAGES]), ids=lambda page: page.name)
+def test_no_page_keeps_both_sides_of_a_merge(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.match(r"(<{7}|={7}|>{7})( |$)", line)] == []
+
+
 def test_every_page_is_reached_from_the_index():
     index = DOCS / "README.md"
     linked = {

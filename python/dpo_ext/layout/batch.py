@@ -17,6 +17,7 @@ from dpo_ext.extras import need
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from dpo_ext.layout.segments import Segments
     from dpo_ext.layout.table import ScoreTable
 
 
@@ -241,6 +242,16 @@ class Batch:
             shape=tuple(self.input_ids.shape),
         )
 
+    @cached_property
+    def segments(self) -> Segments:
+        """Which slots of a packed or shared batch see each other, known without asking its device.
+        Imports torch.
+        """
+        need("torch", "a batch of tensors")
+        from dpo_ext.layout.segments import Segments
+
+        return Segments.of_batch(self)
+
     @property
     def blocks(self) -> dict[str, Any]:
         """Of a shared batch: the arguments of FlexAttention's ``BlockMask``, by name."""
@@ -306,6 +317,8 @@ class Batch:
         moved = replace(self, **changed)
         # Made anew from tensors on a device, the table would wait to learn its offsets.
         moved.__dict__["table"] = table
+        if LAYOUTS[self.layout].masked:
+            moved.__dict__["segments"] = self.segments
         return moved
 
     def to(self, device: Any = None, *, non_blocking: bool = False) -> Batch:

@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 
 
 def shared_lengths(pairs: Pairs) -> NDArray[np.int64]:
-    """(n,) int64: slots of each pair in a shared row, P + C + R - 1.
+    """(n,) int64: slots of each pair in a shared row."""
+    return shared_slots(
+        pairs.prompt_ids.lengths, pairs.chosen_ids.lengths, pairs.rejected_ids.lengths
+    )
+
+
+def shared_slots(
+    prompt: NDArray[np.int64], chosen: NDArray[np.int64], rejected: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(n,) int64: P + C + R - 1 of so many tokens.
 
     Without a prompt nothing is shared, and each side goes without its last token.
     """
-    prompt, chosen, rejected = (
-        ids.lengths for ids in (pairs.prompt_ids, pairs.chosen_ids, pairs.rejected_ids)
-    )
     alone = (chosen - 1).clip(0) + (rejected - 1).clip(0)
     return np.where(prompt > 0, prompt - 1 + chosen + rejected, alone)
 

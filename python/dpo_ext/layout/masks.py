@@ -37,6 +37,8 @@ class SharedBlocks(SharedRows, Protocol):
 
     @property
     def blocks(self) -> dict[str, Any]: ...
+    @property
+    def segments(self) -> Segments: ...
 
 
 # Marks a mask that knows no windows: nothing in its numbers tells.
@@ -159,7 +161,9 @@ def mask_for(batch: SharedBlocks, model: Any) -> Any:
         return dense_mask(batch, window=window, dtype=dtype)
 
     if implementation == SEGMENTS:
-        segments = Segments.of_batch(batch)
+        # Its own: what a mask keeps there knows the batch, which must not keep itself alive.
+        known = batch.segments
+        segments = Segments(known.shape, known.offsets, known.prefixes)
         device = torch.as_tensor(batch.position_ids).device
 
         def mask(window: int | None) -> Any:

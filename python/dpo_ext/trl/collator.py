@@ -11,15 +11,19 @@ import torch
 
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import Layout
+from dpo_ext.layout.fill import shared, shared_lengths
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.pairs import REFERENCE
+from dpo_ext.pairs import REFERENCE, Pairs, Ragged
+from dpo_ext.report import Report
 
 # Stock TRL hands every key it does not know to a model that ignores what it does not know, so that
 # a table under a name of ours would vanish without a word. This keyword stock TRL passes itself: a
 # batch of ours that reaches one of its methods is a `TypeError` there.
 TABLE_KEY = "fused_lm_head"
-SERVED: tuple[Layout, ...] = ("padded", "packed")
+SERVED: tuple[Layout, ...] = ("padded", "packed", "shared")
 NUM_TOKENS = "num_tokens"
+# The `Batch` of shared rows, of which each model makes the mask that its attention reads.
+SHARED_ROWS = "shared_rows"
 
 
 @dataclasses.dataclass
@@ -78,6 +82,15 @@ class PairCollator:
     tensor([[2, 1],
             [1, 2]])
 
+    With ``layout="shared"`` a prompt comes once, and both sides behind it, as `Batch` shows. The
+    batch itself is under ``"shared_rows"``, for the mask: `DPOTrainer` asks it for the model's.
+
+    >>> batch = PairCollator(pad_token_id=0, score_table=True, layout="shared")(rows)
+    >>> batch["input_ids"]
+    tensor([[ 1,  2,  3,  4,  3,  7,  8,  8, 10]])
+    >>> batch["position_ids"]
+    tensor([[0, 1, 2, 3, 2, 0, 1, 1, 2]])
+
     Args:
         pad_token_id: written where a row has ended.
         max_length: ids that each side of a pair keeps; None keeps all.
@@ -87,7 +100,8 @@ class PairCollator:
         score_table: whether the batch also holds the `ScoreTable` of its completion tokens, under
             ``"fused_lm_head"``. It is for `DPOTrainer` alone: stock TRL passes a keyword of that
             name, so there such a batch is a `TypeError`, and never a table that nobody reads.
-        layout: ``"padded"``, or ``"packed"``, which needs ``score_table=True``.
+        layout: ``"padded"``; or ``"packed"`` or ``"shared"``, which need ``score_table=True``.
+            Shared rows have one prompt a pair, so that they cannot keep each side's end.
 
     Returns:
         From a call with N rows: ``input_ids, attention_mask, completion_mask`` (2N, T) int64, and
@@ -95,7 +109,9 @@ class PairCollator:
         ``input_ids, position_ids`` (1, T) int64, ``cu_seq_lens_q, cu_seq_lens_k`` int32 (2N + 1,)
         or one more for a tail of padding, ``max_length_q, max_length_k`` int, and
         ``num_tokens`` int, the tokens without the tail, and ``completion_lengths`` (N, 2) int64,
-        the completion tokens whether scored or not.
+        the completion tokens whether scored or not. Shared: ``input_ids, position_ids`` (1, T)
+        int64, ``shared_rows``, ``num_tokens`` and ``completion_lengths`` of both sides with their
+        prompts, as if packed.
 
     Raises:
         DataError: a row lacks a column, or one that the first row has.
@@ -115,21 +131,25 @@ class PairCollator:
     def __post_init__(self) -> None:
         if self.layout not in SERVED:
             raise ValueError(f"`layout` must be one of {SERVED}, found {self.layout!r}")
-        if self.layout == "packed" and not self.score_table:
+        if self.layout != "padded" and not self.score_table:
             raise ValueError(
-                '`layout="packed"` needs `score_table=True`: it has no completion mask'
+                f'`layout="{self.layout}"` needs `score_table=True`: it has no completion mask'
             )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(
                 "`truncation_mode` must be 'keep_start' or 'keep_end', "
                 f"found {self.truncation_mode!r}"
             )
+        if self.layout == "shared" and self.max_length and self.truncation_mode == "keep_end":
+            raise ValueError('`layout="shared"` needs one prompt a pair, which `keep_end` cuts')
         for name in ("max_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1 or None, found {value}")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if self.layout == "shared":
+            return self._with_reference(self._share(rows), rows)
         prompts = _ids(rows, "prompt_ids") * 2
         sides = _ids(rows, "chosen_ids") + _ids(rows, "rejected_ids")
         ids = [np.concatenate(parts) for parts in zip(prompts, sides, strict=True)]
@@ -143,6 +163,11 @@ class PairCollator:
                 starts = [max(0, start - n) for start, n in zip(starts, over, strict=True)]
 
         batch = self._pack(ids, starts) if self.layout == "packed" else self._pad(ids, starts)
+        return self._with_reference(batch, rows)
+
+    def _with_reference(
+        self, batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         for name in REFERENCE:
             if name in rows[0]:
                 batch[name] = torch.tensor(_values(rows, name), dtype=torch.float32)
@@ -207,6 +232,32 @@ class PairCollator:
             NUM_TOKENS: used,
             "completion_lengths": torch.tensor(completion).reshape(-1, 2),
             TABLE_KEY: table,
+        }
+
+    def _share(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Each prompt once, with both of its sides behind it."""
+        limit = self.max_length
+        prompts = [ids[:limit] for ids in _ids(rows, "prompt_ids")]
+        room = [None if limit is None else limit - len(ids) for ids in prompts]
+        chosen, rejected = (
+            [ids[:n] for ids, n in zip(_ids(rows, name), room, strict=True)]
+            for name in ("chosen_ids", "rejected_ids")
+        )
+        lists = (Ragged.from_lists(ids) for ids in (prompts, chosen, rejected))
+        pairs = Pairs(
+            *lists, report=Report(len(rows), len(rows)), pad_id=self.pad_token_id, vocab_size=None
+        )
+        used, multiple = int(shared_lengths(pairs).sum()), self.pad_to_multiple_of or 1
+        width = -(-used // multiple) * multiple
+        batch = shared(pairs, np.arange(len(rows)), np.array([0, len(rows)]), width).to()
+        sides = torch.from_numpy(np.stack([pairs.chosen_ids.lengths, pairs.rejected_ids.lengths]))
+        return {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            SHARED_ROWS: batch,
+            NUM_TOKENS: 2 * int(pairs.prompt_ids.lengths.sum()) + int(sides.sum()),
+            "completion_lengths": sides.T.contiguous(),
+            TABLE_KEY: batch.table,
         }
 
 

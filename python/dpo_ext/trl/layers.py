@@ -62,6 +62,15 @@ def why_not_scoring(args: Any, peft_config: Any, model: Any) -> str | None:
     return None
 
 
+def why_not_shared(args: Any) -> str | None:
+    """Why prompts are not shared where that was asked for."""
+    if args.max_length is not None and args.truncation_mode == "keep_end":
+        return "`keep_end` cuts the prompts of both sides differently"
+    if args.torch_compile:
+        return "`torch_compile` knows no mask of prompts that are shared"
+    return None
+
+
 def why_not_packed(args: Any, compute_metrics: Any, data_collator: Any) -> str | None:
     """Why batches are padded where packed ones were asked for."""
     if data_collator is not None:

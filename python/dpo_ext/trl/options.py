@@ -6,9 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import trl
+from datasets import IterableDataset
 
 from dpo_ext.data.options import Options, settings
+from dpo_ext.torch import preference_loss
 
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
@@ -118,3 +121,30 @@ def check_data_options(given: Options) -> Options:
             raise ValueError(f"`data_options`: `{name}` is what the configuration says")
     settings({**given, "boundary": "trl"})
     return given
+
+
+def check_tokens_per_batch(
+    tokens_per_batch: int, layout: str, args: trl.DPOConfig | None, dataset: Any
+) -> None:
+    """Raise `ValueError` for a budget of tokens beside what it cannot go with."""
+    if isinstance(tokens_per_batch, bool) or not isinstance(tokens_per_batch, int):
+        raise TypeError(f"`tokens_per_batch` must be an int, found {tokens_per_batch!r}")
+    if tokens_per_batch < 1:
+        raise ValueError(f"`tokens_per_batch` must be at least 1, found {tokens_per_batch}")
+    if layout == "padded":
+        raise ValueError('`tokens_per_batch` needs `layout="packed"` or "shared"')
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("`tokens_per_batch` packs all pairs of an epoch: a stream has no length")
+    if args is None:
+        return
+    if args.train_sampling_strategy != "random" or args.auto_find_batch_size:
+        raise ValueError(
+            "`tokens_per_batch` makes the batches of an epoch: `train_sampling_strategy` must be "
+            "'random' and `auto_find_batch_size` False"
+        )
+    logps = torch.zeros(1, 2)  # a dry run: some losses are no sum over pairs
+    try:
+        preference_loss(logps, logps, lengths=logps.long() + 1, num_pairs=1.0, **loss_options(args))
+    except ValueError as error:
+        if "num_pairs" in str(error):
+            raise ValueError(f"`tokens_per_batch`: {error}") from error

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 import transformers
 import trl
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset, concatenate_datasets
-from datasets.table import InMemoryTable
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import DataError, TensorError, TokenizerError
-from dpo_ext.layout.batch import LAYOUTS
+from dpo_ext.errors import TensorError, TokenizerError
+from dpo_ext.layout.batch import LAYOUTS, Batch, Layout
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
@@ -35,25 +31,32 @@ from dpo_ext.torch import (
     preference_loss,
     wpo_averages,
 )
-from dpo_ext.trl.collator import NUM_TOKENS, SERVED, TABLE_KEY, PairCollator
-from dpo_ext.trl.layers import why_not_data, why_not_packed, why_not_scoring
-from dpo_ext.trl.options import check_args, check_data_options, loss_options
+from dpo_ext.trl.bins import BinnedRows, Bins, slots
+from dpo_ext.trl.collator import NUM_TOKENS, SERVED, SHARED_ROWS, TABLE_KEY, PairCollator
+from dpo_ext.trl.layers import why_not_data, why_not_packed, why_not_scoring, why_not_shared
+from dpo_ext.trl.metrics import STATS, NotANumber, sums_of
+from dpo_ext.trl.options import (
+    check_args,
+    check_data_options,
+    check_tokens_per_batch,
+    loss_options,
+)
+from dpo_ext.trl.rows import encoded
 
 logger = logging.getLogger(__name__)
 
 _MODEL_KEYS = {name: set(LAYOUTS[name].model_inputs) for name in SERVED}
 # Of a batch, what the model is not given.
-_NOT_OF_THE_MODEL = {"completion_mask", "completion_lengths", NUM_TOKENS, *REFERENCE, TABLE_KEY}
+_NOT_OF_THE_MODEL = {
+    "completion_mask",
+    "completion_lengths",
+    NUM_TOKENS,
+    *REFERENCE,
+    TABLE_KEY,
+    SHARED_ROWS,
+}
 _DATA, _LAYOUT, _HEAD = "data", "layout", "head and loss"
 _METRICS = ("trl", "weighted")
-_ROW = "dpo_ext_row"
-_STATS = ("entropy", "mean_logit", "is_top1")
-
-
-class _NotANumber(NamedTuple):
-    loss: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -91,7 +94,13 @@ class DPOTrainer(trl.DPOTrainer):
         layout: ``"padded"``, or ``"packed"``: the pairs of a micro-batch in one row without
             padding, for models that keep packed segments apart, attended segment by segment.
             Whether this one does is tried before the first step; one that does not, such as Mamba
-            or a hybrid, gets padded batches, and a warning says so.
+            or a hybrid, gets padded batches, and a warning says so. ``"shared"``: the same with
+            each prompt once, before both of its sides; packed where sides cannot share it.
+        tokens_per_batch: with ``"packed"`` and ``"shared"``, tokens of a micro-batch, in place of
+            ``per_device_train_batch_size``. The pairs of an epoch are packed into so many by best
+            fit decreasing, in another order every epoch. Loss and metrics are means over the pairs
+            of a step, of all its micro-batches and ranks. Evaluation has batches of
+            ``per_device_eval_batch_size`` pairs.
         data_options: how rows are read, as `PairDataset.from_files` documents it: `layout_of_rows`,
             `chat_template_kwargs`, `prompt_key`, `special_tokens_in_text` and the rest but for what
             TRL's configuration says (`OF_TRL`). By default as TRL reads them, so that pairs which
@@ -135,7 +144,8 @@ class DPOTrainer(trl.DPOTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         *,
-        layout: str = "padded",
+        layout: Layout = "padded",
+        tokens_per_batch: int | None = None,
         data_options: Options | None = None,
         metrics: str = "trl",
     ) -> None:
@@ -145,10 +155,17 @@ class DPOTrainer(trl.DPOTrainer):
             raise ValueError(f"`metrics` must be one of {_METRICS}, found {metrics!r}")
         if args is not None:
             check_args(args)
+        if tokens_per_batch is not None:
+            check_tokens_per_batch(tokens_per_batch, layout, args, train_dataset)
         self.data_options = check_data_options(data_options or {})
         # `super().__init__` calls the methods below, so what they read must exist before it.
         self.layout = layout
+        self.tokens_per_batch = tokens_per_batch
         self.metrics = metrics
+        self._pairs_of_step = (
+            0.0  # of all its micro-batches and ranks, where batches differ in them
+        )
+        self._bins: Bins | None = None
         self._totals: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self.data_reports: dict[str, Report] = {}
         self.steps_back: dict[str, str] = {}
@@ -159,8 +176,10 @@ class DPOTrainer(trl.DPOTrainer):
         self._has_own_collator = data_collator is not None
         if args is not None:
             self._step_back(_HEAD, why_not_scoring(args, peft_config, model))
-            if layout == "packed":
+            if layout != "padded":
                 self._step_back(_LAYOUT, why_not_packed(args, compute_metrics, data_collator))
+            if self.layout == "shared":
+                self._step_back(_LAYOUT, why_not_shared(args), "packed")
             # Streams would be read by one rank, and its batches cut up by their rows. TRL has the
             # same for streams to train on.
             launcher: Any = args.accelerator_config
@@ -182,18 +201,25 @@ class DPOTrainer(trl.DPOTrainer):
         )
         self._attach()
 
-    def _step_back(self, layer: str, reason: str | None) -> None:
-        """Leave a layer to TRL for a reason, if there is one, and say so once."""
-        if reason is None or layer in self.steps_back:
+    def _step_back(self, layer: str, reason: str | None, layout: Layout = "padded") -> None:
+        """Leave a layer to TRL for a reason, if there is one, and say so once.
+
+        The layout goes to ``layout``, and may go further.
+        """
+        if reason is None or (layer in self.steps_back and layer != _LAYOUT):
             return
         unheard = self.data_options if layer == _DATA else self.metrics == "weighted"
         if unheard and layer != _LAYOUT:
             option = "data_options" if layer == _DATA else "metrics"
             raise ValueError(f"`{option}` would go unheard: {layer} is TRL's own, as {reason}")
-        self.steps_back[layer] = reason
         if layer != _DATA:
-            self.layout = "padded"
-        logger.warning("%s: TRL's own, as %s", layer, reason)
+            self.layout = layout
+        self.steps_back[layer] = reason
+        instead = "TRL's own" if self.layout == "padded" or layer != _LAYOUT else self.layout
+        if self.layout == "padded" and self.tokens_per_batch is not None:
+            self.tokens_per_batch = None
+            reason += "; batches have `per_device_train_batch_size` pairs"
+        logger.warning("%s: %s, as %s", layer, instead, reason)
 
     def _attach(self) -> None:
         """Make the models score in their forward and the collator emit the table; once.
@@ -204,7 +230,7 @@ class DPOTrainer(trl.DPOTrainer):
             return
         if self._is_vision_dataset:
             self._step_back(_DATA, "pictures are prepared batch by batch")
-            if self.layout == "packed":
+            if self.layout != "padded":
                 self._step_back(_LAYOUT, "pictures belong to rows")
         try:
             attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
@@ -213,11 +239,16 @@ class DPOTrainer(trl.DPOTrainer):
         except TypeError as error:
             self._step_back(_HEAD, str(error).partition("\n")[0])
             return
-        if self.layout == "packed":
+        if self.layout == "shared" and self.aux_loss_enabled:
+            self._step_back(_LAYOUT, "the router loss counts the prompt of each side", "packed")
+        while self.layout != "padded":
+            model = self.accelerator.unwrap_model(self.model)
             try:
-                assert_packing_safe(self.accelerator.unwrap_model(self.model))
+                assert_packing_safe(model, layout=self.layout, inputs=_inputs_for(model))
+                break
             except (TensorError, RuntimeError) as error:  # it leaks, or cannot run in the trial
-                self._step_back(_LAYOUT, str(error).partition("\n")[0])
+                reason = str(error).partition("\n")[0]
+                self._step_back(_LAYOUT, reason, "packed" if self.layout == "shared" else "padded")
         if not self._has_own_collator and not self._is_vision_dataset:
             stock = self.data_collator
             self.data_collator = PairCollator(
@@ -229,7 +260,39 @@ class DPOTrainer(trl.DPOTrainer):
                 score_table=not getattr(self.args.accelerator_config, "dispatch_batches", None),
                 layout=self.layout,
             )
+        if self.tokens_per_batch is not None:
+            places = slots(self.train_dataset, self.layout, self.args.max_length)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._bins = Bins(places, self.tokens_per_batch, seed)
         self._scores_by_itself = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As TRL's; with `tokens_per_batch` of bins."""
+        if self._bins is None:
+            return super().get_train_dataloader()
+        rows = self._remove_unused_columns(self.train_dataset, description="training")
+        bins = self._bins
+        return self._get_dataloader(
+            BinnedRows(rows, bins), "training", 1, lambda _: bins, is_training=True
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of a step; and how many pairs all ranks have in it is kept."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._bins is not None:
+            own = sum(batch[TABLE_KEY].n_groups for batch in batches)
+            total = self.accelerator.gather(torch.tensor([float(own)], device=device))
+            self._pairs_of_step = total.sum().item()
+        return batches, items
+
+    def _num_pairs(self) -> float | None:
+        """What the loss of a micro-batch is divided by: TRL goes on to divide it by their number,
+        and the ranks' gradients are averaged.
+        """
+        if self._bins is None or not self.model.training:
+            return None
+        parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return self._pairs_of_step / parts
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: trl.DPOConfig, dataset_name: str
@@ -252,23 +315,10 @@ class DPOTrainer(trl.DPOTrainer):
             "on_bad": "skip",
             "threads": args.dataset_num_proc,
         }
-        try:
-            pairs = PairDataset.from_rows(dataset, encoder, **options)
-        except DataError as error:
-            if error.reason != "no_pairs":
-                raise
-            raise DataError(f"`{dataset_name}`: {error}", reason="no_pairs") from error
-        self.data_reports[dataset_name] = pairs.report
-        if not len(pairs):
-            raise DataError(f"`{dataset_name}`: there are no rows", reason="no_pairs")
-        if pairs.report.dropped or pairs.report.warned:
-            logger.warning("%s: not every row was taken as it is\n%s", dataset_name, pairs.report)
-        if pairs.report.dropped:
-            numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
-            options["columns"] = (_ROW,)
-            pairs = PairDataset.from_rows(numbered, encoder, **options)
-            dataset = dataset.select(pairs.columns[_ROW])
-        prepared = _beside(dataset, pairs)
+        prepared, report = encoded(dataset, encoder, options, dataset_name)
+        self.data_reports[dataset_name] = report
+        if report.dropped or report.warned:
+            logger.warning("%s: not every row was taken as it is\n%s", dataset_name, report)
         self._prepared.add(_fingerprint(prepared))
         return prepared
 
@@ -328,7 +378,7 @@ class DPOTrainer(trl.DPOTrainer):
             self.model, self.args.gradient_checkpointing_kwargs
         )
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            logps = model(**self._model_inputs(inputs, router=False)).logps
+            logps = model(**self._model_inputs(model, inputs, router=False)).logps
         return logps[:, 0], logps[:, 1]
 
     def _compute_loss(
@@ -338,22 +388,24 @@ class DPOTrainer(trl.DPOTrainer):
         if not self._scores_by_itself:
             return super()._compute_loss(model, inputs, return_outputs)
         inputs = {**inputs, TABLE_KEY: _table(inputs)}
-        stats = (*_STATS, "log_sum_sq") if self.use_weighting else _STATS
-        scores = model(**self._model_inputs(inputs), score_stats=stats)
+        stats = (*STATS, "log_sum_sq") if self.use_weighting else STATS
+        scores = model(**self._model_inputs(model, inputs), score_stats=stats)
         if self.precompute_ref_logps:
             reference = [inputs[name] for name in REFERENCE]
         else:
             ref_model = self.model if self.ref_model is None else self.ref_model
             reference = list(self.compute_ref_log_probs(ref_model, inputs))
         # What TRL divides by in `ipo`: position 0 is counted, although nothing scores it.
-        if self.layout == "packed":
+        if self.layout != "padded":
             lengths = inputs["completion_lengths"]
         else:  # the chosen half above the rejected half
             lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
         ref_logps = torch.stack(reference, dim=1).to(scores.logps.dtype)
         weight = self._weights_of_pairs(scores, inputs[TABLE_KEY])
         options = loss_options(self)
-        out: PreferenceLoss | _NotANumber
+        if (num_pairs := self._num_pairs()) is not None:
+            options["num_pairs"] = num_pairs
+        out: PreferenceLoss | NotANumber
         try:
             out = preference_loss(
                 scores.logps, ref_logps, lengths=lengths, weight=weight, **options
@@ -369,11 +421,13 @@ class DPOTrainer(trl.DPOTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # `compute_metrics` wants logits, which scoring never builds
-            return loss, model(**_of_the_model(inputs), use_cache=False)
+            rows = self._model_inputs(model, inputs)
+            del rows["score_table"]
+            return loss, model(**rows)
 
     def _not_a_number(
         self, logps: torch.Tensor, ref_logps: torch.Tensor, error: TensorError
-    ) -> _NotANumber:
+    ) -> NotANumber:
         """What stock goes on with: a loss and gradients of NaN, which the loop sees."""
         if not self._said_not_a_number:
             logger.warning(
@@ -381,7 +435,7 @@ class DPOTrainer(trl.DPOTrainer):
             )
             self._said_not_a_number = True
         rewards = self.beta * (logps.detach() - ref_logps)
-        return _NotANumber(logps.sum() * torch.nan, *rewards.unbind(dim=1))
+        return NotANumber(logps.sum() * torch.nan, *rewards.unbind(dim=1))
 
     def _weights_of_pairs(self, scores: Any, table: ScoreTable) -> torch.Tensor | None:
         """WPO's, (N,): the product of both sides' ``exp(mean(logp - log sum_v p_v^2))``."""
@@ -391,43 +445,25 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _record(self, mode: str, inputs: Mapping[str, Any], scores: Any, out: Any) -> None:
         """TRL's metrics of one batch: sums and counts, gathered over the ranks in one call."""
-        table, tokens, logps = inputs[TABLE_KEY], scores.tokens, scores.logps.detach()
-        M, S = table.targets.numel(), table.n_sequences
-        chosen = torch.arange(S, device=logps.device) % 2 == 0
-        chosen = torch.repeat_interleave(chosen, table.lengths.flatten(), output_size=M)
-        one = torch.ones((), device=logps.device)
-        real = (
-            inputs["attention_mask"].sum() if self.layout == "padded" else one * inputs[NUM_TOKENS]
-        )
-        pairs = one * len(logps)
-        sums = {
-            "entropy": (tokens.entropy.sum(), one * M),
-            "num_tokens": (real, one),
-            "logits/chosen": (tokens.mean_logit[chosen].sum(), chosen.sum()),
-            "logits/rejected": (tokens.mean_logit[~chosen].sum(), (~chosen).sum()),
-            "mean_token_accuracy": (tokens.is_top1[chosen].sum(), chosen.sum()),
-            "rewards/chosen": (out.chosen_rewards.sum(), pairs),
-            "rewards/rejected": (out.rejected_rewards.sum(), pairs),
-            "rewards/accuracies": ((out.chosen_rewards > out.rejected_rewards).sum(), pairs),
-            "rewards/margins": ((out.chosen_rewards - out.rejected_rewards).sum(), pairs),
-            "logps/chosen": (logps[:, 0].sum(), pairs),
-            "logps/rejected": (logps[:, 1].sum(), pairs),
-        }
+        sums = sums_of(inputs, scores, out)
         local = torch.stack([torch.stack([a.double(), b.double()]) for a, b in sums.values()])
         gathered = self.accelerator.gather(local[None]).sum(dim=0).tolist()
         metrics, totals = self._metrics[mode], self._totals[mode]
+        is_weighted = self.metrics == "weighted" or (self._bins is not None and mode == "train")
         for name, (total, count) in zip(sums, gathered, strict=True):
-            if name == "num_tokens":  # a running sum, over training alone
+            if name == NUM_TOKENS:  # a running sum, over training alone
                 self._total_train_tokens += int(total) if mode == "train" else 0
                 metrics[name] = [self._total_train_tokens]
-            elif self.metrics == "weighted":  # `log` empties the list
+            elif is_weighted:  # `log` empties the list
                 before = totals.get(name, (0.0, 0.0)) if metrics[name] else (0.0, 0.0)
                 totals[name] = total, count = total + before[0], count + before[1]
                 metrics[name] = [total / count if count else 0.0]
             else:
                 metrics[name].append(total / count if count else 0.0)
 
-    def _model_inputs(self, inputs: Mapping[str, Any], router: bool = True) -> dict[str, Any]:
+    def _model_inputs(
+        self, model: Any, inputs: Mapping[str, Any], router: bool = True
+    ) -> dict[str, Any]:
         """What a scoring forward takes: all that TRL would hand to the model, and the table.
 
         Beside a table of ours a key that nobody would read is an error.
@@ -441,6 +477,8 @@ class DPOTrainer(trl.DPOTrainer):
         if self.ld_alpha is not None:
             table = ld_table(table, self.ld_alpha)
         model_inputs = _of_the_model(inputs)
+        if SHARED_ROWS in inputs:
+            model_inputs |= inputs[SHARED_ROWS].inputs_for(self.accelerator.unwrap_model(model))
         if self.aux_loss_enabled:  # the reference has no use for it
             model_inputs["output_router_logits"] = router
         return {**model_inputs, "use_cache": False, "score_table": table}
@@ -471,6 +509,10 @@ def _fingerprint(dataset: Dataset) -> str:
     return dataset._fingerprint  # noqa: SLF001 - `datasets` has no public name for it
 
 
+def _inputs_for(model: Any) -> Callable[[Batch], dict[str, Any]]:
+    return lambda batch: batch.inputs_for(model)
+
+
 def _of_the_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in _NOT_OF_THE_MODEL}
 
@@ -486,17 +528,3 @@ def _table(inputs: Mapping[str, Any]) -> ScoreTable:
         )
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     return ScoreTable.from_labels(labels).compact()
-
-
-def _beside(dataset: Dataset, pairs: PairDataset) -> Dataset:
-    """The data set with the pairs as columns: ids, and what the rows had of the reference."""
-    columns: dict[str, pa.Array] = {}
-    for name in IDS:
-        ragged = getattr(pairs, name)
-        columns[name] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
-    if pairs.ref_logps is not None:
-        for index, name in enumerate(REFERENCE):
-            columns[name] = pa.array(pairs.ref_logps[:, index].astype(np.float32))
-    rest = dataset.remove_columns([name for name in dataset.column_names if name in columns])
-    ids = Dataset(InMemoryTable(pa.table(columns)))
-    return concatenate_datasets([rest, ids], axis=1) if rest.column_names else ids

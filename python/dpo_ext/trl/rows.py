@@ -1,0 +1,71 @@
+"""Rows of a data set as ids: encoded by us, beside what the rows had; and their lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
+from numpy.typing import NDArray
+
+from dpo_ext.data.dataset import PairDataset
+from dpo_ext.data.options import Options
+from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.errors import DataError
+from dpo_ext.pairs import IDS, REFERENCE
+from dpo_ext.report import Report
+
+_ROW = "dpo_ext_row"
+
+
+def encoded(
+    dataset: Dataset, encoder: Tokenizer, options: Options, name: str
+) -> tuple[Dataset, Report]:
+    """The rows that can be used, in their order, with their ids; and what became of all.
+
+    Raises:
+        DataError: none can be used; ``name`` says of which data set.
+    """
+    try:
+        pairs = PairDataset.from_rows(dataset, encoder, **options)
+    except DataError as error:
+        if error.reason != "no_pairs":
+            raise
+        raise DataError(f"`{name}`: {error}", reason="no_pairs") from error
+    if not len(pairs):
+        raise DataError(f"`{name}`: there are no rows", reason="no_pairs")
+    report = pairs.report
+    if report.dropped:
+        numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
+        again: Options = {**options, "columns": (_ROW,)}
+        pairs = PairDataset.from_rows(numbered, encoder, **again)
+        dataset = dataset.select(pairs.columns[_ROW])
+    return _beside(dataset, pairs), report
+
+
+def _beside(dataset: Dataset, pairs: PairDataset) -> Dataset:
+    """The data set with the pairs as columns: ids, and what the rows had of the reference."""
+    columns: dict[str, pa.Array] = {}
+    for name in IDS:
+        ragged = getattr(pairs, name)
+        columns[name] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
+    if pairs.ref_logps is not None:
+        for index, name in enumerate(REFERENCE):
+            columns[name] = pa.array(pairs.ref_logps[:, index].astype(np.float32))
+    rest = dataset.remove_columns([name for name in dataset.column_names if name in columns])
+    ids = Dataset(InMemoryTable(pa.table(columns)))
+    return concatenate_datasets([rest, ids], axis=1) if rest.column_names else ids
+
+
+def lengths(dataset: Dataset) -> dict[str, NDArray[np.int64]]:
+    """(n,) int64 of each column of ids: how many."""
+    table = dataset.select_columns(list(IDS)).with_format("arrow")[:]
+    return {name: _counted(table[name]) for name in IDS}
+
+
+def _counted(column: Any) -> NDArray[np.int64]:
+    counts: NDArray[np.int64] = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return counts
