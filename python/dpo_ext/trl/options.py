@@ -51,15 +51,15 @@ BY_TRL: Mapping[str, str] = {
     # From here on fields of transformers.TrainingArguments that TRL treats in a way of its own.
     "use_liger_kernel": "the layers alone, as TRL has it",
     "liger_kernel_config": "of `use_liger_kernel`",
-    "fsdp": "version 2; not run here, as Accelerate shards on accelerators alone",
+    "fsdp": "version 2",
     "fsdp_config": "of `fsdp`",
+    "deepspeed": "ZeRO to stage 3, which keeps the logits of the scored tokens",
     "label_smoothing_factor": "TRL does not read it; `label_smoothing` is the option of the loss",
 }
 """Fields that TRL alone reads, with our layers inside or without."""
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "deepspeed": ((None, False, ""), "it has not been tried here: use DDP or FSDP2"),
-    "parallelism_config": ((None,), "use DDP or FSDP2"),
+    "parallelism_config": ((None,), "use DDP, FSDP2 or ZeRO"),
 }
 """Fields that must have one of the values named here, and a hint for who needs another."""
 
@@ -71,12 +71,11 @@ def check_args(args: trl.DPOConfig) -> None:
         if value not in allowed:
             raise ValueError(f"`{name}` must be {allowed[0]!r}, found {value!r}\nhint: {hint}")
     on = ("1", "true", "t", "yes", "y", "on")
-    for name in ("DEEPSPEED", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in on:
-            raise ValueError(
-                f"`ACCELERATE_USE_{name}` is set: such models have not been tried here\n"
-                "hint: use DDP or FSDP2; docs/distributed.md has a loop for tensor parallelism"
-            )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in on:
+        raise ValueError(
+            "`ACCELERATE_USE_PARALLELISM_CONFIG` is set: such models have not been tried here\n"
+            "hint: use DDP, FSDP2 or ZeRO; docs/distributed.md has a loop for tensor parallelism"
+        )
     config: Any = args.fsdp_config or {}  # read from its file by TrainingArguments
     version = os.environ.get("FSDP_VERSION") or config.get("version", 1)
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in on or args.fsdp

@@ -13,6 +13,7 @@ import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -241,7 +242,8 @@ class DPOTrainer(trl.DPOTrainer):
             return
         if self.layout == "shared" and self.aux_loss_enabled:
             self._step_back(_LAYOUT, "the router loss counts the prompt of each side", "packed")
-        while self.layout != "padded":
+        # A model that ZeRO-3 has cut up is whole in its own steps alone: the first one compares.
+        while self.layout != "padded" and not is_deepspeed_zero3_enabled():
             model = self.accelerator.unwrap_model(self.model)
             try:
                 assert_packing_safe(model, layout=self.layout, inputs=_inputs_for(model))
