@@ -16,6 +16,7 @@ FLOORS = [
     {"errors", "extras", "pages", "_core"},
     {"report"},
     {"pairs"},
+    {"unpaired"},
     {"layout", "store"},
     {"data", "torch"},
     {"", "arrow", "compat", "preference", "testing", "trl"},

@@ -6,11 +6,13 @@ N pairs, examples or lists.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_ext.torch.losses.forms import Number, over, times
+from dpo_ext.torch.losses.ranks import check_parts, sum_over
 
 
 class PreferenceLoss:
@@ -101,7 +103,7 @@ class PreferenceLoss:
 
 @dataclass(frozen=True, slots=True)
 class GroupLoss:
-    """What `unpaired_loss` and `list_loss` return.
+    """What `list_loss` returns, and `unpaired_loss` with more.
 
     Attributes:
         loss: scalar, differentiable.
@@ -113,3 +115,61 @@ class GroupLoss:
     loss: Tensor
     per_example: Tensor
     rewards: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedLoss(GroupLoss):
+    """What `unpaired_loss` returns: a `GroupLoss` with metrics.
+
+    Attributes:
+        logps: (N,) detached, the log-probs that the loss was computed of.
+        labels: (N,) bool.
+        z: the KL term of the loss, a scalar or (N,), or None where it has none.
+    """
+
+    logps: Tensor
+    labels: Tensor
+    z: Number | None
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """`metrics_over` of this rank alone."""
+        return self.metrics_over("local")
+
+    def metrics_over(self, group: Any = None) -> dict[str, Tensor]:
+        """TRL's keys, each a detached scalar tensor: ``kl``, and the means of the desirable
+        (``chosen``) and undesirable (``rejected``) examples, ``rewards/chosen``, ``logps/chosen``,
+        ``rewards/rejected``, ``logps/rejected``, ``rewards/margins``.
+
+        A key whose examples are missing is left out, as in TRL, which waits for the device once.
+
+        Args:
+            group: process group whose ranks' examples are counted together; ``"local"``: of this
+                rank alone.
+
+        Raises:
+            ValueError: there are several ranks and no ``group``.
+        """
+        check_parts("`metrics_over`", "is a mean over the batch", group)
+        masks = torch.stack((self.labels, ~self.labels))
+        # Masks select: a log-prob of -inf on one side is nothing to the other.
+        columns = torch.stack((self.rewards, self.logps)).double()
+        sums = torch.where(masks[:, None], columns, columns.new_zeros(())).sum(-1)
+        totals = sum_over(torch.cat((sums, masks.sum(-1, keepdim=True).double()), 1), group)
+        metrics = {} if self.z is None else {"kl": _scalar(self.z, self.logps)}
+        counts = totals[:, 2].tolist()
+        for name, (reward, logp, count), found in zip(
+            ("chosen", "rejected"), totals, counts, strict=True
+        ):
+            if found:
+                metrics[f"rewards/{name}"] = (reward / count).to(self.logps.dtype)
+                metrics[f"logps/{name}"] = (logp / count).to(self.logps.dtype)
+        if all(counts):
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return metrics
+
+
+def _scalar(value: Number, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(like.dtype).mean()
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
