@@ -327,7 +327,9 @@ class Examples(Sequence):
         )
 
     def _report_of(self, n: int) -> Report:
-        return Report(n, n, notes=(*self.report.notes, f"{n} of {len(self)} {self.NOUN}s were selected"))
+        return Report(
+            n, n, notes=(*self.report.notes, f"{n} of {len(self)} {self.NOUN}s were selected")
+        )
 
     def _known(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> dict[str, Any]:
         """What is known of each example, or None, changed."""

@@ -33,8 +33,8 @@ pub(super) fn label(value: &Value<'_>, name: &str) -> Result<Cell, Bad> {
         Value::Bool(flag) => return Ok(Cell::Bool(*flag)),
         Value::Int(number @ (0 | 1)) => return Ok(Cell::Bool(*number == 1)),
         // Tables whose labels have gaps hold them as floats.
-        Value::Float(number) if *number == 0.0 || *number == 1.0 => {
-            return Ok(Cell::Bool(*number == 1.0));
+        Value::Float(number) if [0.0, 1.0].contains(number) => {
+            return Ok(Cell::Bool(*number > 0.0));
         }
         Value::Str(text) => {
             let is = |(word, _): &&(&str, bool)| word.eq_ignore_ascii_case(text.trim());

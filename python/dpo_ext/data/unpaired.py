@@ -24,9 +24,11 @@ from dpo_ext.data.progress import Bar
 from dpo_ext.data.tables import is_arrow, is_of_tables, rows_instead
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
 from dpo_ext.errors import DataError, describe
+from dpo_ext.extras import arrow
 from dpo_ext.layout.unpaired import UnpairedLayout, UnpairedPlan
 from dpo_ext.pairs import Ragged
 from dpo_ext.report import Report
+from dpo_ext.store.columns import Columns, record_batch
 from dpo_ext.unpaired import Unpaired
 
 if TYPE_CHECKING:
@@ -293,10 +295,25 @@ class UnpairedDataset(Unpaired):
             raise ValueError(f"`{name}` must have the shape {(len(self),)}, found {values.shape}")
         if not np.isfinite(values).all():
             worst = int(np.argmin(np.isfinite(values)))
-            raise ValueError(
-                f"`{name}` must be finite, found {values[worst]} at example {worst}"
-            )
+            raise ValueError(f"`{name}` must be finite, found {values[worst]} at example {worst}")
         return values
+
+    def to_arrow(self) -> Any:
+        """The examples as a pyarrow Table: ``prompt_ids`` and ``completion_ids`` over the same ids,
+        ``label``, and the extra columns. Written to Parquet, :meth:`from_files` reads it again.
+
+        Raises:
+            ModuleNotFoundError: pyarrow is not installed.
+
+        >>> UnpairedDataset.from_ids([[1]], [[2]], [True]).to_arrow().column_names
+        ['prompt_ids', 'completion_ids', 'label']
+        """
+        pa = arrow("to_arrow")
+        columns = Columns(len(self))
+        columns.lists = {name: getattr(self, name) for name in self.IDS}
+        for name, values in {"label": self.labels, **self.columns}.items():
+            columns.add(name, values)
+        return pa.Table.from_batches([record_batch(pa, columns, {})])
 
     def plan(
         self,

@@ -114,6 +114,17 @@ class BatchPlan(Sequence[Batch]):
 
     sides: ClassVar[int] = 2
     """Rows of one pair in a padded batch."""
+    options: ClassVar[tuple[str, ...]] = (
+        "layout",
+        "pairs_per_batch",
+        "tokens_per_batch",
+        "bin_length",
+        "world_size",
+        "shuffle",
+        "drop_last",
+        "pad_to_multiple_of",
+    )
+    """What ``digest`` knows."""
 
     def __init__(
         self,
@@ -281,19 +292,7 @@ class BatchPlan(Sequence[Batch]):
         """128 bits in hex of what, besides seed and epoch, makes the batches of a step: every
         option and the length of every prompt and completion. The same on all ranks.
         """
-        options = {
-            name: getattr(self, name)
-            for name in (
-                "layout",
-                "pairs_per_batch",
-                "tokens_per_batch",
-                "bin_length",
-                "world_size",
-                "shuffle",
-                "drop_last",
-                "pad_to_multiple_of",
-            )
-        }
+        options = {name: getattr(self, name) for name in self.options}
         made = hashlib.blake2b(repr(options).encode(), digest_size=16)
         for name in self._pairs.IDS:
             offsets = getattr(self._pairs, name).offsets

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -64,6 +64,12 @@ class UnpairedBatch(Batch):
     def n_examples(self) -> int:
         return len(self.pair_index)
 
+    def _map(self, change: Any) -> Self:
+        moved = super()._map(lambda part: part if isinstance(part, Batch) else change(part))
+        if self.kl is not None:
+            vars(moved)["kl"] = self.kl._map(change)
+        return moved
+
 
 class UnpairedPlan(BatchPlan):
     """Which examples make which batch, for one rank; a map-style sequence of
@@ -75,6 +81,7 @@ class UnpairedPlan(BatchPlan):
     """
 
     sides = 1
+    options = (*BatchPlan.options, "kl", "max_length")
 
     def __init__(
         self,
@@ -84,8 +91,14 @@ class UnpairedPlan(BatchPlan):
         examples_per_batch: int | None = None,
         tokens_per_batch: int | None = None,
         kl: bool = True,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        pad_to_multiple_of: int = 1,
         bin_length: int | None = None,
-        **order: Any,
     ) -> None:
         if layout not in LAYOUTS_HERE:
             known = ", ".join(f'"{name}"' for name in LAYOUTS_HERE)
@@ -110,15 +123,30 @@ class UnpairedPlan(BatchPlan):
                 field="tokens_per_batch",
             )
         self.kl = kl
+        self.max_length = examples.max_length
         self._examples = examples
         super().__init__(
             examples,  # type: ignore[arg-type]
             layout=layout,
             pairs_per_batch=examples_per_batch,
             tokens_per_batch=tokens_per_batch,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            pad_to_multiple_of=pad_to_multiple_of,
             bin_length=bin_length,
-            **order,
         )
+        alone = int((np.diff(self._bounds) == 1).sum()) if kl else 0
+        if alone:
+            warnings.warn(
+                f"{alone} of {self._batches} batches have one example, whose own completion is "
+                "then the mismatched one, as in TRL: its KL term is its reward\n"
+                "hint: drop_last=True, or another batch size",
+                stacklevel=3,
+            )
 
     @property
     def examples_per_batch(self) -> int | None:
@@ -129,17 +157,6 @@ class UnpairedPlan(BatchPlan):
         ``unpaired_loss``.
         """
         return self.pairs_in_step(i)
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        alone = int((np.diff(self._bounds) == 1).sum()) if self.kl else 0
-        if alone:
-            warnings.warn(
-                f"{alone} of {self._batches} batches have one example, whose own completion is "
-                "then the mismatched one, as in TRL: its KL term is its reward\n"
-                "hint: drop_last=True, or another batch size",
-                stacklevel=4,
-            )
 
     def _fill(self, i: int, take: Take) -> UnpairedBatch:
         batch = (i * self.world_size + self.rank) % self._batches
@@ -154,9 +171,7 @@ class UnpairedPlan(BatchPlan):
             name: values[index].tolist() if values.dtype == object else values[index]
             for name, values in examples.columns.items()
         }
-        labels = take(len(index), np.bool_)
-        labels[:] = examples.labels[index]
-        known = {"ref_logps": reference, "columns": columns, "labels": labels}
+        known = {"ref_logps": reference, "columns": columns, "labels": examples.labels[index]}
         mismatched = None
         if self.kl:
             others = np.roll(index, 1)
