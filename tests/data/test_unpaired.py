@@ -349,5 +349,5 @@ def test_reference_log_probs_are_checked():
         examples.with_ref_logps([0.0, np.nan])
     with pytest.raises(ValueError, match="must both be given"):
         examples.with_ref_logps([0.0, 0.0], kl=[0.0, 0.0])
-    with pytest.raises(ValueError, match="`kl_completions` must be 2 whole numbers in 0..2"):
+    with pytest.raises(ValueError, match="`kl_completions` must be 2 whole numbers"):
         examples.with_ref_logps([0.0, 0.0], kl=[0.0, 0.0], kl_completions=[0, 2])

@@ -3,8 +3,7 @@
 import math
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from dpo_ext.errors import TensorError
 from dpo_ext.torch import ScoreTable, TokenScores, UnpairedLoss, unpaired_loss

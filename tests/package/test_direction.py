@@ -16,7 +16,6 @@ FLOORS = [
     {"errors", "extras", "pages", "_core"},
     {"report"},
     {"pairs"},
-    {"unpaired"},
     {"layout", "store"},
     {"data", "torch"},
     {"", "arrow", "compat", "preference", "testing", "trl"},

@@ -157,7 +157,9 @@ class UnpairedOptions(SharedOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The :class:`Options`, or with a ``label_key`` the :class:`UnpairedOptions`, checked, with their defaults; Rust reads them by attribute."""
+    """The :class:`Options`, or with a ``label_key`` the :class:`UnpairedOptions`, checked, with
+    their defaults; Rust reads them by attribute.
+    """
 
     max_length: int | None = 1024
     truncation: Truncation = "keep_start"

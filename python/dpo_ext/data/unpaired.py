@@ -26,10 +26,9 @@ from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
 from dpo_ext.errors import DataError, describe
 from dpo_ext.extras import arrow
 from dpo_ext.layout.unpaired import UnpairedLayout, UnpairedPlan
-from dpo_ext.pairs import Ragged
+from dpo_ext.pairs import Ragged, Unpaired
 from dpo_ext.report import Report
 from dpo_ext.store.columns import Columns, record_batch
-from dpo_ext.unpaired import Unpaired
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -101,7 +100,7 @@ class UnpairedDataset(Unpaired):
         progress: Progress = False,
         **options: Unpack[UnpairedOptions],
     ) -> Self:
-        """Same as :meth:`from_files` for any iterable of dicts, as :meth:`PairDataset.from_rows`."""
+        """Same as :meth:`from_files` for any iterable of dicts; :meth:`PairDataset.from_rows`."""
         if isinstance(rows, str | bytes | Mapping):
             raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
         if is_arrow(rows) and not rows_instead(rows):
@@ -342,7 +341,7 @@ class UnpairedDataset(Unpaired):
                 :meth:`PairDataset.plan`. ``shuffle=False`` is TRL's order.
 
         Raises:
-            ValueError: an unknown layout, a scalar out of range, or one example a batch with ``kl``.
+            ValueError: an unknown layout, a scalar out of range, one example a batch with ``kl``.
             DataError: an example needs more slots than ``tokens_per_batch`` or ``bin_length``.
         """
         return UnpairedPlan(

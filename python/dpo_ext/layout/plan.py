@@ -382,6 +382,6 @@ class BatchPlan(Sequence[Batch]):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(layout={self.layout!r}, batches={len(self)}, epoch={self.epoch}, "
-            f"rank={self.rank}/{self.world_size})"
+            f"{type(self).__name__}(layout={self.layout!r}, batches={len(self)}, "
+            f"epoch={self.epoch}, rank={self.rank}/{self.world_size})"
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dpo_ext.layout.fill import Take
-    from dpo_ext.unpaired import Unpaired
+    from dpo_ext.pairs import Unpaired
 
 UnpairedLayout = Literal["padded", "packed"]
 LAYOUTS_HERE: tuple[UnpairedLayout, ...] = ("padded", "packed")
@@ -67,7 +67,7 @@ class UnpairedBatch(Batch):
     def _map(self, change: Any) -> Self:
         moved = super()._map(lambda part: part if isinstance(part, Batch) else change(part))
         if self.kl is not None:
-            vars(moved)["kl"] = self.kl._map(change)
+            vars(moved)["kl"] = self.kl._map(change)  # noqa: SLF001 - of this class
         return moved
 
 
@@ -175,7 +175,10 @@ class UnpairedPlan(BatchPlan):
         mismatched = None
         if self.kl:
             others = np.roll(index, 1)
-            wanted = {"ref_logps": self._ref_kl_logps(index, others, take), "columns": {}}
+            wanted: dict[str, Any] = {
+                "ref_logps": self._ref_kl_logps(index, others, take),
+                "columns": {},
+            }
             lengths = examples.prompt_ids.lengths[index] + examples.scored(index, others)
             places = _Places.of(self.layout, lengths, multiple)
             if bins is not None:
