@@ -319,6 +319,24 @@ def test_both_sides_of_pairs_are_examples(monkeypatch):
     assert examples.report.read == examples.report.kept == 6
 
 
+def test_sides_of_pairs_are_cut_in_batches_where_asked():
+    pairs = PairDataset.from_ids([[1], [2] * 3], [[3] * 4] * 2, [[4] * 2] * 2)
+    examples = UnpairedDataset.from_pairs(pairs, max_length=4)
+    assert examples.tokens.tolist() == [4, 4, 3, 4]
+    with pytest.raises(DataError, match="example 1: expected a completion with a token"):
+        UnpairedDataset.from_pairs(pairs, max_length=3)
+    with pytest.raises(ValueError, match="`max_length` must be at least 1 or None, found 0"):
+        UnpairedDataset.from_pairs(pairs, max_length=0)
+
+
+def test_completions_without_any_prompt_are_read_where_asked(tokenizer):
+    row = {"completion": "hello the", "label": True}
+    examples = UnpairedDataset.from_rows([row] * 2, tokenizer, layout_of_rows="completions")
+    assert examples.prompt_ids.tolist() == [[], []]
+    batch = examples.plan(layout="padded", examples_per_batch=2)[0]
+    assert batch.seq_offsets[-1] == 2 * (len(examples.completion_ids[0]) - 1)
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [

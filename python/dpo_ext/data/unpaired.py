@@ -133,12 +133,20 @@ class UnpairedDataset(Unpaired):
         return cls._from_raw(encoder.finish(), tokenizer, checked)
 
     @classmethod
-    def from_pairs(cls, pairs: PairDataset) -> Self:
+    def from_pairs(cls, pairs: PairDataset, *, max_length: int | None = None) -> Self:
         """Both sides of each pair: desirable and undesirable, in the order in which TRL unpairs a
         data set: the chosen sides of a thousand rows, then their rejected ones.
 
-        Reference log-probs and extra columns come along, and ``rows``. Ids were cut when the pairs
-        were made, and are cut no more.
+        Reference log-probs and extra columns come along, and ``rows``.
+
+        Args:
+            pairs: their ids are kept as they are; made with ``max_length=None`` they are whole.
+            max_length: batches cut prompt and completion to so many ids, at the end: also those of
+                a completion behind another prompt than its own, which no cut of the pairs knows.
+
+        Raises:
+            DataError: a prompt leaves no room for its completion.
+            ValueError: ``max_length`` < 1.
 
         >>> pairs = PairDataset.from_ids([[1], [2]], [[3], [4]], [[5], [6]])
         >>> UnpairedDataset.from_pairs(pairs).labels.tolist()
@@ -155,17 +163,20 @@ class UnpairedDataset(Unpaired):
         reference = pairs.ref_logps
         report = pairs.report
         note = f"both sides of {n} pairs, each a single completion"
-        return cls(
+        made = cls(
             pairs.prompt_ids.select(index),
             both.select(index + side * n),
             labels=side == 0,
             report=Report(2 * n, 2 * n, notes=(*report.notes, note)),
             pad_id=pairs.pad_id,
             vocab_size=pairs.vocab_size,
+            max_length=max_length,
             ref_logps=None if reference is None else reference[index, side],
             rows=pairs.rows[index],
             columns={name: values[index] for name, values in pairs.columns.items()},
         )
+        _check_room(made)
+        return made
 
     @classmethod
     def from_ids(
@@ -190,13 +201,11 @@ class UnpairedDataset(Unpaired):
         Raises:
             DataError: an id is negative or not below ``vocab_size``, a label is neither 0 nor 1, or
                 a prompt leaves no room for its completion.
-            ValueError: the three differ in length.
+            ValueError: the three differ in length, or ``max_length`` < 1.
         """
         pairs = PairDataset.from_ids(
             prompt, completion, [[]] * len(prompt), pad_id=pad_id, vocab_size=vocab_size
         )
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1 or None, found {max_length}")
         made = cls(
             pairs.prompt_ids,
             pairs.chosen_ids,
@@ -206,17 +215,7 @@ class UnpairedDataset(Unpaired):
             vocab_size=vocab_size,
             max_length=max_length,
         )
-        every = np.arange(len(made))
-        scored = made.scored(every, every) - (made.prompt_ids.lengths == 0)
-        if (scored < 1).any():
-            worst = int(np.argmax(scored < 1))
-            raise DataError(
-                f"example {worst}: expected a completion with a token that another one precedes, "
-                f"found none (the prompt has {made.prompt_ids.lengths[worst]} ids, `max_length` is "
-                f"{max_length})",
-                field="completion",
-                reason="no_completion_tokens",
-            )
+        _check_room(made)
         return made
 
     @classmethod
@@ -358,6 +357,23 @@ class UnpairedDataset(Unpaired):
             drop_last=drop_last,
             pad_to_multiple_of=pad_to_multiple_of,
             bin_length=bin_length,
+        )
+
+
+def _check_room(made: Unpaired) -> None:
+    """That each completion keeps a token that another one precedes."""
+    if made.max_length is not None and made.max_length < 1:
+        raise ValueError(f"`max_length` must be at least 1 or None, found {made.max_length}")
+    every = np.arange(len(made))
+    scored = made.scored(every, every) - (made.prompt_ids.lengths == 0)
+    if (scored < 1).any():
+        worst = int(np.argmax(scored < 1))
+        raise DataError(
+            f"example {worst}: expected a completion with a token that another one precedes, "
+            f"found none (the prompt has {made.prompt_ids.lengths[worst]} ids, `max_length` is "
+            f"{made.max_length})",
+            field="completion",
+            reason="no_completion_tokens",
         )
 
 
