@@ -16,9 +16,8 @@ from dpo_ext import PairDataset, Tokenizer, UnpairedDataset
 from dpo_ext.torch import PairLoader, attach_scoring, kto_z, unpaired_loss
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
 N, STEPS, LR = 4, 4, 1e-3
