@@ -124,7 +124,8 @@ FAMILIES: dict[str, Family] = {
         "`RunningMean` keeps BCO's `delta`, the running mean of the rewards; both take the `group` "
         "of ranks whose examples they are a mean over, and are refused without it where there "
         "are several ranks. Given these numbers an example is independent of the others, so that "
-        "`num_examples` makes micro-batches and ranks add up.",
+        "`num_examples` makes micro-batches and ranks add up. The data, the mismatched completions "
+        "and a whole loop: [kto.md](../kto.md).",
         ("kto", "bco", "apo_zero_unpaired"),
     ),
     "list": Family(

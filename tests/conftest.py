@@ -79,11 +79,20 @@ def live(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reader_files(tmp_path_factory):
-    """What a reader of README and docs is told to have: pairs.jsonl.gz and path/to/model."""
+    """What a reader of README and docs is told to have: pairs.jsonl.gz, thumbs.jsonl and
+    path/to/model.
+    """
     import tiny
 
     folder = tmp_path_factory.mktemp("reader")
     tiny.write_jsonl(folder / "pairs.jsonl.gz", tiny.rows())
+    sides = {"chosen": True, "rejected": False}
+    thumbs = [
+        {"prompt": row["prompt"], "completion": row[side], "label": label}
+        for row in tiny.rows()
+        for side, label in sides.items()
+    ]
+    tiny.write_jsonl(folder / "thumbs.jsonl", thumbs)
     tiny.tokenizer().save_pretrained(folder / "path/to/model")
     tiny.model().save_pretrained(folder / "path/to/model")
     return folder

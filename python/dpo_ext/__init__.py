@@ -13,6 +13,7 @@ from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.encode import prepare
 from dpo_ext.data.options import Limits
 from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.data.unpaired import UnpairedDataset
 from dpo_ext.errors import (
     DataError,
     DpoExtError,
@@ -26,6 +27,7 @@ from dpo_ext.errors import (
 )
 from dpo_ext.layout.batch import Batch
 from dpo_ext.layout.plan import BatchPlan, PlanStats, pack_lengths
+from dpo_ext.layout.unpaired import UnpairedBatch, UnpairedPlan
 from dpo_ext.pairs import Ragged
 from dpo_ext.report import Report
 
@@ -47,6 +49,9 @@ __all__ = [
     "TensorError",
     "Tokenizer",
     "TokenizerError",
+    "UnpairedBatch",
+    "UnpairedDataset",
+    "UnpairedPlan",
     "__version__",
     "pack_lengths",
     "prepare",

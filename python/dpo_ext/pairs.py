@@ -1,4 +1,4 @@
-"""`Ragged` and `Pairs`: lists of ids, and what is known of each pair.
+"""`Ragged`, `Pairs` and `Unpaired`: lists of ids, and what is known of each example.
 
 That is all that a plan, a batch and a store need; the ways in and out are `data/dataset.py`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self, SupportsIndex, overload
+from typing import Any, ClassVar, Self, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,38 +139,33 @@ def _column(name: str, values: Any, n: int) -> NDArray[Any]:
     return column
 
 
-class Pairs(Sequence):
-    """Preference pairs as token ids, and what is known of each: all that a plan, a batch and a
-    store need.
+class Examples(Sequence):
+    """What :class:`Pairs` and single completions share: lists of ids, and what is known of each.
 
     Attributes:
-        prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
-            prompt.
-        report: :class:`Report`.
-        ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
-        rows: (n,) int64, the 0-based number of each pair's row among the rows read.
-        columns: extra columns by name: (n,) int64 if all are whole numbers, else float64; (n,)
-            bool; or (n,) object, strings.
-        pad_id: what batches are padded with.
-        vocab_size: every id is below it; None if unknown.
+        IDS: names of the lists of ids.
+        KNOWN: names of arrays with a value an example, or None: whatever becomes of the examples.
+        ALIKE: names of what is one for all examples.
+        NOUN: what one is called.
     """
+
+    IDS: ClassVar[tuple[str, ...]]
+    KNOWN: ClassVar[tuple[str, ...]]
+    ALIKE: ClassVar[tuple[str, ...]] = ("pad_id", "vocab_size")
+    NOUN: ClassVar[str]
 
     def __init__(
         self,
         prompt_ids: Ragged,
-        chosen_ids: Ragged,
-        rejected_ids: Ragged,
         *,
         report: Report,
         pad_id: int,
         vocab_size: int | None,
-        ref_logps: NDArray[np.float64] | None = None,
-        rows: NDArray[np.int64] | None = None,
-        columns: Mapping[str, Any] | None = None,
+        ref_logps: NDArray[np.float64] | None,
+        rows: NDArray[np.int64] | None,
+        columns: Mapping[str, Any] | None,
     ) -> None:
         self.prompt_ids = prompt_ids
-        self.chosen_ids = chosen_ids
-        self.rejected_ids = rejected_ids
         self.report = report
         self.pad_id = pad_id
         self.vocab_size = vocab_size
@@ -196,7 +191,7 @@ class Pairs(Sequence):
                 else self.select(range(start, stop, step))
             )
         return {
-            **{name: getattr(self, name)[i] for name in IDS},
+            **{name: getattr(self, name)[i] for name in self.IDS},
             **{name: values[i] for name, values in self.columns.items()},
         }
 
@@ -227,13 +222,13 @@ class Pairs(Sequence):
         outside = (index < -len(self)) | (index >= len(self))
         if outside.any():
             found = index[outside][0]
-            raise IndexError(f"pair {found} is out of range for {len(self)} pairs")
+            raise IndexError(f"{self.NOUN} {found} is out of range for {len(self)} {self.NOUN}s")
         index = index.astype(np.int64) % max(1, len(self))
         return self._made(
-            *(getattr(self, name).select(index) for name in IDS),
+            *(getattr(self, name).select(index) for name in self.IDS),
             report=self._report_of(len(index)),
-            ref_logps=None if self.ref_logps is None else self.ref_logps[index],
             rows=self.rows[index],
+            **self._known(lambda values: values[index]),
             columns={name: values[index] for name, values in self.columns.items()},
         )
 
@@ -290,8 +285,8 @@ class Pairs(Sequence):
         is_held_out = held_out[group]
         return self.select(~is_held_out), self.select(is_held_out)
 
-    def concat(self, *others: Pairs) -> Self:
-        """These pairs, then those of ``others``: with ``rows`` and report as if read in one go.
+    def concat(self, *others: Examples) -> Self:
+        """These, then those of ``others``: with ``rows`` and report as if read in one go.
 
         Raises:
             ValueError: they differ in ``pad_id``, ``vocab_size`` or columns, or some have reference
@@ -302,49 +297,106 @@ class Pairs(Sequence):
         >>> len(pairs.concat(pairs, pairs))
         3
         """
-        parts: tuple[Pairs, ...] = (self, *others)
+        parts: tuple[Examples, ...] = (self, *others)
         for other in others:
             _check_alike(self, other)
         before = np.cumsum([0, *(part.report.read for part in parts[:-1])])
-        reference = [part.ref_logps for part in parts if part.ref_logps is not None]
+        known: dict[str, Any] = {}
+        for name in self.KNOWN:
+            values = [v for part in parts if (v := getattr(part, name)) is not None]
+            known[name] = np.concatenate(values) if values else None
         return self._made(
-            *(Ragged.joined([getattr(part, name) for part in parts]) for name in IDS),
+            *(Ragged.joined([getattr(part, name) for part in parts]) for name in self.IDS),
             report=Report.merged([part.report for part in parts]),
-            ref_logps=np.concatenate(reference) if reference else None,
             rows=np.concatenate([p.rows + start for p, start in zip(parts, before, strict=True)]),
             columns={
                 name: np.concatenate([part.columns[name] for part in parts])
                 for name in self.columns
             },
+            **known,
         )
 
     def _between(self, start: int, stop: int) -> Self:
         part = slice(start, stop)
         return self._made(
-            *(getattr(self, name).between(start, stop) for name in IDS),
+            *(getattr(self, name).between(start, stop) for name in self.IDS),
             report=self._report_of(stop - start),
-            ref_logps=None if self.ref_logps is None else self.ref_logps[part],
             rows=self.rows[part],
+            **self._known(lambda values: values[part]),
             columns={name: values[part] for name, values in self.columns.items()},
         )
 
     def _report_of(self, n: int) -> Report:
-        return Report(n, n, notes=(*self.report.notes, f"{n} of {len(self)} pairs were selected"))
+        return Report(
+            n, n, notes=(*self.report.notes, f"{n} of {len(self)} {self.NOUN}s were selected")
+        )
+
+    def _known(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> dict[str, Any]:
+        """What is known of each example, or None, changed."""
+        values = {name: getattr(self, name) for name in self.KNOWN}
+        return {name: None if v is None else change(v) for name, v in values.items()}
 
     def _made(self, *ids: Ragged, **changes: Any) -> Any:
-        """Pairs like these, with other ids."""
-        kept = {
-            name: getattr(self, name)
-            for name in ("report", "pad_id", "vocab_size", "ref_logps", "rows", "columns")
-        }
-        return self._kind(*ids, **(kept | changes))
+        """Examples like these, with other ids."""
+        names = ("report", "rows", "columns", *self.ALIKE, *self.KNOWN)
+        return self._kind(*ids, **({name: getattr(self, name) for name in names} | changes))
 
     @property
-    def _kind(self) -> type[Pairs]:
-        return Pairs
+    def _kind(self) -> type[Any]:
+        return type(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} pairs)"
+        return f"{type(self).__name__}({len(self)} {self.NOUN}s)"
+
+
+class Pairs(Examples):
+    """Preference pairs as token ids, and what is known of each: all that a plan, a batch and a
+    store need.
+
+    Attributes:
+        prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
+            prompt.
+        report: :class:`Report`.
+        ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
+        rows: (n,) int64, the 0-based number of each pair's row among the rows read.
+        columns: extra columns by name: (n,) int64 if all are whole numbers, else float64; (n,)
+            bool; or (n,) object, strings.
+        pad_id: what batches are padded with.
+        vocab_size: every id is below it; None if unknown.
+    """
+
+    IDS = IDS
+    KNOWN = ("ref_logps",)
+    NOUN = "pair"
+
+    def __init__(
+        self,
+        prompt_ids: Ragged,
+        chosen_ids: Ragged,
+        rejected_ids: Ragged,
+        *,
+        report: Report,
+        pad_id: int,
+        vocab_size: int | None,
+        ref_logps: NDArray[np.float64] | None = None,
+        rows: NDArray[np.int64] | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            prompt_ids,
+            report=report,
+            pad_id=pad_id,
+            vocab_size=vocab_size,
+            ref_logps=ref_logps,
+            rows=rows,
+            columns=columns,
+        )
+        self.chosen_ids = chosen_ids
+        self.rejected_ids = rejected_ids
+
+    @property
+    def _kind(self) -> type[Any]:
+        return Pairs
 
     def _repr_html_(self) -> str:
         """What a notebook shows: how much there is, and the first pairs."""
@@ -378,13 +430,114 @@ class Pairs(Sequence):
         return 2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
 
 
-def _check_alike(pairs: Pairs, other: Pairs) -> None:
-    """That two sets of pairs can be one."""
-    for name in ("pad_id", "vocab_size"):
+class Unpaired(Examples):
+    """Single completions as token ids, each labelled desirable or not: all that a plan and a batch
+    need.
+
+    Attributes:
+        prompt_ids, completion_ids: :class:`Ragged`; a completion does not repeat its prompt, and
+            is whole where ``truncation`` is ``keep_start``: batches cut it to ``max_length``.
+        labels: (n,) bool, True for desirable.
+        report: :class:`Report`.
+        ref_logps: (n,) float64 or None, log-probs of the completions under the reference.
+        ref_kl_logps, kl_completions: (n,) float64 and int64, or None: log-probs under the reference
+            of the completion of another example behind each prompt, and of which.
+        max_length, truncation: how a sequence in a batch is cut: at its end, with ``keep_end`` the
+            completion at its start.
+        rows: (n,) int64, the 0-based number of each example's row among the rows read.
+        columns: extra columns by name, as those of :class:`Pairs`.
+        pad_id: what batches are padded with.
+        vocab_size: every id is below it; None if unknown.
+    """
+
+    IDS = ("prompt_ids", "completion_ids")
+    KNOWN = ("labels", "ref_logps")
+    ALIKE = (*Examples.ALIKE, "max_length", "truncation")
+    NOUN = "example"
+
+    def __init__(
+        self,
+        prompt_ids: Ragged,
+        completion_ids: Ragged,
+        *,
+        labels: NDArray[np.bool_],
+        report: Report,
+        pad_id: int,
+        vocab_size: int | None,
+        max_length: int | None = None,
+        truncation: str = "keep_start",
+        ref_logps: NDArray[np.float64] | None = None,
+        ref_kl_logps: NDArray[np.float64] | None = None,
+        kl_completions: NDArray[np.int64] | None = None,
+        rows: NDArray[np.int64] | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            prompt_ids,
+            report=report,
+            pad_id=pad_id,
+            vocab_size=vocab_size,
+            ref_logps=ref_logps,
+            rows=rows,
+            columns=columns,
+        )
+        self.completion_ids = completion_ids
+        self.labels = labels
+        self.max_length = max_length
+        self.truncation = truncation
+        self.ref_kl_logps = ref_kl_logps
+        self.kl_completions = kl_completions
+
+    def __getitem__(self, i: Any) -> Any:
+        example = super().__getitem__(i)
+        return example if isinstance(i, slice) else {**example, "label": bool(self.labels[i])}
+
+    def scored(
+        self, prompts: NDArray[np.int64], completions: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Ids of each of these completions that a batch keeps behind each of these prompts."""
+        lengths = self.completion_ids.lengths[completions]
+        if self.max_length is None:
+            return lengths
+        return np.minimum(lengths, (self.max_length - self.prompt_ids.lengths[prompts]).clip(0))
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """(n,) int64: tokens of each example in a batch, prompt included."""
+        every = np.arange(len(self))
+        return self.prompt_ids.lengths + self.scored(every, every)
+
+    @property
+    def longest(self) -> NDArray[np.int64]:
+        """The same as ``tokens``."""
+        return self.tokens
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how much there is, and the first examples."""
+        from dpo_ext.pages.notebook import ids, table
+
+        names = (*self.IDS, "label", *self.columns)
+        rows = []
+        for i, one in zip(range(SHOWN), self, strict=False):
+            lists = (ids(one[name]) for name in self.IDS)
+            rows.append((i, *lists, one["label"], *(one[name] for name in self.columns)))
+        if len(self) > SHOWN:
+            rows.append(("…", *[""] * len(names)))
+        words = f"{len(self):,} examples, {int(self.labels.sum()):,} of them desirable"
+        words += f", {int(self.tokens.sum()):,} tokens, padded with {self.pad_id}"
+        return table(f"{type(self).__name__}: {words}", ("", *names), rows)
+
+
+def _check_alike(pairs: Examples, other: Examples) -> None:
+    """That two sets of examples can be one."""
+    if pairs.IDS != other.IDS:
+        raise TypeError(f"expected {type(pairs).__name__}, found {type(other).__name__}")
+    for name in pairs.ALIKE:
         mine, theirs = getattr(pairs, name), getattr(other, name)
         if mine != theirs:
             raise ValueError(
-                f"`{name}` differs, {mine} and {theirs}: the pairs are of two tokenizers"
+                f"`{name}` differs, {mine} and {theirs}: the {pairs.NOUN}s are of two "
+                + ("tokenizers" if name in Examples.ALIKE else "preparations")
             )
     if list(pairs.columns) != list(other.columns):
         raise ValueError(f"expected the columns {list(pairs.columns)}, found {list(other.columns)}")

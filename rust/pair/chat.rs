@@ -128,7 +128,14 @@ pub(super) fn texts(
         Err(refusal) => return Err(refusal),
     };
     let whole_chosen = renderer.render(&prompt, Some(&chosen), names[1], pair)?;
-    let whole_rejected = renderer.render(&prompt, Some(&rejected), names[2], pair)?;
+    // Both sides of a row of one completion are the same.
+    let is_single = options.keys.is_single();
+    let whole_rejected = if is_single {
+        None
+    } else {
+        Some(renderer.render(&prompt, Some(&rejected), names[2], pair)?)
+    };
+    let printed_rejected = whole_rejected.as_ref().unwrap_or(&whole_chosen);
     let drops = options.useless == Useless::Drop;
     for (messages, key) in [(&chosen, names[1]), (&rejected, names[2])] {
         if drops && !messages.iter().any(says_something) {
@@ -140,11 +147,12 @@ pub(super) fn texts(
         let message = "expected two completions, found the same one twice";
         Refusal::from(Bad::new(Reason::IdenticalPair, names[2], message))
     };
-    if drops && chosen == rejected {
+    if drops && !is_single && chosen == rejected {
         return Err(identical());
     }
-    let sides = [(&chosen, &whole_chosen, names[1]), (&rejected, &whole_rejected, names[2])];
-    for (i, (side, rendered, name)) in sides.into_iter().enumerate() {
+    let sides = [(&chosen, &whole_chosen, names[1]), (&rejected, printed_rejected, names[2])];
+    let several = if is_single { 1 } else { sides.len() };
+    for (i, (side, rendered, name)) in sides.into_iter().take(several).enumerate() {
         let given = spelt.get(i).and_then(Option::as_ref);
         let messages = match given {
             Some(turns) => turns.iter().collect(),
@@ -160,9 +168,11 @@ pub(super) fn texts(
             Side { messages, from, begin, completion, names, own, twice, spelt: given.is_some() };
         check_content(&side, rendered, &renderer, pair)?;
     }
-    let (whole_chosen, whole_rejected) = (whole_chosen.text, whole_rejected.text);
+    let whole_chosen = whole_chosen.text;
+    let whole_rejected =
+        whole_rejected.map_or_else(|| whole_chosen.clone(), |rendered| rendered.text);
     // What the sides say is printed, and alike.
-    if drops && whole_chosen == whole_rejected {
+    if drops && !is_single && whole_chosen == whole_rejected {
         return Err(identical());
     }
     let marks = if options.special_text == SpecialText::Text

@@ -23,7 +23,8 @@ pub(super) fn finish(
     if pair.prompt.is_empty() {
         pair.warn(Warning::EmptyPrompt);
     }
-    let drops = options.useless == Useless::Drop;
+    let is_single = keys.is_single();
+    let drops = options.useless == Useless::Drop && !is_single;
     if drops && pair.chosen == pair.rejected {
         let message = "expected two completions, found the same ids twice";
         return Err(Bad::new(Reason::IdenticalPair, &keys.rejected, message).into());
@@ -45,6 +46,9 @@ pub(super) fn finish(
         }
         let before = pair.prompt.len();
         let begin = if options.boundary == Boundary::Trl { 0 } else { begin(pair, tokenizer) };
+        // The completion under another prompt may need more of it, so that batches cut it there.
+        let whole =
+            (is_single && options.truncation == Truncation::KeepStart).then(|| pair.chosen.clone());
         truncate(pair, most, options.truncation, tokenizer.eos(), begin);
         pair.warn(Warning::Truncated);
         let no_tokens = |key: &str| {
@@ -53,6 +57,9 @@ pub(super) fn finish(
             Bad::new(Reason::NoCompletionTokens, key, message)
         };
         check_scored(pair, keys, no_tokens)?;
+        if let Some(whole) = whole {
+            pair.chosen = whole;
+        }
         if drops && pair.chosen == pair.rejected {
             let message = format!("both sides have the same ids after truncation to {most} tokens");
             return Err(Bad::new(Reason::IdenticalAfterTruncation, &keys.rejected, message).into());
@@ -62,6 +69,9 @@ pub(super) fn finish(
             let message = "one token without a prompt before it: nothing predicts it";
             Bad::new(Reason::NoCompletionTokens, key, message)
         })?;
+    }
+    if is_single {
+        pair.rejected.clear();
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ mod text;
 
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
+use crate::read::keys::Field;
 use crate::read::row::{Content, Row};
 use crate::tokenize::Tokenizer;
 use boundary::boundary;
@@ -48,11 +49,11 @@ pub fn encode(
     let layout = row.layout;
     match row.content {
         Content::Ids { prompt, chosen, rejected } => {
-            for (ids, name) in [(&chosen, "chosen_ids"), (&rejected, "rejected_ids")] {
+            for (ids, field) in [(&chosen, Field::ChosenIds), (&rejected, Field::RejectedIds)] {
                 if ids.is_empty() {
                     return Err(Bad::new(
                         Reason::EmptyCompletion,
-                        name,
+                        options.keys.name(field),
                         "expected at least one id, found none",
                     )
                     .into());

@@ -104,6 +104,7 @@ pub(super) fn texts<'a>(
             }
         }
         if options.boundary != Boundary::Trl
+            && !keys.is_single()
             && implicit::begins_asked(&chosen)
             && implicit::begins_asked(&rejected)
         {
@@ -140,7 +141,7 @@ pub(super) fn texts<'a>(
             return Err(Bad::new(Reason::EmptyCompletion, key, message));
         }
     }
-    if drops && chosen == rejected {
+    if drops && !keys.is_single() && chosen == rejected {
         return Err(Bad::new(
             Reason::IdenticalPair,
             &keys.rejected,

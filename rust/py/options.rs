@@ -80,6 +80,7 @@ impl Settings {
             prompt_required: !get("prompt_key")?.is_none(),
             chosen: key("chosen_key", "chosen")?,
             rejected: key("rejected_key", "rejected")?,
+            label: get("label_key")?.extract()?,
             extra: get("columns")?.extract()?,
         };
         let options = Options {

@@ -11,6 +11,8 @@ pub struct Keys {
     pub chosen: String,
     /// Name of the other side.
     pub rejected: String,
+    /// Rows hold one completion, named by both sides, and this label, which is one of the further columns.
+    pub label: Option<String>,
     /// Further columns to carry.
     pub extra: Vec<String>,
     /// Fields that are not there, whatever the row says.
@@ -24,6 +26,7 @@ impl Default for Keys {
             prompt_required: false,
             chosen: "chosen".to_owned(),
             rejected: "rejected".to_owned(),
+            label: None,
             extra: Vec::new(),
             ignored: Vec::new(),
         }
@@ -93,6 +96,8 @@ const NAMES: [&str; Field::System as usize + 1] = [
 pub const FIELDS: usize = NAMES.len() + MEDIA.len();
 /// Of these the first ones are read by every layout of TRL; text in the others may be a prompt.
 pub const TRLS: usize = Field::RefRejected as usize + 1;
+/// Ids of the completion of a row that holds one.
+const COMPLETION_IDS: &str = "completion_ids";
 /// No field has this name.
 const NOTHING: &str = "\u{0}";
 
@@ -103,14 +108,28 @@ impl Keys {
             Field::Prompt => &self.prompt,
             Field::Chosen => &self.chosen,
             Field::Rejected => &self.rejected,
+            Field::ChosenIds | Field::RejectedIds if self.is_single() => COMPLETION_IDS,
             other => NAMES.get(other as usize).copied().unwrap_or_default(),
         }
+    }
+
+    /// Whether rows hold one completion and its label, and no pair.
+    pub fn is_single(&self) -> bool {
+        self.label.is_some()
     }
 
     /// The fields that some layout reads, in their order.
     pub(super) fn fields(&self) -> impl Iterator<Item = &str> {
         let given: [&str; 3] = [&self.prompt, &self.chosen, &self.rejected];
-        given.into_iter().chain(NAMES.into_iter().skip(3))
+        let ids = [Field::ChosenIds as usize, Field::RejectedIds as usize];
+        let rest = NAMES.into_iter().enumerate().skip(given.len());
+        let rest =
+            rest.map(
+                move |(i, name)| {
+                    if self.is_single() && ids.contains(&i) { COMPLETION_IDS } else { name }
+                },
+            );
+        given.into_iter().chain(rest)
     }
 
     /// The field names in the order of [`super::row::Row::from_fields`].

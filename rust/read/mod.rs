@@ -18,6 +18,7 @@ pub mod quotes;
 pub mod row;
 pub mod said;
 mod shape;
+mod single;
 pub mod source;
 mod text;
 pub mod turns;

@@ -9,6 +9,7 @@ use super::keys::{FIELDS, Field, Keys};
 use super::layouts::{Layout, found, read};
 use super::limits::Limits;
 use super::said::{Said, Strings};
+use super::single::{both_sides, label};
 use super::turns::{Spelt, spelt};
 use crate::error::{Reason, Warning};
 
@@ -130,18 +131,32 @@ impl<'a> Row<'a> {
                     Some(at) => fields.get(at).cloned().flatten(),
                     None => fields.get_mut(FIELDS + i).and_then(Option::take),
                 };
-                cell(required(value, name)?, name)
+                let value = required(value, name)?;
+                if keys.label.as_ref() == Some(name) {
+                    return label(&value, name);
+                }
+                cell(value, name)
             })
             .collect::<Result<_, _>>()?;
         let mut cells = Cells(fields);
         let mut warned = Vec::new();
         let media = cells.media();
         unpack(&mut cells, keys, limits, &mut warned)?;
+        if keys.is_single() {
+            both_sides(&mut cells, keys, limits)?;
+        }
         let layout = rules.layout.unwrap_or_else(|| found(&cells, keys));
-        let needs_prompt = keys.prompt_required || rules.layout == Some(Layout::Explicit);
+        // One completion shares no beginning with another, from which a prompt could be told.
+        let lacks = keys.is_single() && layout == Layout::Implicit;
+        let needs_prompt = lacks || keys.prompt_required || rules.layout == Some(Layout::Explicit);
         let content = if layout == Layout::Ids {
             let ids = [Field::PromptIds, Field::ChosenIds, Field::RejectedIds];
-            Self::ids(ids.map(|field| cells.take(field)), findings, limits, vocab)?
+            Self::ids(
+                ids.map(|field| (cells.take(field), keys.name(field))),
+                findings,
+                limits,
+                vocab,
+            )?
         } else {
             match read(layout, needs_prompt, &mut cells, keys, limits, &mut warned)? {
                 Said::Text(strings) => {
@@ -180,15 +195,14 @@ impl<'a> Row<'a> {
     }
 
     fn ids(
-        ids: [Option<Value<'a>>; 3],
+        ids: [(Option<Value<'a>>, &str); 3],
         findings: &Findings,
         limits: &Limits,
         vocab: usize,
     ) -> Result<Content<'a>, Bad> {
-        let names = ["prompt_ids", "chosen_ids", "rejected_ids"];
-        let [prompt, chosen, rejected] = ids;
+        let names = ids.each_ref().map(|(_, name)| *name);
         let mut lists = [Vec::new(), Vec::new(), Vec::new()];
-        for ((list, value), name) in lists.iter_mut().zip([prompt, chosen, rejected]).zip(names) {
+        for (list, (value, name)) in lists.iter_mut().zip(ids) {
             match required(value, name)? {
                 Value::List(items) => *list = items,
                 other => return Err(wrong(name, "a list of token ids", &other)),

@@ -16,6 +16,7 @@ from dpo_ext.torch import (
     linear_preference_loss,
     preference_loss,
     register_loss,
+    unpaired_loss,
 )
 from dpo_ext.torch.losses.ranks import check_group
 from dpo_ext.torch.losses.registry import LOSSES
@@ -132,6 +133,24 @@ def check_shared_numbers(rank):
     assert delta.update(x[SHARES[rank]] + 2) == x.mean() + 1  # a rank may have none
 
 
+def check_single_completions(rank):
+    """Losses of the ranks add up to the batch's, and the metrics of all ranks are the batch's."""
+    logps, ref = torch.linspace(-9, -2, 8), torch.full((8,), -5.0)
+    labels = torch.arange(8) % 3 == 0
+    whole = unpaired_loss(logps, ref, labels, z=0.25)
+    want = whole.metrics
+    for parts in (PARTS, SHARES):  # a rank may have none
+        mine = parts[rank]
+        own = unpaired_loss(logps[mine], ref[mine], labels[mine], z=0.25, num_examples=8)
+        torch.testing.assert_close(summed(own.loss), whole.loss)
+        got = own.metrics_over(dist.group.WORLD)
+        assert got.keys() == want.keys()
+        for name, value in got.items():
+            torch.testing.assert_close(value, want[name])
+    with pytest.raises(ValueError, match="`metrics_over` is a mean over the batch"):
+        whole.metrics_over()
+
+
 def check_through_ddp(rank):
     """DDP averages gradients over ranks: twice the loss gives those of the batch."""
     torch.manual_seed(0)
@@ -211,6 +230,7 @@ CHECKS = [
     check_refused,
     check_local,
     check_shared_numbers,
+    check_single_completions,
     check_through_ddp,
     check_from_hidden_states,
     check_groups,

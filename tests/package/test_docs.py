@@ -34,6 +34,7 @@ def test_every_python_block_runs(page):
     ("name", "options", "said"),
     [
         ("train.py", ("--epochs", "1"), "held-out pairs"),
+        ("train_kto.py", ("--epochs", "1"), "held-out completions"),
         ("train_trl.py", ("--max-steps", "2"), "rows read"),
         ("train_accelerate.py", (), "steps of 1 processes"),
         ("encode_arrow.py", (), "pairs of"),
@@ -41,9 +42,8 @@ def test_every_python_block_runs(page):
     ],
 )
 def test_every_example_runs(name, options, said, reader_folder, monkeypatch, capsys):
-    files = (
-        () if options is None else ("path/to/model", "pairs.jsonl.gz", "--out", "made", *options)
-    )
+    data = "thumbs.jsonl" if name == "train_kto.py" else "pairs.jsonl.gz"
+    files = () if options is None else ("path/to/model", data, "--out", "made", *options)
     monkeypatch.setattr(sys, "argv", [name, *files])
     runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
     assert said in capsys.readouterr().out
@@ -108,6 +108,7 @@ FOUND = {
     "packed or shared batches": ("docs/data.md", r"## Three layouts"),
     "resume in the middle of an epoch": ("docs/loop.md", r"## Resuming"),
     "gradient accumulation with unequal batches": ("docs/loop.md", r"num_pairs"),
+    "KTO, or data with thumbs up and down": ("docs/kto.md", r"UnpairedDataset"),
     "DDP and FSDP2": ("docs/distributed.md", r"attach, then wrap"),
     "the formula of SimPO": ("docs/losses/reference_free.md", r"simpo"),
     "what does loss_type X of another code base mean": (

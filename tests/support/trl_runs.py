@@ -52,6 +52,7 @@ BOUNDS = {
     "logits/": 2e-7,
     "entropy": 2e-6,
     "accuracy": 1e-7,
+    "kl": LOGPS_BOUND,
     "num_tokens": 0.0,
     "learning_rate": 0.0,
     "epoch": 0.0,

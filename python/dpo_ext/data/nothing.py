@@ -14,6 +14,10 @@ from dpo_ext.errors import DataError
 from dpo_ext.report import Report
 
 NAMES = "`prompt_key`, `chosen_key` and `rejected_key` give other names"
+UNPAIRED_NAMES = (
+    "`prompt_key`, `completion_key` and `label_key` give other names; of pairs, "
+    "UnpairedDataset.from_pairs makes single completions"
+)
 ROWS = "rows are JSON objects, one a line or in one array"
 # What most often stands behind each reason when it is that of most rows.
 GUESSES = {
@@ -33,14 +37,19 @@ GUESSES = {
 LIST = re.compile(rb'\s*\{\s*"([^"\\]{1,60})"\s*:\s*\[\s*\{')
 
 
-def no_pairs(files: Sequence[str], report: Report, besides: str = "") -> DataError:
+def no_pairs(
+    files: Sequence[str], report: Report, besides: str = "", *, unpaired: bool = False
+) -> DataError:
     """The error where no row of files, or of memory, gave a pair; one line if there are none."""
-    said = f"no row of {some(files)} gives a pair" if files else "no row gives a pair"
+    what = "an example" if unpaired else "a pair"
+    said = f"no row of {some(files)} gives {what}" if files else f"no row gives {what}"
     path = files[0] if len(files) == 1 else None
     if report.read == 0:
         return DataError(f"{said}: there are no rows{besides}", path, reason="no_pairs")
     most = max(report.dropped, key=lambda name: report.dropped[name])
     guess = _guess(report, most)
+    if unpaired and guess is not None:
+        guess = guess.replace(NAMES, UNPAIRED_NAMES)
     first = report.first.get(most)
     # The guess says more of where to go on than the hint of one row.
     shown = f"\n{most}: {first.message.partition(chr(10))[0]}" if first and first.message else ""
@@ -48,14 +57,14 @@ def no_pairs(files: Sequence[str], report: Report, besides: str = "") -> DataErr
     return DataError(f"{said}{besides}\n{report}{shown}{hint}", path, reason="no_pairs")
 
 
-def check_pairs(files: Sequence[str], report: Report) -> None:
+def check_pairs(files: Sequence[str], report: Report, *, unpaired: bool = False) -> None:
     """Rows of which none is kept, or none has a prompt, are no data set.
 
     Raises:
         DataError: with the reason ``no_pairs``, or that of :func:`check_prompts`.
     """
     if report.read and not report.kept:
-        raise no_pairs(files, report)
+        raise no_pairs(files, report, unpaired=unpaired)
     check_prompts(files, report)
 
 

@@ -32,6 +32,7 @@ LayoutOfRows = Literal[
     "question",
     "swift",
 ]
+OF_PAIRS = ("implicit", "swift")  # layouts that need two sides
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 Progress = bool | Callable[[int, int], Any]
 
@@ -116,8 +117,8 @@ def default_threads(threads: int | None) -> int | None:
     return None
 
 
-class Options(TypedDict, total=False):
-    """What every way into a data set takes, as `PairDataset.from_files` documents it."""
+class SharedOptions(TypedDict, total=False):
+    """What every way into a data set takes, of pairs or of single completions."""
 
     max_length: int | None
     truncation: Truncation
@@ -125,8 +126,6 @@ class Options(TypedDict, total=False):
     on_bad: OnBad
     special_tokens_in_text: SpecialTokensInText
     prompt_key: str | None
-    chosen_key: str | None
-    rejected_key: str | None
     columns: Sequence[str]
     ignore_columns: Sequence[str]
     layout_of_rows: LayoutOfRows | None
@@ -140,9 +139,27 @@ class Options(TypedDict, total=False):
     threads: int | None
 
 
+class Options(SharedOptions, total=False):
+    """What every way into pairs takes, as `PairDataset.from_files` documents it."""
+
+    chosen_key: str | None
+    rejected_key: str | None
+
+
+class UnpairedOptions(SharedOptions, total=False):
+    """What every way into single completions takes, as `UnpairedDataset.from_files` documents
+    it.
+    """
+
+    completion_key: str
+    label_key: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The :class:`Options`, checked, with their defaults; Rust reads them by attribute."""
+    """The :class:`Options`, or with a ``label_key`` the :class:`UnpairedOptions`, checked, with
+    their defaults; Rust reads them by attribute.
+    """
 
     max_length: int | None = 1024
     truncation: Truncation = "keep_start"
@@ -152,6 +169,7 @@ class Settings:
     prompt_key: str | None = None
     chosen_key: str | None = None
     rejected_key: str | None = None
+    label_key: str | None = None
     columns: tuple[str, ...] = ()
     ignore_columns: tuple[str, ...] = ()
     layout_of_rows: LayoutOfRows | None = None
@@ -188,11 +206,7 @@ class Settings:
                 '`special_tokens_in_text="text"` needs `boundary` "joint" or "separate": '
                 "TRL has no such rule"
             )
-        names = [
-            key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None
-        ]
-        if len(set(names)) < len(names):
-            raise ValueError("`prompt_key`, `chosen_key` and `rejected_key` must differ")
+        self._check_keys()
         if self.prompt_key is not None and self.layout_of_rows not in (None, "explicit"):
             raise ValueError(
                 '`prompt_key` names a field of `layout_of_rows` "explicit", found '
@@ -204,6 +218,21 @@ class Settings:
         self._check_columns()
         self._check_ignored()
         object.__setattr__(self, "threads", default_threads(self.threads))
+
+    def _check_keys(self) -> None:
+        keys = (self.prompt_key, self.chosen_key, self.rejected_key)
+        said = "`prompt_key`, `chosen_key` and `rejected_key`"
+        if self.label_key is not None:
+            keys = (self.prompt_key, self.chosen_key, self.label_key)
+            said = "`prompt_key`, `completion_key` and `label_key`"
+            if self.layout_of_rows in OF_PAIRS:
+                raise ValueError(
+                    f"`layout_of_rows` {self.layout_of_rows!r} is one of pairs: a single "
+                    "completion has no other to share a beginning with"
+                )
+        names = [key for key in keys if key is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{said} must differ")
 
     def _names(self, option: str) -> tuple[str, ...]:
         given = getattr(self, option)
@@ -234,19 +263,43 @@ class Settings:
 
 
 def settings(options: Mapping[str, Any]) -> Settings:
-    """The options of a caller, checked.
+    """The options of a caller who reads pairs, checked.
 
     Raises:
         TypeError: there is no such option.  ValueError: it has no such value.
     """
-    unknown = [name for name in options if name not in Options.__annotations__]
+    return _checked(options, Options.__annotations__)
+
+
+def unpaired_settings(options: Mapping[str, Any]) -> Settings:
+    """The options of a caller who reads single completions, checked: both sides are the completion,
+    and the label is the first of the extra columns.
+
+    Raises:
+        TypeError, ValueError: as :func:`settings`.
+    """
+    given = dict(options)
+    completion, label = given.pop("completion_key", "completion"), given.pop("label_key", "label")
+    for name, key in (("completion_key", completion), ("label_key", label)):
+        if not isinstance(key, str):
+            raise TypeError(f"`{name}` must be a name, found {type(key).__name__}")
+    sides = {"chosen_key": completion, "rejected_key": completion, "label_key": label}
+    columns = given.pop("columns", ())
+    if isinstance(columns, str):
+        raise TypeError(f"`columns` must be a sequence of names, found {columns!r}")
+    known = UnpairedOptions.__annotations__
+    return _checked(given, known, columns=(label, *columns), **sides)
+
+
+def _checked(options: Mapping[str, Any], known: Mapping[str, Any], **more: Any) -> Settings:
+    unknown = [name for name in options if name not in known]
     if unknown:
-        close = get_close_matches(unknown[0], Options.__annotations__, n=1)
+        close = get_close_matches(unknown[0], known, n=1)
         raise TypeError(
-            f"unknown option `{unknown[0]}`: there is {', '.join(sorted(Options.__annotations__))}"
+            f"unknown option `{unknown[0]}`: there is {', '.join(sorted(known))}"
             + (f"\nhint: did you mean `{close[0]}`?" if close else "")
         )
-    given = dict(options)
+    given = {**options, **more}
     for name in ("limits", "chat_template_kwargs"):
         if name in given and given[name] is None:
             del given[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -195,8 +195,12 @@ class Batch:
     full_q_indices: Any = None
     weights: Any = None
 
+    group_size: ClassVar[int] = 2
+    """Sequences of one prompt in the table."""
+    noun: ClassVar[str] = "pair"
+
     @classmethod
-    def filled(cls, layout: Layout, **arrays: Any) -> Batch:
+    def filled(cls, layout: Layout, **arrays: Any) -> Self:
         """Same as ``Batch(layout, **arrays)``: a frozen class sets its fields one by one, which
         costs as much as filling a small batch.
         """
@@ -220,7 +224,7 @@ class Batch:
                 continue
             rows.append((f.name, *_described(value)))
         rows += [(f"columns[{name!r}]", *_described(v)) for name, v in self.columns.items()]
-        title = f"Batch: {self.n_pairs} pairs, {self.layout}"
+        title = f"{type(self).__name__}: {self.n_pairs} {self.noun}s, {self.layout}"
         return table(title, ("field", "dtype", "shape", "values"), rows)
 
     @cached_property
@@ -239,6 +243,7 @@ class Batch:
             offsets,
             offsets,
             weights=_tensor(self.weights),
+            group_size=self.group_size,
             shape=tuple(self.input_ids.shape),
         )
 
@@ -302,7 +307,7 @@ class Batch:
 
         return block_mask(self, window=window)
 
-    def _map(self, change: Any) -> Batch:
+    def _map(self, change: Any) -> Self:
         table = change(self.table)
         changed: dict[str, Any] = {name: getattr(table, name) for name in (*TABLE, "weights")}
         for f in fields(self):
@@ -321,13 +326,13 @@ class Batch:
             moved.__dict__["segments"] = self.segments
         return moved
 
-    def to(self, device: Any = None, *, non_blocking: bool = False) -> Batch:
+    def to(self, device: Any = None, *, non_blocking: bool = False) -> Self:
         """The batch as torch tensors on ``device``; imports torch."""
         if device is None:
             return self._map(lambda part: part)
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self, device: Any = None) -> Batch:
+    def pin_memory(self, device: Any = None) -> Self:
         """The batch as torch tensors in page-locked memory; DataLoader calls this by itself."""
         return self._map(lambda part: part.pin_memory())
 

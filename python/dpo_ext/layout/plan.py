@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, overload
 
 import numpy as np
 
@@ -112,6 +112,20 @@ class BatchPlan(Sequence[Batch]):
     with the same weights. ``digest`` does not know them.
     """
 
+    sides: ClassVar[int] = 2
+    """Rows of one pair in a padded batch."""
+    options: ClassVar[tuple[str, ...]] = (
+        "layout",
+        "pairs_per_batch",
+        "tokens_per_batch",
+        "bin_length",
+        "world_size",
+        "shuffle",
+        "drop_last",
+        "pad_to_multiple_of",
+    )
+    """What ``digest`` knows."""
+
     def __init__(
         self,
         pairs: Pairs,
@@ -200,7 +214,7 @@ class BatchPlan(Sequence[Batch]):
         else:
             bounds = _core.batches_by_slots(
                 self._pairs.longest,
-                self.tokens_per_batch or 0,
+                (self.tokens_per_batch or 0) * 2 // self.sides,
                 self.pad_to_multiple_of,
                 self.seed,
                 epoch,
@@ -278,22 +292,11 @@ class BatchPlan(Sequence[Batch]):
         """128 bits in hex of what, besides seed and epoch, makes the batches of a step: every
         option and the length of every prompt and completion. The same on all ranks.
         """
-        options = {
-            name: getattr(self, name)
-            for name in (
-                "layout",
-                "pairs_per_batch",
-                "tokens_per_batch",
-                "bin_length",
-                "world_size",
-                "shuffle",
-                "drop_last",
-                "pad_to_multiple_of",
-            )
-        }
+        options = {name: getattr(self, name) for name in self.options}
         made = hashlib.blake2b(repr(options).encode(), digest_size=16)
-        for ids in (self._pairs.prompt_ids, self._pairs.chosen_ids, self._pairs.rejected_ids):
-            made.update(np.ascontiguousarray(ids.offsets, "<i8").data)
+        for name in self._pairs.IDS:
+            offsets = getattr(self._pairs, name).offsets
+            made.update(np.ascontiguousarray(offsets, "<i8").data)
         return made.hexdigest()
 
     def state_dict(self, position: int = 0) -> dict[str, Any]:
@@ -371,7 +374,7 @@ class BatchPlan(Sequence[Batch]):
         else:
             width = np.maximum.reduceat(self._pairs.longest[order], starts)
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-            places = 2 * sizes * width
+            places = self.sides * sizes * width
         times = np.bincount(np.arange(used) % self._batches, minlength=self._batches)
         real, slots = int((times * tokens).sum()), int((times * places).sum())
         repeated = int(((times - 1).clip(0) * sizes).sum())
@@ -379,6 +382,6 @@ class BatchPlan(Sequence[Batch]):
 
     def __repr__(self) -> str:
         return (
-            f"BatchPlan(layout={self.layout!r}, batches={len(self)}, epoch={self.epoch}, "
-            f"rank={self.rank}/{self.world_size})"
+            f"{type(self).__name__}(layout={self.layout!r}, batches={len(self)}, "
+            f"epoch={self.epoch}, rank={self.rank}/{self.world_size})"
         )

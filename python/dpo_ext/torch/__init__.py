@@ -15,7 +15,7 @@ from dpo_ext.torch.logps.scores import TokenScores
 from dpo_ext.torch.losses.lists import list_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 from dpo_ext.torch.losses.registry import register_loss
-from dpo_ext.torch.losses.result import GroupLoss
+from dpo_ext.torch.losses.result import GroupLoss, UnpairedLoss
 from dpo_ext.torch.losses.single import RunningMean, kto_z, unpaired_loss
 from dpo_ext.torch.losses.tokens import ld_table, tdpo_kls, wpo_averages
 from dpo_ext.torch.pairwise import linear_preference_loss
@@ -30,6 +30,7 @@ __all__ = [
     "RunningMean",
     "ScoreTable",
     "TokenScores",
+    "UnpairedLoss",
     "assert_packing_safe",
     "attach_scoring",
     "kto_z",

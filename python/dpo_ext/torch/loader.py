@@ -11,7 +11,7 @@ from weakref import WeakSet, finalize
 import torch
 
 from dpo_ext.errors import describe
-from dpo_ext.pairs import Pairs
+from dpo_ext.pairs import Examples
 from dpo_ext.torch.ring import Loan, Ring
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PairLoader:
                 "in Rust, without the GIL\n"
                 "hint: `prefetch` says how many are built ahead"
             )
-        if isinstance(plan, Pairs):
+        if isinstance(plan, Examples):
             raise TypeError(
                 f"`plan` must be a BatchPlan, found {type(plan).__name__}, a data set\n"
                 "hint: use pairs.plan(...)"

@@ -104,6 +104,16 @@ def gather_pairs(
     )
 
 
+def sum_over(values: Tensor, group: Any) -> Tensor:
+    """Element by element the sum of the values of all ranks of the group, or this rank's own;
+    changes them in place.
+    """
+    checked = check_group(group)
+    if checked is not None:
+        dist.all_reduce(values, group=checked)
+    return values
+
+
 def mean_over(values: Tensor, group: Any) -> Tensor:
     """Mean of the values of all ranks of the group, float64, 0 for none; without a graph."""
     values = values.detach().double().reshape(-1)

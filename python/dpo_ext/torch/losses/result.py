@@ -6,11 +6,14 @@ N pairs, examples or lists.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpo_ext.errors import TensorError
 from dpo_ext.torch.losses.forms import Number, over, times
+from dpo_ext.torch.losses.ranks import check_parts, sum_over
 
 
 class PreferenceLoss:
@@ -101,7 +104,7 @@ class PreferenceLoss:
 
 @dataclass(frozen=True, slots=True)
 class GroupLoss:
-    """What `unpaired_loss` and `list_loss` return.
+    """What `list_loss` returns, and `unpaired_loss` with more.
 
     Attributes:
         loss: scalar, differentiable.
@@ -113,3 +116,99 @@ class GroupLoss:
     loss: Tensor
     per_example: Tensor
     rewards: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedLoss(GroupLoss):
+    """What `unpaired_loss` returns: a `GroupLoss` with metrics.
+
+    Attributes:
+        logps: (N,) detached, the log-probs that the loss was computed of.
+        labels: (N,) bool.
+        z: the KL term of the loss, a scalar or (N,), or None where it has none.
+    """
+
+    logps: Tensor
+    labels: Tensor
+    z: Number | None
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """`metrics_over` of this rank alone."""
+        return self.metrics_over("local")
+
+    def metrics_over(
+        self, group: Any = None, *, scores: Any = None, table: Any = None
+    ) -> dict[str, Tensor]:
+        """TRL's keys, each a detached scalar tensor: ``kl``, and the means of the desirable
+        (``chosen``) and undesirable (``rejected``) examples, ``rewards/chosen``, ``logps/chosen``,
+        ``rewards/rejected``, ``logps/rejected``, ``rewards/margins``; with ``scores`` the means of
+        their tokens, too, ``logits/chosen``, ``logits/rejected`` and ``entropy``.
+
+        A key whose examples are missing is left out, as in TRL, which waits for the device once.
+
+        Args:
+            group: process group whose ranks' examples are counted together; ``"local"``: of this
+                rank alone.
+            scores: `TokenScores` of the same batch with ``entropy`` and ``mean_logit``, as a model
+                with `attach_scoring` gives them for ``score_stats=("entropy", "mean_logit")``.
+            table: the batch's `ScoreTable`; needed with ``scores``.
+
+        Raises:
+            ValueError: there are several ranks and no ``group``, or one of ``scores`` and ``table``
+                is missing.
+            TensorError: ``scores`` have no entropy or no mean logits.
+        """
+        check_parts("`metrics_over`", "is a mean over the batch", group)
+        masks = torch.stack((self.labels, ~self.labels))
+        # Masks select: a log-prob of -inf on one side is nothing to the other.
+        columns = torch.stack((self.rewards, self.logps)).double()
+        totals = [_sums(columns, masks)]
+        if (scores is None) != (table is None):
+            raise ValueError("`scores` and `table` must both be given, or none")
+        if scores is not None:
+            totals.append(_sums(_token_columns(scores), _of_tokens(masks, table)))
+        both = sum_over(torch.stack(totals), group)
+        metrics = {} if self.z is None else {"kl": _scalar(self.z, self.logps)}
+        counts = both[:, :, 2].tolist()
+        kinds = (("rewards", "logps"), ("logits", None))
+        for of, found, (one, other) in zip(both, counts, kinds, strict=False):
+            for i, side in enumerate(("chosen", "rejected")):
+                if found[i]:
+                    means = (of[i, :2] / of[i, 2]).to(self.logps.dtype)
+                    metrics[f"{one}/{side}"] = means[0]
+                    if other is not None:
+                        metrics[f"{other}/{side}"] = means[1]
+        if all(counts[0]):
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        if len(both) > 1:
+            tokens = both[1].sum(0)
+            metrics["entropy"] = (tokens[1] / tokens[2].clamp(min=1)).to(self.logps.dtype)
+        return metrics
+
+
+def _sums(columns: Tensor, masks: Tensor) -> Tensor:
+    """(2, 3): of each side the sums of two columns, and how many there are."""
+    sums = torch.where(masks[:, None], columns, columns.new_zeros(())).sum(-1)
+    return torch.cat((sums, masks.sum(-1, keepdim=True).double()), 1)
+
+
+def _token_columns(scores: Any) -> Tensor:
+    if scores.mean_logit is None or scores.entropy is None:
+        raise TensorError(
+            "`scores` must have `entropy` and `mean_logit`\n"
+            'hint: score_stats=("entropy", "mean_logit")'
+        )
+    return torch.stack((scores.mean_logit, scores.entropy)).detach().double()
+
+
+def _of_tokens(masks: Tensor, table: Any) -> Tensor:
+    """(2, M): the side of each token's example."""
+    lengths = table.lengths.reshape(-1)
+    return masks.repeat_interleave(lengths, dim=1, output_size=len(table.targets))
+
+
+def _scalar(value: Number, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(like.dtype).mean()
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)

@@ -21,7 +21,7 @@ from dpo_ext.torch.losses.checks import (
 from dpo_ext.torch.losses.forms import ds, s, sp
 from dpo_ext.torch.losses.node import attach, weighted_sum
 from dpo_ext.torch.losses.ranks import check_group, check_parts, mean_over
-from dpo_ext.torch.losses.result import GroupLoss
+from dpo_ext.torch.losses.result import UnpairedLoss
 from dpo_ext.torch.losses.row import LossRow, find_row, finite, non_negative, plain_row, positive
 from dpo_ext.torch.numbers import host_values
 
@@ -83,7 +83,7 @@ def unpaired_loss(
     weight: Any = None,
     num_examples: float | Tensor | None = None,
     **params: Any,
-) -> GroupLoss:
+) -> UnpairedLoss:
     """Loss of single completions, each labelled desirable or not.
 
     Same as, for ``loss="kto"``::
@@ -107,7 +107,7 @@ def unpaired_loss(
         **params: ``z``, ``lam_d``, ``lam_u`` of KTO, ``delta`` of BCO.
 
     Returns:
-        GroupLoss.
+        UnpairedLoss: a GroupLoss, whose ``metrics`` have TRL's keys.
 
     Raises:
         TensorError: wrong shapes, dtypes or devices.
@@ -140,7 +140,9 @@ def unpaired_loss(
     per_example = attach(logps, value, slope)
     total = weighted_sum(per_example, factor) / divisor
     check_is_number(total, value, logps)
-    return GroupLoss(total, per_example, rewards)
+    # copies: the caller may fill its buffers again before the metrics are read
+    seen, labels = logps.detach().clone(), (labels != 0).clone()
+    return UnpairedLoss(total, per_example, rewards, seen, labels, bound.get("z"))
 
 
 def kto_z(mismatched_logps: Tensor, mismatched_ref_logps: Tensor, *, group: Any = None) -> Tensor:
