@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from dpo_ext import PairDataset, Tokenizer
-from dpo_ext.torch import PairLoader, attach_scoring, preference_loss
+from dpo_ext.torch import PairLoader, attach_scoring
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model")

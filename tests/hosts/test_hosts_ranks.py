@@ -112,7 +112,12 @@ def losses_of(name, out, said):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("fsdp2", marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="FSDP2 of torch 2.8 over gloo")),
+        pytest.param(
+            "fsdp2",
+            marks=pytest.mark.skipif(
+                torch.__version__ < "2.9", reason="FSDP2 of torch 2.8 over gloo"
+            ),
+        ),
         "accelerate",
         "hf_trainer",
         "lightning",

@@ -120,17 +120,17 @@ class PairDataModule(pl.LightningDataModule):
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
-        self._sources = {"train": pairs, "held_out": held_out}
-        self._from_files = any(_is_files(source) for source in self._sources.values())
-        if self._from_files and tokenizer is None:
+        self._sources: dict[str, Any] = {"train": pairs, "held_out": held_out or None}
+        from_files = any(_is_files(source) for source in self._sources.values())
+        if from_files and tokenizer is None:
             raise TypeError("`tokenizer` is missing: files are encoded by one")
-        if not self._from_files:
+        if not from_files:
             given = {"tokenizer": tokenizer, "cache_dir": cache_dir, **options}
             for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"`{name}` would go unheard: there are no files to read")
         settings(options)
-        self._reading = {"cache_dir": cache_dir, **options}
+        self._reading: dict[str, Any] = {"cache_dir": cache_dir, **options}
         self._tokenizer = tokenizer
         self._prefetch = prefetch
         self._layout: dict[str, Any] = {
@@ -141,7 +141,7 @@ class PairDataModule(pl.LightningDataModule):
             "pad_to_multiple_of": pad_to_multiple_of,
             "bin_length": bin_length,
         }
-        self._order = {"shuffle": shuffle, "drop_last": drop_last}
+        self._order: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last}
         _NO_PAIRS.plan(**self._layout, **self._order)  # an option out of range is an error here
         self.train: PairDataset | None = None
         self.held_out: PairDataset | None = None

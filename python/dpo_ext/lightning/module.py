@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpo_ext.errors import TensorError
 from dpo_ext.lightning.datamodule import PARTS, PairDataModule
 from dpo_ext.lightning.host import pl
-from dpo_ext.torch import PreferenceLoss, attach_scoring
+from dpo_ext.torch import PreferenceLoss, attach_scoring, preference_loss
 from dpo_ext.torch.losses.compat import find_loss
 
 _POLICY, _DATA, _ADAPTER = "policy", "data", "adapter"
@@ -46,8 +46,9 @@ class DPOModule(pl.LightningModule):
 
     so that the loss is the mean over the pairs of the step, however unequal batches and ranks are,
     and DDP, FSDP and accumulation give the parameters of one process with one large batch. The loss
-    is computed inside the model's forward, as `attach_scoring` does it. Batches come from a
-    `PairDataModule`.
+    is computed inside the model's forward, as `attach_scoring` does it. A loss that couples the
+    pairs of a batch sees those of all ranks, and a step is the mean over its micro-batches. Batches
+    come from a `PairDataModule`.
 
     ::
 
@@ -65,7 +66,6 @@ class DPOModule(pl.LightningModule):
         loss: the name of a loss, or several, which are summed.
         beta: of the loss; None for its default.
         loss_weights: of several losses.
-        params: further parameters of the loss, by name.
         reference: where the reference's log-probs come from. ``"auto"``: nowhere for a loss
             without one; else the data, where its pairs have them; else ``"policy"``: the model as
             it is before training, which scores all pairs once before the first step, and whose
@@ -77,6 +77,7 @@ class DPOModule(pl.LightningModule):
         disable_dropout: the model's dropout is off, as in TRL: policy and reference then agree at
             the first step.
         scoring: further options of `attach_scoring`, such as ``chunk_rows``.
+        **params: parameters of the loss, under the names of the table.
 
     Attributes:
         model: the same object; ``save_pretrained`` is its own.
@@ -96,11 +97,11 @@ class DPOModule(pl.LightningModule):
         loss: str | Sequence[str] = "dpo",
         beta: float | None = None,
         loss_weights: Sequence[float] | None = None,
-        params: Mapping[str, Any] | None = None,
         reference: str | nn.Module = "auto",
         optimizer: Callable[[list[nn.Parameter]], Any] = default_optimizer,
         disable_dropout: bool = True,
         scoring: Mapping[str, Any] | None = None,
+        **params: Any,
     ) -> None:
         super().__init__()
         names = [loss] if isinstance(loss, str) else list(loss)
@@ -112,7 +113,10 @@ class DPOModule(pl.LightningModule):
             options["beta"] = beta
         if loss_weights is not None:
             options["loss_weights"] = loss_weights
-        self._loss = {**options, **(params or {})}
+        self._loss = {**options, **params}
+        one = torch.zeros(1, 2)  # a parameter that is unknown or out of range is an error here
+        group = "local" if self._couples else None
+        preference_loss(one, one, lengths=one.int() + 1, group=group, **self._loss)
         self._scoring = dict(scoring or {})
         self._optimizer = optimizer
         if disable_dropout:
@@ -193,13 +197,18 @@ class DPOModule(pl.LightningModule):
             # One column more says how often a pair was scored: at the end ranks repeat some.
             found = torch.zeros(len(pairs), 3, device=self.device)
             self.eval()
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            with torch.no_grad():
                 for batch in data.scored_once(name):
-                    logps = self.model(**batch.model_inputs, score_table=batch.table).logps
+                    # By the strategy: FSDP gathers the weights of what it calls itself.
+                    logps = self.trainer.strategy.predict_step(batch)
                     found[batch.pair_index, :2] = logps.float()
                     found[batch.pair_index, 2] = 1.0
             found = self.trainer.strategy.reduce(found, reduce_op="sum")
             data.set_reference(name, found[:, :2] / found[:, 2:])
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """(N, 2) log-probs of a batch, chosen then rejected."""
+        return self.model(**batch.model_inputs, score_table=batch.table).logps
 
     # ---- a step ----------------------------------------------------------------------------------
 
@@ -218,7 +227,8 @@ class DPOModule(pl.LightningModule):
             return None
         adapter: Any = nullcontext()
         if self._reference == _ADAPTER:
-            adapter = self.model.disable_adapter()
+            peft_model: Any = self.model
+            adapter = peft_model.disable_adapter()
         elif not self._frozen:
             if batch.ref_logps is None:
                 raise TensorError(
