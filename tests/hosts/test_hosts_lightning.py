@@ -162,6 +162,35 @@ def test_a_loss_without_reference_scores_nothing_before_training(tmp_path):
     assert data.train.ref_logps is None
 
 
+def test_the_router_loss_is_the_mean_over_the_batches_of_a_step(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def model():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
+            )
+        )  # fmt: skip
+
+    pairs = scored(random_pairs(9), model())
+    other = attach_scoring(model())
+    batches = list(PairLoader(pairs.plan(layout="padded", pairs_per_batch=3, shuffle=False)))
+    losses = []
+    for batch in batches:
+        scores = other(**batch.model_inputs, score_table=batch.table)
+        own = preference_loss(scores.logps, batch.ref_logps, beta=0.1, num_pairs=9).loss
+        losses.append(own + 0.5 * scores.aux_loss / 3)
+        losses[-1].backward()
+    sgd(other.parameters()).step()
+    trainer = trainer_of(tmp_path, accumulate_grad_batches=4)  # the only step is a short one
+    module = DPOModule(model(), beta=0.1, optimizer=sgd)
+    trainer.fit(module, PairDataModule(pairs, pairs_per_batch=3, shuffle=False))
+    assert furthest(dict(other.named_parameters()), parameters_of(module)) <= 1e-6
+    assert trainer.logger.train[0]["loss"] == pytest.approx(sum(losses).item(), abs=1e-5)
+
+
 # ---- the reference ------------------------------------------------------------------------------
 
 
@@ -403,6 +432,11 @@ def test_a_checkpoint_of_other_pairs_or_without_the_reference_is_refused(tmp_pat
         fitted(
             tmp_path, PairDataModule(random_pairs(20, seed=1), pairs_per_batch=4), ckpt_path=path
         )
+    # Its weights are the start of another run: the policy before that training is the reference.
+    module = DPOModule.load_from_checkpoint(path, model=tiny.model(), optimizer=sgd)
+    trainer = trainer_of(tmp_path)
+    trainer.fit(module, PairDataModule(random_pairs(8), pairs_per_batch=4))
+    assert trainer.logger.train[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     state = torch.load(path, weights_only=True)
     del state["PairDataModule"]
     torch.save(state, path)

@@ -104,6 +104,7 @@ FOUND = {
     "packed or shared batches": ("docs/data.md", r"## Three layouts"),
     "resume in the middle of an epoch": ("docs/loop.md", r"## Resuming"),
     "gradient accumulation with unequal batches": ("docs/loop.md", r"num_pairs"),
+    "does it fit into Lightning": ("docs/hosts.md", r"PairDataModule"),
     "DDP and FSDP2": ("docs/distributed.md", r"attach, then wrap"),
     "the formula of SimPO": ("docs/losses/reference_free.md", r"simpo"),
     "what does loss_type X of another code base mean": (

@@ -127,7 +127,6 @@ class DPOModule(pl.LightningModule):
         # In a tuple it is no submodule: neither wrapped, nor saved, nor trained.
         self._frozen: tuple[nn.Module, ...] = ()
         self._reference = self._checked(reference)
-        self._restored = False
         self._latest: int | None = None
         self._sums: Tensor | None = None
         self._kept: Tensor | None = None
@@ -171,9 +170,6 @@ class DPOModule(pl.LightningModule):
             loss["group"] = dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
         attach_scoring(self.model, loss=loss, **self._scoring)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._restored = True
-
     def on_fit_start(self) -> None:
         for frozen in self._frozen:
             frozen.to(self.device)
@@ -183,13 +179,15 @@ class DPOModule(pl.LightningModule):
 
     def _score_the_start(self) -> None:
         """Gives the pairs that lack them the log-probs of the policy as it is now."""
-        data = self._data
+        data, strategy = self._data, self.trainer.strategy
+        # Some strategies take the weights of a checkpoint after this, and then its log-probs too.
+        resumed = self.trainer.ckpt_path is not None and not strategy.restore_checkpoint_after_setup
         for name in PARTS:
             pairs = getattr(data, name)
             known = pairs is None or name in data.scored
             if known or (self._reference == "auto" and pairs.ref_logps is not None):
                 continue
-            if self._restored:
+            if resumed:
                 raise TensorError(
                     f"the checkpoint has no reference log-probs of `{name}`, and the policy before "
                     "training is gone\nhint: pairs.with_ref_logps(...), or reference=<that model>"
@@ -200,10 +198,10 @@ class DPOModule(pl.LightningModule):
             with torch.no_grad():
                 for batch in data.scored_once(name):
                     # By the strategy: FSDP gathers the weights of what it calls itself.
-                    logps = self.trainer.strategy.predict_step(batch)
+                    logps = strategy.predict_step(batch)
                     found[batch.pair_index, :2] = logps.float()
                     found[batch.pair_index, 2] = 1.0
-            found = self.trainer.strategy.reduce(found, reduce_op="sum")
+            found = strategy.reduce(found, reduce_op="sum")
             data.set_reference(name, found[:, :2] / found[:, 2:])
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -238,7 +236,9 @@ class DPOModule(pl.LightningModule):
             return batch.ref_logps
         (model,) = self._frozen or (self.model,)
         with torch.no_grad(), adapter:
-            return model(**batch.model_inputs, score_table=batch.table).logps
+            logps = model(**batch.model_inputs, score_table=batch.table).logps
+        torch.clear_autocast_cache()  # weights that were cast here have no gradient
+        return logps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         data = self._data
