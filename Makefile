@@ -8,7 +8,7 @@ STAMPS := .stamps
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 # CUDA 13 is what torch 2.13.0 from PyPI brings; NVRTC in its wheels compiles our kernels without a GPU.
 # Not `all`: maturin asks pip for each requirement, and this package by its own name is on no index before it is built.
-EXTRAS := torch,arrow,hf,trl,cli,testing,cuda13,test,dev
+EXTRAS := torch,arrow,hf,trl,lightning,cli,testing,cuda13,test,dev
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 
 # The two ends of what is supported. Each has an environment of its own, with the wheel built from here: the newest

@@ -4,6 +4,7 @@ python examples/train_accelerate.py path/to/model pairs.jsonl.gz --out trained
 """
 
 import argparse
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,9 @@ parser = argparse.ArgumentParser()
 parser.add_argument("model")
 parser.add_argument("pairs")
 parser.add_argument("--out", default="trained")
+parser.add_argument("--lr", type=float, default=1e-6)
+parser.add_argument("--tokens-per-batch", type=int, default=8192)
+parser.add_argument("--accumulate", type=int, default=1)
 args = parser.parse_args()
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -25,12 +29,13 @@ with accelerator.main_process_first():  # one process encodes, the others map wh
 
 # Attach, then wrap: scoring must be inside the forward that DDP and FSDP2 see.
 model = attach_scoring(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
 model, optimizer = accelerator.prepare(model, optimizer)
 
 
 def plan(pairs, ranks, rank):
-    return pairs.plan(layout="padded", tokens_per_batch=8192, rank=rank, world_size=ranks)
+    size = args.tokens_per_batch
+    return pairs.plan(layout="padded", tokens_per_batch=size, rank=rank, world_size=ranks)
 
 
 ref_logps = torch.empty(len(pairs), 2, dtype=torch.float64)
@@ -42,14 +47,23 @@ pairs = pairs.with_ref_logps(ref_logps.numpy())
 
 # A plan knows ranks, so the loader is not prepared: its batches are this process' own.
 mine = plan(pairs, accelerator.num_processes, accelerator.process_index)
-for step, batch in enumerate(PairLoader(mine, device=accelerator.device)):
-    logps = model(**batch.model_inputs, score_table=batch.table).logps
-    # Token budgets give ranks unequal numbers of pairs: the exact mean is over all of the step's.
-    num_pairs = mine.pairs_in_step(step)
-    out = preference_loss(logps, batch.ref_logps, beta=0.1, num_pairs=num_pairs)
-    accelerator.backward(out.loss * accelerator.num_processes)
-    optimizer.step()
-    optimizer.zero_grad()
-accelerator.print(f"{len(mine)} steps of {accelerator.num_processes} processes")
+losses = []
+for i, batch in enumerate(PairLoader(mine, device=accelerator.device)):
+    first = i - i % args.accumulate
+    step = range(first, min(first + args.accumulate, len(mine)))
+    last = i + 1 == step.stop
+    with nullcontext() if last else accelerator.no_sync(model):
+        logps = model(**batch.model_inputs, score_table=batch.table).logps
+        # Token budgets give ranks unequal numbers of pairs: the exact mean is over all of the step.
+        num_pairs = sum(mine.pairs_in_step(k) for k in step)
+        out = preference_loss(logps, batch.ref_logps, beta=0.1, num_pairs=num_pairs)
+        accelerator.backward(out.loss * accelerator.num_processes)  # it averages over them
+    losses.append(accelerator.reduce(out.loss.detach()).item())
+    if last:
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.print(f"step {i // args.accumulate}: loss {sum(losses[first:]):.6f}")
+accelerator.print(f"{len(mine)} batches on each of {accelerator.num_processes} processes")
 if accelerator.is_main_process:
     accelerator.unwrap_model(model).save_pretrained(args.out)

@@ -14,6 +14,7 @@ EXTRAS = {
     "tokenizers": "hf",
     "transformers": "hf",
     "trl": "trl",
+    "lightning": "lightning",
     "rich": "cli",
     "typer": "cli",
     "hypothesis": "testing",

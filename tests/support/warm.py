@@ -189,11 +189,20 @@ def ranks(
     count: int = 2,
     imports: tuple[str, ...] = TORCH,
     timeout: float = 240,
-) -> None:
+) -> str:
     """Calls ``function(rank, *arguments)`` of a test file in processes; the arguments are texts.
+    What they print.
 
     A process ends as the function does, nothing is torn down: do not destroy a process group, which
     would wait, holding the GIL, for a thread of Gloo that wants it, where DDP had the group last.
     """
     done = run(RANKS, module, function, count, *arguments, imports=imports, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
