@@ -239,7 +239,7 @@ def test_dataset_num_proc_is_the_number_of_threads(own, data, monkeypatch):
         seen.append(options["threads"])
         return from_rows(rows, tokenizer, **options)
 
-    monkeypatch.setattr(dpo_ext.trl.trainer.PairDataset, "from_rows", spy)
+    monkeypatch.setattr(PairDataset, "from_rows", spy)
     runs.build(DPOTrainer, own, data, dataset_num_proc=2)
     assert seen == [2]
 
