@@ -44,7 +44,7 @@ from dpo_ext.trl.collator import SERVED
 PARTS = ("data", "reference", "forward", "head", "loss", "backward", "optimizer", "other")
 STOCK, COMPACT, BARE, LOOP = "stock", "stock compact", "bare loop", "loop "
 CONTENDERS = (STOCK, COMPACT, *LAYOUTS, *(LOOP + name for name in LAYOUTS), BARE)
-BETA, RATE, RANK = 0.1, 1e-3, 8
+BETA, RATE, RANK = 0.1, 1e-4, 8
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PAIRS = SHARED / "data" / "harmless-test.jsonl.gz"
 FOLDERS = {50_257: "gpt2", 151_936: "qwen2.5"}
@@ -63,6 +63,7 @@ class Scenario:
     reference: str = "live"  # or "precomputed"
     pairs: int = 16
     steps: int = 9
+    part_rounds: int = 0  # the last steps, if they alone are timed by part; 0: all are
     layers: int = 4
     hidden: int = 128
     inner: int = 352
@@ -222,7 +223,7 @@ class Steps:
     def __init__(self, connection: Any, scenario: Scenario, tokens: np.ndarray) -> None:
         self.clock = Clock(scenario.device)
         self.connection, self.scenario, self.tokens = connection, scenario, tokens
-        self.taken, self.runs = 0, False
+        self.taken, self.runs, self.over = 0, False, False
         self.facts: dict[str, float] = {}
         self.how: dict[str, Any] = {}
 
@@ -237,9 +238,10 @@ class Steps:
         """The end of one step and, at the word, the beginning of another."""
         self.finish()
         word = self.connection.recv()
-        if word == "end":
+        if word in ("end", None):
+            self.over = word is None
             raise End
-        self.clock.cuts = word == "parts" or self.scenario.device == "cpu"
+        self.clock.cuts = word == "parts"
         self.runs, self.facts = True, {}
         self.user, self.wall = _user(), time.perf_counter()
         self.clock.start()
@@ -296,8 +298,7 @@ def timed(kind: type, steps: Steps) -> type:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             with clock.part("loss"):
-                found = super().compute_loss(*args, **kwargs)
-            return found
+                return super().compute_loss(*args, **kwargs)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
@@ -465,19 +466,27 @@ def torch_alone(model: Any, batch: Any, ref: Tensor | None) -> tuple[Tensor, Ten
 
 
 def work(connection: Any, name: str) -> None:
-    """One contender: a scenario comes, then words for steps; ``None`` ends it."""
+    """A contender's process."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
+    with contextlib.redirect_stdout(None):  # every step's log
+        serve(connection, name)
+
+
+def serve(connection: Any, name: str) -> None:
+    """A scenario comes, then words for its steps; ``None`` ends it, and so does an error."""
     try:
-        with contextlib.redirect_stdout(None), scoring_rows_alone(name == COMPACT):
+        with scoring_rows_alone(name == COMPACT):
             while (scenario := connection.recv()) is not None:
-                _run(connection, name, scenario)
+                if _run(connection, name, scenario):
+                    return
     except Exception:
         connection.send({"error": traceback.format_exc()})
 
 
-def _run(connection: Any, name: str, scenario: Scenario) -> None:
+def _run(connection: Any, name: str, scenario: Scenario) -> bool:
+    """Whether the word was that all is over."""
     if scenario.device == "cpu":
         torch.set_num_threads(1)
     pairs = pairs_of(scenario)
@@ -489,4 +498,6 @@ def _run(connection: Any, name: str, scenario: Scenario) -> None:
             trainer.train()
         else:
             loop(name, scenario, pairs, steps)
-    connection.send({"peak": steps.peak_megabytes()})
+    if not steps.over:
+        connection.send({"peak": steps.peak_megabytes()})
+    return steps.over
