@@ -243,7 +243,7 @@ class Steps:
             raise End
         self.clock.cuts = word == "parts"
         self.runs, self.facts = True, {}
-        self.user, self.wall = _user(), time.perf_counter()
+        self.before, self.wall = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         self.clock.start()
 
     def finish(self) -> None:
@@ -252,13 +252,15 @@ class Steps:
         if self.scenario.device == "cuda":
             torch.cuda.synchronize()
         self.clock.stop()
-        wall, user = time.perf_counter() - self.wall, _user() - self.user
+        wall, now = time.perf_counter() - self.wall, resource.getrusage(resource.RUSAGE_SELF)
+        user = now.ru_utime - self.before.ru_utime
         pairs = slice(self.taken * self.scenario.pairs, (self.taken + 1) * self.scenario.pairs)
         self.runs, self.taken = False, self.taken + 1
         self.connection.send(
             {
                 "wall": wall,
                 "user": user,
+                "cpu": user + now.ru_stime - self.before.ru_stime,
                 "tokens": int(self.tokens[pairs].sum()),
                 "parts": dict(self.clock.spent),
                 **{name: float(value) for name, value in self.facts.items()},
@@ -271,10 +273,6 @@ class Steps:
         status = Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1e3
-
-
-def _user() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 # ---- TRL's trainers ------------------------------------------------------------------------------

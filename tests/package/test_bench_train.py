@@ -190,9 +190,9 @@ def test_targets_are_called_missed_where_they_are_missed():
     scenario = replace(tiny(), vocabulary=50_257, longest=512)
     row = {"wall": 1.0, "tokens": 10}
     rows = {
-        "stock compact": [row | {"user": 4.0}] * 3,
-        "packed": [row | {"user": 2.0}] * 3,
-        "shared": [row | {"user": 1.0}] * 3,
+        "stock compact": [row | {"cpu": 4.0}] * 3,
+        "packed": [row | {"cpu": 2.0}] * 3,
+        "shared": [row | {"cpu": 1.0}] * 3,
     }
     facts = {name: {"peak": peak} for name, peak in zip(rows, (100, 101, 99), strict=True)}
     said = train.targets(scenario, facts, rows)
