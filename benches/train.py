@@ -17,6 +17,7 @@ ours beside a bare loop. `--record` appends to RESULTS.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -80,7 +81,8 @@ class Contender:
         theirs.close()
 
     def ask(self, word: Any) -> dict[str, Any]:
-        self.connection.send(word)
+        with contextlib.suppress(BrokenPipeError):  # it has said why before it ended
+            self.connection.send(word)
         try:
             said = self.connection.recv()
         except EOFError:
@@ -90,7 +92,8 @@ class Contender:
         return dict(said)
 
     def end(self) -> None:
-        self.connection.send(None)
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send(None)
         self.process.join()
 
 
