@@ -213,6 +213,7 @@ def test_targets_are_called_missed_where_they_are_missed():
         (["--tiny", "--record"], "never recorded"),
         (["--model", "1b"], "needs `--device cuda`"),
         (["--contenders", "unsloth"], "invalid choice"),
+        (["--overhead", "--contenders", "padded"], "needs 'stock compact'"),
     ],
 )
 def test_what_would_measure_nothing_is_refused(arguments, message, capsys):
