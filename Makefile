@@ -21,7 +21,7 @@ OLDEST := all,cuda12,test,dev
 SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest deep check format docs bench wheel gpu-check clean require
+.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest deep check format docs bench wheel gpu-check gpu-train clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -117,6 +117,8 @@ bench: setup  ## the CPU benchmarks, each verified before it is timed
 	$(BIN)/python benches/calls.py
 	$(BIN)/python benches/attention.py
 	$(BIN)/python benches/attention.py --row 32000
+	$(BIN)/python benches/train.py
+	$(BIN)/python benches/train.py --overhead
 	cargo bench --bench tokenize
 
 wheel: setup  ## the abi3 wheel, in dist/
@@ -124,6 +126,9 @@ wheel: setup  ## the abi3 wheel, in dist/
 
 gpu-check: wheel  ## on a machine with a GPU: kernel correctness, compute-sanitizer, GPU rows of the benches
 	$(BIN)/python benches/gpu_check.py
+
+gpu-train: setup  ## on a machine with a GPU: steps of a 1B model beside stock TRL, under 10 minutes; MODEL=8b another
+	$(BIN)/python benches/train.py --device cuda --model $(or $(MODEL),1b)
 
 clean:  ## remove what the targets made, except .venv, .venv-newest and .venv-oldest
 	rm -rf $(STAMPS) dist demo_out target

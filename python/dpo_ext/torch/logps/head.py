@@ -15,9 +15,9 @@ from torch import Tensor
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import twin
-from dpo_ext.torch.logps.ops import fresh
 from dpo_ext.torch.logps.products import logits_into, part, wide
 from dpo_ext.torch.logps.scores import Impl, Transform, check_table, is_dtensor, uses_kernels
+from dpo_ext.torch.logps.scratch import lent
 from dpo_ext.torch.numbers import as_number
 
 SCRATCH_BYTES = 1_100_000_000
@@ -158,7 +158,7 @@ class Head(NamedTuple):
     def scratch(self, weight: Tensor, tokens: int) -> Tensor:
         """(C, V) that every chunk's logits are written into."""
         rows = min(self.chunk_rows, tokens)
-        return fresh((rows, weight.shape[0]), self.dtype, weight.device)
+        return lent((rows, weight.shape[0]), self.dtype, weight.device)
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
         return logits_into(part(scratch, slice(0, x.shape[0])), x, weight, bias)

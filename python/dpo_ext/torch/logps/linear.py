@@ -15,7 +15,8 @@ recompute      logits, fold                            logits, dz, dX = dz W, dW
 
 Scratch is one chunk of logits, C * V; ``frozen`` keeps E (M, H) and ``recompute`` two floats a row
 and that scratch, which still holds the logits of the last chunk when backward begins: 2CHV less,
-and with a single chunk 6MHV, what autograd needs.
+and with a single chunk 6MHV, what autograd needs. On a CPU, large scratch that nobody holds stays
+with the process for the next call, two of them at most.
 """
 
 from __future__ import annotations

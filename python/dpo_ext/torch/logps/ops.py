@@ -27,7 +27,7 @@ from dpo_ext.torch.logps import cuda as kernels
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-_HUGE = 1 << 24  # bytes from which a gradient asks for huge pages
+HUGE_BYTES = 1 << 24  # from which a gradient asks for huge pages
 
 # What stands for the statistics that nobody asked for: four tensors less to make a call.
 _NO_STATS = tuple(
@@ -170,7 +170,7 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Contiguous memory that holds anything. On the CPU the first touch of its pages costs more
     than computing a gradient, so large ones ask for huge pages."""
     size = math.prod(shape) * dtype.itemsize
-    plain = device.type != "cpu" or size < _HUGE or torch.compiler.is_compiling()
+    plain = device.type != "cpu" or size < HUGE_BYTES or torch.compiler.is_compiling()
     if not plain and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -30,11 +30,15 @@ def logits_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     dtype = torch.float32 if widen else z.dtype
     x = x.to(dtype)
     V = weight.shape[0]
+    # A compiled graph takes no `out=` with gaps between its rows.
+    copies = widen or torch.compiler.is_compiling()
     for tile in tiles(V):  # a tile stays in the cache: 1.15x the speed of the whole
-        made = torch.mm(x, part(weight, tile).to(dtype).t())
+        given, place = part(weight, tile).to(dtype).t(), z if V <= TILE else z[:, tile]
+        made = torch.mm(x, given) if copies else torch.mm(x, given, out=place)
         if bias is not None:
             made.add_(part(bias, tile))
-        (z if V <= TILE else z[:, tile]).copy_(made)
+        if copies:
+            place.copy_(made)
     return z
 
 
