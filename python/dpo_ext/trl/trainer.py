@@ -391,12 +391,15 @@ class DPOTrainer(trl.DPOTrainer):
             return super()._compute_loss(model, inputs, return_outputs)
         inputs = {**inputs, TABLE_KEY: _table(inputs)}
         stats = (*STATS, "log_sum_sq") if self.use_weighting else STATS
-        scores = model(**self._model_inputs(model, inputs), score_stats=stats)
+        # A model of its own before the policy: what it needs is free by then. It draws nothing.
+        reference = None
         if self.precompute_ref_logps:
             reference = [inputs[name] for name in REFERENCE]
-        else:
-            ref_model = self.model if self.ref_model is None else self.ref_model
-            reference = list(self.compute_ref_log_probs(ref_model, inputs))
+        elif self.ref_model is not None:
+            reference = list(self.compute_ref_log_probs(self.ref_model, inputs))
+        scores = model(**self._model_inputs(model, inputs), score_stats=stats)
+        if reference is None:
+            reference = list(self.compute_ref_log_probs(self.model, inputs))
         # What TRL divides by in `ipo`: position 0 is counted, although nothing scores it.
         if self.layout != "padded":
             lengths = inputs["completion_lengths"]
