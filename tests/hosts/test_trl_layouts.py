@@ -216,6 +216,15 @@ def test_a_step_of_bins_is_a_step_of_all_their_pairs(own, layout, loss):
     assert runs.differences(expected, found, skip=SKIP, slack=2.0) == []
 
 
+def test_bins_train_on_a_reference_that_was_computed_before(own):
+    data = runs.load(own, "text_explicit")
+    options = {"precompute_ref_log_probs": True, "loss_type": "sigmoid"}
+    live = one_step(own, "packed", 700, data)
+    before = one_step(own, "packed", 700, data, **options)
+    skip = (*SKIP, "rewards/accuracies")
+    assert runs.differences(runs.history(live), runs.history(before), skip=skip) == []
+
+
 def test_a_mean_over_micro_batches_is_not_the_mean_over_pairs(own, monkeypatch):
     data = runs.load(own, "text_explicit")
     whole = one_step(own, "padded", None, data)

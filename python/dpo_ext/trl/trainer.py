@@ -201,6 +201,10 @@ class DPOTrainer(trl.DPOTrainer):
             peft_config=peft_config,
         )
         self._attach()
+        if self.tokens_per_batch is not None and self.train_dataset is not None:
+            places = slots(self.train_dataset, self.layout, self.args.max_length)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._bins = Bins(places, self.tokens_per_batch, seed)
 
     def _step_back(self, layer: str, reason: str | None, layout: Layout = "padded") -> None:
         """Leave a layer to TRL for a reason, if there is one, and say so once.
@@ -262,10 +266,6 @@ class DPOTrainer(trl.DPOTrainer):
                 score_table=not getattr(self.args.accelerator_config, "dispatch_batches", None),
                 layout=self.layout,
             )
-        if self.tokens_per_batch is not None:
-            places = slots(self.train_dataset, self.layout, self.args.max_length)
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._bins = Bins(places, self.tokens_per_batch, seed)
         self._scores_by_itself = True
 
     def get_train_dataloader(self) -> DataLoader:
