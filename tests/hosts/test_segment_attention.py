@@ -24,6 +24,7 @@ import dpo_ext.torch.segments as by_segment  # noqa: E402
 from dpo_ext import PairDataset, TensorError  # noqa: E402
 from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments  # noqa: E402
 from dpo_ext.torch import (  # noqa: E402
+    ScoreTable,
     assert_packing_safe,
     attach_scoring,
     segment_attention,
@@ -310,6 +311,35 @@ def test_padded_rows_and_generation_are_as_before(name):
     )
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**inputs, **options), plain.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("window", [16, 17, 18])
+def test_a_row_as_wide_as_the_window_is_its_segments_alone(window):
+    """gpt-oss does not tell its masks where segments begin; a row of 17 is shorter than no window of 17."""
+    model = tiny("GptOssForCausalLM")
+    config = copy.deepcopy(model.config)
+    config.sliding_window = window
+    torch.manual_seed(0)
+    model = use_segment_attention(type(model)(config).eval())
+    row = row_of([9, 8])
+    both = model.base_model(**row)[0]
+    for start, stop in ((0, 9), (9, 17)):
+        alone = {n: v[:, start:stop] if n != "use_cache" else v for n, v in row.items()}
+        want = model.base_model(**alone)[0]
+        torch.testing.assert_close(both[:, start:stop], want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_bias_that_counts_along_the_row_is_refused():
+    """Falcon's ALiBi is rounded to bfloat16: at slot 5,000 neighbours are one place, which short trials do not see."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.FalconConfig(vocab_size=tiny_models.V, **shape, alibi=True)
+    model = attach_scoring(transformers.FalconForCausalLM(config).eval())
+    with pytest.raises(TensorError, match="FalconForCausalLM has ALiBi"):
+        assert_packing_safe(model)
+    row = row_of([9, 8])
+    labels = row["input_ids"].clone()
+    with pytest.raises(TensorError, match="FalconForCausalLM has ALiBi"):
+        model(**row, score_table=ScoreTable.from_labels(labels, group_size=1))
 
 
 def test_memory_is_linear_in_the_tokens_of_a_row():

@@ -148,6 +148,23 @@ def check_windows(mask: Any, model: Any) -> None:
             )
 
 
+def check_bias(model: Any) -> None:
+    """Refuses a model whose attention counts from the start of a row, for rows of several segments.
+
+    Raises:
+        TensorError: it has ALiBi, whose bias of 16 bits grows along the row: far into one it no
+            longer tells neighbours apart, of which a trial on a short row sees nothing.
+    """
+    config: Any = getattr(getattr(model, "module", model), "config", None)  # DDP hides it
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if getattr(config, "alibi", False):
+        raise TensorError(
+            f"{type(model).__name__} has ALiBi, whose bias counts and rounds along the whole row\n"
+            'hint: use layout="padded"'
+        )
+
+
 def mask_for(batch: SharedBlocks, model: Any) -> Any:
     """The mask of ``Batch.inputs_for``: one, or one for each kind of layer."""
     config = _config(model)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_ext.errors import TensorError
 from dpo_ext.layout.batch import LAYOUTS, Batch
-from dpo_ext.layout.masks import layer_windows
+from dpo_ext.layout.masks import check_bias, layer_windows
 from dpo_ext.layout.plan import BatchPlan
 from dpo_ext.layout.segments import SegmentMask
 from dpo_ext.pairs import Pairs, Ragged
@@ -66,7 +66,8 @@ def assert_packing_safe(
             loop makes them; ``lambda batch: batch.model_inputs`` by default.
 
     Raises:
-        TensorError: segments leak, or positions are wrong; the message says in which mode.
+        TensorError: segments leak, or positions are wrong; the message says in which mode. Or the
+            model has ALiBi, which goes wrong in long rows alone.
         ValueError: an unknown ``layout``.
 
     Numerics: a leak is a change of more than 1e-5 of the logits' spread (16 bits: 1e-3) between two
@@ -87,6 +88,7 @@ def assert_packing_safe(
     if layout not in PACKED:
         known = ", ".join(f'"{name}"' for name in PACKED)
         raise ValueError(f"unknown `layout` {layout!r}: there is {known}")
+    check_bias(model)
     make = inputs or (lambda batch: batch.model_inputs)
     probe = _Probe(model, layout, make)
     if LAYOUTS[layout].masked:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ext.errors import TensorError
+from dpo_ext.layout.masks import check_bias
 from dpo_ext.layout.segments import SEGMENTS, SegmentMask, Segments, seen
 from dpo_ext.torch.agreement import as_it_was, plain_ids, text_config
 from dpo_ext.torch.pieces import call_of
@@ -217,6 +218,7 @@ def check_packed(model: Any, call: Mapping[str, Any]) -> None:
         return
     if (isinstance(mask, Tensor) and mask.dim() == 2) or not bool((positions[:, 1:] == 0).any()):
         return
+    check_bias(model)
     name = type(model).__name__
     if attention_of(model) == SEGMENTS and _BEFORE in vars(model):
         reason = checked(model)
@@ -296,7 +298,8 @@ def _segment_mask(kwargs: dict[str, Any]) -> SegmentMask | None:
     special = ("use_vmap", "attention_mask", "allow_is_bidirectional_skip", "q_offset", "kv_offset")
     if any(isinstance(kwargs.get(n), Tensor) or kwargs.get(n) for n in special) or not width:
         return None
-    plain = kwargs.get("allow_is_causal_skip", True) and (local is None or local >= width)
+    # As transformers has it: a window of just the row is one, and its mask is built.
+    plain = kwargs.get("allow_is_causal_skip", True) and (local is None or local > width)
     if plain or length != width or (slots is not None and int(slots[0]) != 0):
         return None
     device = torch.device(kwargs.get("device", "cpu") if slots is None else slots.device)

@@ -252,7 +252,7 @@ class DPOTrainer(trl.DPOTrainer):
             try:
                 assert_packing_safe(model, layout=self.layout, inputs=_inputs_for(model))
                 break
-            except (TensorError, RuntimeError) as error:  # it leaks, or cannot run in the trial
+            except Exception as error:  # it leaks; or it cannot run, for whatever reason of its own
                 reason = str(error).partition("\n")[0]
                 self._step_back(_LAYOUT, reason, "packed" if self.layout == "shared" else "padded")
         if not self._has_own_collator and not self._is_vision_dataset:
