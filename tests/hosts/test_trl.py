@@ -521,6 +521,17 @@ def test_ids_of_rows_with_tools_equal_stocks(own):
     assert found[:]["chosen_ids"] == stock[:]["chosen_ids"]
 
 
+@pytest.mark.parametrize("name", ["text_implicit", "text_explicit"])
+def test_data_to_evaluate_on_have_the_prompts_that_callbacks_generate_from(own, name):
+    data = runs.load(own, name, slice(0, 6))
+    found = [
+        runs.build(kind, own, data, {"eval_dataset": data}, eval_strategy="steps").eval_dataset
+        for kind in (trl.DPOTrainer, DPOTrainer)
+    ]
+    assert list(found[1]["prompt"]) == list(found[0]["prompt"])
+    assert len(set(found[0]["prompt"])) == 6
+
+
 def test_rows_whose_prompt_fills_max_length_are_dropped_as_stock_drops_them(own):
     data = runs.load(own, "text_explicit")
     stock = runs.build(trl.DPOTrainer, own, data, max_length=60).train_dataset

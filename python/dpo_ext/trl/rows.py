@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from numpy.typing import NDArray
+from trl.data_utils import extract_prompt
 
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
@@ -58,6 +59,14 @@ def _beside(dataset: Dataset, pairs: PairDataset) -> Dataset:
     rest = dataset.remove_columns([name for name in dataset.column_names if name in columns])
     ids = Dataset(InMemoryTable(pa.table(columns)))
     return concatenate_datasets([rest, ids], axis=1) if rest.column_names else ids
+
+
+def with_prompt(dataset: Dataset) -> Dataset:
+    """Rows of implicit prompts with these in a column, as TRL has them: its callbacks that generate
+    read ``prompt`` of the data to evaluate on.
+    """
+    has_sides = {"chosen", "rejected"} <= set(dataset.column_names)
+    return dataset.map(extract_prompt) if has_sides else dataset
 
 
 def lengths(dataset: Dataset) -> dict[str, NDArray[np.int64]]:

@@ -42,7 +42,7 @@ from dpo_ext.trl.options import (
     check_tokens_per_batch,
     loss_options,
 )
-from dpo_ext.trl.rows import encoded
+from dpo_ext.trl.rows import encoded, with_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -321,6 +321,8 @@ class DPOTrainer(trl.DPOTrainer):
         self.data_reports[dataset_name] = report
         if report.dropped or report.warned:
             logger.warning("%s: not every row was taken as it is\n%s", dataset_name, report)
+        if dataset_name != "train" and set(report.layouts) == {"implicit"}:
+            prepared = with_prompt(prepared)
         self._prepared.add(_fingerprint(prepared))
         return prepared
 
