@@ -521,6 +521,8 @@ def test_a_forward_that_was_replaced_does_not_swallow_the_table():
 @pytest.mark.parametrize("first", ["attached", "prepared"])
 def test_scoring_runs_in_the_autocast_of_accelerate(first):
     accelerate = pytest.importorskip("accelerate")
+    reset = accelerate.state.AcceleratorState._reset_state
+    reset(reset_partial_state=True)  # a trainer of another test may have set it
     inputs, labels = batch(tiny())
     table = ScoreTable.from_labels(labels)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
@@ -539,4 +541,4 @@ def test_scoring_runs_in_the_autocast_of_accelerate(first):
     assert isinstance(bare(**inputs, score_table=table), ModelScores)
     if first == "attached":
         assert seen[-1] == torch.float32
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    reset(reset_partial_state=True)

@@ -37,11 +37,15 @@ def small_pairs(n=20, seed=0, vocab_size=1000):
     return PairDataset.from_ids(*lists, pad_id=seed, vocab_size=vocab_size)
 
 
+# Of the other fields, once somebody asks.
+WORKED_OUT = ("table", "segments")
+
+
 def batch_bits(batch):
     """Every array of a batch, as bytes."""
     import torch
 
-    values = {name: value for name, value in vars(batch).items() if name != "table"}
+    values = {name: value for name, value in vars(batch).items() if name not in WORKED_OUT}
     return {
         name: torch.as_tensor(value).numpy().tobytes() if hasattr(value, "dtype") else value
         for name, value in values.items()
