@@ -327,6 +327,19 @@ def test_a_table_that_was_changed_is_compared_again(what):
             scored(table)
 
 
+@pytest.mark.parametrize("what", ["other targets", "another device", "other dtypes"])
+def test_a_table_that_failed_never_passes_for_the_one_before(what):
+    """A new tensor may stand at the address of one that is gone."""
+    change, message = CHANGES[what]
+    for _ in range(300):
+        table = ScoreTable(**tensors())
+        scored(table)
+        change(table)
+        for _ in range(3):
+            with pytest.raises(TensorError, match=message):
+                scored(table)
+
+
 def test_a_change_that_leaves_a_table_is_taken():
     table = ScoreTable(**tensors())
     scored(table)

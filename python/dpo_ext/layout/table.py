@@ -394,7 +394,8 @@ class ScoreTable:
 
     def without_zero_weights(self) -> ScoreTable:
         """The table with tokens of weight 0 not scored (-100), so that their rows are not read."""
-        if self.weights is None:
+        # What does not fit together is left as it is, for the check that names it.
+        if self.weights is None or self.weights.device != self.targets.device:
             return self
         targets = self.targets.masked_fill(self.weights == 0, IGNORE_INDEX)
         return self._like(self.logit_rows, targets, self.weights)
@@ -427,6 +428,9 @@ class ScoreTable:
         changed = [
             name for i, name in enumerate(_FIELDS) if now[2 * i :][:2] != before[2 * i :][:2]
         ]
+        if self.device.type == "cpu":
+            # One that fails is compared the next time, whatever stands at those addresses then.
+            self.compared = ()
         for name in changed:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, _tensor(name, value))
