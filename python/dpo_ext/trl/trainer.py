@@ -163,9 +163,7 @@ class DPOTrainer(trl.DPOTrainer):
         self.layout = layout
         self.tokens_per_batch = tokens_per_batch
         self.metrics = metrics
-        self._pairs_of_step = (
-            0.0  # of all its micro-batches and ranks, where batches differ in them
-        )
+        self._pairs_of_step = 0.0  # over all its micro-batches and ranks
         self._bins: Bins | None = None
         self._totals: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self.data_reports: dict[str, Report] = {}
@@ -253,7 +251,7 @@ class DPOTrainer(trl.DPOTrainer):
                 assert_packing_safe(model, layout=self.layout, inputs=_inputs_for(model))
                 break
             except Exception as error:  # it leaks; or it cannot run, for whatever reason of its own
-                reason = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0] or type(error).__name__
                 self._step_back(_LAYOUT, reason, "packed" if self.layout == "shared" else "padded")
         if not self._has_own_collator and not self._is_vision_dataset:
             stock = self.data_collator
