@@ -41,6 +41,17 @@ def own(tmp_path_factory):
     return runs.write_material(tmp_path_factory.mktemp("model"))
 
 
+def train_in(layout, material, data, keywords=None, **options):
+    """The history of a run that stayed in the layout that was asked for."""
+    trainer = runs.build(
+        DPOTrainer, material, data, {**(keywords or {}), "layout": layout}, **options
+    )
+    trainer.train()
+    assert trainer.layout == trainer.data_collator.layout == layout
+    assert trainer.steps_back == {}
+    return runs.history(trainer)
+
+
 # --- prompts that are shared ------------------------------------------------------------------------------------------
 
 ids = st.lists(st.integers(0, 400), max_size=9)
@@ -75,6 +86,17 @@ def test_shared_and_padded_batches_score_the_same_tokens_at_the_same_places(
     assert -(-used // (multiple or 1)) * (multiple or 1) == T
 
 
+@pytest.mark.filterwarnings("ignore:no token is scored:UserWarning")
+@given(
+    data=st.lists(rows, min_size=1, max_size=5),
+    max_length=st.none() | st.integers(1, 20),
+    mode=st.sampled_from(["keep_start", "keep_end"]),
+)
+def test_places_of_pairs_are_those_of_their_packed_row(data, max_length, mode):
+    batch = PairCollator(7, max_length, mode, score_table=True, layout="packed")(data)
+    assert slots(Dataset.from_list(data), "packed", max_length).sum() == batch["num_tokens"]
+
+
 def test_a_collator_cannot_share_prompts_that_keep_each_sides_end():
     with pytest.raises(ValueError, match="one prompt a pair"):
         PairCollator(0, 8, "keep_end", score_table=True, layout="shared")
@@ -105,7 +127,7 @@ def test_shared_training_equals_stock(own, variant):
     options = VARIANTS[variant]
     stock = {k: v for k, v in options.items() if k != "pad_to_multiple_of"}
     expected = runs.train(trl.DPOTrainer, own, data, keywords=keywords, **stock)
-    found = runs.train(DPOTrainer, own, data, keywords={**keywords, "layout": "shared"}, **options)
+    found = train_in("shared", own, data, keywords, **options)
     skip = ("rewards/accuracies",) if variant == "precomputed" else ()
     assert runs.differences(expected, found, skip=(*SKIP, *skip)) == []
 
@@ -121,9 +143,7 @@ def test_shared_training_with_the_prompts_of_neighbours_differs_from_stock(own, 
         return share(self, [{**row, "prompt_ids": p} for row, p in zip(rows, turned, strict=True)])
 
     monkeypatch.setattr(PairCollator, "_share", rolled)
-    lines = runs.differences(
-        expected, runs.train(DPOTrainer, own, data, keywords={"layout": "shared"}), skip=SKIP
-    )
+    lines = runs.differences(expected, train_in("shared", own, data), skip=SKIP)
     assert any(", loss" in line for line in lines)
 
 
@@ -139,7 +159,7 @@ def test_a_window_that_is_shorter_than_a_row_is_kept(own, tmp_path):
     )
     runs.tokenizer(own).save_pretrained(tmp_path / "model")
     data = runs.load(own, "text_explicit")
-    found = runs.train(DPOTrainer, tmp_path, data, keywords={"layout": "shared"})
+    found = train_in("shared", tmp_path, data)
     assert runs.differences(runs.stock(tmp_path, data), found, skip=SKIP) == []
 
 
@@ -199,6 +219,7 @@ def one_step(own, layout, tokens_per_batch, data, **options):
     options |= {"max_steps": -1, "num_train_epochs": 3}
     trainer = runs.build(DPOTrainer, own, data, keywords, **options)
     trainer.train()
+    assert trainer.layout == layout
     return trainer
 
 
