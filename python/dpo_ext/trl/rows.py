@@ -18,6 +18,7 @@ from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.report import Report
+from dpo_ext.trl.node import once_a_node
 
 _ROW = "dpo_ext_row"
 
@@ -30,6 +31,19 @@ def encoded(
     Raises:
         DataError: none can be used; ``name`` says of which data set.
     """
+    pairs = once_a_node(lambda: _pairs(dataset, encoder, options, name), fingerprint(dataset))
+    if _ROW in pairs.columns:
+        dataset = dataset.select(pairs.columns[_ROW])
+    return _beside(dataset, pairs), pairs.report
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """What `datasets` tells a data set by."""
+    return dataset._fingerprint  # noqa: SLF001 - it has no public name
+
+
+def _pairs(dataset: Dataset, encoder: Tokenizer, options: Options, name: str) -> PairDataset:
+    """The pairs of a data set; where rows were dropped, with the numbers of the rest."""
     try:
         pairs = PairDataset.from_rows(dataset, encoder, **options)
     except DataError as error:
@@ -38,13 +52,11 @@ def encoded(
         raise DataError(f"`{name}`: {error}", reason="no_pairs") from error
     if not len(pairs):
         raise DataError(f"`{name}`: there are no rows", reason="no_pairs")
-    report = pairs.report
-    if report.dropped:
-        numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
-        again: Options = {**options, "columns": (_ROW,)}
-        pairs = PairDataset.from_rows(numbered, encoder, **again)
-        dataset = dataset.select(pairs.columns[_ROW])
-    return _beside(dataset, pairs), report
+    if not pairs.report.dropped:
+        return pairs
+    numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
+    again: Options = {**options, "columns": (_ROW,)}
+    return PairDataset.from_rows(numbered, encoder, **again)
 
 
 def _beside(dataset: Dataset, pairs: PairDataset) -> Dataset:

@@ -42,7 +42,7 @@ from dpo_ext.trl.options import (
     check_tokens_per_batch,
     loss_options,
 )
-from dpo_ext.trl.rows import encoded, with_prompt
+from dpo_ext.trl.rows import encoded, fingerprint, with_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ class DPOTrainer(trl.DPOTrainer):
                              layout="packed")
         trainer.train()
 
-    What is different inside. Rows are encoded once, in threads, into the columns ``prompt_ids,
-    chosen_ids, rejected_ids`` beside their own. Only scored tokens reach ``lm_head``, inside the
-    model's own forward, so that DDP sees one forward. Log-probs are summed in float64. Metrics are
+    What is different inside. Rows are encoded once a node, in threads, into the columns
+    ``prompt_ids, chosen_ids, rejected_ids`` beside their own; its processes map them. Only scored
+    tokens reach ``lm_head``, inside the model's own forward, so that DDP sees one forward. Log-probs are summed in float64. Metrics are
     sums and counts, gathered in one call. Precomputed reference log-probs are never read from a
     cache: TRL's can be stale.
 
@@ -298,7 +298,7 @@ class DPOTrainer(trl.DPOTrainer):
         self, dataset: Dataset, processing_class: Any, args: trl.DPOConfig, dataset_name: str
     ) -> Dataset:
         """Encode the rows, which may hold ids already; what it returned once passes unchanged."""
-        if isinstance(dataset, Dataset) and _fingerprint(dataset) in self._prepared:
+        if isinstance(dataset, Dataset) and fingerprint(dataset) in self._prepared:
             return dataset
         reason = why_not_data(dataset, processing_class)
         self._step_back(_DATA, reason)
@@ -321,7 +321,7 @@ class DPOTrainer(trl.DPOTrainer):
             logger.warning("%s: not every row was taken as it is\n%s", dataset_name, report)
         if dataset_name != "train" and set(report.layouts) == {"implicit"}:
             prepared = with_prompt(prepared)
-        self._prepared.add(_fingerprint(prepared))
+        self._prepared.add(fingerprint(prepared))
         return prepared
 
     def _encoder_of(self, processing_class: Any) -> Tokenizer | None:
@@ -360,7 +360,7 @@ class DPOTrainer(trl.DPOTrainer):
         columns = torch.cat(values).numpy()
         for index, column in enumerate(REFERENCE):
             dataset = dataset.add_column(column, columns[:, index])
-        self._prepared.add(_fingerprint(dataset))
+        self._prepared.add(fingerprint(dataset))
         return dataset
 
     def compute_ref_log_probs(
@@ -508,10 +508,6 @@ class DPOTrainer(trl.DPOTrainer):
             prepared = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
             return transformers.Trainer.evaluate(self, prepared, ignore_keys, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    return dataset._fingerprint  # noqa: SLF001 - `datasets` has no public name for it
 
 
 def _inputs_for(model: Any) -> Callable[[Batch], dict[str, Any]]:
