@@ -15,6 +15,7 @@ __all__ = [
     "pack_lengths",
     "pad_into",
     "scan",
+    "segment_grad",
     "segment_sum",
     "share_into",
     "token_stats",
@@ -41,6 +42,7 @@ def token_stats(
     transform_of: _Transform,
     stats: bool,
     threads: int,
+    sums: tuple[_Float | None, NDArray[int32]] | None = None,
 ) -> tuple[_Float, _Float, _Float, _Float, _Float, _Float, NDArray[bool_]]: ...
 def logits_grad(
     logits: NDArray[Any],
@@ -67,6 +69,9 @@ def logits_grad_(
     transform_of: _Transform,
     threads: int,
 ) -> None: ...
+def segment_grad(
+    grad: _Float, weights: _Float | None, seq_offsets: NDArray[int32], tokens: int
+) -> _Float: ...
 def segment_sum(values: _Float, weights: _Float | None, seq_offsets: NDArray[int32]) -> _Float: ...
 
 _Ids = NDArray[int32]

@@ -26,5 +26,5 @@ mod stats;
 pub use element::{BFloat16, Element, Float16, Float32};
 pub use gradient::{Saved, logits_grad, logits_grad_in_place};
 pub use scoring::{IGNORE, Scoring, Shape, Tokens, Transform};
-pub use segment::segment_sum;
+pub use segment::{segment_grad, segment_sum};
 pub use stats::{TokenStats, token_stats};

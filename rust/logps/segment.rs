@@ -42,6 +42,50 @@ pub fn segment_sum(
     Ok(seq_offsets.windows(2).map(one).collect())
 }
 
+/// The gradient of each of `tokens` log-probs from those of their sums: `w * grad[sequence]`, 0 for a weight of 0.
+///
+/// # Errors
+/// [`Error::Tensor`] if `seq_offsets` is not from 0 to `tokens` with one border more than `grad` has sequences, or
+/// `weights` has another length than `tokens`.
+///
+/// ```
+/// let grad = dpo_ext::logps::segment_grad(&[2.0, f32::NAN], Some(&[0.5, 3.0, 0.0]), &[0, 2, 3], 3)?;
+/// assert_eq!(grad, [1.0, 6.0, 0.0]);
+/// # Ok::<(), dpo_ext::Error>(())
+/// ```
+pub fn segment_grad(
+    grad: &[f32],
+    weights: Option<&[f32]>,
+    seq_offsets: &[i32],
+    tokens: usize,
+) -> Result<Vec<f32>> {
+    let borders = seq_offsets.iter().map(|&o| usize::try_from(o).unwrap_or(usize::MAX));
+    let rises = borders.clone().zip(borders.clone().skip(1)).all(|(a, b)| a <= b);
+    let fits = borders.clone().next() == Some(0) && borders.clone().next_back() == Some(tokens);
+    if !(rises && fits && seq_offsets.len() == grad.len() + 1) {
+        let found = seq_offsets.len();
+        return Err(Error::Tensor(format!(
+            "`seq_offsets` must rise from 0 to {tokens} in {} steps, found {found} borders",
+            grad.len()
+        )));
+    }
+    if let Some(weights) = weights.filter(|w| w.len() != tokens) {
+        let n = weights.len();
+        return Err(Error::Tensor(format!("`weights` must have shape ({tokens},), found ({n},)")));
+    }
+    let mut spread = Vec::with_capacity(tokens);
+    for (s, (first, end)) in borders.clone().zip(borders.skip(1)).enumerate() {
+        match weights {
+            None => spread.resize(end, grad[s]),
+            Some(weights) => {
+                let factor = |&w: &f32| if w == 0.0 { 0.0 } else { w * grad[s] };
+                spread.extend(weights[first..end].iter().map(factor));
+            }
+        }
+    }
+    Ok(spread)
+}
+
 fn sum(values: &[f32], weights: Option<&[f32]>) -> f32 {
     let mut lanes = [0.0_f64; LANES];
     match weights {

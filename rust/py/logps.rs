@@ -3,7 +3,10 @@
 // PyO3 extracts arguments as owned values, and a kernel takes what its equation names.
 #![allow(clippy::needless_pass_by_value, clippy::too_many_arguments)]
 
-use numpy::{Element as NumpyElement, IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{
+    Element as NumpyElement, IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArrayDyn,
+    PyReadwriteArrayDyn,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -17,6 +20,7 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(token_stats, m)?)?;
     m.add_function(wrap_pyfunction!(logits_grad, m)?)?;
     m.add_function(wrap_pyfunction!(logits_grad_, m)?)?;
+    m.add_function(wrap_pyfunction!(segment_grad, m)?)?;
     m.add_function(wrap_pyfunction!(segment_sum, m)?)
 }
 
@@ -57,7 +61,12 @@ macro_rules! with_element {
     };
 }
 
+/// Weights and borders of the sequences that log-probs are added up over.
+type Sums<'py> = (Option<PyReadonlyArray1<'py, f32>>, PyReadonlyArray1<'py, i32>);
+
+/// With `sums` the first column is of sequences, not of tokens.
 #[pyfunction]
+#[pyo3(signature = (logits, dtype, shape_of, logit_rows, targets, transform_of, stats, threads, sums=None))]
 fn token_stats<'py>(
     py: Python<'py>,
     logits: &Bound<'py, PyAny>,
@@ -68,23 +77,35 @@ fn token_stats<'py>(
     transform_of: TransformTuple,
     stats: bool,
     threads: usize,
+    sums: Option<Sums<'py>>,
 ) -> PyResult<Bound<'py, PyTuple>> {
     let tokens = Tokens { logit_rows: logit_rows.as_slice()?, targets: targets.as_slice()? };
     let (shape, transform) = (shape(shape_of), transform(transform_of));
     let scoring = Scoring { shape, tokens, transform, threads };
-    let scores = with_element!(dtype, E => {
-        let logits: PyReadonlyArray1<'_, <E as Element>::Bits> = logits.extract()?;
+    let borders = sums.as_ref().map(|(_, seq_offsets)| seq_offsets.as_slice()).transpose()?;
+    let weights = sums.as_ref().and_then(|(weights, _)| weights.as_ref());
+    let weights = weights.map(PyReadonlyArray1::as_slice).transpose()?;
+    let (scores, sums) = with_element!(dtype, E => {
+        let logits: PyReadonlyArrayDyn<'_, <E as Element>::Bits> = logits.extract()?;
         let logits = logits.as_slice()?;
         detached(py, || {
-            logps::token_stats::<E>(logits, &scoring, stats)
+            let scores = logps::token_stats::<E>(logits, &scoring, stats)?;
+            let Some(borders) = borders else { return Ok((scores, None)) };
+            let logps: Vec<f32> = scores.iter().map(|s| s.logp).collect();
+            let sums = logps::segment_sum(&logps, weights, borders)?;
+            Ok((scores, Some(sums)))
         })
     })?;
     let kept = if stats { scores.as_slice() } else { &[] };
     let column = |of: fn(&TokenStats) -> f32, from: &[TokenStats]| array(py, from, of).into_any();
+    let first = match sums {
+        None => column(|s| s.logp, &scores),
+        Some(sums) => sums.into_pyarray(py).into_any(),
+    };
     PyTuple::new(
         py,
         [
-            column(|s| s.logp, &scores),
+            first,
             column(|s| s.row_max, &scores),
             column(|s| s.row_rest, &scores),
             column(|s| s.entropy, kept),
@@ -124,8 +145,8 @@ fn logits_grad<'py>(
     let (row_max, row_rest) = (row_max.as_slice()?, row_rest.as_slice()?);
     let saved = Saved { row_max, row_rest, grad: grad.as_slice()? };
     with_element!(dtype, E => {
-        let logits: PyReadonlyArray1<'_, <E as Element>::Bits> = logits.extract()?;
-        let mut out: PyReadwriteArray1<'_, <E as Element>::Bits> = out.extract()?;
+        let logits: PyReadonlyArrayDyn<'_, <E as Element>::Bits> = logits.extract()?;
+        let mut out: PyReadwriteArrayDyn<'_, <E as Element>::Bits> = out.extract()?;
         let (logits, out) = (logits.as_slice()?, out.as_slice_mut()?);
         detached(py, || {
             logps::logits_grad::<E>(logits, &scoring, saved, out)
@@ -153,7 +174,7 @@ fn logits_grad_<'py>(
     let (row_max, row_rest) = (row_max.as_slice()?, row_rest.as_slice()?);
     let saved = Saved { row_max, row_rest, grad: grad.as_slice()? };
     with_element!(dtype, E => {
-        let mut logits: PyReadwriteArray1<'_, <E as Element>::Bits> = logits.extract()?;
+        let mut logits: PyReadwriteArrayDyn<'_, <E as Element>::Bits> = logits.extract()?;
         let logits = logits.as_slice_mut()?;
         detached(py, || {
             logps::logits_grad_in_place::<E>(logits, &scoring, saved)
@@ -172,4 +193,18 @@ fn segment_sum<'py>(
     let weights = weights.as_ref().map(PyReadonlyArray1::as_slice).transpose()?;
     let sums = detached(py, || logps::segment_sum(values, weights, seq_offsets))?;
     Ok(sums.into_pyarray(py))
+}
+
+#[pyfunction]
+fn segment_grad<'py>(
+    py: Python<'py>,
+    grad: PyReadonlyArray1<'py, f32>,
+    weights: Option<PyReadonlyArray1<'py, f32>>,
+    seq_offsets: PyReadonlyArray1<'py, i32>,
+    tokens: usize,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let (grad, seq_offsets) = (grad.as_slice()?, seq_offsets.as_slice()?);
+    let weights = weights.as_ref().map(PyReadonlyArray1::as_slice).transpose()?;
+    let spread = detached(py, || logps::segment_grad(grad, weights, seq_offsets, tokens))?;
+    Ok(spread.into_pyarray(py))
 }

@@ -112,3 +112,61 @@ def test_neither_import_nor_calls_load_the_compiler():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def names_seen_by_a_profiler(call) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.key for event in profile.key_averages()}
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sequence_logps", "linear_sequence_logps"])
+def test_modes_and_profilers_see_the_operators_that_small_calls_pass_by(name):
+    x, w = leaves(trained=True)
+
+    def call() -> None:
+        CALLS[name](x, w).sum().backward()
+
+    with Names() as mode:
+        call()
+    for seen in (names_seen_by_a_profiler(call), mode.names):
+        assert {"dpo_ext::token_stats", "dpo_ext::segment_sum"} <= seen
+        assert any(one.startswith("dpo_ext::logits_grad") for one in seen)
+
+
+@pytest.mark.parametrize("name", ["sequence_logps", "linear_sequence_logps"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 0.5, 2.0, 1.0, 1.0, 0.25, 1.0]])
+def test_a_call_past_the_dispatcher_has_the_bits_of_one_through_it(name, weights):
+    table = ScoreTable(
+        logit_rows=TABLE.logit_rows,
+        targets=TABLE.targets,
+        seq_offsets=[0, 2, 2, 3, 8],
+        weights=weights,
+    )
+    x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    w = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    call = {
+        "sequence_logps": lambda: sequence_logps(x, table),
+        "linear_sequence_logps": lambda: linear_sequence_logps(x, w, table),
+    }[name]
+    asked = (x,) if name == "sequence_logps" else (x, w)
+    upstream = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+
+    def run() -> list[torch.Tensor]:
+        logps = call()
+        return [logps.detach(), *torch.autograd.grad(logps, asked, upstream)]
+
+    past = run()
+    with Names():
+        through = run()
+    assert all(torch.equal(a, b) for a, b in zip(past, through, strict=True))

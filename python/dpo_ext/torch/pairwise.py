@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps import ops, twin
 from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps.products import add_product, joined, new_sum, product, room, wide
@@ -27,6 +27,7 @@ from dpo_ext.torch.logps.scores import (
     check_is_table,
     check_plain,
     token_grad,
+    without_autocast,
 )
 from dpo_ext.torch.losses.checks import convert_parameter
 from dpo_ext.torch.losses.compat import find_loss
@@ -335,7 +336,7 @@ class _PairwiseHead(torch.autograd.Function):
         upstream = g if g is not None else g_logps
         if upstream is None:
             return (None,) * 4
-        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(upstream.device):
             if kept is None or g_logps is not None:
                 # a second backward pass through one graph, or a term beside the loss
                 again = _Pass(linear, ctx.job, ctx.needed, (g, g_logps))
@@ -447,7 +448,7 @@ class _Pass:
     def logps(self) -> Tensor:
         """(N, 2) log-probs; the gradients, if any, are then complete."""
         table, hidden = self.job.table, self.work.hidden
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(hidden.device):
             if torch.compiler.is_compiling():
                 sums = [self.pairs(p, ends) for p, ends in self._equal_chunks()]
             else:
@@ -485,9 +486,7 @@ class _Pass:
         weights = self.job.table.weights
         weights = None if weights is None else weights[first:last]
         values = joined([values[0] for _, _, (values, _) in folded])
-        add: Callable[..., Tensor] = (
-            torch.ops.dpo_ext.segment_sum if self.job.head.kernels else twin.segment_sum
-        )
+        add: Callable[..., Tensor] = ops.segment_sum if self.job.head.kernels else twin.segment_sum
         if self.equal is not None:
             borders = borders.clamp(0, last - first)
         logps = add(values, weights, borders).reshape(-1, 2)

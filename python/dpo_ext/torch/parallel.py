@@ -134,7 +134,7 @@ class _VocabParallel(torch.autograd.Function):
         local = torch.where(mine, targets - vocab_start, 0)
         local = torch.where(exists, local, IGNORE_INDEX).to(torch.int32)
         if V:
-            _, m, rest, *_ = torch.ops.dpo_ext.token_stats(logits, logit_rows, local, *how, False)
+            _, m, rest, *_ = ops.token_stats(logits, logit_rows, local, how, False)
             y = _at(logits, rows, local, how)
         else:
             m, rest, y = logits.new_zeros(3, M, dtype=torch.float32)
@@ -164,7 +164,7 @@ class _VocabParallel(torch.autograd.Function):
             if not logits.shape[1]:
                 return (torch.zeros_like(logits),) + (None,) * 3
             g = g.contiguous()
-            dz = torch.ops.dpo_ext.logits_grad(logits, logit_rows, local, top, given, g, *ctx.how)
+            dz = ops.logits_grad(logits, logit_rows, local, top, given, g, *ctx.how)
             # Column 0 of rows whose target is elsewhere: there is no onehot here.
             p = torch.exp(y - top) / total
             rows = Rows(place, local, ctx.height)

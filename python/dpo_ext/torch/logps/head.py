@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
-from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps import ops, twin
 from dpo_ext.torch.logps.products import logits_into, part, wide
 from dpo_ext.torch.logps.scores import Impl, Transform, check_table, is_dtensor, uses_kernels
 from dpo_ext.torch.logps.scratch import lent
-from dpo_ext.torch.numbers import as_number
+from dpo_ext.torch.numbers import as_number, host_values
 
 SCRATCH_BYTES = 1_100_000_000
 """Default bound of one chunk of logits: 4096 rows of 128k bfloat16."""
@@ -178,11 +178,20 @@ class Head(NamedTuple):
         y = torch.cat(parts)
         return y if bias is None else y + bias[column]
 
-    def fold(self, z: Tensor, targets: Tensor, stats: bool, exact: Exact = None) -> Folded:
-        """Log-probs and, if asked for, statistics of each row, and what `gradient` needs."""
+    def fold(
+        self,
+        z: Tensor,
+        targets: Tensor,
+        stats: bool,
+        exact: Exact = None,
+        sums: ops.Sums = ops.NO_SUMS,
+    ) -> Folded:
+        """Log-probs and, if asked for, statistics of each row, and what `gradient` needs. The
+        kernels give ``sums`` over sequences in place of log-probs, where no target is exact.
+        """
         rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
-            out = torch.ops.dpo_ext.token_stats(z, rows, targets, *self.how, stats)
+            out = ops.token_stats(z, rows, targets, self.how, stats, sums)
             values, state = [out[0], *(out[3:] if stats else ())], [out[1], out[2]]
             if exact is not None:
                 values[0], factor = self._replace_target(z, targets, values[0], state, exact)
@@ -202,7 +211,7 @@ class Head(NamedTuple):
             if self.exact_target:
                 *kept, factor = kept
                 g = torch.where(g != 0, g * factor, 0.0)
-            torch.ops.dpo_ext.logits_grad_(z, rows, targets, *kept, g, *self.how)
+            ops.logits_grad_(z, rows, targets, *kept, g, *self.how)
             return z
         leaf = self._with_target(z, targets, kept[0]) if self.exact_target else z
         with torch.enable_grad():
@@ -254,9 +263,14 @@ class Rows(NamedTuple):
     targets: Tensor
     """(M,) int32; outside [0, V) where the row does not exist, so that its log-prob is NaN."""
     height: int
+    whole: bool = False
+    """Whether every token is scored and its row exists, which the host may know."""
 
     @staticmethod
     def of(logit_rows: Tensor, targets: Tensor, height: int) -> Rows:
+        """Of a table that `check_table` found to fit."""
+        if targets.shape[0] and host_values(targets) and int(targets.min()) >= 0:
+            return Rows(logit_rows, targets, height, True)
         scored = targets != IGNORE_INDEX
         exists = (logit_rows >= 0) & (logit_rows < height)
         here = scored & exists
@@ -266,6 +280,8 @@ class Rows(NamedTuple):
     def gather(self, hidden: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
         """(C, H): zeros where there is no row, whatever lies in the rows that are not scored."""
         place = part(self.place, chunk)
+        if self.whole:
+            return hidden.index_select(0, place).to(dtype)
         missing = (place == self.height)[:, None]
         if not self.height:
             return hidden.new_zeros(place.shape[0], hidden.shape[1], dtype=dtype)
@@ -304,7 +320,9 @@ class Work(NamedTuple):
         """(C, V), in the scratch."""
         return self.head.logits(x, self.weight, self.bias, self.scratch)
 
-    def fold(self, x: Tensor, z: Tensor, chunk: slice, stats: bool) -> Folded:
+    def fold(
+        self, x: Tensor, z: Tensor, chunk: slice, stats: bool, sums: ops.Sums = ops.NO_SUMS
+    ) -> Folded:
         """Log-probs and statistics of the chunk's rows, and what their gradient needs."""
         t = part(self.rows.targets, chunk)
-        return self.head.fold(z, t, stats, self.head.exact(x, self.weight, self.bias, t))
+        return self.head.fold(z, t, stats, self.head.exact(x, self.weight, self.bias, t), sums)

@@ -22,7 +22,13 @@ from dpo_ext.torch.logps.head import (
     check_chunk_rows,
 )
 from dpo_ext.torch.logps.products import add_product, product, wide
-from dpo_ext.torch.logps.scores import Transform, check_is_table, check_plain, check_table
+from dpo_ext.torch.logps.scores import (
+    Transform,
+    check_is_table,
+    check_plain,
+    check_table,
+    without_autocast,
+)
 from dpo_ext.torch.once import differentiable_once, node, one_by_one
 
 Direction = Literal["ref_policy", "policy_ref"]
@@ -279,7 +285,7 @@ class _LinearTokenKL(torch.autograd.Function):
     ) -> Tensor:
         scored, kl = rows.targets != IGNORE_INDEX, ref.kl
         out = hidden.new_zeros(len(scored), dtype=wide(hidden.dtype))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             both = _Both.of(Linear(hidden, weight, bias), rows, ref)
             for part in kl.head.chunks(len(scored)):
                 _, z, ref_z = both.logits(part)
@@ -322,7 +328,7 @@ class _LinearTokenKL(torch.autograd.Function):
                 None if db is None or bias is None else db.to(bias.dtype),
             )
 
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(g.device):
             grads = one_by_one(gradients, g)
         once = [None if d is None else differentiable_once(d, g) for d in grads]
         return (*once, None, None)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dpo_ext.layout.table import ScoreTable
+from dpo_ext.torch.logps import ops
 from dpo_ext.torch.logps.head import Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.products import (
     add_product,
@@ -45,6 +46,8 @@ from dpo_ext.torch.logps.scores import (
     check_stats,
     only,
     sum_sequences,
+    token_grad,
+    without_autocast,
 )
 from dpo_ext.torch.numbers import transformed
 from dpo_ext.torch.once import differentiable_once, node, one_by_one
@@ -122,8 +125,11 @@ def linear_sequence_logps(
     options = HeadOptions(how, impl, chunk_rows, exact_target)
     scored = table.without_zero_weights()
     linear = Linear.of(hidden, weight, bias, scored)
-    scores, kernels = _score(linear, scored, plan, options, False)
-    return sum_sequences(scores.logps, table, kernels)
+    head = Head.of(linear, options)
+    if head.kernels:
+        (sums,) = _score(linear, scored, plan, head, False, (table.weights, table.seq_offsets))
+        return sums.reshape(-1, table.group_size)
+    return sum_sequences(_score(linear, scored, plan, head, False)[0], table, False)
 
 
 def linear_token_scores(
@@ -170,8 +176,8 @@ def linear_token_scores(
     check_is_table(table)
     options = HeadOptions(how, impl, chunk_rows, exact_target)
     linear = Linear.of(hidden, weight, bias, table)
-    scores, _ = _score(linear, table, plan, options, bool(names))
-    return only(scores, names)
+    scores = _score(linear, table, plan, Head.of(linear, options), bool(names))
+    return only(TokenScores(*scores), names)
 
 
 class _Call(NamedTuple):
@@ -188,15 +194,19 @@ class _Call(NamedTuple):
 
 
 def _score(
-    linear: Linear, table: ScoreTable, plan: str, options: HeadOptions, stats: bool
-) -> tuple[TokenScores, bool]:
-    """All statistics or none of each token, and whether the kernels computed them."""
+    linear: Linear,
+    table: ScoreTable,
+    plan: str,
+    head: Head,
+    stats: bool,
+    sums: ops.Sums = ops.NO_SUMS,
+) -> tuple[Tensor, ...]:
+    """Log-probs of tokens, or of the sequences of ``sums``; all statistics or none."""
     frozen = choose_plan(plan, linear.weight, linear.bias) == "frozen"
-    head = Head.of(linear, options)
     trained = torch.is_grad_enabled() and linear.hidden.requires_grad if frozen else linear.trains()
     rows = Rows.of(table.logit_rows, table.targets, linear.hidden.shape[0])
-    out = node(_LinearLogps, *linear, rows, _Call(head, stats, frozen, trained, []))
-    return TokenScores(*out[: 5 if stats else 1]), head.kernels
+    out = node(_LinearLogps, *linear, rows, *sums, _Call(head, stats, frozen, trained, []))
+    return out[: 5 if stats else 1]
 
 
 def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> Literal["frozen", "recompute"]:
@@ -216,11 +226,19 @@ def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> Literal["froz
 
 
 class _LinearLogps(torch.autograd.Function):
-    """Log-probs (M,) and statistics, chunk by chunk."""
+    """Log-probs (M,) and statistics, chunk by chunk. With ``seq_offsets`` their weighted sums over
+    sequences stand in the place of the log-probs: one node, not two.
+    """
 
     @staticmethod
     def forward(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, call: _Call
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        weights: Tensor | None,
+        seq_offsets: Tensor | None,
+        call: _Call,
     ) -> tuple[Tensor | None, ...]:
         """Log-prob of each token, four statistics if asked for, ``e``, and what the gradient of
         each row needs.
@@ -230,21 +248,25 @@ class _LinearLogps(torch.autograd.Function):
         kept: list[list[Tensor]] = []
         e = hidden.new_empty(M, hidden.shape[1]) if frozen and trained else None
         one = head.unit_gradient()
-        with torch.autocast(hidden.device.type, enabled=False):
+        sums = (weights, seq_offsets)
+        alone = head.chunk_rows >= M and not head.exact_target
+        with without_autocast(hidden.device):
             work = Work.of(Linear(hidden, weight, bias), rows, head)
             for chunk in head.chunks(M):
                 x = work.gather(chunk)
                 z = work.logits(x)
-                values, state = work.fold(x, z, chunk, stats)
+                values, state = work.fold(x, z, chunk, stats, sums if alone else ops.NO_SUMS)
                 parts.append(values)
                 kept.append(state)
                 if e is not None:
-                    g = torch.full_like(values[0], one)
+                    g = values[0].new_full((x.shape[0],), one)
                     made = product(
                         head.gradient(z, part(rows.targets, chunk), state, g), work.weight
                     )
                     e[chunk] = made if one == 1.0 else made * (1.0 / one)
         out = [joined(column) for column in zip(*parts, strict=True)]
+        if seq_offsets is not None and not alone:
+            out[0] = ops.segment_sum(out[0], weights, seq_offsets)
         state = [joined(column) for column in zip(*kept, strict=True)]
         plain = torch.compiler.is_compiling() or transformed()
         if trained and not frozen and not plain:
@@ -255,38 +277,40 @@ class _LinearLogps(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
     ) -> tuple[Tensor, ...]:
-        hidden, weight, bias, rows, call = inputs
-        ctx.head, ctx.frozen, ctx.count = call.head, call.frozen, hidden.shape[0]
+        hidden, weight, bias, rows, weights, seq_offsets, call = inputs
+        ctx.head, ctx.frozen, ctx.height = call.head, call.frozen, (rows.height, rows.whole)
         ctx.left = call.left
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
         ctx.set_materialize_grads(False)
-        values = 5 if call.stats else 1
+        values, sums = 5 if call.stats else 1, (weights, seq_offsets)
         if call.frozen:
-            ctx.save_for_backward(rows.place, rows.targets, output[values])
+            ctx.save_for_backward(*sums, rows.place, rows.targets, output[values])
         else:
             state = output[values + 1 :]
-            ctx.save_for_backward(rows.place, rows.targets, hidden, weight, bias, *state)
+            ctx.save_for_backward(*sums, rows.place, rows.targets, hidden, weight, bias, *state)
         return output[:values]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 5
-        place, targets, *saved = ctx.saved_tensors
-        rows = Rows(place, targets, ctx.count)
+            return (None,) * 7
+        weights, seq_offsets, place, targets, *saved = ctx.saved_tensors
+        rows = Rows(place, targets, *ctx.height)
 
         def gradients(g: Tensor) -> tuple[Tensor | None, ...]:
+            if seq_offsets is not None:
+                g = token_grad(g, weights, seq_offsets, targets.shape[0])
             if ctx.frozen:
                 return _backward_frozen(rows, g, *saved)
             hidden, weight, bias, *state = saved
             linear = Linear(hidden, weight, bias)
             return _backward_recompute(ctx, linear, rows, state, g.contiguous())
 
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(g.device):
             grads = one_by_one(gradients, g)
         once = [None if d is None else differentiable_once(d, g) for d in grads]
-        return (*once, None, None)
+        return (*once, None, None, None, None)
 
 
 def _backward_frozen(rows: Rows, g: Tensor, e: Tensor | None) -> tuple[Tensor | None, ...]:

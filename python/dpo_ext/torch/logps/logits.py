@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.torch.logps import twin
+from dpo_ext.torch.logps import ops, twin
 from dpo_ext.torch.logps.scores import (
     Impl,
     TokenScores,
@@ -246,11 +246,9 @@ class _TokenStats(torch.autograd.Function):
         seq_offsets: Tensor | None,
         call: _Call,
     ) -> tuple[Tensor, ...]:
-        logps, *state_and_stats = torch.ops.dpo_ext.token_stats(
-            logits, logit_rows, targets, *call.how, call.stats
+        logps, *state_and_stats = ops.token_stats(
+            logits, logit_rows, targets, call.how, call.stats, (weights, seq_offsets)
         )
-        if seq_offsets is not None:
-            logps = torch.ops.dpo_ext.segment_sum(logps, weights, seq_offsets)
         state, stats = state_and_stats[:2], state_and_stats[2:]
         return (logps, *(stats if call.stats else ()), *state)
 
@@ -275,9 +273,9 @@ class _TokenStats(torch.autograd.Function):
                 g = token_grad(g, weights, seq_offsets, targets.shape[0])
             saved = (logit_rows, targets, *state, g.contiguous(), *ctx.call.how)
             if not ctx.call.inplace:
-                return (torch.ops.dpo_ext.logits_grad(logits, *saved),)
+                return (ops.logits_grad(logits, *saved),)
             dz = logits.detach()
-            torch.ops.dpo_ext.logits_grad_(dz, *saved)
+            ops.logits_grad_(dz, *saved)
             return (dz,)
 
         with torch.no_grad():

@@ -23,6 +23,7 @@ from dpo_ext import _core
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.torch.logps import cuda as kernels
+from dpo_ext.torch.numbers import transformed
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -33,6 +34,13 @@ HUGE_BYTES = 1 << 24  # from which a gradient asks for huge pages
 _NO_STATS = tuple(
     torch.empty(0, dtype=dtype, device="cpu") for dtype in (*(torch.float32,) * 3, torch.bool)
 )
+
+Sums = tuple[Tensor | None, Tensor | None]
+"""Weights and borders of the sequences that log-probs are added up over, or nothing."""
+NO_SUMS: Sums = (None, None)
+
+_modes = torch._C._len_torch_dispatch_stack  # noqa: SLF001 - no public name
+_profiled = torch._C._autograd._profiler_enabled  # noqa: SLF001 - no public name
 
 _LIBRARY = torch.library.Library("dpo_ext", "DEF")
 _TRANSFORM = "float logit_scale, float softcap, float temperature"
@@ -113,9 +121,67 @@ def _check_segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tens
     _check("seq_offsets", seq_offsets, torch.int32, seq_offsets.shape, values)
 
 
-def _implement(device: str, bodies: dict[str, Callable[..., Any]]) -> None:
-    for name, body in bodies.items():
-        _LIBRARY.impl(name, outside_graphs()(body), device)
+def _implement(device: str, bodies: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    hidden = {name: outside_graphs()(body) for name, body in bodies.items()}
+    for name, body in hidden.items():
+        _LIBRARY.impl(name, body, device)
+    return hidden
+
+
+def called_plainly(tensor: Tensor) -> bool:
+    """Whether nobody would see a call pass the dispatcher, which takes longer than a small fold:
+    a plain tensor of the CPU, and no compiler, transform, mode or profiler at work.
+    """
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and not _modes()
+        and not _profiled()
+    )
+
+
+def token_stats(
+    logits: Tensor,
+    logit_rows: Tensor,
+    targets: Tensor,
+    transform: tuple[float, float, float],
+    stats: bool,
+    sums: Sums = NO_SUMS,
+) -> tuple[Tensor, ...]:
+    """``torch.ops.dpo_ext.token_stats``; with ``(weights, seq_offsets)`` the sums of sequences in
+    place of the log-probs.
+    """
+    weights, seq_offsets = sums
+    if called_plainly(logits):
+        return _stats_on_cpu(logits, logit_rows, targets, transform, stats, sums)
+    logps, *others = torch.ops.dpo_ext.token_stats(logits, logit_rows, targets, *transform, stats)
+    if seq_offsets is not None:
+        logps = torch.ops.dpo_ext.segment_sum(logps, weights, seq_offsets)
+    return (logps, *others)
+
+
+def logits_grad(logits: Tensor, *saved: Any) -> Tensor:
+    """``torch.ops.dpo_ext.logits_grad``."""
+    if called_plainly(logits):
+        return _ON_CPU["logits_grad"](logits, *saved)
+    return torch.ops.dpo_ext.logits_grad(logits, *saved)
+
+
+def logits_grad_(logits: Tensor, *saved: Any) -> None:
+    """``torch.ops.dpo_ext.logits_grad_``: the gradient over the logits."""
+    if called_plainly(logits):
+        _ON_CPU["logits_grad_"](logits, *saved)
+    else:
+        torch.ops.dpo_ext.logits_grad_(logits, *saved)
+
+
+def segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> Tensor:
+    """``torch.ops.dpo_ext.segment_sum``."""
+    if called_plainly(values):
+        return _ON_CPU["segment_sum"](values, weights, seq_offsets)
+    return torch.ops.dpo_ext.segment_sum(values, weights, seq_offsets)
 
 
 # ---- CPU ------------------------------------------------------------
@@ -127,11 +193,13 @@ def _stride(logits: Tensor) -> int:
 
 
 def _flat(logits: Tensor):
-    """The memory from first to last logit as one array, half-width types as uint16; no copy."""
-    rows, columns = logits.shape
-    length = (rows - 1) * _stride(logits) + columns if rows and columns else 0
-    flat = logits.detach().as_strided((length,), (1,))
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+    """The memory from first to last logit as an array, half-width types as uint16; no copy."""
+    memory = logits.detach()
+    if not logits.is_contiguous():
+        rows, columns = logits.shape
+        length = (rows - 1) * _stride(logits) + columns if rows and columns else 0
+        memory = memory.as_strided((length,), (1,))
+    return (memory if memory.dtype == torch.float32 else memory.view(torch.uint16)).numpy()
 
 
 def _array(tensor: Tensor):
@@ -146,15 +214,24 @@ def _shape_of(logits: Tensor) -> tuple[int, int, int]:
 def _token_stats_cpu(logits, logit_rows, targets, logit_scale, softcap, temperature, stats):
     transform = (logit_scale, softcap, temperature)
     _check_token_stats(logits, logit_rows, targets, *transform)
+    return _stats_on_cpu(logits, logit_rows, targets, transform, stats, NO_SUMS)
+
+
+@outside_graphs()
+def _stats_on_cpu(logits, logit_rows, targets, transform, stats, sums):
+    weights, seq_offsets = sums
     columns = _core.token_stats(
         _flat(logits),
         DTYPES[logits.dtype],
         _shape_of(logits),
         _array(logit_rows),
         _array(targets),
-        transform,
+        tuple(transform),
         stats,
         torch.get_num_threads(),
+        None
+        if seq_offsets is None
+        else (None if weights is None else _array(weights), _array(seq_offsets)),
     )
     values = map(torch.from_numpy, columns if stats else columns[:3])
     return (*values, *(() if stats else _NO_STATS))
@@ -206,13 +283,20 @@ def _bump(logits: Tensor) -> None:
         torch.autograd.graph.increment_version(logits)
 
 
+@outside_graphs()
+def segment_grad(grad, weights, seq_offsets, tokens):
+    """(tokens,) gradients of log-probs from those of their weighted sums, on the CPU."""
+    arrays = (_array(grad), None if weights is None else _array(weights), _array(seq_offsets))
+    return torch.from_numpy(_core.segment_grad(*arrays, tokens))
+
+
 def _segment_sum_cpu(values, weights, seq_offsets):
     _check_segment_sum(values, weights, seq_offsets)
     arrays = (_array(values), None if weights is None else _array(weights), _array(seq_offsets))
     return torch.from_numpy(_core.segment_sum(*arrays))
 
 
-_implement(
+_ON_CPU = _implement(
     "CPU",
     {
         "token_stats": _token_stats_cpu,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -87,6 +88,13 @@ def sum_sequences(logps: Tensor, table: ScoreTable, kernels: bool) -> Tensor:
     """(n_groups, group_size) weighted sums of token log-probs (M,), added in float64."""
     add: Callable[..., Any] = functools.partial(node, _SegmentSum) if kernels else twin.segment_sum
     return add(logps, table.weights, table.seq_offsets).reshape(-1, table.group_size)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off; where it is off already, nothing, which takes less time."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def uses_kernels(dtype: torch.dtype, where: str, impl: str, name: str = "logits") -> bool:
@@ -253,7 +261,7 @@ class _SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def forward(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> Tensor:
-        return torch.ops.dpo_ext.segment_sum(values, weights, seq_offsets)
+        return ops.segment_sum(values, weights, seq_offsets)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -269,6 +277,8 @@ class _SegmentSum(torch.autograd.Function):
 
 def token_grad(grad: Tensor, weights: Tensor | None, seq_offsets: Tensor, tokens: int) -> Tensor:
     """(M,) gradients of the tokens' log-probs from those of sequences (S,): ``w * grad[seq]``."""
+    if grad.dtype == torch.float32 and ops.called_plainly(grad):
+        return ops.segment_grad(grad, weights, seq_offsets, tokens)
     place = torch.arange(tokens, dtype=torch.int32, device=grad.device)
     g = grad.index_select(0, torch.bucketize(place, seq_offsets[1:], right=True))
     return g if weights is None else torch.where(weights != 0, g * weights, 0.0)
