@@ -30,7 +30,7 @@ TORCH_FLOORS = [
     {"logps", "loader", "attention", "interface"},
     {"losses", "parallel"},
     {"pairwise"},
-    {"scoring"},
+    {"scoring", "probes"},
     {""},
 ]
 

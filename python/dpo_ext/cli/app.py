@@ -218,6 +218,32 @@ def losses(
         write(show_losses(name))
 
 
+@app.command(
+    epilog=_examples(
+        "dpo-ext doctor", "dpo-ext doctor --need cuda --need trl", "dpo-ext doctor --json -"
+    )
+)
+def doctor(
+    need: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What must work: an extra (torch, trl, ...), cpu, cuda or packing; may be given "
+            "more than once. Without it only what is installed must.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """What works here: kernels beside float64, threads, packages, GPU, packed rows."""
+    from dpo_ext.cli.doctor import examine
+
+    with result_to(json) as write:
+        result = examine(need or ())
+        write(result)
+    if not result["works"]:
+        raise typer.Exit(1)
+
+
 def _print_summary(metrics: dict[str, Any], out: Path) -> bool:
     """The result in a few lines; False if a target that this run should reach was missed."""
     from rich.console import Console

@@ -75,9 +75,9 @@ class DPOTrainer(trl.DPOTrainer):
 
     What is different inside. Rows are encoded once a node, in threads, into the columns
     ``prompt_ids, chosen_ids, rejected_ids`` beside their own; its processes map them. Only scored
-    tokens reach ``lm_head``, inside the model's own forward, so that DDP sees one forward. Log-probs are summed in float64. Metrics are
-    sums and counts, gathered in one call. Precomputed reference log-probs are never read from a
-    cache: TRL's can be stale.
+    tokens reach ``lm_head``, inside the model's own forward, so that DDP sees one forward.
+    Log-probs are summed in float64. Metrics are sums and counts, gathered in one call. Precomputed
+    reference log-probs are never read from a cache: TRL's can be stale.
 
     What stock TRL takes is taken. Where one of our layers (the data, the layout, the head with its
     loss) does not serve, TRL's own does the work: one warning names the layer and why, and
