@@ -25,7 +25,7 @@ FLOORS = [
 ]
 TORCH_FLOORS = [
     {"numbers", "pieces"},
-    {"once", "ring", "agreement", "flash_cpu"},
+    {"once", "ring", "agreement", "flash_cpu", "audit"},
     {"segments"},
     {"logps", "loader", "attention", "interface"},
     {"losses", "parallel"},

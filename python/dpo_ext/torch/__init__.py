@@ -6,6 +6,7 @@ need("torch", "dpo_ext.torch")
 
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.attention import assert_packing_safe
+from dpo_ext.torch.audit import audit_first_step
 from dpo_ext.torch.interface import use_segment_attention
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps.kl import linear_token_kl, token_kl
@@ -33,6 +34,7 @@ __all__ = [
     "UnpairedLoss",
     "assert_packing_safe",
     "attach_scoring",
+    "audit_first_step",
     "kto_z",
     "ld_table",
     "linear_preference_loss",

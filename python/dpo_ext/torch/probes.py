@@ -125,7 +125,8 @@ def _tried(name: str, device: str) -> Attention:
         "num_attention_heads": 2,
         "max_position_embeddings": 64,
     }
-    config = LlamaConfig(**sizes, attn_implementation="sdpa" if ours else name)
+    sizes["attn_implementation"] = "sdpa" if ours else name
+    config = LlamaConfig(**sizes)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -32,6 +32,7 @@ from dpo_ext.torch import (
     preference_loss,
     wpo_averages,
 )
+from dpo_ext.trl import first_step
 from dpo_ext.trl.bins import BinnedRows, Bins, slots
 from dpo_ext.trl.collator import NUM_TOKENS, SERVED, SHARED_ROWS, TABLE_KEY, PairCollator
 from dpo_ext.trl.layers import why_not_data, why_not_packed, why_not_scoring, why_not_shared
@@ -109,6 +110,10 @@ class DPOTrainer(trl.DPOTrainer):
             same.
         metrics: ``"trl"``: the mean over batches, as TRL logs them; ``"weighted"``: the mean over
             pairs, or tokens, of all batches, which does not depend on the batch size.
+        audit: the first step compares the log-probs of policy and reference, where the policy is
+            its own reference (`dpo_ext.torch.audit_first_step`): so it is unless ``ref_model`` has
+            other weights. False for an adapter that is not zero at its start, or reference columns
+            of another model.
 
     Attributes:
         data_reports: by name of the data set, what became of its rows: read = kept + dropped,
@@ -118,6 +123,7 @@ class DPOTrainer(trl.DPOTrainer):
     Raises:
         ValueError: an option that is not honoured, by name; `REFUSED` lists them.
         DataError: no row of a data set can be used.
+        RefLogpsError: by the first step of ``train``: the audit.
 
     Numerics: in float32, over four steps, loss and gradient norm within 1e-5 of stock (relative).
     """
@@ -149,6 +155,7 @@ class DPOTrainer(trl.DPOTrainer):
         tokens_per_batch: int | None = None,
         data_options: Options | None = None,
         metrics: str = "trl",
+        audit: bool = True,
     ) -> None:
         if layout not in SERVED:
             raise ValueError(f"`layout` must be one of {SERVED}, found {layout!r}")
@@ -163,6 +170,7 @@ class DPOTrainer(trl.DPOTrainer):
         self.layout = layout
         self.tokens_per_batch = tokens_per_batch
         self.metrics = metrics
+        self._audits = audit
         self._pairs_of_step = 0.0  # over all its micro-batches and ranks
         self._bins: Bins | None = None
         self._totals: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
@@ -406,6 +414,14 @@ class DPOTrainer(trl.DPOTrainer):
         else:  # the chosen half above the rejected half
             lengths = inputs["completion_mask"].sum(dim=1).view(2, -1).T
         ref_logps = torch.stack(reference, dim=1).to(scores.logps.dtype)
+        if self._audits and self.model.training:
+            self._audits = False
+
+            def score_again() -> torch.Tensor:
+                return model(**self._model_inputs(model, inputs, router=False)).logps
+
+            scored = inputs[TABLE_KEY].lengths
+            first_step.audit(self, scores.logps, ref_logps, scored, score_again)
         weight = self._weights_of_pairs(scores, inputs[TABLE_KEY])
         options = loss_options(self)
         if (num_pairs := self._num_pairs()) is not None:
