@@ -20,6 +20,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402
 
 from dpo_ext import DataError, PairDataset, TensorError, Tokenizer  # noqa: E402
+from dpo_ext.errors import RefLogpsError  # noqa: E402
 from dpo_ext.lightning import DPOModule, PairDataModule, host  # noqa: E402
 from dpo_ext.torch import PairLoader, attach_scoring, preference_loss  # noqa: E402
 
@@ -208,8 +209,8 @@ def test_where_the_reference_comes_from(tmp_path):
     _, of_the_start = first_rewards(tmp_path, pairs)
     assert of_the_start["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert of_the_start["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
-    _, of_the_data = first_rewards(tmp_path, known)
-    assert of_the_data == first_rewards(tmp_path, known, reference="data")[1]
+    _, of_the_data = first_rewards(tmp_path, known, audit=False)
+    assert of_the_data == first_rewards(tmp_path, known, reference="data", audit=False)[1]
     assert of_the_data["rewards/chosen"] != pytest.approx(0.0, abs=0.1)
     module, of_a_model = first_rewards(tmp_path, pairs, reference=other)
     assert of_a_model == pytest.approx(of_the_data, abs=1e-4)
@@ -220,6 +221,31 @@ def test_where_the_reference_comes_from(tmp_path):
     )
     with pytest.raises(TensorError, match="no reference log-probs\nhint: `fit` scores them"):
         first_rewards(tmp_path, pairs, reference="data")
+
+
+def test_data_scored_by_another_model_stop_the_first_step(tmp_path):
+    pairs = random_pairs(12)
+    with pytest.raises(RefLogpsError, match="the policy is its own reference at the first step"):
+        first_rewards(tmp_path, scored(pairs, tiny.model(seed=1)))
+    mine = scored(pairs, tiny.model())
+    swapped = pairs.with_ref_logps(mine.ref_logps[:, ::-1])
+    with pytest.raises(RefLogpsError, match="found: chosen and rejected are swapped"):
+        first_rewards(tmp_path, swapped)
+    module, _ = first_rewards(tmp_path, mine)
+    assert not module._audits
+
+
+def test_dropout_of_the_policy_is_none_of_the_audits_business(tmp_path):
+    model = tiny.model()
+    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(
+        model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.5)
+    )
+    pairs = random_pairs(12)
+    mine = scored(pairs, copy.deepcopy(model).eval())
+    trainer = trainer_of(tmp_path, max_steps=1)
+    module = DPOModule(model, optimizer=sgd, disable_dropout=False)
+    trainer.fit(module, PairDataModule(mine, pairs_per_batch=6, shuffle=False))
+    assert trainer.logger.train[0]["loss"] != pytest.approx(0.6931472, abs=1e-4)
 
 
 def test_an_adapter_is_switched_off_for_the_reference(tmp_path):
@@ -237,12 +263,15 @@ def test_an_adapter_is_switched_off_for_the_reference(tmp_path):
         trainer.fit(module, PairDataModule(pairs, pairs_per_batch=6, shuffle=False))
         return trainer.logger.train
 
-    off, before = run(reference="adapter"), run()
+    with pytest.raises(RefLogpsError, match="12 of 12 sequences have other log-probs"):
+        run(reference="adapter")
+    off, before = run(reference="adapter", audit=False), run()
     assert before[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
     assert abs(off[0]["rewards/chosen"]) > 0.1
     trainer = trainer_of(tmp_path)
     torch.manual_seed(0)
-    module = DPOModule(peft.get_peft_model(tiny.model(), config), optimizer=sgd)
+    model = peft.get_peft_model(tiny.model(), config)
+    module = DPOModule(model, optimizer=sgd, audit=False)
     trainer.fit(
         module, PairDataModule(scored(pairs, tiny.model()), pairs_per_batch=6, shuffle=False)
     )

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from dpo_ext.errors import TensorError
 from dpo_ext.lightning.datamodule import PARTS, PairDataModule
 from dpo_ext.lightning.host import pl
-from dpo_ext.torch import PreferenceLoss, attach_scoring, preference_loss
+from dpo_ext.torch import PreferenceLoss, attach_scoring, audit_first_step, preference_loss
+from dpo_ext.torch.audit import causes_of, first_difference, in_eval_mode
 from dpo_ext.torch.losses.compat import find_loss
 
 _POLICY, _DATA, _ADAPTER = "policy", "data", "adapter"
 _REFERENCES = ("auto", _POLICY, _DATA, _ADAPTER)
+_PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16}
 METRICS = (
     "rewards/chosen",
     "rewards/rejected",
@@ -76,6 +78,9 @@ class DPOModule(pl.LightningModule):
             ``configure_optimizers`` may give, a scheduler included; AdamW at 1e-6 by default.
         disable_dropout: the model's dropout is off, as in TRL: policy and reference then agree at
             the first step.
+        audit: the first step compares the log-probs of policy and reference, where the policy is
+            its own reference (`dpo_ext.torch.audit_first_step`): so it is unless ``reference`` is a
+            model with other weights. False for data scored by another model.
         scoring: further options of `attach_scoring`, such as ``chunk_rows``.
         **params: parameters of the loss, under the names of the table.
 
@@ -86,6 +91,7 @@ class DPOModule(pl.LightningModule):
         ValueError, TypeError: an unknown loss, ``reference`` or option; one that would go unheard;
             batches that come from elsewhere.
         TensorError: pairs without reference log-probs for a loss that needs them.
+        RefLogpsError: by the first step: the audit.
 
     Numerics: mixed precision is the trainer's; log-probs and loss are float32 in it.
     """
@@ -100,6 +106,7 @@ class DPOModule(pl.LightningModule):
         reference: str | nn.Module = "auto",
         optimizer: Callable[[list[nn.Parameter]], Any] = default_optimizer,
         disable_dropout: bool = True,
+        audit: bool = True,
         scoring: Mapping[str, Any] | None = None,
         **params: Any,
     ) -> None:
@@ -127,6 +134,7 @@ class DPOModule(pl.LightningModule):
         # In a tuple it is no submodule: neither wrapped, nor saved, nor trained.
         self._frozen: tuple[nn.Module, ...] = ()
         self._reference = self._checked(reference)
+        self._audits = audit and self._needs_reference
         self._latest: int | None = None
         self._sums: Tensor | None = None
         self._kept: Tensor | None = None
@@ -247,10 +255,14 @@ class DPOModule(pl.LightningModule):
             self._begin(batch_idx, micro_batches)
         self._latest = batch_idx
         count = data.num_pairs(batch_idx)
+        ref_logps = self._ref_logps(batch)
+        if self._audits:
+            self._audits = False
+            self._audit(batch, ref_logps)
         scores = self.model(
             **batch.model_inputs,
             score_table=batch.table,
-            ref_logps=self._ref_logps(batch),
+            ref_logps=ref_logps,
             num_pairs=None if self._couples else count,
         )
         # Lightning divides by the accumulation, and its strategies by the ranks.
@@ -268,6 +280,31 @@ class DPOModule(pl.LightningModule):
         if batch_idx + 1 == micro_batches.stop:
             self._log_means("")
         return loss
+
+    def _audit(self, batch: Any, ref_logps: Any) -> None:
+        """The first step: a policy that is its own reference has its log-probs."""
+        (reference,) = self._frozen or (None,)
+        if self.trainer.global_step or self.trainer.ckpt_path is not None:
+            return
+        if reference is not None and first_difference(self.model, reference) is not None:
+            return
+        logps = in_eval_mode(self.model, lambda: self.predict_step(batch))
+        torch.clear_autocast_cache()
+
+        def any_rank(wrong: bool) -> bool:
+            here = torch.tensor(float(wrong), device=self.device)
+            return bool(self.trainer.strategy.reduce(here, reduce_op="sum") > 0)
+
+        precision = str(self.trainer.precision)
+        narrow = min((p.dtype for p in self.model.parameters()), key=lambda dtype: dtype.itemsize)
+        audit_first_step(
+            logps,
+            ref_logps,
+            batch.table.lengths,
+            dtype=next((d for name, d in _PRECISIONS.items() if name in precision), narrow),
+            causes=lambda _: causes_of(self.model, reference),
+            any_rank=any_rank,
+        )
 
     def _begin(self, batch_idx: int, micro_batches: range) -> None:
         """A new optimizer step."""

@@ -196,6 +196,18 @@ def _attention(model: Any) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
 
 
+def in_eval_mode(model: nn.Module, score: Callable[[], Tensor]) -> Tensor:
+    """``score()`` of a model that draws nothing, without gradient; its modes are as before."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return score()
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def first_difference(policy: nn.Module, reference: nn.Module) -> str | None:
     """The name of the first weight that two models do not share, or None: a reference with other
     weights is another model, of which nothing follows for the first step.

@@ -11,16 +11,25 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_peft_available
 
-from dpo_ext.torch.audit import Drift, allowed, audit_first_step, causes_of, first_difference
+from dpo_ext.torch.audit import (
+    Drift,
+    allowed,
+    audit_first_step,
+    causes_of,
+    first_difference,
+    in_eval_mode,
+)
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Score = Callable[[], Tensor]
-"""(N, 2) log-probs of the policy for the batch, once more."""
 
 
 def audit(
-    trainer: Any, logps: Tensor, ref_logps: Tensor, lengths: Tensor, score_again: Score
+    trainer: Any,
+    logps: Tensor,
+    ref_logps: Tensor,
+    lengths: Tensor,
+    score_again: Callable[[], Tensor],
 ) -> None:
     """Compares the log-probs of the first step with the reference's, if they must agree.
 
@@ -34,7 +43,7 @@ def audit(
     policy = trainer.accelerator.unwrap_model(trainer.model)
     noise = list(_noise(trainer, policy))
     if noise:
-        trained, logps = logps, _in_eval_mode(trainer.model, score_again)
+        trained, logps = logps, in_eval_mode(trainer.model, score_again)
         off = float((trained.detach() - logps).abs().max())
     reference = trainer.ref_model
     reference = None if reference is None else trainer.accelerator.unwrap_model(reference)
@@ -79,17 +88,6 @@ def _noise(trainer: Any, policy: nn.Module) -> Iterator[str]:
     yield from (cause for cause in causes_of(policy, None) if cause.startswith("dropout"))
 
 
-def _in_eval_mode(model: nn.Module, score: Score) -> Tensor:
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return score()
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _dtype(trainer: Any, policy: nn.Module) -> torch.dtype:
     """What rounds most: autocast, or the narrowest weights."""
     mixed = _DTYPES.get(trainer.accelerator.mixed_precision)
@@ -127,7 +125,9 @@ def _of_adapter(trainer: Any, policy: nn.Module) -> Iterator[str]:
             yield f"the adapter is not zero at its start, `{name}` for one"
             break
     configs: list[Any] = list(policy.peft_config.values())
-    saved = sorted({name for config in configs for name in getattr(config, "modules_to_save", None) or ()})
+    saved = sorted(
+        {name for config in configs for name in getattr(config, "modules_to_save", None) or ()}
+    )
     if saved:
         yield f"`modules_to_save` holds {', '.join(saved)}"
     for config in configs:
