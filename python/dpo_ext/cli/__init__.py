@@ -1,4 +1,6 @@
-"""The command `dpo-ext`: `demo`, `doctor`, `prepare`, `stats`, `bench data`, `losses`; extra `cli`.
+"""The command `dpo-ext`: `demo`, `doctor`, `verify`, `prepare`, `stats`, `bench data`, `losses`.
+
+Needs the extra `cli`.
 
 Exit codes: 0 fine; 1 a check failed, where the message says which; 2 wrong usage or input, with a
 message; 130 interrupted; 141 who reads the output went away, as a signal says it of other programs.

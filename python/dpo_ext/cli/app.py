@@ -244,6 +244,53 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog=_examples(
+        "dpo-ext verify path/to/model pairs.jsonl.gz",
+        "dpo-ext verify path/to/model pairs.jsonl.gz --dtype bfloat16 --pairs 32 --json -",
+    )
+)
+@with_data_options(on_bad="skip")
+def verify(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a causal language model.", show_default=False)
+    ],
+    files: Files,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with tokenizer.json; by default the model's.", show_default=False
+        ),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to compare, the first.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    json: Json = None,
+    *,
+    options: Options,
+) -> None:
+    """Your model on your rows: ids beside TRL's, log-probs beside the model's own logits in
+    float64, packed and shared rows beside padded ones, the loss of the first step.
+    """
+    from dpo_ext.cli.verify import verify_model
+
+    with readable(files) as given, result_to(json) as write:
+        result = verify_model(
+            model,
+            given.files,
+            tokenizer or model,
+            pairs=pairs,
+            dtype=dtype,
+            device=device,
+            **options,
+        )
+        write(result, given.said)
+    if not result["same"]:
+        raise typer.Exit(1)
+
+
 def _print_summary(metrics: dict[str, Any], out: Path) -> bool:
     """The result in a few lines; False if a target that this run should reach was missed."""
     from rich.console import Console

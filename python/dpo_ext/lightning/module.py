@@ -15,7 +15,7 @@ from dpo_ext.errors import TensorError
 from dpo_ext.lightning.datamodule import PARTS, PairDataModule
 from dpo_ext.lightning.host import pl
 from dpo_ext.torch import PreferenceLoss, attach_scoring, audit_first_step, preference_loss
-from dpo_ext.torch.audit import causes_of, first_difference, in_eval_mode
+from dpo_ext.torch.audit import OF_OTHER_BATCHES, causes_of, first_difference, in_eval_mode
 from dpo_ext.torch.losses.compat import find_loss
 
 _POLICY, _DATA, _ADAPTER = "policy", "data", "adapter"
@@ -302,6 +302,7 @@ class DPOModule(pl.LightningModule):
             ref_logps,
             batch.table.lengths,
             dtype=next((d for name, d in _PRECISIONS.items() if name in precision), narrow),
+            slack=1.0 if reference is not None or self._reference == _ADAPTER else OF_OTHER_BATCHES,
             causes=lambda _: causes_of(self.model, reference),
             any_rank=any_rank,
         )

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_peft_available
 
 from dpo_ext.torch.audit import (
+    OF_OTHER_BATCHES,
     Drift,
     allowed,
     audit_first_step,
@@ -55,7 +56,13 @@ def audit(
 
     dtype = _dtype(trainer, policy)
     audit_first_step(
-        logps, ref_logps, lengths, dtype=dtype, causes=causes, any_rank=_over_ranks(trainer)
+        logps,
+        ref_logps,
+        lengths,
+        dtype=dtype,
+        slack=OF_OTHER_BATCHES if trainer.precompute_ref_logps else 1.0,
+        causes=causes,
+        any_rank=_over_ranks(trainer),
     )
     if noise and off > float(allowed(logps, lengths, dtype).max()):
         logger.warning(
