@@ -4,6 +4,7 @@
 """
 
 from dpo_ext.reflogps.identity import Fingerprint
+from dpo_ext.reflogps.reference import fingerprint
 from dpo_ext.reflogps.store import ReferenceStore, StoreStats
 
-__all__ = ["Fingerprint", "ReferenceStore", "StoreStats"]
+__all__ = ["Fingerprint", "ReferenceStore", "StoreStats", "fingerprint"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,24 +112,16 @@ def _text(parts: Mapping[str, Any]) -> str:
     return json.dumps(dict(parts), sort_keys=True, allow_nan=False)
 
 
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    mine, other = dict(_flat("", ours)), dict(_flat("", theirs))
-    return [
-        f"`{name}`: {_shown(mine.get(name, _ABSENT))}, and {_shown(other.get(name, _ABSENT))} in "
-        "the other"
-        for name in sorted(mine.keys() | other.keys())
-        if mine.get(name, _ABSENT) != other.get(name, _ABSENT)
-        or type(mine.get(name)) is not type(other.get(name))
-    ]
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """``config.rope.theta`` of an object in an object; an empty one stands for itself."""
-    if isinstance(value, Mapping) and (value or not name):
-        for key, inner in value.items():
-            yield from _flat(f"{name}.{key}" if name else str(key), inner)
-    else:
-        yield name, value
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], inside: str = "") -> list[str]:
+    """A line a part, ``config.rope_theta`` for one of an object in an object."""
+    lines = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get(name, _ABSENT), theirs.get(name, _ABSENT)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            lines += _differences(one, other, f"{inside}{name}.")
+        elif _text({"": one}) != _text({"": other}):
+            lines.append(f"`{inside}{name}`: {_shown(one)}, and {_shown(other)} in the other")
+    return lines
 
 
 def _shown(value: Any) -> str:

@@ -22,6 +22,8 @@ from dpo_ext.store.manifest import MAX_MANIFEST_BYTES, is_sound, sealed, unseale
 
 FORMAT = "dpo_ext reference log-probs"
 VERSION = 1
+# Parts in a message.
+SHOWN = 8
 
 
 class Listing:
@@ -146,7 +148,8 @@ class Listing:
         if different := self.fingerprint.differences(stored):
             raise RefLogpsError(
                 f"{self.folder}: the stored log-probs are of another reference\n  "
-                + "\n  ".join(different)
+                + "\n  ".join(different[:SHOWN])
+                + (f"\n  {len(different) - SHOWN} more" if len(different) > SHOWN else "")
                 + "\nhint: choose a new folder for this reference"
             )
         self.soft = self.fingerprint.soft_differences(stored)

@@ -77,6 +77,13 @@ class Digest:
         return root.hexdigest()
 
 
+def cores() -> int:
+    """How many threads digest a file."""
+    # macOS does not tell which cores a process may use.
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, found or 1)
+
+
 def digest_of(fd: int, size: int) -> str:
     """The :class:`Digest` of the first ``size`` bytes of a file; reads, never maps."""
 
@@ -88,9 +95,7 @@ def digest_of(fd: int, size: int) -> str:
         return digest.digest()
 
     root = hashlib.sha256()
-    # macOS does not tell which cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(min(8, cores or 1)) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for digest in pool.map(part, range(0, size, CHUNK_BYTES)):
             root.update(digest)
     return root.hexdigest()
