@@ -91,8 +91,8 @@ class Fingerprint:
     def soft_differences(self, other: Fingerprint) -> list[str]:
         """What differs of the soft parts that both know."""
         both = self.soft.keys() & other.soft.keys()
-        halves = ({name: half.soft[name] for name in both} for half in (self, other))
-        return _differences(*halves)
+        ours, theirs = ({name: half.soft[name] for name in both} for half in (self, other))
+        return _differences(ours, theirs)
 
 
 def check_part(name: str) -> None:

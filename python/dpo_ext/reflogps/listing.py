@@ -46,6 +46,12 @@ class Listing:
         self.notes: list[str] = []
         self.soft: list[str] = []
         self.has_manifest = False
+        self._named: list[str] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the manifest names what was read, and nothing else."""
+        return self.has_manifest and set(self._named) == self.loaded.keys()
 
     def look(self) -> list[str]:
         """Reads the manifest and lists the folder; the names of shards that were not read yet.
@@ -60,10 +66,10 @@ class Listing:
             names = []
         manifest = self._manifest(bool(names))
         self.has_manifest = manifest is not None
-        expected = self._checked(manifest) if manifest is not None else []
+        self._named = self._checked(manifest) if manifest is not None else []
         if not self.loaded.keys() <= set(names):  # somebody took one away: its rows are not there
             self.loaded.clear()
-        self.lost = set(expected) - set(names)
+        self.lost = set(self._named) - set(names)
         for gone in (self.damaged.keys() | self.foreign.keys()) - set(names):
             self.damaged.pop(gone, None)
             self.foreign.pop(gone, None)

@@ -141,8 +141,9 @@ class ReferenceStore:
         with self._lock, _errors(self.folder):
             whole = keys.whole()
             self._load()
-            if (self._table.find(whole) >= 0).all():  # nothing to write, perhaps nowhere to write
-                return len(self._new(keys, whole, logps))
+            is_there = (self._table.find(whole) >= 0).all()
+            if is_there and (self._listing.is_whole or not len(whole)):
+                return len(self._new(keys, whole, logps))  # the folder may be read-only
             with writing(self.folder, shards.KIND) as folder:
                 folder.sweep(None, data=False)
                 self._load()  # what another writer wrote meanwhile
