@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 const VERSION: u64 = 1;
 /// Sequences of one piece of work.
 const PIECE: usize = 4096;
+/// Examples whose ids are in the cache at once.
+const NEAR: usize = 64;
 
 /// A key, most significant half first.
 pub type Key = [u64; 2];
@@ -47,11 +49,14 @@ pub fn sequence_keys(
             return Err(Error::Interrupted);
         }
         let mut bytes = Vec::new();
-        for (i, keys) in index.iter().zip(out.chunks_exact_mut(width)) {
-            let i = usize::try_from(*i).unwrap_or(usize::MAX);
-            let ids = prompt.get(i)?;
-            for (side, key) in sides.iter().zip(keys) {
-                *key = sequence_key(ids, side, i, &mut bytes)?;
+        for (index, out) in index.chunks(NEAR).zip(out.chunks_mut(NEAR * width)) {
+            fetch(prompt, sides, index);
+            for (i, keys) in index.iter().zip(out.chunks_exact_mut(width)) {
+                let i = usize::try_from(*i).unwrap_or(usize::MAX);
+                let ids = prompt.get(i)?;
+                for (side, key) in sides.iter().zip(keys) {
+                    *key = sequence_key(ids, side, i, &mut bytes)?;
+                }
             }
         }
         Ok(())
@@ -62,6 +67,18 @@ pub fn sequence_keys(
     index.par_chunks(PIECE).zip(out.par_chunks_mut(PIECE * width)).try_for_each(fill)
 }
 
+/// Reads a word of every cache line that these examples need: independent of each other, the reads wait for memory
+/// together, while a hash would wait for its lines one by one.
+fn fetch(prompt: Lists<'_>, sides: &[Side<'_>], index: &[i64]) {
+    let mut seen = 0;
+    for i in index.iter().filter_map(|i| usize::try_from(*i).ok()) {
+        for lists in std::iter::once(&prompt).chain(sides.iter().map(|side| &side.ids)) {
+            seen ^= lists.get(i).unwrap_or_default().iter().step_by(16).fold(0, |a, b| a ^ b);
+        }
+    }
+    std::hint::black_box(seen);
+}
+
 fn sequence_key(prompt: &[i32], side: &Side<'_>, i: usize, bytes: &mut Vec<u8>) -> Result<Key> {
     let ids = side.ids.get(i)?;
     let weights = match side.weights {
@@ -69,8 +86,11 @@ fn sequence_key(prompt: &[i32], side: &Side<'_>, i: usize, bytes: &mut Vec<u8>) 
         Some(all) => Some(side.ids.beside(all, i)?).filter(|w| w.iter().any(|x| !is_one(*x))),
     };
     let counts = [prompt.len() as u64, ids.len() as u64, u64::from(weights.is_some())];
-    bytes.clear();
-    bytes.resize(24 + 4 * (prompt.len() + ids.len() + weights.map_or(0, <[f32]>::len)), 0);
+    let size = 24 + 4 * (prompt.len() + ids.len() + weights.map_or(0, <[f32]>::len));
+    if bytes.len() < size {
+        bytes.resize(size, 0);
+    }
+    let bytes = bytes.get_mut(..size).unwrap_or_default();
     let (head, words) = bytes.split_at_mut(24);
     for (place, count) in head.chunks_exact_mut(8).zip(counts) {
         place.copy_from_slice(&count.to_le_bytes());

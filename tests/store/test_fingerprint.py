@@ -451,8 +451,34 @@ def test_a_folder_without_parameters_is_refused(tmp_path, files, said):
     assert said in str(refused.value)
 
 
+def test_a_folder_with_a_model_and_an_adapter_is_ambiguous(folder, tmp_path):
+    plain = fingerprint(folder)
+    peft_model().save_pretrained(folder)
+    with pytest.raises(RefLogpsError, match="expected a model, found one and an adapter"):
+        fingerprint(folder)
+    assert fingerprint(folder, adapter=False) == plain
+    assert fingerprint(folder, adapter=folder).differences(plain)[0].startswith("`adapter`")
+
+
+def test_the_code_that_a_model_brings_moves_it(folder):
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    (folder / "modeling.py").write_text("class Own: scale = 1")
+    first = fingerprint(folder)
+    (folder / "modeling.py").write_text("class Own: scale = 2")
+    (line,) = fingerprint(folder).differences(first)
+    assert line.startswith("`code.modeling.py`")
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(folder):
+    first = fingerprint(folder)
+    index = {"weight_map": {"a": "none.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert fingerprint(folder) == first
+
+
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder):
     index = {"weight_map": {"a": "../model.safetensors"}}
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RefLogpsError, match="expected names of files in the folder"):
         fingerprint(folder)

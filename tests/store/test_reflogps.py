@@ -336,7 +336,6 @@ def test_the_size_of_the_puts_does_not_matter(tmp_path):
 
 def test_parts_of_a_large_data_set_are_one(tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_ext.reflogps.keys.PART", 7)
-    monkeypatch.setattr("dpo_ext.reflogps.store.PART", 7)
     monkeypatch.setattr("dpo_ext.reflogps.shards.ROWS", 16)
     pairs, values = pairs_and_values(100)
     pairs.save(tmp_path / "pairs")
@@ -560,6 +559,52 @@ def test_threads_read_and_write_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed
+    assert same(store.get(pairs), values)
+
+
+@pytest.mark.parametrize("call", ["read", "add"])
+def test_an_interrupt_while_shards_are_read_leaves_no_value_unset(tmp_path, monkeypatch, call):
+    """Between a key and its value: both or none."""
+    pairs, values = pairs_and_values()
+    for start in range(0, 60, 20):
+        opened(tmp_path).put(pairs[start : start + 20], values[start : start + 20])
+    store = opened(tmp_path)
+    count = []
+
+    def interrupted(real):
+        def work(*args):
+            result = real(*args)
+            count.append(1)
+            if len(count) == 2:
+                raise KeyboardInterrupt
+            return result
+
+        return work
+
+    with monkeypatch.context() as patched:
+        if call == "read":
+            from dpo_ext.reflogps import shards
+
+            patched.setattr(shards, "read", interrupted(shards.read))
+        else:
+
+            class Table:
+                def __init__(self):
+                    self.table = KeyTable()
+                    self.add = interrupted(self.table.add)
+
+                def __len__(self):
+                    return len(self.table)
+
+                def __getattr__(self, name):
+                    return getattr(self.table, name)
+
+            from dpo_ext import _core
+            from dpo_ext._core import KeyTable
+
+            patched.setattr(_core, "KeyTable", Table)
+        with pytest.raises(KeyboardInterrupt):
+            store.missing(pairs)
     assert same(store.get(pairs), values)
 
 

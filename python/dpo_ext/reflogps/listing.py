@@ -98,8 +98,8 @@ class Listing:
             if shard.reference != ours:
                 self.foreign[name] = shard.reference
                 continue
-            self.loaded[name] = (len(shard.logps), shard.size)
             yield shard
+            self.loaded[name] = (len(shard.logps), shard.size)
         if self.foreign and not self.loaded and not self.has_manifest:
             other = next(iter(self.foreign.values()))
             raise RefLogpsError(

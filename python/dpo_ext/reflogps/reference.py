@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ ADAPTER_INERT = frozenset(
         "task_type",
     }
 )
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_SETS = ("exclude_modules", "modules_to_save", "target_modules")
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module"}
 WRAPPERS |= {"OptimizedModule": "_orig_mod"}
@@ -89,8 +91,9 @@ def fingerprint(
         reference: the model in memory, or its folder, with ``config.json`` and safetensors. A large
             model is better given as its folder: files are read once, and then known by size, times
             and inode as long as they stay; a copy is read anew.
-        adapter: of a folder, the folder of its adapter. Of a PEFT model, False if the reference is
-            the model with its adapters off, as it is for DPO with LoRA; else the active ones count.
+        adapter: of a folder, the folder of its adapter, or False for none. Of a PEFT model, False
+            if the reference is the model with its adapters off, as it is for DPO with LoRA; else
+            the active ones count.
         dtype: that the reference computes in, where it is not that of its parameters (autocast).
         attention: the implementation of attention, of which values depend by rounding alone: in
             another one a store warns. Taken from a model in memory.
@@ -140,11 +143,17 @@ def _of_folder(
         raise TypeError("`adapter` of a folder must be the folder of the adapter")
     config = _json(folder / "config.json")
     tensors = parameters.of_files(_weights(folder), notes)
+    if adapter is None and (folder / ADAPTER_CONFIG).is_file():
+        raise RefLogpsError(
+            f"{folder}: expected a model, found one and an adapter\n"
+            "hint: say `adapter=False`, or give the folder again as `adapter=`"
+        )
     found = {
         "parameters": parameters.digest_of(tensors),
         "dtype": parameters.dtypes_of(tensors),
         "architecture": str((config.get("architectures") or ["unknown"])[0]),
         "config": _filtered(config),
+        "code": _code(folder, config),
         "quantization": _plain(config.get("quantization_config")),
         "adapter": _adapter_folder(Path(adapter), notes) if adapter else None,
     }
@@ -152,19 +161,18 @@ def _of_folder(
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that hold the parameters of a model."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-        if any(Path(str(name)).name != name for name in names):
-            raise RefLogpsError(f"{index}: expected names of files in the folder")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
+    """The files that transformers reads the parameters of a model from."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
-    is_adapter = (folder / "adapter_config.json").is_file()
+    if index.is_file():
+        names = sorted(set(map(str, _json(index).get("weight_map", {}).values())))
+        if any(Path(name).name != name for name in names):
+            raise RefLogpsError(f"{index}: expected names of files in the folder")
+        return [folder / name for name in names]
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
     raise RefLogpsError(
-        f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither\n"
+        f"{folder}: expected {single.name} or {index.name}, found neither\n"
         + (
             "hint: this is an adapter; give the folder of its base, and this one as `adapter=`"
             if is_adapter
@@ -173,9 +181,20 @@ def _weights(folder: Path) -> list[Path]:
     )
 
 
+def _code(folder: Path, config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Digests of the files of a model that brings its own code."""
+    if "auto_map" not in config:
+        return None
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
 def _adapter_folder(folder: Path, notes: Path | None) -> dict[str, Any]:
     tensors = parameters.of_files([folder / "adapter_model.safetensors"], notes)
-    config = _json(folder / "adapter_config.json")
+    config = _json(folder / ADAPTER_CONFIG)
     return {"active": _adapter(config, tensors)}
 
 
@@ -214,6 +233,7 @@ def _of_model(model: Any, adapter: Any) -> tuple[dict[str, Any], dict[str, Any]]
         "config": _filtered(written)
         if written
         else hashlib.sha256(repr(base).encode()).hexdigest(),
+        "code": _code(Path(inspect.getfile(type(base))).parent, written) if written else None,
         "quantization": _plain(written.get("quantization_config")),
         "adapter": None,
     }

@@ -22,7 +22,7 @@ from dpo_ext.errors import DataError, RefLogpsError, TensorError, describe
 from dpo_ext.pairs import Pairs
 from dpo_ext.reflogps import shards
 from dpo_ext.reflogps.identity import Fingerprint
-from dpo_ext.reflogps.keys import PART, Keys, PairKeys
+from dpo_ext.reflogps.keys import Keys, PairKeys
 from dpo_ext.reflogps.listing import Listing
 from dpo_ext.store.folder import Folder, typed_errors, writing
 
@@ -166,12 +166,13 @@ class ReferenceStore:
             RefLogpsError: some are missing; gives their number and examples.
         """
         keys = PairKeys(pairs, index, token_weights)
+        whole = keys.whole()
         with self._lock:
-            rows = self._rows(keys)
+            rows = self._table.find(whole).reshape(-1, 2)
             if (lacks := rows < 0).any():
                 with _errors(self.folder):
                     self._load()
-                rows = self._rows(keys)
+                rows = self._table.find(whole).reshape(-1, 2)
                 lacks = rows < 0
             missing = np.flatnonzero(lacks.any(axis=1))
             self._misses += len(missing)
@@ -226,24 +227,29 @@ class ReferenceStore:
         """Reads the shards that came since the last time."""
         names = self._listing.look()
         if not self._listing.loaded:
-            self._table, self._logps = _core.KeyTable(), np.empty(0)
-        for shard in self._listing.read(names):
-            before = len(self._table)
-            self._table.reserve(len(shard.logps))
-            rows = self._table.add(shard.keys)
-            if len(self._table) > len(self._logps):
-                grown = np.empty(max(len(self._table), before * 3 // 2))
-                grown[:before] = self._logps[:before]
-                self._logps = grown
-            # A key is in two shards only where somebody copied one into the folder.
-            is_new = rows >= before
-            self._logps[rows[is_new]] = shard.logps[is_new]
+            self._forget()
+        try:
+            for shard in self._listing.read(names):
+                self._take(shard)
+        except BaseException:  # half of a shard is none: an interrupt may come between two lines
+            self._forget()
+            raise
 
-    def _rows(self, keys: PairKeys) -> NDArray[np.int64]:
-        """(N, 2), -1 where there is none."""
-        if len(keys) <= PART:
-            return self._table.find(keys.whole()).reshape(-1, 2)
-        return np.concatenate([self._table.find(part).reshape(-1, 2) for _, part in keys.parts()])
+    def _forget(self) -> None:
+        self._table, self._logps = _core.KeyTable(), np.empty(0)
+        self._listing.loaded.clear()
+
+    def _take(self, shard: shards.Shard) -> None:
+        before = len(self._table)
+        self._table.reserve(len(shard.logps))
+        rows = self._table.add(shard.keys)
+        if len(self._table) > len(self._logps):
+            grown = np.empty(max(len(self._table), before * 3 // 2))
+            grown[:before] = self._logps[:before]
+            self._logps = grown
+        # A key is in two shards only where somebody copied one into the folder.
+        is_new = rows >= before
+        self._logps[rows[is_new]] = shard.logps[is_new]
 
     def _new(self, keys: PairKeys, whole: Keys, logps: NDArray[np.float64]) -> NDArray[np.int64]:
         """Which of the 2N sequences are not there yet, each once.
