@@ -127,15 +127,20 @@ def write_and_read(rows: int, turns: int, folder: Path) -> list[tuple[str, str, 
     size = sum(path.stat().st_size for path in (folder / "0").iterdir())
     loaded = store(0)
     loaded.get(pairs)
-    rng, steps = np.random.default_rng(0), []
-    for _ in range(3000):
-        index = rng.integers(0, len(pairs), 64)
-        start = time.perf_counter()
-        found = loaded.get(pairs, index=index)
-        steps.append(time.perf_counter() - start)
-        assert np.array_equal(found, values[index])
+    plan = pairs.plan(layout="padded", pairs_per_batch=64, seed=1)
+    warm, cold = [], []
+    rng = np.random.default_rng(0)
+    for i in range(1000):
+        # A step has just made its batch, so that the ids are at hand; where they are not, waiting
+        # for memory is most of it.
+        for index, times in ((plan[i].pair_index, warm), (rng.integers(0, len(pairs), 64), cold)):
+            start = time.perf_counter()
+            found = loaded.get(pairs, index=index)
+            times.append(time.perf_counter() - start)
+            assert np.array_equal(found, values[index])
     what = f"{distinct:,} rows, {tokens / 1e6:.0f} M tokens"
-    step = statistics.median(steps) * 1e6, sorted(steps)[300] * 1e6
+    step, waits = (f"{statistics.median(t) * 1e6:.1f} us median" for t in (warm, cold))
+    best = sorted(warm)[100] * 1e6
     return [
         row(f"write: {what}", put, 2, ("pyarrow alone", peer)),
         row(f"read (open, check, find): {what}", read, 0.2, ("pyarrow alone", peer_read)),
@@ -147,9 +152,9 @@ def write_and_read(rows: int, turns: int, folder: Path) -> list[tuple[str, str, 
         ),
         (
             "a read in a training step, 64 pairs of 300 tokens",
-            f"{step[0]:.1f} us median, {step[1]:.1f} us at the fastest tenth",
-            "",
-            verdict(step[1], 50),
+            f"{step}, {best:.1f} us the fastest tenth",
+            f"pairs from anywhere in memory: {waits}",
+            verdict(best, 50),
         ),
     ]
 

@@ -28,8 +28,8 @@ pub struct Side<'a> {
 /// The keys of the examples `index`, all sides of one after the other.
 ///
 /// Same as XXH3 (128 bits, seed 1) of: numbers of ids of the prompt and of the side, and 1 or 0 for weights (64 bits
-/// each), ids of the prompt, ids of the side (32 bits), weights (float32), all little-endian. Weights that are all 1
-/// are none, and -0 is 0.
+/// each), XXH3 of the ids of the prompt (its first 64 bits, then its last), ids of the side (32 bits), weights
+/// (float32), all little-endian. Weights that are all 1 are none, and -0 is 0.
 ///
 /// # Errors
 /// [`Error::Tensor`] if there is no such example; [`Error::Interrupted`] if `cancelled` says so.
@@ -44,7 +44,7 @@ pub fn sequence_keys(
     if width == 0 || out.len() != index.len() * width {
         return Err(Error::Internal("keys: one place a sequence".to_owned()));
     }
-    let fill = |(index, out): (&[i64], &mut [Key])| {
+    let work = |(index, out): (&[i64], &mut [Key])| {
         if cancelled() {
             return Err(Error::Interrupted);
         }
@@ -54,17 +54,18 @@ pub fn sequence_keys(
             for (i, keys) in index.iter().zip(out.chunks_exact_mut(width)) {
                 let i = usize::try_from(*i).unwrap_or(usize::MAX);
                 let ids = prompt.get(i)?;
+                let prompt = (ids.len() as u64, key_of(words_of(ids, &mut bytes)));
                 for (side, key) in sides.iter().zip(keys) {
-                    *key = sequence_key(ids, side, i, &mut bytes)?;
+                    *key = sequence_key(prompt, side, i, &mut bytes)?;
                 }
             }
         }
         Ok(())
     };
     if index.len() <= PIECE {
-        return fill((index, out));
+        return work((index, out));
     }
-    index.par_chunks(PIECE).zip(out.par_chunks_mut(PIECE * width)).try_for_each(fill)
+    index.par_chunks(PIECE).zip(out.par_chunks_mut(PIECE * width)).try_for_each(work)
 }
 
 /// Reads a word of every cache line that these examples need: independent of each other, the reads wait for memory
@@ -79,34 +80,58 @@ fn fetch(prompt: Lists<'_>, sides: &[Side<'_>], index: &[i64]) {
     std::hint::black_box(seen);
 }
 
-fn sequence_key(prompt: &[i32], side: &Side<'_>, i: usize, bytes: &mut Vec<u8>) -> Result<Key> {
+fn sequence_key(
+    (prompt_len, prompt): (u64, Key),
+    side: &Side<'_>,
+    i: usize,
+    bytes: &mut Vec<u8>,
+) -> Result<Key> {
     let ids = side.ids.get(i)?;
     let weights = match side.weights {
         None => None,
         Some(all) => Some(side.ids.beside(all, i)?).filter(|w| w.iter().any(|x| !is_one(*x))),
     };
-    let counts = [prompt.len() as u64, ids.len() as u64, u64::from(weights.is_some())];
-    let size = 24 + 4 * (prompt.len() + ids.len() + weights.map_or(0, <[f32]>::len));
+    let head = [prompt_len, ids.len() as u64, u64::from(weights.is_some()), prompt[0], prompt[1]];
+    let weights = weights.unwrap_or_default();
+    let bytes = room(bytes, HEAD + 4 * (ids.len() + weights.len()));
+    let (places, words) = bytes.split_at_mut(HEAD);
+    for (place, number) in places.chunks_exact_mut(8).zip(head) {
+        place.copy_from_slice(&number.to_le_bytes());
+    }
+    let (words, factors) = words.split_at_mut(4 * ids.len());
+    fill(words, ids);
+    for (place, weight) in factors.chunks_exact_mut(4).zip(weights) {
+        place.copy_from_slice(&(weight + 0.0).to_le_bytes());
+    }
+    Ok(key_of(bytes))
+}
+
+/// Bytes before the ids of a side.
+const HEAD: usize = 40;
+
+fn key_of(bytes: &[u8]) -> Key {
+    let hash = xxh3_128_with_seed(bytes, VERSION);
+    [(hash >> 64) as u64, hash as u64]
+}
+
+/// The first bytes of a buffer, which only grows.
+fn room(bytes: &mut Vec<u8>, size: usize) -> &mut [u8] {
     if bytes.len() < size {
         bytes.resize(size, 0);
     }
-    let bytes = bytes.get_mut(..size).unwrap_or_default();
-    let (head, words) = bytes.split_at_mut(24);
-    for (place, count) in head.chunks_exact_mut(8).zip(counts) {
-        place.copy_from_slice(&count.to_le_bytes());
+    bytes.get_mut(..size).unwrap_or_default()
+}
+
+fn words_of<'b>(ids: &[i32], bytes: &'b mut Vec<u8>) -> &'b [u8] {
+    let bytes = room(bytes, 4 * ids.len());
+    fill(bytes, ids);
+    bytes
+}
+
+fn fill(bytes: &mut [u8], ids: &[i32]) {
+    for (place, id) in bytes.chunks_exact_mut(4).zip(ids) {
+        place.copy_from_slice(&id.to_le_bytes());
     }
-    let (prompt_words, words) = words.split_at_mut(4 * prompt.len());
-    let (side_words, weight_words) = words.split_at_mut(4 * ids.len());
-    for (places, ids) in [(prompt_words, prompt), (side_words, ids)] {
-        for (place, id) in places.chunks_exact_mut(4).zip(ids) {
-            place.copy_from_slice(&id.to_le_bytes());
-        }
-    }
-    for (place, weight) in weight_words.chunks_exact_mut(4).zip(weights.unwrap_or_default()) {
-        place.copy_from_slice(&(weight + 0.0).to_le_bytes());
-    }
-    let hash = xxh3_128_with_seed(bytes, VERSION);
-    Ok([(hash >> 64) as u64, hash as u64])
 }
 
 fn is_one(weight: f32) -> bool {
@@ -199,8 +224,12 @@ impl KeyTable {
             if cancelled() {
                 return Err(Error::Interrupted);
             }
-            for (key, row) in keys.iter().zip(rows) {
-                *row = self.places.get(self.place(*key)).map_or(-1, |taken| i64::from(*taken) - 1);
+            for (keys, rows) in keys.chunks(NEAR).zip(rows.chunks_mut(NEAR)) {
+                self.fetch(keys);
+                for (key, row) in keys.iter().zip(rows) {
+                    let place = self.places.get(self.place(*key));
+                    *row = place.map_or(-1, |taken| i64::from(*taken) - 1);
+                }
             }
             Ok(())
         };
@@ -210,11 +239,26 @@ impl KeyTable {
         keys.par_chunks(PIECE).zip(rows.par_chunks_mut(PIECE)).try_for_each(fill)
     }
 
+    /// Reads where these keys are looked for first, so that the reads wait for memory together.
+    fn fetch(&self, keys: &[Key]) {
+        let mut rows = [0; NEAR];
+        for (row, key) in rows.iter_mut().zip(keys) {
+            *row = self.places.get(self.first(*key)).copied().unwrap_or(0);
+        }
+        let known = |row: &u32| self.keys.get((*row as usize).wrapping_sub(1)).map_or(0, |k| k[0]);
+        std::hint::black_box(rows.iter().fold(0, |seen, row| seen ^ known(row)));
+    }
+
+    /// Where the probes for a key begin.
+    fn first(&self, key: Key) -> usize {
+        let shift = 64 - self.places.len().trailing_zeros().min(64);
+        key[0].checked_shr(shift).unwrap_or(0) as usize
+    }
+
     /// Where a key stands, or the free place where it would.
     fn place(&self, key: Key) -> usize {
         let mask = self.places.len().wrapping_sub(1);
-        let shift = 64 - self.places.len().trailing_zeros().min(64);
-        let mut place = key[0].checked_shr(shift).unwrap_or(0) as usize;
+        let mut place = self.first(key);
         loop {
             match self.places.get(place) {
                 Some(taken) if *taken != 0 && self.keys.get(*taken as usize - 1) != Some(&key) => {
@@ -250,9 +294,11 @@ mod tests {
 
     #[test]
     fn a_key_is_the_hash_of_the_bytes_that_its_doc_names() {
-        let bytes: Vec<u8> = [2u64, 1, 0].iter().flat_map(|n| n.to_le_bytes()).collect();
-        let ids: Vec<u8> = [7i32, 8, 9].iter().flat_map(|n| n.to_le_bytes()).collect();
-        let hash = xxh3_128_with_seed(&[bytes, ids].concat(), 1);
+        let prompt: Vec<u8> = [7i32, 8].iter().flat_map(|n| n.to_le_bytes()).collect();
+        let prompt = xxh3_128_with_seed(&prompt, 1);
+        let head = [2, 1, 0, (prompt >> 64) as u64, prompt as u64];
+        let head: Vec<u8> = head.iter().flat_map(|n: &u64| n.to_le_bytes()).collect();
+        let hash = xxh3_128_with_seed(&[head, 9i32.to_le_bytes().to_vec()].concat(), 1);
         assert_eq!(keys(&[7, 8], &[9], None), [(hash >> 64) as u64, hash as u64]);
     }
 

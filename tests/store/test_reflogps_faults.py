@@ -281,6 +281,18 @@ def test_a_column_that_a_later_version_adds_is_no_matter(tmp_path):
     assert same(opened(tmp_path).get(pairs), values)
 
 
+def test_a_huge_file_in_place_of_a_shard_costs_no_memory(tmp_path):
+    import resource
+
+    pairs, values = filled(tmp_path)
+    path = shards_of(tmp_path)[0]
+    with path.open("r+b") as file:
+        file.truncate(1 << 42)  # sparse
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(right_or_missing(tmp_path, pairs, values)) == PART
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "KiB"
+
+
 @pytest.mark.parametrize("what", ["link", "pipe", "folder"])
 def test_what_is_no_file_is_no_shard(tmp_path, what):
     pairs, values = filled(tmp_path / "s")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ class Listing:
             self.damaged.pop(gone, None)
             self.foreign.pop(gone, None)
         return [name for name in names if name not in self.loaded and name not in self.foreign]
+
+    def rows_of(self, names: list[str]) -> int:
+        """As many rows as there are in shards that were not read yet, or a few more."""
+        rows = 0
+        for name in names:
+            with suppress(OSError):
+                size = (self.folder / name).stat().st_size
+                rows += min(shards.ROWS, size // shards.ROW_BYTES)
+        return rows
 
     def read(self, names: list[str]) -> Iterator[shards.Shard]:
         """The shards of this reference among ``names``; the others are noted.

@@ -25,6 +25,10 @@ VERSION = 1
 KIND = Kind("a store of reference log-probs", ".parquet")
 ROWS = 1 << 20
 """Of one shard, at most."""
+MAX_BYTES = 1 << 30
+"""Of a file that is read at all."""
+ROW_BYTES = 24
+"""Of key and value."""
 
 
 class Shard(NamedTuple):
@@ -72,6 +76,9 @@ def read(folder: Path, name: str) -> Shard:
     """
     fd = open_inside(folder, name)
     with os.fdopen(fd, "rb") as file:
+        size = os.fstat(fd).st_size
+        if size > MAX_BYTES:
+            raise damaged(folder / name, f"expected at most {MAX_BYTES} bytes, found {size}")
         data = file.read()
     digest = Digest()
     digest.update(memoryview(data))

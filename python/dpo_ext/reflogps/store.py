@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -26,6 +26,9 @@ from dpo_ext.reflogps.keys import Keys, PairKeys
 from dpo_ext.reflogps.listing import Listing
 from dpo_ext.store.folder import Folder, typed_errors, writing
 
+# A table of so many rows is no longer in the cache: there keys are looked up in rising order, as
+# the table has them, so that each page of memory is visited once.
+LARGE = 1 << 18
 # Examples in a message.
 SHOWN = 5
 
@@ -141,7 +144,7 @@ class ReferenceStore:
         with self._lock, _errors(self.folder):
             whole = keys.whole()
             self._load()
-            is_there = (self._table.find(whole) >= 0).all()
+            is_there = (self._find(whole) >= 0).all()
             if is_there and (self._listing.is_whole or not len(whole)):
                 return len(self._new(keys, whole, logps))  # the folder may be read-only
             with writing(self.folder, shards.KIND) as folder:
@@ -168,18 +171,17 @@ class ReferenceStore:
         keys = PairKeys(pairs, index, token_weights)
         whole = keys.whole()
         with self._lock:
-            rows = self._table.find(whole).reshape(-1, 2)
-            if (lacks := rows < 0).any():
+            rows = self._find(whole)
+            if len(rows) and rows.min() < 0:  # another writer may have put them
                 with _errors(self.folder):
                     self._load()
-                rows = self._table.find(whole).reshape(-1, 2)
-                lacks = rows < 0
-            missing = np.flatnonzero(lacks.any(axis=1))
-            self._misses += len(missing)
-            self._hits += len(keys) - len(missing)
-            if len(missing):
-                raise RefLogpsError(self._said(keys, missing))
-            return self._logps[rows]
+                rows = self._find(whole)
+                if rows.min() < 0:
+                    missing = np.flatnonzero((rows.reshape(-1, 2) < 0).any(axis=1))
+                    self._count(keys, missing)
+                    raise RefLogpsError(self._said(keys, missing))
+            self._count(keys, ())
+            return self._logps[rows].reshape(-1, 2)
 
     def missing(
         self, pairs: Pairs, *, index: Any = None, token_weights: Mapping[str, Any] | None = None
@@ -190,12 +192,11 @@ class ReferenceStore:
             with _errors(self.folder):
                 self._load()
             found = [
-                start + np.flatnonzero((self._table.find(part).reshape(-1, 2) < 0).any(axis=1))
+                start + np.flatnonzero((self._find(part).reshape(-1, 2) < 0).any(axis=1))
                 for start, part in keys.parts()
             ]
             lacking = np.concatenate([np.empty(0, np.int64), *found])
-            self._misses += len(lacking)
-            self._hits += len(keys) - len(lacking)
+            self._count(keys, lacking)
             return keys.index[lacking]
 
     @property
@@ -223,12 +224,27 @@ class ReferenceStore:
     def __reduce__(self) -> tuple[Any, ...]:  # a worker opens the folder itself
         return type(self), (str(self.folder.absolute()), self.fingerprint)
 
+    def _find(self, keys: Keys) -> NDArray[np.int64]:
+        """The row of each key, -1 where there is none."""
+        if min(len(self._table), len(keys) // 2) < LARGE:
+            return self._table.find(keys)
+        halves = keys.reshape(-1, 2)
+        order = np.argsort(halves[:, 0])
+        rows = np.empty(len(order), np.int64)
+        rows[order] = self._table.find(halves[order].reshape(-1))
+        return rows
+
+    def _count(self, keys: PairKeys, missing: Sequence[int] | NDArray[np.int64]) -> None:
+        self._misses += len(missing)
+        self._hits += len(keys) - len(missing)
+
     def _load(self) -> None:
         """Reads the shards that came since the last time."""
         names = self._listing.look()
         if not self._listing.loaded:
             self._forget()
         try:
+            self._grow(len(self._table) + self._listing.rows_of(names))
             for shard in self._listing.read(names):
                 self._take(shard)
         except BaseException:  # half of a shard is none: an interrupt may come between two lines
@@ -239,14 +255,21 @@ class ReferenceStore:
         self._table, self._logps = _core.KeyTable(), np.empty(0)
         self._listing.loaded.clear()
 
+    def _grow(self, rows: int) -> None:
+        """Makes room for so many rows in all."""
+        if rows > len(self._logps):
+            grown = np.empty(max(rows, len(self._logps) * 3 // 2))
+            grown[: len(self._table)] = self._logps[: len(self._table)]
+            self._logps = grown
+            self._table.reserve(len(grown) - len(self._table))
+
     def _take(self, shard: shards.Shard) -> None:
         before = len(self._table)
-        self._table.reserve(len(shard.logps))
+        self._grow(before + len(shard.logps))
         rows = self._table.add(shard.keys)
-        if len(self._table) > len(self._logps):
-            grown = np.empty(max(len(self._table), before * 3 // 2))
-            grown[:before] = self._logps[:before]
-            self._logps = grown
+        if len(self._table) == before + len(rows):  # all new, in their order
+            self._logps[before : len(self._table)] = shard.logps
+            return
         # A key is in two shards only where somebody copied one into the folder.
         is_new = rows >= before
         self._logps[rows[is_new]] = shard.logps[is_new]
@@ -257,7 +280,7 @@ class ReferenceStore:
         Raises:
             RefLogpsError: one contradicts what is there, or another one.
         """
-        rows = self._table.find(whole)
+        rows = self._find(whole)
         there = np.flatnonzero(rows >= 0)
         keys.compare(there, logps[there], self._logps[rows[there]], "the store holds")
         absent = np.flatnonzero(rows < 0)
