@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pair_cases import random_pairs
 from places import GOLDEN
-from reflogps_cases import opened, pairs_and_values, same
+from reflogps_cases import opened, pairs_and_values, same, values_of
 
 from dpo_ext import PairDataset, RefLogpsError, TensorError
 from dpo_ext.reflogps import Fingerprint
@@ -16,6 +16,7 @@ from dpo_ext.reflogps import keys as keys_file
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, pytest.importorskip("hypothesis.strategies")
 
@@ -123,7 +124,6 @@ def test_values_of_another_shape_or_kind_are_refused(tmp_path, values):
 
 
 def test_tensors_are_values(tmp_path):
-    torch = pytest.importorskip("torch")
     pairs, values = pairs_and_values()
     store = opened(tmp_path)
     store.put(pairs, torch.from_numpy(values).float())
@@ -439,8 +439,11 @@ def test_a_soft_part_that_differs_warns_and_hits(tmp_path):
     with pytest.warns(UserWarning, match=r"`attention`: eager, and sdpa in the other"):
         store = opened(tmp_path, eager)
     assert same(store.get(pairs), values)
+    store.put(more := random_pairs(3, seed=5), values_of(more))
     opened(tmp_path, Fingerprint({"parameters": "ab"}))  # unknown: nothing to say
     opened(tmp_path, sdpa)
+    with pytest.warns(UserWarning, match="`attention`"):
+        opened(tmp_path, eager)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,20 @@ def test_a_deleted_shard_is_a_miss_and_is_named(tmp_path):
     assert opened(tmp_path).stats.lost == ()
 
 
+def test_a_shard_damaged_after_it_was_read_is_a_miss_and_is_written_again(tmp_path):
+    """Who had read it must not believe that what it knows is on the disk."""
+    pairs, values = filled(tmp_path)
+    reader = opened(tmp_path)
+    assert same(reader.get(pairs), values)
+    path = shards_of(tmp_path)[1]
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert reader.put(pairs, values) == 2 * PART
+    assert same(opened(tmp_path).get(pairs), values)
+    assert opened(tmp_path).stats.damaged == (), "the same rows make the same file"
+
+
 def test_swapped_shards_are_seen_by_their_names(tmp_path):
     pairs, values = filled(tmp_path)
     a, b = shards_of(tmp_path)[:2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Listing:
     """The shards of a folder.
 
     Attributes:
-        loaded: rows and bytes of each shard that was read.
+        loaded: rows, bytes and status of each shard that was read.
         damaged, foreign, lost: names; see `StoreStats`.
         notes: what there is to say of the manifest.
         soft: lines on soft parts of the fingerprint that differ.
@@ -40,7 +40,7 @@ class Listing:
 
     def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
         self.folder, self.fingerprint = folder, fingerprint
-        self.loaded: dict[str, tuple[int, int]] = {}
+        self.loaded: dict[str, tuple[int, int, Any]] = {}
         self.damaged: dict[str, Any] = {}
         self.foreign: dict[str, str] = {}
         self.lost: set[str] = set()
@@ -48,6 +48,7 @@ class Listing:
         self.soft: list[str] = []
         self.has_manifest = False
         self._named: list[str] = []
+        self._soft: Mapping[str, Any] = {}
 
     @property
     def is_whole(self) -> bool:
@@ -68,7 +69,8 @@ class Listing:
         manifest = self._manifest(bool(names))
         self.has_manifest = manifest is not None
         self._named = self._checked(manifest) if manifest is not None else []
-        if not self.loaded.keys() <= set(names):  # somebody took one away: its rows are not there
+        # What somebody took away or wrote to is not there: all is read anew.
+        if any(self._status(name) != status for name, (_, _, status) in self.loaded.items()):
             self.loaded.clear()
         self.lost = set(self._named) - set(names)
         for gone in (self.damaged.keys() | self.foreign.keys()) - set(names):
@@ -93,23 +95,22 @@ class Listing:
         """
         ours = self.fingerprint.digest
         for name in names:
+            status = self._status(name)
+            if status is None or self.damaged.get(name) == status:
+                continue
             try:
-                status = os.stat(self.folder / name, follow_symlinks=False)  # noqa: PTH116
-                seen = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-                if self.damaged.get(name) == seen:
-                    continue
                 shard = shards.read(self.folder, name)
             except FileNotFoundError:
                 continue
             except DataError:
-                self.damaged[name] = seen
+                self.damaged[name] = status
                 continue
             self.damaged.pop(name, None)
             if shard.reference != ours:
                 self.foreign[name] = shard.reference
                 continue
             yield shard
-            self.loaded[name] = (len(shard.logps), shard.size)
+            self.loaded[name] = (len(shard.logps), shard.size, status)
         if self.foreign and not self.loaded and not self.has_manifest:
             other = next(iter(self.foreign.values()))
             raise RefLogpsError(
@@ -129,8 +130,12 @@ class Listing:
                 "format": FORMAT,
                 "version": VERSION,
                 "package": _core.__version__,
-                "fingerprint": self.fingerprint.to_dict(),
-                "shards": [[name, *self.loaded[name]] for name in sorted(self.loaded)],
+                "fingerprint": {
+                    **self.fingerprint.to_dict(),
+                    # Who reads otherwise than the first writer wrote is always warned.
+                    "soft": {**self.fingerprint.soft, **self._soft},
+                },
+                "shards": [[name, *self.loaded[name][:2]] for name in sorted(self.loaded)],
             }
         )
         if len(text) > MAX_MANIFEST_BYTES:
@@ -139,6 +144,14 @@ class Listing:
                 "hint: put more pairs at once, into a new folder"
             )
         return text
+
+    def _status(self, name: str) -> tuple[int, ...] | None:
+        """What tells that a shard is another or was written to; None if it is gone."""
+        try:
+            found = (self.folder / name).lstat()
+        except OSError:
+            return None
+        return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def _manifest(self, has_shards: bool) -> dict[str, Any] | None:
         self.notes = []
@@ -168,7 +181,7 @@ class Listing:
                 + (f"\n  {len(different) - SHOWN} more" if len(different) > SHOWN else "")
                 + "\nhint: choose a new folder for this reference"
             )
-        self.soft = self.fingerprint.soft_differences(stored)
+        self._soft, self.soft = stored.soft, self.fingerprint.soft_differences(stored)
         return names
 
 

@@ -209,7 +209,7 @@ class ReferenceStore:
             return StoreStats(
                 rows=len(self._table),
                 shards=len(listing.loaded),
-                bytes=sum(size for _, size in listing.loaded.values()),
+                bytes=sum(size for _, size, _ in listing.loaded.values()),
                 damaged=tuple(sorted(listing.damaged)),
                 foreign=tuple(sorted(listing.foreign)),
                 lost=tuple(sorted(listing.lost)),
