@@ -259,15 +259,15 @@ def record(rows: list[tuple[str, str, str, str]], load: float) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    where = f"{platform.machine()}, {os.cpu_count()} CPUs, load {load:.1f}"
-    where += f", pyarrow {pa.__version__}, Python {sys.version.split()[0]}"
+    title = (
+        f"{date.today()}, {commit}, {platform.machine()}, {os.cpu_count()} CPUs, load {load:.1f}"
+    )
+    title += f", pyarrow {pa.__version__}, Python {sys.version.split()[0]}, reference store: "
+    title += "`python benches/store.py --record`"
+    head = "| | ours | beside | |\n| --- | --- | --- | --- |\n"
     with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
-        for name, ours, peer, target in rows:
-            what = f"reference store: {name} | {ours} | {peer} | {target}"
-            file.write(
-                f"| {date.today()} | {commit} | {where} | {what} "
-                "| `python benches/store.py --record` |\n"
-            )
+        file.write(f"\n{title}\n\n{head}")
+        file.writelines(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 if __name__ == "__main__":
