@@ -104,6 +104,7 @@ def reader_folder(reader_files, tmp_path, monkeypatch):
     shutil.copytree(reader_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 

@@ -1,8 +1,9 @@
 """From a file of preferences to the gradient of its loss. `import dpo_ext` loads NumPy alone.
 
 Further: `dpo_ext.torch` (log-probs, losses, loader), `dpo_ext.trl` (the trainer), `dpo_ext.compat`
-(functions of other code bases), `dpo_ext.arrow`, `dpo_ext.preference` (the theory),
-`dpo_ext.testing`; each is imported when it is first named.
+(functions of other code bases), `dpo_ext.reflogps` (log-probs of a reference, stored),
+`dpo_ext.arrow`, `dpo_ext.preference` (the theory), `dpo_ext.testing`; each is imported when it is
+first named.
 """
 
 from importlib import import_module
@@ -59,10 +60,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("arrow", "compat", "preference", "testing", "torch", "trl"):
+    if name in ("arrow", "compat", "preference", "reflogps", "testing", "torch", "trl"):
         return import_module(f"dpo_ext.{name}")
     raise AttributeError(f"module 'dpo_ext' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "arrow", "compat", "preference", "testing", "torch", "trl"]
+    return [*__all__, "arrow", "compat", "preference", "reflogps", "testing", "torch", "trl"]

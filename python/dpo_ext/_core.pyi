@@ -1,6 +1,7 @@
 __all__ = [
     "FileEncoder",
     "FileText",
+    "KeyTable",
     "PairEncoder",
     "Tokenizer",
     "__version__",
@@ -9,6 +10,7 @@ __all__ = [
     "blocks_into",
     "check_ids",
     "epoch_order",
+    "example_keys",
     "logits_grad",
     "logits_grad_",
     "pack_into",
@@ -23,10 +25,10 @@ __all__ = [
 ]
 __version__: str
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
-from numpy import bool_, float32, int32, int64, uint8
+from numpy import bool_, float32, int32, int64, uint8, uint64
 from numpy.typing import NDArray
 
 _Float = NDArray[float32]
@@ -245,3 +247,18 @@ def epoch_order(
 def batches_by_slots(
     longest: NDArray[int64], budget: int, multiple: int, seed: int, epoch: int, shuffle: bool
 ) -> NDArray[int64]: ...
+
+_Keys = NDArray[uint64]
+_Rows = NDArray[int64]
+
+def example_keys(
+    prompt: _Ragged, sides: Sequence[tuple[_Ids, _Offsets, _Float | None]], index: _Rows
+) -> _Keys: ...
+
+@final
+class KeyTable:
+    def __new__(cls) -> KeyTable: ...
+    def __len__(self) -> int: ...
+    def reserve(self, more: int) -> None: ...
+    def add(self, keys: _Keys) -> _Rows: ...
+    def find(self, keys: _Keys) -> _Rows: ...

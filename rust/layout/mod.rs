@@ -1,5 +1,6 @@
 //! From pairs of ids to the arrays of a batch, and the order in which a plan visits the pairs.
 
+pub mod keys;
 pub mod order;
 pub mod pack;
 pub mod pad;
@@ -64,6 +65,14 @@ impl<'a> Lists<'a> {
         self.range(i)
             .and_then(|range| range.end.checked_sub(range.start))
             .ok_or_else(|| self.missing(i as i64))
+    }
+
+    /// The part of `all`, an item a value, that stands beside list `i`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is no such list, or `all` is too short.
+    pub fn beside<'b, T>(&self, all: &'b [T], i: usize) -> Result<&'b [T]> {
+        self.range(i).and_then(|range| all.get(range)).ok_or_else(|| self.missing(i as i64))
     }
 
     fn range(&self, i: usize) -> Option<std::ops::Range<usize>> {

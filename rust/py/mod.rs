@@ -4,6 +4,7 @@ mod arrays;
 mod column;
 mod data;
 mod file;
+mod keys;
 mod layout;
 mod logps;
 mod options;
@@ -70,6 +71,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     data::register(m)?;
     file::register(m)?;
     layout::register(m)?;
+    keys::register(m)?;
     logps::register(m)?;
     Ok(())
 }

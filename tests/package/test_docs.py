@@ -111,6 +111,7 @@ FOUND = {
     "resume in the middle of an epoch": ("docs/loop.md", r"## Resuming"),
     "gradient accumulation with unequal batches": ("docs/loop.md", r"num_pairs"),
     "KTO, or data with thumbs up and down": ("docs/kto.md", r"UnpairedDataset"),
+    "keep the reference's log-probs": ("docs/reflogps.md", r"ReferenceStore"),
     "does it fit into Lightning": ("docs/hosts.md", r"PairDataModule"),
     "DDP and FSDP2": ("docs/distributed.md", r"attach, then wrap"),
     "the formula of SimPO": ("docs/losses/reference_free.md", r"simpo"),

@@ -456,7 +456,7 @@ def test_a_file_that_changed_under_the_same_name_size_and_time_is_a_miss(
     tmp_path, files, tokenizer, encoded, monkeypatch
 ):
     """Also with the digest noted: the time of change of the inode cannot be set."""
-    monkeypatch.setattr(caching, "RACY_NS", -(10**12))  # note the digest at once
+    monkeypatch.setattr("dpo_ext.store.notes.RACY_NS", -(10**12))  # note the digest at once
     cache = {"on_bad": "skip", "cache_dir": tmp_path / "c"}
     old = PairDataset.from_files(files[:1], tokenizer, **cache)
     assert list((tmp_path / "c" / ".files").iterdir())

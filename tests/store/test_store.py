@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from disk_calls import in_child, stop_at
 from pair_cases import small_pairs
 from places import GOLDEN as GOLDEN_FILES
 from places import child_path
@@ -449,37 +450,6 @@ def test_killed_anywhere_the_old_or_the_new_one_is_there(tmp_path):
     assert sorted(p.name for p in path.iterdir()) == sorted(
         [".lock", "manifest.json", data_file(path).name]
     )
-
-
-CALLS = ("open", "write", "fsync", "rename", "replace", "unlink", "close", "mkdir")
-
-
-def stop_at(k, what):
-    """Makes call number `k` of the disk do `what` instead; returns a function that counts."""
-    done = [0]
-    for name in CALLS:
-        real = getattr(os, name)
-
-        def call(*args, real=real, name=name, **kwargs):
-            done[0] += 1
-            if done[0] - 1 == k:
-                return what(name, real, *args, **kwargs)
-            return real(*args, **kwargs)
-
-        setattr(os, name, call)
-    return lambda: done[0]
-
-
-def in_child(work):
-    """The exit status of `work` in a fork of this process."""
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            status = work() or 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -20,14 +19,13 @@ from dpo_ext.data.options import Limits, Settings
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
-from dpo_ext.store.folder import Folder, damaged, digest_of, locks, typed_errors, writing
+from dpo_ext.store.folder import digest_of, locks, typed_errors, writing
 from dpo_ext.store.manifest import VERSION, read_manifest
+from dpo_ext.store.notes import noted, status_of
 from dpo_ext.store.read import Saved, opened
 
 # Of these options the ids do not depend, or only where `_now` and `_limits_allow` say so.
 APART = ("threads", "now", "limits")
-# A file that changed so recently could change again without its time of change telling.
-RACY_NS = 2_000_000_000
 
 
 def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
@@ -49,7 +47,7 @@ def _cached(job: Job, root: Path) -> Saved:
     locks(root)
     with typed_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        before = [_status(name) for name in job.files]
+        before = [status_of(name) for name in job.files]
         prints = [_fingerprint(root, name) for name in job.files]
     facts = _facts(job, prints)
     limits = asdict(job.settings.limits)
@@ -66,7 +64,7 @@ def _cached(job: Job, root: Path) -> Saved:
     def unchanged(report: Report) -> None:
         check_pairs(job.files, report)
         for name, status in zip(job.files, before, strict=True):
-            if _status(name) != status:
+            if status_of(name) != status:
                 raise DataError(
                     f"{name}: the file changed while it was read", path=name, reason="bad_input"
                 )
@@ -164,41 +162,11 @@ def _now(template: str, now: Sequence[int]) -> list[Any]:
     return [time.strftime(double or single, moment) for double, single in formats]
 
 
-def _status(name: str) -> tuple[Any, ...]:
-    found = Path(name).stat()
-    one = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    if stat.S_ISDIR(found.st_mode):
-        return (*one, *(_status(str(inner)) for inner in sorted(Path(name).iterdir())))
-    if not stat.S_ISREG(found.st_mode):
-        raise damaged(Path(name), "expected a regular file")
-    return one
-
-
 def _fingerprint(root: Path, name: str) -> str:
-    """The digest of what a file holds, or a folder; read once as long as the file stays as it is.
-
-    The time of change of a file moves with every write and cannot be set, so that a digest noted
-    for it stays right.
-    """
+    """The digest of what a file holds, or a folder; read once while the file stays as it is."""
     path = Path(name)
     if path.is_dir():
         inner = sorted(path.iterdir())
         parts = [[part.name, _fingerprint(root, str(part))] for part in inner]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    status = _status(name)
-    notes = root / ".files"
-    note = notes / hashlib.sha256(json.dumps(status).encode()).hexdigest()
-    try:
-        noted = note.read_text()
-        if re.fullmatch(r"[0-9a-f]{64}", noted):
-            return noted
-    except (OSError, UnicodeDecodeError):
-        pass
-    with path.open("rb") as file:
-        digest = digest_of(file.fileno(), status[2])
-    if time.time_ns() - max(status[3:5]) > RACY_NS and _status(name) == status:
-        notes.mkdir(exist_ok=True)
-        temporary = Folder(notes).temporary()
-        temporary.write_text(digest)
-        temporary.replace(note)
-    return digest
+    return noted(root / ".files", name, digest_of)

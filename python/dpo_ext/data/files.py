@@ -20,7 +20,7 @@ from dpo_ext import _core
 from dpo_ext.data import delimited, tables
 from dpo_ext.errors import DataError, LimitExceeded
 from dpo_ext.extras import arrow
-from dpo_ext.store.folder import DATA, MANIFEST
+from dpo_ext.store.folder import MANIFEST, PAIRS
 
 if TYPE_CHECKING:
     from dpo_ext.data.options import Limits, Paths, Settings
@@ -111,7 +111,7 @@ def _data_files(folder: str) -> tuple[list[str], list[str]]:
         return DataError(f"{folder}: {message}", path=folder, reason="bad_input")
 
     names = sorted(path.name for path in Path(folder).iterdir())
-    if MANIFEST in names and any(map(DATA.fullmatch, names)):
+    if MANIFEST in names and any(map(PAIRS.is_data, names)):
         raise bad("it is a saved data set, already encoded\nhint: PairDataset.load maps it")
     # Spark and pyarrow hide `_SUCCESS` and `_metadata` the same way.
     names = [name for name in names if not name.startswith((".", "_"))]

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,31 @@ from dpo_ext.errors import DataError
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 # No other name is ever opened: no separator, no `..`, nothing that a manifest could make up.
-DATA = re.compile(r"[0-9a-f]{32}\.arrow")
 TEMPORARY = re.compile(r"\.[0-9]{1,10}-[0-9a-f]{8}\.tmp")
 # What a digest is made of; also how much of a mapped file is resident while it is copied.
 CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder of ours holds.
+
+    Attributes:
+        noun: what messages call it.
+        suffix: of its data files, whose names are 32 hexadecimal digits.
+    """
+
+    noun: str
+    suffix: str
+
+    def is_data(self, name: str) -> bool:
+        return re.fullmatch(rf"[0-9a-f]{{32}}{re.escape(self.suffix)}", name) is not None
+
+    def is_ours(self, name: str) -> bool:
+        return name in (MANIFEST, LOCK) or self.is_data(name) or bool(TEMPORARY.fullmatch(name))
+
+
+PAIRS = Kind("a saved data set", ".arrow")
 
 
 class Digest:
@@ -55,6 +77,13 @@ class Digest:
         return root.hexdigest()
 
 
+def cores() -> int:
+    """How many threads digest a file."""
+    # macOS does not tell which cores a process may use.
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, found or 1)
+
+
 def digest_of(fd: int, size: int) -> str:
     """The :class:`Digest` of the first ``size`` bytes of a file; reads, never maps."""
 
@@ -66,9 +95,7 @@ def digest_of(fd: int, size: int) -> str:
         return digest.digest()
 
     root = hashlib.sha256()
-    # macOS does not tell which cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(min(8, cores or 1)) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for digest in pool.map(part, range(0, size, CHUNK_BYTES)):
             root.update(digest)
     return root.hexdigest()
@@ -169,8 +196,8 @@ def damaged(path: Path, what: str) -> DataError:
 class Folder:
     """The folder while its lock is held; see :func:`writing`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: Kind = PAIRS) -> None:
+        self.path, self.kind = path, kind
 
     def temporary(self) -> Path:
         """A name that nobody else uses, swept if its writer dies."""
@@ -186,21 +213,23 @@ class Folder:
             write(sink)
             os.fsync(fd)
             digest = sink.digest.hexdigest()
-            name = f"{digest[:32]}.arrow"
+            name = f"{digest[:32]}{self.kind.suffix}"
             temporary.rename(self.path / name)
         sync(self.path)
         return name, sink.size, digest
 
-    def publish(self, manifest: bytes, keep: str) -> None:
-        """Replaces the manifest, then removes every data file but ``keep``."""
+    def publish(self, manifest: bytes, keep: str | None) -> None:
+        """Replaces the manifest, then removes every data file but ``keep``; none, if that is
+        None.
+        """
         temporary = self.temporary()
         with self._new(temporary) as fd:
             Sink(fd).write(manifest)
             os.fsync(fd)
             temporary.replace(self.path / MANIFEST)
         sync(self.path)
-        for path in self.path.iterdir():
-            if DATA.fullmatch(path.name) and path.name != keep:
+        for path in self.path.iterdir() if keep is not None else ():
+            if self.kind.is_data(path.name) and path.name != keep:
                 path.unlink(missing_ok=True)
 
     @contextmanager
@@ -214,13 +243,20 @@ class Folder:
         finally:
             os.close(fd)
 
-    def sweep(self, current: str | None) -> None:
-        """Removes what writers left that died: the lock is held, so none of them is alive."""
+    def sweep(self, current: str | None, *, data: bool = True) -> None:
+        """Removes what writers left that died: the lock is held, so none of them is alive.
+
+        Args:
+            current: the data file that counts.
+            data: False to leave every data file.
+        """
         for path in self.path.iterdir():
             name = path.name
             if TEMPORARY.fullmatch(name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
-            elif TEMPORARY.fullmatch(name) or (DATA.fullmatch(name) and name != current):
+            elif TEMPORARY.fullmatch(name) or (
+                data and self.kind.is_data(name) and name != current
+            ):
                 path.unlink(missing_ok=True)
 
 
@@ -233,12 +269,8 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
-def is_ours(name: str) -> bool:
-    return name in (MANIFEST, LOCK) or bool(DATA.fullmatch(name) or TEMPORARY.fullmatch(name))
-
-
 @contextmanager
-def writing(path: Path) -> Iterator[Folder]:
+def writing(path: Path, kind: Kind = PAIRS) -> Iterator[Folder]:
     """The folder, made if it is missing, for this process alone; waits for another writer.
 
     New folders and files have the mode that the umask says. Where nothing came of it, a folder that
@@ -254,7 +286,7 @@ def writing(path: Path) -> Iterator[Folder]:
         while True:
             is_new = _make(path)
             try:
-                _refuse_others(path)
+                _refuse_others(path, kind)
                 fd = _locked(path)
             except FileNotFoundError:
                 if path.is_dir():
@@ -264,8 +296,8 @@ def writing(path: Path) -> Iterator[Folder]:
                 break
         try:
             # Another writer may have filled the folder meanwhile.
-            _refuse_others(path)
-            yield Folder(path)
+            _refuse_others(path, kind)
+            yield Folder(path, kind)
         except BaseException:
             _remove_if_empty(path, is_new)
             raise
@@ -320,11 +352,11 @@ def _remove_if_empty(path: Path, is_new: bool) -> None:
                 path.rmdir()
 
 
-def _refuse_others(path: Path) -> None:
-    foreign = sorted(inner.name for inner in path.iterdir() if not is_ours(inner.name))
+def _refuse_others(path: Path, kind: Kind) -> None:
+    foreign = sorted(inner.name for inner in path.iterdir() if not kind.is_ours(inner.name))
     if foreign:
         raise DataError(
-            f"{path}: expected a saved data set or an empty folder, found {foreign[0]!a}\n"
+            f"{path}: expected {kind.noun} or an empty folder, found {foreign[0]!a}\n"
             "hint: choose a new folder",
             path=path,
             reason="bad_input",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_ext.store.folder import DATA, MANIFEST, damaged, open_inside
+from dpo_ext.store.folder import MANIFEST, PAIRS, damaged, open_inside
 
 FORMAT = "dpo_ext pairs"
 VERSION = 1
@@ -42,7 +42,25 @@ def current_file(folder: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, checked.
+    """The manifest of a saved data set, checked.
+
+    Raises:
+        FileNotFoundError: there is none.  DataError: it is damaged, of another format or newer.
+    """
+    manifest = unsealed(folder, FORMAT, VERSION, "save the data set again")
+    file_ = manifest.get("file")
+    name = file_.get("name") if isinstance(file_, dict) else None
+    if not isinstance(name, str) or not PAIRS.is_data(name):
+        raise damaged(folder / MANIFEST, "`file`: expected 32 hexadecimal digits and .arrow")
+    return manifest
+
+
+def unsealed(folder: Path, format_: str, version: int, again: str) -> dict[str, Any]:
+    """A manifest that :func:`sealed` made.
+
+    Args:
+        format_, version: what it must say of itself.
+        again: what to do where it is of another version, for the hint.
 
     Raises:
         FileNotFoundError: there is none.  DataError: it is damaged, of another format or newer.
@@ -55,24 +73,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"the manifest is damaged: {type(error).__name__}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise damaged(path, f"expected the format {FORMAT!r}")
-    version = manifest.get("version")
-    if type(version) is not int or version != VERSION:
+    if not isinstance(manifest, dict) or manifest.get("format") != format_:
+        raise damaged(path, f"expected the format {format_!r}")
+    found = manifest.get("version")
+    if type(found) is not int or found != version:
         package = str(manifest.get("package"))[:20]
         raise damaged(
             path,
-            f"expected version {VERSION} of the format, found {str(version)[:20]}, written by "
-            f"dpo_ext {package!a}\nhint: load it with that version, or save the data set again",
+            f"expected version {version} of the format, found {str(found)[:20]}, written by "
+            f"dpo_ext {package!a}\nhint: load it with that version, or {again}",
         )
-    try:
-        sound = manifest["checksum"] == _checksum(manifest)
-    except (KeyError, ValueError, RecursionError):
-        sound = False
-    if not sound:
+    if not is_sound(manifest):
         raise damaged(path, "the manifest is damaged: its checksum differs")
-    file_ = manifest.get("file")
-    name = file_.get("name") if isinstance(file_, dict) else None
-    if not isinstance(name, str) or not DATA.fullmatch(name):
-        raise damaged(path, "`file`: expected 32 hexadecimal digits and .arrow")
     return manifest
+
+
+def is_sound(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is as it was sealed."""
+    try:
+        return manifest["checksum"] == _checksum(manifest)
+    except (KeyError, ValueError, RecursionError):
+        return False
