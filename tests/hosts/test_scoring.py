@@ -19,7 +19,7 @@ from dpo_ext.torch import (  # noqa: E402
     sequence_logps,
     token_scores,
 )
-from dpo_ext.torch.scoring import logit_transform  # noqa: E402
+from dpo_ext.torch.heads import logit_transform  # noqa: E402
 
 V, T = 23, 7
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::FutureWarning:torch.*")

@@ -35,7 +35,7 @@ from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.pairs import IDS
-from dpo_ext.torch import scoring
+from dpo_ext.torch import forward
 from dpo_ext.torch.logps import linear
 from dpo_ext.torch.logps import logits as logps
 from dpo_ext.trl import DPOTrainer, PairCollator
@@ -205,7 +205,7 @@ def roll_targets(monkeypatch):
 
 def scale_values(monkeypatch):
     right = logps.sum_sequences
-    for module in (linear, scoring):
+    for module in (linear, forward):
         monkeypatch.setattr(module, "sum_sequences", lambda *args: -3 * right(*args))
 
 

@@ -29,7 +29,8 @@ TORCH_FLOORS = [
     {"segments"},
     {"logps", "loader", "attention", "interface"},
     {"losses", "parallel"},
-    {"pairwise"},
+    {"pairwise", "heads"},
+    {"forward"},
     {"scoring"},
     {""},
 ]
