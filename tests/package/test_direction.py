@@ -28,7 +28,7 @@ TORCH_FLOORS = [
     {"once", "ring", "agreement", "flash_cpu"},
     {"segments"},
     {"logps", "loader", "attention", "interface"},
-    {"losses", "parallel"},
+    {"losses", "parallel", "adapters"},
     {"pairwise", "heads"},
     {"forward"},
     {"scoring"},

@@ -12,6 +12,7 @@ from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps.kl import linear_token_kl, token_kl
 from dpo_ext.torch.logps.linear import linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.logps.logits import sequence_logps, token_scores
+from dpo_ext.torch.logps.lowrank import LowRank
 from dpo_ext.torch.logps.scores import TokenScores
 from dpo_ext.torch.losses.lists import list_loss
 from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
@@ -25,6 +26,7 @@ from dpo_ext.torch.segments import segment_attention
 
 __all__ = [
     "GroupLoss",
+    "LowRank",
     "ModelScores",
     "PairLoader",
     "PreferenceLoss",

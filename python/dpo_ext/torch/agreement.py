@@ -11,11 +11,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 Logits = dict[str, float | None]
 NEUTRAL: Logits = {"logit_scale": 1.0, "softcap": None}
@@ -47,18 +46,23 @@ class Verdict(NamedTuple):
     budget: float = math.nan
 
 
-class Head(NamedTuple):
-    """A linear head: its module, weight (V, H) and bias (V,) or None."""
+class Product(Protocol):
+    """A head as far as it is compared: the module that the model calls, and a product."""
 
-    module: nn.Module
-    weight: Tensor
-    bias: Tensor | None
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the module gives for hidden states, if the head is linear."""
 
 
 def examine(
     model: Any,
     own: Callable[..., Any],
-    head: Head | str,
+    head: Product | str,
     transforms: Sequence[Logits],
     device: torch.device,
     *,
@@ -88,12 +92,12 @@ def examine(
 def _compare(
     model: Any,
     own: Callable[..., Any],
-    head: Head,
+    head: Product,
     transforms: Sequence[Logits],
     inputs: dict[str, Tensor],
 ) -> Verdict:
     hidden = model.base_model(**inputs, use_cache=False)[0].to(head.weight.device)
-    quiet = linear(hidden, head.weight, head.bias)
+    quiet = head.logits(hidden)
     loudest = float(quiet.abs().max())
     # A power of two changes no digit of the hidden states.
     factor = 2.0 ** math.floor(math.log2(LOUD / loudest)) if 0 < loudest < LOUD else 1.0
@@ -106,7 +110,7 @@ def _compare(
         if not same or not float((seen[0] - hidden).abs().max()) <= _steps(hidden.dtype) * size:
             return Verdict(None, "its forward gives the head other hidden states than `base_model`")
         hidden = hidden * factor
-    ours = linear(hidden, head.weight, head.bias)
+    ours = head.logits(hidden)
     if theirs.shape != ours.shape:
         columns = f"{theirs.shape[-1]} columns for {ours.shape[-1]} rows of the head"
         shapes = f"of shape {tuple(theirs.shape)} for {tuple(ours.shape)}"

@@ -17,8 +17,15 @@ from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.layout.masks import check_windows
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch import pairwise
-from dpo_ext.torch.agreement import NEUTRAL, Head, Logits, Verdict, examine, text_config
-from dpo_ext.torch.heads import is_usable, linear_head, logit_transform, output_of
+from dpo_ext.torch.agreement import NEUTRAL, Logits, Verdict, examine, text_config
+from dpo_ext.torch.heads import (
+    Head,
+    head_state,
+    is_usable,
+    linear_head,
+    logit_transform,
+    output_of,
+)
 from dpo_ext.torch.interface import check_packed
 from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps, linear_token_scores
 from dpo_ext.torch.logps.logits import sequence_logps, token_scores
@@ -36,7 +43,8 @@ from dpo_ext.torch.losses.pairs import PreferenceLoss, preference_loss
 HEAD, LOSS, HEAD_DTYPE = "_dpo_ext_head", "_dpo_ext_loss", "_dpo_ext_head_dtype"
 """Attributes of a model: what `attach_scoring` was told."""
 FOUND = "_dpo_ext_found"
-"""What comparisons found, by key."""
+"""Attribute of a model: what comparisons found, by key, and what the last one did."""
+_KEPT = 8  # with an adapter and without, in training and not
 _ROUTER = "output_router_logits"
 
 
@@ -67,22 +75,13 @@ class ModelScores(NamedTuple):
 
 
 def _key(model: Any, router: bool) -> tuple[Any, ...]:
-    """What a comparison was made for: another head, hook, dtype or plan wants another."""
-    head = output_of(model)
-    inner = getattr(head, "base_layer", head)
-    if hasattr(head, "modules_to_save"):
-        inner = (head.disable_adapters, *map(str, head.active_adapters))
-    state = None
-    if isinstance(head, nn.Module):
-        hooks = [*getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ())]
-        state = (*hooks, id(vars(head).get("forward")), getattr(head, "disable_adapters", None))
-    weight = getattr(head, "weight", None)
-    dtype = weight.dtype if isinstance(weight, Tensor) else None
+    """What a comparison was made for."""
+    weight = getattr(output_of(model), "weight", None)
     device = weight.device.type if isinstance(weight, Tensor) else "cpu"
     device = "cpu" if device == "meta" else device
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     how, _ = getattr(model, HEAD)
-    return (id(head), id(inner), type(head), state, dtype, cast, how["plan"], router)
+    return (*head_state(model), cast, how["plan"], router)
 
 
 def _verdict(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
@@ -123,11 +122,12 @@ def _device(model: nn.Module, call: Mapping[str, Any]) -> torch.device:
 )
 def compared(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
     key = _key(model, _router(model, call))
-    known = vars(model).get(FOUND)
-    if known is None or known[0] != key:
-        known = (key, _verdict(model, own, call))
-        vars(model)[FOUND] = known
-    return known[1]
+    known, _ = vars(model).get(FOUND, ({}, None))
+    if key not in known and len(known) >= _KEPT:
+        known = {}
+    found = known[key] if key in known else _verdict(model, own, call)
+    vars(model)[FOUND] = ({**known, key: found}, found)
+    return found
 
 
 def _found(model: Any, own: Callable[..., Any], call: Mapping[str, Any]) -> Verdict:
@@ -228,11 +228,11 @@ def _by_head(
     given, verify = getattr(model, HEAD)
     how: dict[str, Any] = {**transform, **given}
     note = "" if verify else " (not verified)"
-    _, weight, bias = head
     dtype = getattr(model, HEAD_DTYPE)
     if dtype is not None:
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+    _, weight, bias, low = head
+    how["adapter"] = low
     if options is not None:
         out = pairwise.linear_preference_loss(
             hidden, weight, table, bias=bias, **how, **step, **options
@@ -241,7 +241,7 @@ def _by_head(
         return ModelScores(logps, None, out.loss, out, f"{out.plan}{note}")
     if how["plan"] == "pairwise":
         how["plan"] = "auto"
-    taken = choose_plan(how["plan"], weight, bias)
+    taken = choose_plan(how["plan"], weight, bias, low)
     if not names:
         logps = linear_sequence_logps(hidden, weight, table, bias=bias, **how)
         return ModelScores(logps, plan=f"{taken}{note}")

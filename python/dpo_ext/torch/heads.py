@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from dpo_ext.errors import TensorError
-from dpo_ext.torch.agreement import Head, Logits, text_config
+from dpo_ext.torch.adapters import Adapted, adapted, adapter_state
+from dpo_ext.torch.agreement import Logits, text_config
+from dpo_ext.torch.logps.lowrank import LowRank
 from dpo_ext.torch.logps.scores import is_dtensor
+
+
+class Head(NamedTuple):
+    """A linear head: the module that the model calls, weight (V, H), bias (V,) or None, and the
+    adapter beside them, if one is active.
+    """
+
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    low: LowRank | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Its raw logits."""
+        if self.low is None:
+            return linear(hidden, self.weight, self.bias)
+        columns = self.low.columns
+        z = linear(hidden, self.weight, self.bias if columns is None else None)
+        with torch.autocast(hidden.device.type, enabled=False):
+            self.low.add_to(z.flatten(0, -2), hidden.flatten(0, -2), self.bias)
+        return z
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        low = self.low
+        if low is not None:
+            low = LowRank(*(None if t is None else t.to(dtype) for t in low))  # type: ignore[arg-type]
+        return Head(self.module, self.weight.to(dtype), bias, low)
+
+
+def head_state(model: Any) -> tuple[Any, ...]:
+    """What a comparison of a model's head was made for: another module, hook, dtype or adapter
+    wants another.
+    """
+    head = output_of(model)
+    inner: Any = id(getattr(head, "base_layer", head))
+    if hasattr(head, "modules_to_save"):
+        inner = (head.disable_adapters, *map(str, head.active_adapters))
+    state: tuple[Any, ...] = ()
+    if isinstance(head, nn.Module):
+        hooks = [*getattr(head, "_forward_hooks", ()), *getattr(head, "_forward_pre_hooks", ())]
+        off = getattr(head, "disable_adapters", None)
+        state = (*hooks, id(vars(head).get("forward")), off, *adapter_state(head))
+    weight = getattr(head, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) else None
+    return (id(head), inner, type(head), state, dtype)
 
 
 def inner_model(model: Any) -> Any:
@@ -53,16 +104,12 @@ def linear_head(model: Any) -> Head:
         active = [name for name in head.active_adapters if name in head.modules_to_save]
         disabled = head.disable_adapters or not active
         head = head.original_module if disabled else head.modules_to_save[active[0]]
-    if hasattr(head, "base_layer"):
-        raise TensorError(
-            "the output head carries an adapter, whose product is not part of its weight\n"
-            "hint: leave the head out of `target_modules`, or put it into `modules_to_save`"
-        )
-    weight = getattr(head, "weight", None)
+    layer, low, shift = adapted(head) if hasattr(head, "base_layer") else Adapted(head)
+    weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise TensorError(
             "the output head must be a linear layer with a floating-point weight (V, H), "
-            f"found {type(head).__name__}"
+            f"found {type(layer).__name__}"
         )
     if is_dtensor(weight):
         raise TensorError(
@@ -74,7 +121,10 @@ def linear_head(model: Any) -> Head:
         raise TensorError(
             "the output head's weight is elsewhere, and comes when the head is called"
         )
-    return Head(head, weight, getattr(head, "bias", None))
+    bias = getattr(layer, "bias", None)
+    if shift is not None:
+        bias = (shift if bias is None else bias.to(shift.dtype) + shift).to(weight.dtype)
+    return Head(head, weight, bias, low)
 
 
 def logit_transform(config: Any) -> Logits:

@@ -63,7 +63,8 @@ def attach_scoring(
     they are not the same - a layer between backbone and head, a head that is no linear layer, a
     hook, a scale of another name - the plan is ``"logits"``: the model's own logits of the scored
     positions, then our kernels on them. It is right for every model with logits, and keeps as
-    many logits as the model itself.
+    many logits as the model itself. LoRA and DoRA on the head need no logits: their products stand
+    beside the head's, with dropout that acts in training excepted.
 
     With ``loss`` the loss is computed inside as well, so that the head needs no recompute (plan
     ``pairwise`` of `linear_preference_loss`)::

@@ -26,8 +26,8 @@ class LowRank(NamedTuple):
     et al. 2024, arXiv:2402.09353) has ``c = m / ||W + s B A||``, a number a row of the weight, and
     is ``LowRank(s * A, c[:, None] * B, c)``. Several adapters stand side by side in K.
 
-    - ``down``: (K, H) and ``up``: (V, K), of one floating-point dtype, in which their products are
-      made; that of the head, or float32 beside a head in half width.
+    - ``down``: (K, H) and ``up``: (V, K), floating-point, each product made in the dtype of its own
+      matrix: that of the head, or float32 beside a head in half width.
     - ``columns``: (V,) or None for 1.
     """
 
@@ -54,17 +54,14 @@ class LowRank(NamedTuple):
             if value.device != hidden.device:
                 found = value.device
                 raise TensorError(f"`adapter.{name}` must be on {hidden.device}, found {found}")
-        if self.down.dtype != self.up.dtype:
-            ours, theirs = describe(self.down.dtype), describe(self.up.dtype)
-            raise TensorError(f"`adapter.up` must be {ours}, as `adapter.down` is, found {theirs}")
 
     def trains(self) -> bool:
         """Whether anything here gets a gradient."""
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self)
 
     def between(self, x: Tensor) -> Tensor:
-        """(C, K), ``x down^T``."""
-        return x.to(self.down.dtype) @ self.down.t()
+        """(C, K), ``x down^T``, in the dtype of ``up``."""
+        return (x.to(self.down.dtype) @ self.down.t()).to(self.up.dtype)
 
     def add_to(self, z: Tensor, x: Tensor, bias: Tensor | None) -> None:
         """Makes the adapted logits of ``z = x W^T``, which has its bias where there are no columns;
