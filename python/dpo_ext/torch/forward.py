@@ -156,6 +156,18 @@ def _needs_reference(options: dict[str, Any]) -> bool:
     return any(find_loss(n).reference for n in ([names] if isinstance(names, str) else names))
 
 
+def _check_whole_sequences() -> None:
+    """Rows of a rank that hold a part of each sequence have sums that are no sequence's."""
+    # what `context_parallel` puts in its place; told without the import of torch.distributed
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if str(getattr(attention, "__module__", "")).startswith("torch.distributed"):
+        raise TensorError(
+            "`score_table` inside `context_parallel`: each rank holds a part of every sequence\n"
+            "hint: context_parallel_sequence_logps(model(...).logits, context_parallel_table(table,"
+            " rows)) of dpo_ext.torch.parallel adds the parts"
+        )
+
+
 def score(
     model: Any,
     own: Callable[..., Any],
@@ -166,6 +178,7 @@ def score(
 ) -> ModelScores:
     """The forward pass of a model with a score table."""
     check_is_table(table)
+    _check_whole_sequences()
     names = (stats,) if isinstance(stats, str) else tuple(stats)
     for name in names:
         if name != "logps" and name not in STATS:

@@ -112,8 +112,9 @@ def attach_scoring(
             tokens would shift every row), or was prepared before for a precision that is no
             autocast.
         TensorError: packed rows for a model whose segments see each other, such as Mamba and
-            hybrids; at the comparison, a plan other than ``"auto"`` and ``"logits"`` for a model
-            whose logits are not those of its head, with how far off and what it looks like.
+            hybrids; a call inside ``context_parallel``; at the comparison, a plan other than
+            ``"auto"`` and ``"logits"`` for a model whose logits are not those of its head, with how
+            far off and what it looks like.
         ValueError: an unknown ``plan`` or loss; at the call, ``labels``, ``logits_to_keep`` or an
             unknown name in ``score_stats``; ``ref_logps`` without a loss.
 
