@@ -164,6 +164,27 @@ def test_nan_in_rows_that_are_not_scored_reaches_nothing():
     assert spoiled.grad.isfinite().all()
 
 
+def test_nan_in_a_sequence_without_gradient_reaches_nothing():
+    tensors, table = case(2, "dora", S=6, longest=4)
+    scored = [table.logit_rows[table.seq_offsets[i] : table.seq_offsets[i + 1]] for i in range(6)]
+    lost = max(range(6), key=lambda i: len(scored[i]))
+    upstream = torch.ones(6, dtype=torch.float64)
+    upstream[lost] = 0
+    found = []
+    for spoil in (0.0, torch.nan):
+        leaves = leaves_of(tensors)
+        with torch.no_grad():
+            leaves[0][scored[lost]] += spoil
+        hidden, weight, bias, *low = leaves
+        value = linear_sequence_logps(
+            hidden, weight, table, bias=bias, adapter=LowRank(*low), chunk_rows=3
+        )
+        value.backward(upstream.view_as(value))
+        found.append([t.grad for t in leaves])
+    assert len(scored[lost]) > 1
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("inside", [False, True], ids=["recompute", "pairwise"])
 def test_nothing_larger_than_a_chunk_of_logits_is_made(kind, inside):
@@ -271,3 +292,24 @@ def test_a_trained_adapter_is_not_frozen():
         linear_sequence_logps(hidden, weight, table, adapter=low, plan="frozen")
     with pytest.raises(TypeError, match="`adapter` must be a LowRank, found tuple"):
         linear_sequence_logps(hidden, weight, table, adapter=tuple(low))
+
+
+@pytest.mark.parametrize("trained", ["h", "hwduc"], ids=["frozen", "pairwise"])
+def test_large_columns_leave_the_range_of_float16_in_no_gradient(trained):
+    """Gradients of logits are taken to the top of the range, and then multiplied by the columns."""
+    tensors, table = case(8, "dora", torch.float16, torch.float32, H=8, V=17, S=8, longest=4)
+    hidden, weight, bias, down, up, _ = tensors
+    columns = torch.linspace(0.25, 64.0, len(weight))
+    tensors = [hidden / 16, weight / 16, bias, down / 16, up / 16, columns]
+    ref = torch.zeros(table.n_groups, 2)
+    got, want = leaves_of(tensors, trained), leaves_of([t.double() for t in tensors], trained)
+    hidden, weight, bias, *low = got
+    ours = linear_preference_loss(
+        hidden, weight, table, ref, bias=bias, adapter=LowRank(*low), chunk_rows=4
+    )
+    assert ours.plan == ("frozen" if trained == "h" else "pairwise")
+    theirs = preference_loss(sequence_logps(logits_of(*want), table), ref.double())
+    for mine, right in zip(gradients(ours.loss, got), gradients(theirs.loss, want), strict=True):
+        if mine is not None:
+            scale = float(right.abs().max())
+            torch.testing.assert_close(mine.double(), right, atol=2e-2 * scale, rtol=2e-2)
