@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import warm
 from linear_cases import Watch
 from torch import nn
 
@@ -416,3 +417,57 @@ def test_an_adapted_head_compiles_to_one_graph(kind):
     for name, grad in gradients(model, scores.logps.sum()).items():
         torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=1e-4)
     torch._dynamo.reset()
+
+
+# ---- two processes --------------------------------------------------------------------------------
+
+
+def two_ranks(rank, store, wrapper, result):
+    """Each rank scores one of two pairs; rank 0 writes what the wrapper made of the gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    model = attach_scoring(adapted(base(torch.float32), **KINDS["dora"]), loss="dpo")
+    inputs, labels = batch(model)
+    rows = [rank, 2 + rank]
+    table = ScoreTable.from_labels(labels[rows])
+    if wrapper == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        wrapped = fully_shard(model)
+    mine = {name: value[rows] for name, value in inputs.items()}
+    scores = wrapped(**mine, score_table=table, ref_logps=torch.full((1, 2), -9.0), num_pairs=2)
+    (2 * scores.loss).backward()  # they average over ranks
+    grads = {"plan": scores.plan}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    if rank == 0:
+        torch.save(grads, result)
+    torch.distributed.barrier()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(tmp_path, wrapper):
+    if wrapper == "fsdp2" and torch.__version__ < "2.9":
+        pytest.skip("FSDP2 of torch 2.8 gives other gradients over gloo")
+    model = attach_scoring(adapted(base(torch.float32), **KINDS["dora"]), loss="dpo")
+    inputs, labels = batch(model)
+    table = ScoreTable.from_labels(labels)
+    scores = model(**inputs, score_table=table, ref_logps=torch.full((2, 2), -9.0))
+    one = gradients(model, scores.loss)
+    result = tmp_path / "grads.pt"
+    imports = (*warm.TORCH, "transformers.models.llama.modeling_llama", "peft")
+    warm.ranks(__name__, "two_ranks", tmp_path / "store", wrapper, result, imports=imports)
+    two = torch.load(result)
+    assert two.pop("plan") == scores.plan == "pairwise"
+    assert one.keys() == two.keys()
+    for name, grad in one.items():
+        torch.testing.assert_close(two[name], grad, atol=1e-6, rtol=1e-4)
