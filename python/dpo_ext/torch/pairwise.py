@@ -20,7 +20,7 @@ from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import twin
 from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.linear import check_adapter, choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums, adapted
+from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums
 from dpo_ext.torch.logps.products import add_product, joined, new_sum, room, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
@@ -327,7 +327,7 @@ class _PairwiseHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = (hidden, weight, bias, down, up, columns)
         ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in given)
-        run = _Pass(Linear(hidden, weight, bias), adapted(down, up, columns), job, ctx.needed)
+        run = _Pass(Linear(hidden, weight, bias), LowRank.of(down, up, columns), job, ctx.needed)
         logps = run.logps()
         ctx.job = job
         # No saved tensors: backward scales them where they lie and gives them away.
@@ -351,7 +351,7 @@ class _PairwiseHead(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
             if kept is None or g_logps is not None:
                 # a second backward pass through one graph, or a term beside the loss
-                linear, low = Linear(*given[:3]), adapted(*given[3:])
+                linear, low = Linear(*given[:3]), LowRank.of(*given[3:])
                 again = _Pass(linear, low, ctx.job, ctx.needed, (g, g_logps))
                 again.logps()
                 made, g = again.made(), None
@@ -380,7 +380,7 @@ class _TracedPairwiseHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = (hidden, weight, bias, down, up, columns)
         ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in given)
-        run = _Pass(Linear(hidden, weight, bias), adapted(down, up, columns), job, ctx.needed)
+        run = _Pass(Linear(hidden, weight, bias), LowRank.of(down, up, columns), job, ctx.needed)
         logps = run.logps()
         made = run.made()
         # One by one: the compiler of torch 2.8 cuts no named tuple.

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps.head import Head, HeadOptions, Linear, Rows, Work
-from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums, adapted
+from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums
 from dpo_ext.torch.logps.products import add_product, joined, new_sum, part, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
@@ -260,7 +260,7 @@ class _LinearLogps(torch.autograd.Function):
         parts: list[list[Tensor]] = []
         kept: list[list[Tensor]] = []
         e = hidden.new_empty(M, hidden.shape[1]) if frozen and trained else None
-        low = adapted(down, up, columns)
+        low = LowRank.of(down, up, columns)
         one: Any = head.unit_gradient()
         if one != 1.0 and low is not None and low.columns is not None:
             one = one / low.headroom()
@@ -317,7 +317,7 @@ class _LinearLogps(torch.autograd.Function):
             if ctx.frozen:
                 return _backward_frozen(rows, g, *saved)
             hidden, weight, bias, down, up, columns, *state = saved
-            linear, low = Linear(hidden, weight, bias), adapted(down, up, columns)
+            linear, low = Linear(hidden, weight, bias), LowRank.of(down, up, columns)
             return _backward_recompute(ctx, linear, low, rows, state, g.contiguous())
 
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):

@@ -35,6 +35,11 @@ class LowRank(NamedTuple):
     up: Tensor
     columns: Tensor | None = None
 
+    @staticmethod
+    def of(down: Tensor | None, up: Tensor | None, columns: Tensor | None) -> LowRank | None:
+        """The adapter of these tensors, or None for those of `NOTHING`."""
+        return None if down is None or up is None else LowRank(down, up, columns)
+
     def check(self, hidden: Tensor, weight: Tensor) -> None:
         """TensorError for tensors that do not fit a head."""
         (V, H), K = weight.shape, self.down.shape[0] if self.down.dim() else 0
@@ -118,11 +123,6 @@ class LowRank(NamedTuple):
         largest = torch.cat([largest, largest.new_ones(1)]).amax().clamp(max=2.0**60)
         mantissa, exponent = torch.frexp(largest)
         return torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
-
-
-def adapted(down: Tensor | None, up: Tensor | None, columns: Tensor | None) -> LowRank | None:
-    """The adapter of these tensors, or None for those of `NOTHING`."""
-    return None if down is None or up is None else LowRank(down, up, columns)
 
 
 class LowRankSums:
