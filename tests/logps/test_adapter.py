@@ -292,6 +292,8 @@ def test_a_trained_adapter_is_not_frozen():
         linear_sequence_logps(hidden, weight, table, adapter=low, plan="frozen")
     with pytest.raises(TypeError, match="`adapter` must be a LowRank, found tuple"):
         linear_sequence_logps(hidden, weight, table, adapter=tuple(low))
+    with pytest.raises(TypeError, match=r"`adapter\.down` must be a torch\.Tensor, found"):
+        linear_sequence_logps(hidden, weight, table, adapter=LowRank(None, low.up))
 
 
 @pytest.mark.parametrize("trained", ["h", "hwduc"], ids=["frozen", "pairwise"])

@@ -42,7 +42,10 @@ class LowRank(NamedTuple):
 
     def check(self, hidden: Tensor, weight: Tensor) -> None:
         """TensorError for tensors that do not fit a head."""
-        (V, H), K = weight.shape, self.down.shape[0] if self.down.dim() else 0
+        (V, H), K = (
+            weight.shape,
+            len(self.down) if isinstance(self.down, Tensor) and self.down.dim() else 0,
+        )
         shapes = {"down": (K, H), "up": (V, K), "columns": (V,)}
         for name, value in self._asdict().items():
             if value is None and name == "columns":
