@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 import tiny_models
 
 from dpo_ext.torch import ScoreTable, attach_scoring
-from dpo_ext.torch.scoring import _FOUND
+from dpo_ext.torch.forward import FOUND
 
 PAGE = Path(__file__).parent / "models.md"
 BEGIN = "<!-- table by docs/make_models.py -->"
@@ -41,7 +41,7 @@ def one(name: str) -> tuple[str, str, str]:
     except (TypeError, ValueError) as error:
         return "refused", "", str(error).partition("\n")[0]
     off = float((scores.logps.double() - right).abs().max())
-    found = vars(model)[_FOUND][1]
+    found = vars(model)[FOUND][1]
     plan = "logits" if scores.plan == "logits" else "head"
     return "right" if off < 1e-3 else "SILENT", plan, f"{off:.0e}; {found.reason}".rstrip("; ")
 

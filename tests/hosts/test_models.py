@@ -12,7 +12,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402
-from tiny_models import Unbuilt, V, batch, build  # noqa: E402
+from tiny_models import NAMED, Unbuilt, V, batch, build  # noqa: E402
 
 from dpo_ext import TensorError  # noqa: E402
 from dpo_ext.torch import (  # noqa: E402
@@ -25,14 +25,6 @@ from dpo_ext.torch import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-NAMED = [
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
-    "CohereForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM",
-    "BloomForCausalLM", "FalconForCausalLM", "MptForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "StableLmForCausalLM",
-    "Olmo2ForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "RobertaForCausalLM", "BertLMHeadModel", "ElectraForCausalLM",
-    "ModernBertDecoderForCausalLM", "Llama4ForCausalLM", "MambaForCausalLM", "xLSTMForCausalLM", "Kosmos2_5ForConditionalGeneration",
-    "LlavaForConditionalGeneration", "Cohere2VisionForConditionalGeneration", "T5ForConditionalGeneration", "BartForConditionalGeneration",
-]  # fmt: skip
 BY_LOGITS = {"RobertaForCausalLM", "BertLMHeadModel", "ElectraForCausalLM", "ModernBertDecoderForCausalLM", "T5ForConditionalGeneration"}  # fmt: skip
 
 

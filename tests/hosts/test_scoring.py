@@ -19,7 +19,7 @@ from dpo_ext.torch import (  # noqa: E402
     sequence_logps,
     token_scores,
 )
-from dpo_ext.torch.scoring import logit_transform  # noqa: E402
+from dpo_ext.torch.heads import logit_transform  # noqa: E402
 
 V, T = 23, 7
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::FutureWarning:torch.*")
@@ -146,7 +146,7 @@ def test_attaching_twice_patches_once_and_sets_the_plan():
     table = ScoreTable.from_labels(labels)
     expected = model(**inputs, score_table=table).logps
     attach_scoring(model, plan="frozen")
-    with pytest.raises(ValueError, match="needs a weight and a bias without gradient"):
+    with pytest.raises(ValueError, match="needs a weight, a bias and an adapter without gradient"):
         model(**inputs, score_table=table)
     model.lm_head.requires_grad_(False)
     assert torch.equal(model(**inputs, score_table=table).logps, expected)
@@ -329,13 +329,13 @@ def test_peft_policy_and_reference(before, options):
     assert (reference - scores.logps).abs().max() > 1e-2
 
 
-def test_an_adapter_on_the_head_has_no_plan_but_logits_and_a_learned_prompt_has_none():
-    model = with_lora(tiny_llama(), target_modules=["lm_head"])
+def test_a_dropout_on_the_head_has_no_plan_but_logits_and_a_learned_prompt_has_none():
+    model = with_lora(tiny_llama(), target_modules=["lm_head"], lora_dropout=0.1)
     with pytest.raises(TensorError, match="carries an adapter"):
         attach_scoring(model, plan="recompute")
     late = attach_scoring(tiny_llama(), plan="recompute")
     inputs, labels = tiny_batch()
-    wrapped = with_lora(late, target_modules=["lm_head", "q_proj"])
+    wrapped = with_lora(late, target_modules=["lm_head", "q_proj"], lora_dropout=0.1)
     with pytest.raises(TensorError, match="carries an adapter"):
         wrapped(**inputs, score_table=ScoreTable.from_labels(labels))
     peft = pytest.importorskip("peft")

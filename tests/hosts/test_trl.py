@@ -35,9 +35,7 @@ from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.pairs import IDS
-from dpo_ext.torch import scoring
-from dpo_ext.torch.logps import linear
-from dpo_ext.torch.logps import logits as logps
+from dpo_ext.torch import forward
 from dpo_ext.trl import DPOTrainer, PairCollator
 from dpo_ext.trl.collator import REFERENCE, TABLE_KEY
 
@@ -204,9 +202,11 @@ def roll_targets(monkeypatch):
 
 
 def scale_values(monkeypatch):
-    right = logps.sum_sequences
-    for module in (linear, scoring):
-        monkeypatch.setattr(module, "sum_sequences", lambda *args: -3 * right(*args))
+    for name in ("linear_sequence_logps", "sum_sequences"):
+        right = getattr(forward, name)
+        monkeypatch.setattr(
+            forward, name, lambda *given, right=right, **options: -3 * right(*given, **options)
+        )
 
 
 def drop_a_pair(monkeypatch):

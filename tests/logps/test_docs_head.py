@@ -11,5 +11,5 @@ PAGE = DOCS / "head.md"
 
 def test_every_python_block_runs():
     torch.manual_seed(0)
-    assert len(blocks(PAGE)) == 4
+    assert len(blocks(PAGE)) == 5
     run_blocks(PAGE, {"__name__": "head"})

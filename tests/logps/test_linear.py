@@ -320,7 +320,7 @@ def test_wrong_arguments_are_refused():
         (ValueError, "`plan` must be one of", {"plan": "fast"}),
         (
             ValueError,
-            "needs a weight and a bias without gradient",
+            "needs a weight, a bias and an adapter without gradient",
             {"plan": "frozen", "w": trained},
         ),
         (ValueError, "`chunk_rows` must be at least 1, found 0", {"chunk_rows": 0}),

@@ -128,6 +128,45 @@ def check_dtensors_are_refused(rank):
         linear_sequence_logps(torch.randn(2, 6), weight, table)
 
 
+def check_torch_func(rank):
+    """`grad` and `jacrev` give autograd's gradients; each rank takes as many collective steps."""
+    labels = torch.tensor([[-100, 1, 12], [-100, 3, 10]])
+    table, up = ScoreTable.from_labels(labels), torch.tensor([[1.0, -0.5]])
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(*s, generator=generator) for s in ((2, 3, 6), (V, 6)))
+    columns = slice(0, 9) if rank == 0 else slice(9, V)
+    part = context_parallel_table(table, torch.arange(3) + 3 * rank)
+
+    def vocabulary(x):
+        z = all_reduce_gradient(x) @ weight[columns].T
+        return vocab_parallel_sequence_logps(z, table, vocab_start=columns.start)
+
+    def context(x):
+        return context_parallel_sequence_logps(x[rank] @ weight.T, part)
+
+    def shard(w):
+        z = hidden @ w.T
+        return vocab_parallel_sequence_logps(z, table, vocab_start=columns.start)
+
+    for function, at in ((vocabulary, hidden), (context, hidden), (shard, weight[columns])):
+        leaf = at.clone().requires_grad_()
+        value = function(leaf)
+        value.backward(up)
+        assert leaf.grad.abs().sum() > 0
+        got = torch.func.grad(lambda x, f=function: (f(x) * up).sum())(at)
+        torch.testing.assert_close(got, leaf.grad)
+        jacobian = torch.func.jacrev(function)(at)
+        assert jacobian.shape == (*value.shape, *at.shape)
+        torch.testing.assert_close(
+            (jacobian * up.view(1, 2, *[1] * at.dim())).sum((0, 1)), leaf.grad
+        )
+        twice = torch.autograd.grad(
+            function(leaf).sum(), leaf, torch.ones((), requires_grad=True), create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            twice[0].sum().backward()
+
+
 CHECKS = [
     check_vocabulary,
     check_targets_that_nobody_holds,
@@ -135,6 +174,7 @@ CHECKS = [
     check_head,
     check_context,
     check_dtensors_are_refused,
+    check_torch_func,
 ]
 
 

@@ -500,7 +500,7 @@ def test_a_wrong_log_prob_is_caught(fast, monkeypatch, tmp_path):
         )  # fmt: skip
         return scored(hidden, weight, kept, **options)
 
-    monkeypatch.setattr("dpo_ext.torch.scoring.linear_sequence_logps", skips_a_token)
+    monkeypatch.setattr("dpo_ext.torch.forward.linear_sequence_logps", skips_a_token)
     with pytest.raises(DpoExtError, match="step 0"):
         demo.run_demo(None, tmp_path, quick=True)
 

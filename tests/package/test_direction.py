@@ -28,8 +28,9 @@ TORCH_FLOORS = [
     {"once", "ring", "agreement", "flash_cpu", "audit"},
     {"segments"},
     {"logps", "loader", "attention", "interface"},
-    {"losses", "parallel"},
-    {"pairwise"},
+    {"losses", "parallel", "adapters"},
+    {"pairwise", "heads"},
+    {"forward"},
     {"scoring", "probes"},
     {""},
 ]

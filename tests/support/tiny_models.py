@@ -29,6 +29,14 @@ VARIANTS = (
     SIZES | LATENT,
     SIZES | {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 4},
 )
+NAMED = [
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "CohereForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM",
+    "BloomForCausalLM", "FalconForCausalLM", "MptForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "StableLmForCausalLM",
+    "Olmo2ForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "RobertaForCausalLM", "BertLMHeadModel", "ElectraForCausalLM",
+    "ModernBertDecoderForCausalLM", "Llama4ForCausalLM", "MambaForCausalLM", "xLSTMForCausalLM", "Kosmos2_5ForConditionalGeneration",
+    "LlavaForConditionalGeneration", "Cohere2VisionForConditionalGeneration", "T5ForConditionalGeneration", "BartForConditionalGeneration",
+]  # fmt: skip
 # Larger ones take too long, or too much memory, for what they show.
 MOST_PARAMETERS = 60e6
 

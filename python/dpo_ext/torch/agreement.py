@@ -11,11 +11,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 Logits = dict[str, float | None]
 NEUTRAL: Logits = {"logit_scale": 1.0, "softcap": None}
@@ -26,6 +25,10 @@ ROWS, COLUMNS = 2, 8
 # Rounding steps of the largest logit by which the two may differ: the products are the same, what
 # comes behind them may be computed in float32 here and in the model's dtype there.
 STEPS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 2, torch.float16: 2}
+
+# Drifts that are found: so many standard errors, and at least a slope of 0.2 %, a bend of 0.3 % or
+# offsets of 0.06 nats, below which the model itself may round a scale or a bias to bfloat16.
+SIGMAS, SLOPE, BEND, OFFSETS = 6.0, 2e-3, 3e-3, 0.06
 
 
 class Verdict(NamedTuple):
@@ -47,18 +50,23 @@ class Verdict(NamedTuple):
     budget: float = math.nan
 
 
-class Head(NamedTuple):
-    """A linear head: its module, weight (V, H) and bias (V,) or None."""
+class Product(Protocol):
+    """A head as far as it is compared: the module that the model calls, and a product."""
 
-    module: nn.Module
-    weight: Tensor
-    bias: Tensor | None
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the module gives for hidden states, if the head is linear."""
 
 
 def examine(
     model: Any,
     own: Callable[..., Any],
-    head: Head | str,
+    head: Product | str,
     transforms: Sequence[Logits],
     device: torch.device,
     *,
@@ -88,12 +96,12 @@ def examine(
 def _compare(
     model: Any,
     own: Callable[..., Any],
-    head: Head,
+    head: Product,
     transforms: Sequence[Logits],
     inputs: dict[str, Tensor],
 ) -> Verdict:
     hidden = model.base_model(**inputs, use_cache=False)[0].to(head.weight.device)
-    quiet = linear(hidden, head.weight, head.bias)
+    quiet = head.logits(hidden)
     loudest = float(quiet.abs().max())
     # A power of two changes no digit of the hidden states.
     factor = 2.0 ** math.floor(math.log2(LOUD / loudest)) if 0 < loudest < LOUD else 1.0
@@ -105,8 +113,13 @@ def _compare(
         same = seen[0].shape == hidden.shape
         if not same or not float((seen[0] - hidden).abs().max()) <= _steps(hidden.dtype) * size:
             return Verdict(None, "its forward gives the head other hidden states than `base_model`")
-        hidden = hidden * factor
-    ours = linear(hidden, head.weight, head.bias)
+        drift = Drift.of(seen[0].double(), hidden.double())
+        if drift.scales():
+            return Verdict(
+                None, f"its forward gives the head {1 + drift.slope:.4f} of the hidden states"
+            )
+        hidden = seen[0] * factor  # of two passes the same one, whose rounding is not compared
+    ours = head.logits(hidden)
     if theirs.shape != ours.shape:
         columns = f"{theirs.shape[-1]} columns for {ours.shape[-1]} rows of the head"
         shapes = f"of shape {tuple(theirs.shape)} for {tuple(ours.shape)}"
@@ -116,16 +129,99 @@ def _compare(
     eps = max(_steps(t.dtype) for t in (hidden, ours, theirs))
     budget = eps * max(1.0, float(theirs.abs().max()))
     found = []
+    looks = ""
     for transform in transforms:
-        got = _transformed(ours.double(), transform).log_softmax(-1)
-        error = float((got - want).abs().max())
+        made = _transformed(ours.double(), transform)
+        error = float((made.log_softmax(-1) - want).abs().max())
         found.append(error)
-        if error <= budget:
+        if error > budget:
+            continue
+        drift = Drift.of(theirs.double(), made)
+        looks = drift.looks_like()
+        if not looks:
             return Verdict(transform, error=error, budget=budget)
-    looks = _looks_like(head.module, theirs.double(), ours.double())
     error = min(found)
+    if looks:  # what rounding may do, but not all in one direction
+        return Verdict(
+            None, f"log-probs from its head differ by {looks}", error=error, budget=budget
+        )
+    looks = _looks_like(head.module, theirs.double(), ours.double())
     reason = f"log-probs from its head are off by {error:.2g} nats (allowed: {budget:.1g}): {looks}"
     return Verdict(None, reason, error=error, budget=budget)
+
+
+class Drift(NamedTuple):
+    """The part of a difference that rounding does not explain: it has a direction.
+
+    Rounding errors of half width are as large as a scale that is off by 1 %, but each has a sign of
+    its own, and over all tokens and columns they average out. Each part is least squares of
+    ``theirs - ours`` less the mean of its row, which no log-prob sees; its standard error is that
+    for errors of any size in any place. Letters: M rows, V columns.
+
+    - ``slope``: of theirs on ours, less 1.
+    - ``bend``: what a cube of ours explains of the rest, as a part of the largest: a cap.
+    - ``offsets``: root mean square of what single columns have more or less in all rows, less what
+      M rows of rounding give; ``offsets_error`` is the root of the standard error of its square.
+    """
+
+    slope: float
+    slope_error: float
+    bend: float = 0.0
+    bend_error: float = 0.0
+    offsets: float = 0.0
+    offsets_error: float = 0.0
+
+    @staticmethod
+    def of(theirs: Tensor, ours: Tensor) -> Drift:
+        """Of values (..., V) in float64."""
+        V = theirs.shape[-1]
+        raw, d = ours.reshape(-1, V), _centred((theirs - ours).reshape(-1, V))
+        M, y, largest = raw.shape[0], _centred(raw), float(raw.abs().amax())
+        slope, slope_error, _ = _fit(d, y)
+        if not largest:
+            return Drift(slope, slope_error)
+        cube = _centred((raw / largest) ** 3)
+        bend, bend_error, rest = _fit(_fit(d, y)[2], _fit(cube, y)[2])
+        columns = rest.mean(0)
+        noise = (rest - columns).square().sum(0) / (M * max(M - 1, 1))
+        square = float((columns.square() - noise).mean())
+        offsets_error = float(noise.square().sum()) ** 0.5 * 2**0.5 / V
+        offsets = max(square, 0.0) ** 0.5
+        bent = (bend / largest, bend_error / largest)
+        return Drift(slope, slope_error, *bent, offsets, offsets_error**0.5)
+
+    def scales(self) -> bool:
+        return abs(self.slope) > SLOPE and abs(self.slope) > SIGMAS * self.slope_error
+
+    def bends(self) -> bool:
+        return abs(self.bend) > BEND and abs(self.bend) > SIGMAS * self.bend_error
+
+    def shifts(self) -> bool:
+        return self.offsets > OFFSETS and self.offsets**2 > SIGMAS * self.offsets_error**2
+
+    def looks_like(self) -> str:
+        """What it is, or "" where it may be rounding."""
+        if self.bends():
+            return f"a cap under another name, {abs(self.bend):.2%} of the largest logit"
+        if self.scales():
+            return f"a scale of {1 + self.slope:.4f}, or a cap near it, under another name"
+        if self.shifts():
+            return f"offsets of single columns, of {self.offsets:.2g} nats"
+        return ""
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def _fit(d: Tensor, x: Tensor) -> tuple[float, float, Tensor]:
+    """Slope of ``d`` on ``x``, its standard error, and what is left of ``d``."""
+    size = float((x * x).sum())
+    if not size:
+        return 0.0, 0.0, d
+    slope = float((d * x).sum()) / size
+    rest = d - slope * x
+    return slope, float(((rest * x) ** 2).sum()) ** 0.5 / size, rest
 
 
 def _steps(dtype: torch.dtype) -> float:

@@ -19,8 +19,9 @@ from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import ops, twin
 from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
-from dpo_ext.torch.logps.linear import choose_plan, linear_sequence_logps
-from dpo_ext.torch.logps.products import add_product, joined, new_sum, product, room, wide
+from dpo_ext.torch.logps.linear import check_adapter, choose_plan, linear_sequence_logps
+from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums
+from dpo_ext.torch.logps.products import add_product, joined, new_sum, room, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
     Transform,
@@ -52,6 +53,7 @@ def linear_preference_loss(
     loss: Any = "dpo",
     beta: Any = None,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     lengths: Tensor | None = None,
     pair_weight: Any = None,
     num_pairs: float | Tensor | None = None,
@@ -80,8 +82,8 @@ def linear_preference_loss(
     multiplies what was made by the upstream scalar.
 
     Args:
-        hidden, weight, table, bias, chunk_rows, exact_target: as in `linear_sequence_logps`;
-            ``group_size`` 2.
+        hidden, weight, table, bias, adapter, chunk_rows, exact_target: as in
+            `linear_sequence_logps`; ``group_size`` 2.
         chunk_pairs: >= 1, the most pairs of a chunk of ``pairwise``. Inside ``torch.compile``,
             where the table's borders have no values: None makes all pairs one chunk, and a number
             chunks of that many, if all pairs have as many tokens (tables of ``from_labels``); a
@@ -92,7 +94,7 @@ def linear_preference_loss(
         pair_weight: its ``weight``, a factor of each pair, (N,).
         lengths: (N, 2); default for losses by name: ``table.lengths``.
         plan: ``"pairwise"`` (losses by name in which a pair's gradient depends on that pair
-            alone), ``"frozen"``, ``"recompute"``, or ``"auto"``: ``frozen`` for a weight without
+            alone), ``"frozen"``, ``"recompute"``, or ``"auto"``: ``frozen`` for a head without
             gradient, else ``pairwise`` if the loss allows it, else ``recompute``.
         temperature, softcap, logit_scale, impl: as in `sequence_logps`.
 
@@ -142,7 +144,7 @@ def linear_preference_loss(
     if plan == "pairwise" and why_not:
         raise ValueError(f'`plan="pairwise"` needs another loss: {why_not}\nhint: use plan="auto"')
     if plan == "auto":
-        plan = choose_plan("auto", weight, bias)
+        plan = choose_plan("auto", weight, bias, adapter)
         if plan == "recompute" and not why_not:
             plan = "pairwise"
     traced = torch.compiler.is_compiling()
@@ -154,6 +156,7 @@ def linear_preference_loss(
             weight,
             table,
             bias=bias,
+            adapter=adapter,
             plan=plan,
             chunk_rows=chunk_rows,
             exact_target=exact_target,
@@ -170,6 +173,7 @@ def linear_preference_loss(
     table.check_host_offsets()
     scored = table.without_zero_weights()
     linear = Linear.of(hidden, weight, bias, scored)
+    check_adapter(adapter, linear)
     how = Transform.of(logit_scale, softcap, temperature)
     head = Head.of(linear, HeadOptions(how, impl, chunk_rows, exact_target))
     N, ref = table.n_groups, ref_logps
@@ -189,8 +193,10 @@ def linear_preference_loss(
     inputs = Inputs(like, ref, lengths, pair_weight, count, group)
     given = params if beta is None else {"beta": beta, **params}
     losses = _Losses.of(inputs, loss, loss_weights, given)
-    job = _Job(scored, head, losses, linear.trains(), chunk_pairs)
-    total, logps, per_pair = (_TracedPairwiseHead if traced else _PairwiseHead).apply(*linear, job)
+    trained = linear.trains() or (adapter is not None and adapter.trains())
+    job = _Job(scored, head, losses, trained, chunk_pairs)
+    apply = (_TracedPairwiseHead if traced else _PairwiseHead).apply
+    total, logps, per_pair = apply(*linear, *(adapter or NOTHING), job)
     if own_lengths or (host_values(total) and math.isnan(total.item())):  # looks at all values
         preference_loss(logps.detach(), ref, lengths=lengths, **options, **by_pair)
     scale = losses.terms[0][1].params.get("beta")
@@ -311,17 +317,24 @@ class _PairwiseHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        columns: Tensor | None,
+        job: _Job,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        linear = Linear(hidden, weight, bias)
-        ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
-        run = _Pass(linear, job, ctx.needed)
+        given = (hidden, weight, bias, down, up, columns)
+        ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in given)
+        run = _Pass(Linear(hidden, weight, bias), LowRank.of(down, up, columns), job, ctx.needed)
         logps = run.logps()
         ctx.job = job
         # No saved tensors: backward scales them where they lie and gives them away.
         made = run.made()
-        ctx.made, ctx.rest = made[:3], made[3:]
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.made, ctx.rest = made[:6], made[6:]
+        ctx.save_for_backward(*given)
         ctx.set_materialize_grads(False)
         per_pair = job.losses.per_pair(logps)
         ctx.mark_non_differentiable(per_pair)
@@ -331,21 +344,22 @@ class _PairwiseHead(torch.autograd.Function):
     def backward(
         ctx: Any, g: Tensor | None, g_logps: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        linear = Linear(*ctx.saved_tensors)
+        given = ctx.saved_tensors
         kept, ctx.made = ctx.made, None
         upstream = g if g is not None else g_logps
         if upstream is None:
-            return (None,) * 4
+            return (None,) * 7
         with torch.no_grad(), without_autocast(upstream.device):
             if kept is None or g_logps is not None:
                 # a second backward pass through one graph, or a term beside the loss
-                again = _Pass(linear, ctx.job, ctx.needed, (g, g_logps))
+                linear, low = Linear(*given[:3]), LowRank.of(*given[3:])
+                again = _Pass(linear, low, ctx.job, ctx.needed, (g, g_logps))
                 again.logps()
                 made, g = again.made(), None
             else:
                 made = _Made(*kept, *ctx.rest)
             del kept
-            grads = made.times(g, linear)
+            grads = made.times(g, given)
         return (*(None if d is None else differentiable_once(d, upstream) for d in grads), None)
 
 
@@ -356,25 +370,33 @@ class _TracedPairwiseHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        columns: Tensor | None,
+        job: _Job,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        linear = Linear(hidden, weight, bias)
-        ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in linear)
-        run = _Pass(linear, job, ctx.needed)
+        given = (hidden, weight, bias, down, up, columns)
+        ctx.needed = tuple(job.trained and t is not None and t.requires_grad for t in given)
+        run = _Pass(Linear(hidden, weight, bias), LowRank.of(down, up, columns), job, ctx.needed)
         logps = run.logps()
         made = run.made()
         # One by one: the compiler of torch 2.8 cuts no named tuple.
-        dx, dw, db, place, unit, scale, ctx.height = made
-        ctx.save_for_backward(hidden, weight, bias, dx, dw, db, place, unit, scale)
+        dx, dw, db, ddown, dup, dcolumns, place, unit, scale, ctx.height = made
+        ctx.save_for_backward(*given, dx, dw, db, ddown, dup, dcolumns, place, unit, scale)
         per_pair = job.losses.per_pair(logps)
         ctx.mark_non_differentiable(logps, per_pair)
         return job.losses.total(per_pair), logps, per_pair
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, dx, dw, db, place, unit, scale = ctx.saved_tensors
-        made = _Made(dx, dw, db, place, unit, scale, ctx.height)
-        return (*made.times(g, Linear(hidden, weight, bias), False), None)
+        hidden, weight, bias, down, up, columns, *made = ctx.saved_tensors
+        dx, dw, db, ddown, dup, dcolumns, place, unit, scale = made
+        again = _Made(dx, dw, db, ddown, dup, dcolumns, place, unit, scale, ctx.height)
+        return (*again.times(g, (hidden, weight, bias, down, up, columns), False), None)
 
 
 class _Made(NamedTuple):
@@ -384,18 +406,25 @@ class _Made(NamedTuple):
     """(M, H), row i is ``dX[place[i]] / unit[i]``"""
     dw: Tensor | None
     db: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    columns: Tensor | None
+    """those of the adapter"""
     place: Tensor
     unit: Tensor | None
     """(M,) powers of 2, or None for 1"""
     scale: Tensor | None
-    """scalar, what ``dw`` and ``db`` were multiplied by, or None for 1"""
+    """scalar, what all but ``dx`` were multiplied by, or None for 1"""
     height: int
 
-    def times(self, g: Tensor | None, linear: Linear, own: bool = True) -> list[Tensor | None]:
-        """``g * (dX, dW, db)`` in the dtypes of what they are the gradients of; with ``own`` no
-        second float32 buffer of the size of dW.
+    def times(
+        self, g: Tensor | None, given: tuple[Tensor, ...], own: bool = True
+    ) -> list[Tensor | None]:
+        """``g`` times each gradient, in the dtype of what was given and it is the gradient of; with
+        ``own`` no second float32 buffer of the size of dW.
         """
-        (hidden, weight, bias), (dx, dw, db, place, unit, scale, _) = linear, self
+        hidden, *others = given
+        dx, dw, db, down, up, columns, place, unit, scale, _ = self
         if dx is not None:
             rows = Rows(place, place, self.height)
             factor = g if unit is None else unit[:, None] if g is None else (unit * g)[:, None]
@@ -403,12 +432,12 @@ class _Made(NamedTuple):
             dx = rows.new_gradient(scaled).index_copy_(0, place, scaled)[: self.height]
         if scale is not None:
             g = 1 / scale if g is None else g / scale
-        if dw is not None:
-            dw = (dw if g is None else dw.mul_(g) if own else dw * g).to(weight.dtype)
-        if db is not None:
-            assert bias is not None
-            db = (db if g is None else db * g).to(bias.dtype)
-        return [dx, dw, db]
+        made = []
+        for d, t in zip((dw, db, down, up, columns), others, strict=True):
+            if d is not None:
+                d = (d if g is None else d.mul_(g) if own else d * g).to(t.dtype)
+            made.append(d)
+        return [dx, *made]
 
 
 class _Pass:
@@ -422,6 +451,7 @@ class _Pass:
     def __init__(
         self,
         linear: Linear,
+        low: LowRank | None,
         job: _Job,
         needed: tuple[bool, ...],
         upstream: tuple[Tensor | None, Tensor | None] | None = None,
@@ -429,8 +459,12 @@ class _Pass:
         self.job, self.upstream = job, upstream
         hidden, weight, _ = linear
         table, head = job.table, job.head
-        self.work = Work.of(linear, Rows.of(table.logit_rows, table.targets, hidden.shape[0]), head)
-        need_x, need_w, need_b = needed
+        rows = Rows.of(table.logit_rows, table.targets, hidden.shape[0])
+        need_x, need_w, need_b, *need_low = needed
+        self.work = Work.of(linear, rows, head, low=low, keeps_base=need_low[2])
+        self.low = None
+        if low is not None and any(need_low):
+            self.low = LowRankSums(low, tuple(need_low), head.dtype)
         M = table.n_tokens
         half = head.dtype == torch.float16
         self.dx = hidden.new_empty(M, hidden.shape[1]) if need_x else None
@@ -438,12 +472,15 @@ class _Pass:
         self.db = weight.new_zeros(len(weight), dtype=self._wide) if need_b else None
         self.unit = hidden.new_ones(M, dtype=torch.float32) if half and need_x else None
         self.scale = hidden.new_full((), 2.0**105, dtype=torch.float32) if half else None
+        self.headroom = low.headroom() if half and low is not None else None
         self.first = True
         self.equal: Tensor | None = None
 
     def made(self) -> _Made:
         rows = self.work.rows
-        return _Made(self.dx, self.dw, self.db, rows.place, self.unit, self.scale, rows.height)
+        down, up, columns = (None, None, None) if self.low is None else self.low.all()
+        weights = (self.dw, self.db, down, up, columns)
+        return _Made(self.dx, *weights, rows.place, self.unit, self.scale, rows.height)
 
     def logps(self) -> Tensor:
         """(N, 2) log-probs; the gradients, if any, are then complete."""
@@ -504,7 +541,7 @@ class _Pass:
             dz = self.job.head.gradient(z, self.work.rows.targets[piece], state, part)
             if self.job.losses.pairs.weight is not None:  # what has no gradient is not read
                 x = x.masked_fill((part == 0)[:, None], 0)
-            self._add(piece, x, dz)
+            self._add(piece, x, dz, self.work.kept(z))
         return logps
 
     @property
@@ -528,10 +565,12 @@ class _Pass:
             return g
         size = torch.where(g.isfinite(), g.abs(), 0.0)
         how, largest = self.job.head.how, size.amax()
-        scale = torch.minimum(self.scale, room(largest, how.logit_scale / how.temperature))
+        grown = largest if self.headroom is None else largest * self.headroom
+        scale = torch.minimum(self.scale, room(grown, how.logit_scale / how.temperature))
         if not self.first:
             lower = scale / self.scale
-            for total in (self.dw, self.db):
+            low = [] if self.low is None else self.low.all()
+            for total in (self.dw, self.db, *low):
                 if total is not None and not (host_values(lower) and lower == 1):
                     total.mul_(lower)
         self.scale = scale
@@ -547,14 +586,19 @@ class _Pass:
         z = self.work.logits(x)
         return x, z, self.work.fold(x, z, piece, False)
 
-    def _add(self, piece: slice, x: Tensor, dz: Tensor) -> None:
+    def _add(self, piece: slice, x: Tensor, dz: Tensor, base: Tensor | None) -> None:
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self._wide)
+        du = None if self.work.low is None else self.work.low.back(dz)
+        if self.low is not None and du is not None:
+            self.low.add(dz, du, x, base)
         if self.dx is not None:
-            rows = product(dz, self.work.weight)
+            rows = self.work.back(dz, du)
             if self.unit is not None and self.scale is not None:
                 rows = rows / (self.unit[piece.start : piece.stop] * self.scale)[:, None]
             self.dx[piece.start : piece.stop] = rows
+        elif self.dw is not None:
+            self.work.scale(dz)
         if self.dw is not None:
             add_product(self.dw, dz, x, first=self.first)
-        if self.db is not None:
-            self.db += dz.sum(0, dtype=self._wide)
         self.first = False

@@ -27,7 +27,9 @@ from dpo_ext.torch.logps.scores import (
 )
 from dpo_ext.torch.logps.twin import transform
 from dpo_ext.torch.numbers import as_number
-from dpo_ext.torch.once import differentiable_once
+from dpo_ext.torch.once import differentiable_once, node, one_by_one
+
+_SUMS = "sums over ranks can be differentiated once, not twice"
 
 
 def vocab_parallel_sequence_logps(
@@ -87,7 +89,7 @@ def vocab_parallel_sequence_logps(
     check_table(table, logits, "logits")
     scored = table.without_zero_weights()
     shard = _Shard(how, vocab_start, group)
-    logps = _VocabParallel.apply(rows, scored.logit_rows, scored.targets, shard)
+    logps, *_ = node(_VocabParallel, rows, scored.logit_rows, scored.targets, shard)
     return sum_sequences(logps, table, kernels=True)
 
 
@@ -122,8 +124,9 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, logit_rows: Tensor, targets: Tensor, shard: _Shard
-    ) -> Tensor:
+        logits: Tensor, logit_rows: Tensor, targets: Tensor, shard: _Shard
+    ) -> tuple[Tensor, ...]:
+        """The log-probs, and what the gradient of the shard needs."""
         how, vocab_start, group = shard
         (R, V), M = logits.shape, targets.shape[0]
         rows = Rows.of(logit_rows, targets, R)
@@ -151,18 +154,29 @@ class _VocabParallel(torch.autograd.Function):
         total = others + torch.exp(shifted)
         logps = torch.where(shifted == 0, -torch.log1p(others), shifted - torch.log(total))
         logps = torch.where(exists & (holders == 1), logps, torch.nan)
-        ctx.how, ctx.height = how, R
         # In backward the kernel adds the term of its target to what it is given.
         given = torch.where(mine, others, total - torch.exp(y - top))
-        ctx.save_for_backward(logits, logit_rows, local, rows.place, mine, top, given, total, y)
-        return torch.where(scored, logps, 0.0)
+        logps = torch.where(scored, logps, 0.0)
+        return logps, local, rows.place, mine, top, given, total, y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Any:
+        logits, logit_rows, _, shard = inputs
+        ctx.how, ctx.height = shard.how, logits.shape[0]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, logit_rows, *output[1:])
+        return output[:1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 4
         logits, logit_rows, local, place, mine, top, given, total, y = ctx.saved_tensors
-        with torch.no_grad():
+
+        def gradient(g: Tensor) -> tuple[Tensor]:
             if not logits.shape[1]:
-                return (torch.zeros_like(logits),) + (None,) * 3
+                return (torch.zeros_like(logits),)
             g = g.contiguous()
             dz = ops.logits_grad(logits, logit_rows, local, top, given, g, *ctx.how)
             # Column 0 of rows whose target is elsewhere: there is no onehot here.
@@ -173,6 +187,10 @@ class _VocabParallel(torch.autograd.Function):
             column = torch.cat([dz[:, 0], dz.new_zeros(1)])
             column.index_copy_(0, torch.where(mine, ctx.height, place), fix.to(dz.dtype))
             dz[:, 0] = column[: ctx.height]
+            return (dz,)
+
+        with torch.no_grad():
+            (dz,) = one_by_one(gradient, g)
         return (differentiable_once(dz, g), None, None, None)
 
 
@@ -215,20 +233,31 @@ def all_reduce_gradient(hidden: Tensor, group: Any = None) -> Tensor:
     tensor([3., 3.])
     >>> dist.destroy_process_group()
     """
-    return _AllReduceGradient.apply(hidden, group)
+    made: Tensor = node(_AllReduceGradient, hidden, group)
+    return made
 
 
 class _AllReduceGradient(torch.autograd.Function):
+    ONCE = _SUMS
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(hidden: Tensor, group: Any) -> Tensor:
         return hidden.view_as(hidden)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        g = g.contiguous().clone()
-        dist.all_reduce(g, group=ctx.group)
-        return g, None
+        def total(g: Tensor) -> tuple[Tensor]:
+            g = g.contiguous().clone()
+            dist.all_reduce(g, group=ctx.group)
+            return (g,)
+
+        with torch.no_grad():
+            (made,) = one_by_one(total, g)
+        return differentiable_once(made, g, _SUMS), None
 
 
 def context_parallel_table(table: ScoreTable, rows: Tensor) -> ScoreTable:
@@ -304,20 +333,28 @@ def context_parallel_sequence_logps(
     tensor([[-1.3863, -1.3863]])
     >>> dist.destroy_process_group()
     """
-    return _AllReduce.apply(sequence_logps(logits, table, **options), group)
+    total: Tensor = node(_AllReduce, sequence_logps(logits, table, **options), group)
+    return total
 
 
 class _AllReduce(torch.autograd.Function):
     """Sum over ranks, added in float64; backward is the same sum of the upstream gradients."""
 
+    ONCE = _SUMS
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(values: Tensor, group: Any) -> Tensor:
         return _summed(values, group)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _summed(g, ctx.group), None
+        with torch.no_grad():
+            (total,) = one_by_one(lambda g: (_summed(g, ctx.group),), g)
+        return differentiable_once(total, g, _SUMS), None
 
 
 def _summed(values: Tensor, group: Any) -> Tensor:

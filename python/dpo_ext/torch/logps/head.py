@@ -15,7 +15,8 @@ from torch import Tensor
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import IGNORE_INDEX, ScoreTable
 from dpo_ext.torch.logps import ops, twin
-from dpo_ext.torch.logps.products import logits_into, part, wide
+from dpo_ext.torch.logps.lowrank import LowRank
+from dpo_ext.torch.logps.products import logits_into, part, product, wide
 from dpo_ext.torch.logps.scores import Impl, Transform, check_table, is_dtensor, uses_kernels
 from dpo_ext.torch.logps.scratch import lent
 from dpo_ext.torch.numbers import as_number, host_values
@@ -302,15 +303,27 @@ class Work(NamedTuple):
     rows: Rows
     head: Head
     scratch: Tensor
+    low: LowRank | None = None
+    base: Tensor | None = None
+    """(C, V) scratch for the product with the weight, which the gradient of ``low.columns`` needs.
+    """
 
     @staticmethod
-    def of(linear: Linear, rows: Rows, head: Head, scratch: Tensor | None = None) -> Work:
+    def of(
+        linear: Linear,
+        rows: Rows,
+        head: Head,
+        scratch: Tensor | None = None,
+        low: LowRank | None = None,
+        keeps_base: bool = False,
+    ) -> Work:
         """With a scratch of its own, or one that an earlier pass left."""
         weight = linear.weight.to(head.dtype)
         bias = None if linear.bias is None else linear.bias.to(head.dtype)
         if scratch is None:
             scratch = head.scratch(weight, rows.targets.shape[0])
-        return Work(linear.hidden, weight, bias, rows, head, scratch)
+        base = head.scratch(weight, rows.targets.shape[0]) if keeps_base else None
+        return Work(linear.hidden, weight, bias, rows, head, scratch, low, base)
 
     def gather(self, chunk: slice) -> Tensor:
         """(C, H) hidden states."""
@@ -318,11 +331,44 @@ class Work(NamedTuple):
 
     def logits(self, x: Tensor) -> Tensor:
         """(C, V), in the scratch."""
-        return self.head.logits(x, self.weight, self.bias, self.scratch)
+        z = self.head.logits(x, self.weight, self._bias, self.scratch)
+        if self.low is not None:
+            kept = self.kept(z)
+            if kept is not None:
+                kept.copy_(z)
+            self.low.add_to(z, x, self.bias)
+        return z
+
+    def kept(self, z: Tensor) -> Tensor | None:
+        """The rows of ``base`` that belong to ``z``."""
+        return None if self.base is None else part(self.base, slice(0, z.shape[0]))
+
+    @property
+    def _bias(self) -> Tensor | None:
+        """What is added to the product with the weight: columns are multiplied before the bias."""
+        later = self.low is not None and self.low.columns is not None
+        return None if later else self.bias
+
+    def back(self, dz: Tensor, du: Tensor | None) -> Tensor:
+        """(C, H) gradient of the hidden states; ``du`` is that of what an adapter has between.
+        Writes over ``dz`` what belongs to the weight.
+        """
+        if self.low is None or du is None:
+            return product(dz, self.weight)
+        self.scale(dz)
+        return product(dz, self.weight) + self.low.through(du)
+
+    def scale(self, dz: Tensor) -> None:
+        """Makes gradients of logits those of the product with the weight."""
+        if self.low is not None and self.low.columns is not None:
+            dz.mul_(self.low.columns)
 
     def fold(
         self, x: Tensor, z: Tensor, chunk: slice, stats: bool, sums: ops.Sums = ops.NO_SUMS
     ) -> Folded:
         """Log-probs and statistics of the chunk's rows, and what their gradient needs."""
         t = part(self.rows.targets, chunk)
-        return self.head.fold(z, t, stats, self.head.exact(x, self.weight, self.bias, t), sums)
+        exact = self.head.exact(x, self.weight, self._bias, t)
+        if self.low is not None and exact is not None and z.shape[1]:
+            exact = self.low.exact(exact, x, self.bias, t.clamp(0, z.shape[1] - 1).long())
+        return self.head.fold(z, t, stats, exact, sums)

@@ -13,6 +13,8 @@ frozen         logits, fold, dz for g = 1, E = dz W    dX = g * E               
 recompute      logits, fold                            logits, dz, dX = dz W, dW += dz^T X 8MHV
 =============  ======================================  ==================================  =======
 
+A trained adapter beside a frozen weight is ``recompute`` without dW, 6MHV.
+
 Scratch is one chunk of logits, C * V; ``frozen`` keeps E (M, H) and ``recompute`` two floats a row
 and that scratch, which still holds the logits of the last chunk when backward begins: 2CHV less,
 and with a single chunk 6MHV, what autograd needs. On a CPU, large scratch that nobody holds stays
@@ -30,14 +32,8 @@ from torch import Tensor
 from dpo_ext.layout.table import ScoreTable
 from dpo_ext.torch.logps import ops
 from dpo_ext.torch.logps.head import Head, HeadOptions, Linear, Rows, Work
-from dpo_ext.torch.logps.products import (
-    add_product,
-    joined,
-    new_sum,
-    part,
-    product,
-    wide,
-)
+from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums
+from dpo_ext.torch.logps.products import add_product, joined, new_sum, part, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
     TokenScores,
@@ -62,6 +58,7 @@ def linear_sequence_logps(
     table: ScoreTable,
     *,
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     plan: Plan = "auto",
     chunk_rows: int | None = None,
     exact_target: bool = False,
@@ -87,7 +84,9 @@ def linear_sequence_logps(
             (rows, T), if it knows one. A table from ``from_labels`` multiplies its ignored rows
             too: ``.compact()`` drops them (one wait).
         bias: (V,) or None.
-        plan: ``"frozen"`` (neither weight nor bias needs a gradient), ``"recompute"``, or
+        adapter: `LowRank` of LoRA or DoRA, whose products stand beside those of the weight, or
+            None. Its products are made in its own dtype.
+        plan: ``"frozen"`` (weight, bias and adapter need no gradient), ``"recompute"``, or
             ``"auto"``, the first that serves.
         chunk_rows: rows of one chunk, >= 1; default: as many as keep one chunk of logits within
             1.1 GB (4096 rows of 128k bfloat16).
@@ -100,7 +99,7 @@ def linear_sequence_logps(
 
     Returns:
         (n_groups, group_size), float32 (float64 for float64), differentiable once in ``hidden``,
-        ``weight`` and ``bias``.
+        ``weight``, ``bias`` and the adapter's tensors.
 
     Raises:
         TensorError: shape, dtype or device is not as above; ``weight`` is a DTensor; on the CPU, a
@@ -110,9 +109,10 @@ def linear_sequence_logps(
         KernelUnavailable: as `sequence_logps`.
 
     Numerics: logits are rounded to the dtype of the product, as a model's are; all else is float32.
-    dW and db are added over chunks in float32 and rounded once. Hidden rows that are not scored
-    are never used: NaN there changes nothing and their gradient is 0. The same call gives the same
-    bits; those of a product depend on its shape, so ``chunk_rows`` may change the last ones.
+    dW, db and those of the adapter are added over chunks in float32 and rounded once. Hidden rows
+    that are not scored are never used: NaN there changes nothing and their gradient is 0. The same
+    call gives the same bits; those of a product depend on its shape, so ``chunk_rows`` may change
+    the last ones.
     Nothing is computed for a gradient under ``no_grad``.
 
     >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)      # V = 4
@@ -127,9 +127,11 @@ def linear_sequence_logps(
     linear = Linear.of(hidden, weight, bias, scored)
     head = Head.of(linear, options)
     if head.kernels:
-        (sums,) = _score(linear, scored, plan, head, False, (table.weights, table.seq_offsets))
-        return sums.reshape(-1, table.group_size)
-    return sum_sequences(_score(linear, scored, plan, head, False)[0], table, False)
+        sums = (table.weights, table.seq_offsets)
+        (logps,) = _score(linear, adapter, scored, plan, head, False, sums)
+        return logps.reshape(-1, table.group_size)
+    (logps,) = _score(linear, adapter, scored, plan, head, False)
+    return sum_sequences(logps, table, False)
 
 
 def linear_token_scores(
@@ -139,6 +141,7 @@ def linear_token_scores(
     *,
     stats: Iterable[str] = (),
     bias: Tensor | None = None,
+    adapter: LowRank | None = None,
     plan: Plan = "auto",
     chunk_rows: int | None = None,
     exact_target: bool = False,
@@ -154,8 +157,8 @@ def linear_token_scores(
 
     Args:
         stats: any of ``"entropy"``, ``"mean_logit"``, ``"log_sum_sq"``, ``"is_top1"``.
-        hidden, weight, table, bias, plan, chunk_rows, exact_target: as in `linear_sequence_logps`;
-            the table's weights are not applied here.
+        hidden, weight, table, bias, adapter, plan, chunk_rows, exact_target: as in
+            `linear_sequence_logps`; the table's weights are not applied here.
         temperature, softcap, logit_scale, impl: as in `sequence_logps`.
 
     Returns:
@@ -176,7 +179,7 @@ def linear_token_scores(
     check_is_table(table)
     options = HeadOptions(how, impl, chunk_rows, exact_target)
     linear = Linear.of(hidden, weight, bias, table)
-    scores = _score(linear, table, plan, Head.of(linear, options), bool(names))
+    scores = _score(linear, adapter, table, plan, Head.of(linear, options), bool(names))
     return only(TokenScores(*scores), names)
 
 
@@ -195,6 +198,7 @@ class _Call(NamedTuple):
 
 def _score(
     linear: Linear,
+    low: LowRank | None,
     table: ScoreTable,
     plan: str,
     head: Head,
@@ -202,24 +206,42 @@ def _score(
     sums: ops.Sums = ops.NO_SUMS,
 ) -> tuple[Tensor, ...]:
     """Log-probs of tokens, or of the sequences of ``sums``; all statistics or none."""
-    frozen = choose_plan(plan, linear.weight, linear.bias) == "frozen"
-    trained = torch.is_grad_enabled() and linear.hidden.requires_grad if frozen else linear.trains()
+    check_adapter(low, linear)
+    frozen = choose_plan(plan, linear.weight, linear.bias, low) == "frozen"
+    if frozen:
+        trained = torch.is_grad_enabled() and linear.hidden.requires_grad
+    else:
+        trained = linear.trains() or (low is not None and low.trains())
     rows = Rows.of(table.logit_rows, table.targets, linear.hidden.shape[0])
-    out = node(_LinearLogps, *linear, rows, *sums, _Call(head, stats, frozen, trained, []))
+    call = _Call(head, stats, frozen, trained, [])
+    out = node(_LinearLogps, *linear, *(low or NOTHING), rows, *sums, call)
     return out[: 5 if stats else 1]
 
 
-def choose_plan(plan: str, weight: Tensor, bias: Tensor | None) -> Literal["frozen", "recompute"]:
+def check_adapter(adapter: LowRank | None, linear: Linear) -> None:
+    """An adapter that fits a head, or none."""
+    if adapter is None:
+        return
+    if not isinstance(adapter, LowRank):
+        raise TypeError(f"`adapter` must be a LowRank, found {type(adapter).__name__}")
+    adapter.check(linear.hidden, linear.weight)
+
+
+def choose_plan(
+    plan: str, weight: Tensor, bias: Tensor | None, adapter: LowRank | None = None
+) -> Literal["frozen", "recompute"]:
     """``"frozen"`` or ``"recompute"``; ValueError for a plan that cannot serve."""
     if plan not in PLANS:
         hint = "\nhint: that is the plan of linear_preference_loss" if plan == "pairwise" else ""
         raise ValueError(f"`plan` must be one of {', '.join(PLANS)}, found {plan!r}{hint}")
     trained = torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
+        weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (adapter is not None and adapter.trains())
     )
     if plan == "frozen" and trained:
         raise ValueError(
-            '`plan="frozen"` needs a weight and a bias without gradient\n'
+            '`plan="frozen"` needs a weight, a bias and an adapter without gradient\n'
             'hint: use plan="recompute", or plan="auto" to choose'
         )
     return "recompute" if trained or plan == "recompute" else "frozen"
@@ -235,6 +257,9 @@ class _LinearLogps(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        columns: Tensor | None,
         rows: Rows,
         weights: Tensor | None,
         seq_offsets: Tensor | None,
@@ -247,11 +272,14 @@ class _LinearLogps(torch.autograd.Function):
         parts: list[list[Tensor]] = []
         kept: list[list[Tensor]] = []
         e = hidden.new_empty(M, hidden.shape[1]) if frozen and trained else None
-        one = head.unit_gradient()
         sums = (weights, seq_offsets)
         alone = head.chunk_rows >= M and not head.exact_target
+        low = LowRank.of(down, up, columns)
+        one: Any = head.unit_gradient()
+        if one != 1.0 and low is not None and low.columns is not None:
+            one = one / low.headroom()
         with without_autocast(hidden.device):
-            work = Work.of(Linear(hidden, weight, bias), rows, head)
+            work = Work.of(Linear(hidden, weight, bias), rows, head, low=low)
             for chunk in head.chunks(M):
                 x = work.gather(chunk)
                 z = work.logits(x)
@@ -259,17 +287,19 @@ class _LinearLogps(torch.autograd.Function):
                 parts.append(values)
                 kept.append(state)
                 if e is not None:
-                    g = values[0].new_full((x.shape[0],), one)
-                    made = product(
-                        head.gradient(z, part(rows.targets, chunk), state, g), work.weight
-                    )
-                    e[chunk] = made if one == 1.0 else made * (1.0 / one)
+                    unscaled = isinstance(one, float) and one == 1.0
+                    g = values[0].new_ones((x.shape[0],))
+                    g = g if unscaled else g * one
+                    dz = head.gradient(z, part(rows.targets, chunk), state, g)
+                    made = work.back(dz, None if low is None else low.back(dz))
+                    e[chunk] = made if unscaled else made * (1.0 / one)
         out = [joined(column) for column in zip(*parts, strict=True)]
         if seq_offsets is not None and not alone:
             out[0] = ops.segment_sum(out[0], weights, seq_offsets)
         state = [joined(column) for column in zip(*kept, strict=True)]
         plain = torch.compiler.is_compiling() or transformed()
-        if trained and not frozen and not plain:
+        # the gradient of columns needs the product beside the logits, which is gone
+        if trained and not frozen and not plain and columns is None:
             left.append(work.scratch)
         return (*out, e, *([] if frozen else state))
 
@@ -277,10 +307,10 @@ class _LinearLogps(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
     ) -> tuple[Tensor, ...]:
-        hidden, weight, bias, rows, weights, seq_offsets, call = inputs
+        hidden, weight, bias, down, up, columns, rows, weights, seq_offsets, call = inputs
         ctx.head, ctx.frozen, ctx.height = call.head, call.frozen, (rows.height, rows.whole)
         ctx.left = call.left
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:6]]
         ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
         ctx.set_materialize_grads(False)
         values, sums = 5 if call.stats else 1, (weights, seq_offsets)
@@ -288,13 +318,14 @@ class _LinearLogps(torch.autograd.Function):
             ctx.save_for_backward(*sums, rows.place, rows.targets, output[values])
         else:
             state = output[values + 1 :]
-            ctx.save_for_backward(*sums, rows.place, rows.targets, hidden, weight, bias, *state)
+            given = (hidden, weight, bias, down, up, columns)
+            ctx.save_for_backward(*sums, rows.place, rows.targets, *given, *state)
         return output[:values]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 7
+            return (None,) * 10
         weights, seq_offsets, place, targets, *saved = ctx.saved_tensors
         rows = Rows(place, targets, *ctx.height)
 
@@ -303,9 +334,9 @@ class _LinearLogps(torch.autograd.Function):
                 g = token_grad(g, weights, seq_offsets, targets.shape[0])
             if ctx.frozen:
                 return _backward_frozen(rows, g, *saved)
-            hidden, weight, bias, *state = saved
-            linear = Linear(hidden, weight, bias)
-            return _backward_recompute(ctx, linear, rows, state, g.contiguous())
+            hidden, weight, bias, down, up, columns, *state = saved
+            linear, low = Linear(hidden, weight, bias), LowRank.of(down, up, columns)
+            return _backward_recompute(ctx, linear, low, rows, state, g.contiguous())
 
         with torch.no_grad(), without_autocast(g.device):
             grads = one_by_one(gradients, g)
@@ -316,26 +347,29 @@ class _LinearLogps(torch.autograd.Function):
 def _backward_frozen(rows: Rows, g: Tensor, e: Tensor | None) -> tuple[Tensor | None, ...]:
     """dX = g * E: the only thing that the upstream gradient changes is a factor of each row."""
     if e is None:
-        return None, None, None
+        return (None,) * 6
     column = g[:, None]
     scaled = torch.where(column != 0, column * e, 0.0).to(e.dtype)
     grad = rows.new_gradient(e).index_copy_(0, rows.place, scaled)
-    return grad[: rows.height], None, None
+    return grad[: rows.height], *(None,) * 5
 
 
 def _backward_recompute(
-    ctx: Any, linear: Linear, rows: Rows, state: list[Tensor], g: Tensor
+    ctx: Any, linear: Linear, low: LowRank | None, rows: Rows, state: list[Tensor], g: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Logits of each chunk again, then dz and its products."""
     head: Head = ctx.head
-    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    need_x, need_w, need_b, *need_low = ctx.needs_input_grad[:6]
     (hidden, weight, _), M, sums = linear, rows.targets.shape[0], wide(head.dtype)
     dx = rows.new_gradient(hidden) if need_x else None
     dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
     db = torch.zeros(weight.shape[0], dtype=sums, device=weight.device) if need_b else None
     # written over below: a second backward pass multiplies again
     last = ctx.left.pop() if ctx.left else None
-    work = Work.of(linear, rows, head, last)
+    work = Work.of(linear, rows, head, last, low, keeps_base=need_low[2])
+    sums_low = None
+    if low is not None and any(need_low):
+        sums_low = LowRankSums(low, tuple(need_low), head.dtype)
     chunks = list(head.chunks(M))[::-1]
     for chunk in chunks:
         x, t, some_g = work.gather(chunk), part(rows.targets, chunk), part(g, chunk)
@@ -347,17 +381,22 @@ def _backward_recompute(
         first, end = chunk.start, chunk.stop
         kept = [part(values, slice(first, end)) for values in state]
         dz = head.gradient(z, t, kept, some_g)
-        if dx is not None:
-            dx.index_copy_(0, part(rows.place, chunk), product(dz, work.weight).to(dx.dtype))
-        if dw is not None:
+        if dw is not None or sums_low is not None:
             x = x.masked_fill_((some_g == 0)[:, None], 0)  # what has no gradient is not read
-            add_product(dw, dz, x, first=chunk is chunks[0])
         if db is not None:
             db += dz.sum(0, dtype=sums)
+        du = None if low is None else low.back(dz)
+        if sums_low is not None and du is not None:
+            sums_low.add(dz, du, x, work.kept(z))
+        if dx is not None:
+            dx.index_copy_(0, part(rows.place, chunk), work.back(dz, du).to(dx.dtype))
+        elif dw is not None:
+            work.scale(dz)
+        if dw is not None:
+            add_product(dw, dz, x, first=chunk is chunks[0])
     del work, last, z, dz
-    dtypes = ctx.dtypes
-    return (
-        None if dx is None else dx[: rows.height],
-        None if dw is None else dw.to(dtypes[1]),
-        None if db is None else db.to(dtypes[2]),
+    made = [None if dx is None else dx[: rows.height], dw, db]
+    made += [None] * 3 if sums_low is None else sums_low.all()
+    return tuple(
+        None if d is None else d.to(dtype) for d, dtype in zip(made, ctx.dtypes, strict=True)
     )

@@ -61,10 +61,10 @@ def add_product(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     """``total = dz^T x`` or ``total += dz^T x``, (V, H), total in float32 (float64 for float64)."""
     beta, a = 0 if first else 1, dz.t()
     if a.dtype == total.dtype:
-        torch.addmm(total, a, x, beta=beta, out=total)
-    elif a.is_cuda:
+        torch.addmm(total, a, x.to(total.dtype), beta=beta, out=total)
+    elif a.is_cuda and x.dtype == a.dtype:
         torch.addmm(total, a, x, beta=beta, out_dtype=total.dtype, out=total)
-    else:  # the CPU has no product of one dtype into another
+    else:  # the CPU has no product of one dtype into another, and nobody has one of two dtypes
         x = x.to(total.dtype)
         for tile in tiles(total.shape[0]):
             sums = part(total, tile)
