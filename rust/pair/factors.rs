@@ -66,7 +66,8 @@ mod tests {
     fn a_token_has_the_factor_of_the_first_stretch_it_touches() {
         let factors = Factors::of(vec![(2..4, 0.5), (4..6, 0.25)]);
         let found = [0..2, 0..3, 3..4, 3..5, 4..5, 5..9, 6..7].map(|bytes| factors.at(&bytes));
-        assert_eq!(found, [1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 1.0]);
+        let wanted = [1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 1.0];
+        assert_eq!(found.map(f32::to_bits), wanted.map(f32::to_bits));
         let only = Factors::only(vec![2..4, 5..6]);
         let found = [0..2, 1..3, 4..5, 5..7].map(|bytes| only.at(&bytes) > 0.0);
         assert_eq!(found, [false, true, false, true]);
