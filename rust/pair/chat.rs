@@ -242,7 +242,7 @@ fn weigh(
     let mut factors = Vec::new();
     if train_on != TrainOn::Completion {
         let found = "a conversation whose chat template hides them";
-        let trained = render.trained(train_on).ok_or_else(|| train_on.unknown(name, found))?;
+        let trained = render.trained(train_on)?.ok_or_else(|| train_on.unknown(name, found))?;
         factors.push(Factors::only(trained));
     }
     let bad = |message: &str| Bad::new(Reason::BadWeights, field, message);

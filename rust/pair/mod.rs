@@ -88,6 +88,9 @@ fn weights_of_ids(
     pair: &Pair,
     options: &Options,
 ) -> Result<Option<[Vec<f32>; 2]>, Bad> {
+    if given.iter().all(Option::is_none) && options.train_on == TrainOn::Completion {
+        return Ok(None);
+    }
     let fields = [Field::ChosenWeights, Field::RejectedWeights];
     let mut weights = [vec![1.0; pair.chosen.len()], vec![1.0; pair.rejected.len()]];
     for ((value, field), weights) in given.iter().zip(fields).zip(&mut weights) {
@@ -100,5 +103,5 @@ fn weights_of_ids(
             None => {}
         }
     }
-    Ok(given.iter().any(Option::is_some).then_some(weights))
+    Ok(Some(weights))
 }

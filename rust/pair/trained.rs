@@ -7,10 +7,14 @@ use std::ops::Range;
 use super::options::{EmptyThink, TrainOn};
 use super::places::{ends, places, text_of};
 use super::render::Renderer;
+use crate::error::Reason;
+use crate::read::bad::Bad;
 use crate::read::json::Value;
 use crate::read::turns::is_asked;
 use crate::template::strip;
 
+/// So many renders of the largest size are made of one conversation.
+const MOST_RENDERS: usize = 64;
 /// What begins thoughts.
 const THINK: &str = "<think>";
 
@@ -43,32 +47,64 @@ impl<'r> Render<'r> {
     }
 
     /// The stretches of the completion that are trained, sorted; `None` where they cannot be told.
-    pub(super) fn trained(&self, train_on: TrainOn) -> Option<Vec<Range<usize>>> {
-        let completion = self.messages.get(self.first..)?;
-        let last = self.first + completion.iter().rposition(|turn| !is_asked(turn))?;
-        let is_answer = |at: usize| self.messages.get(at).is_some_and(|turn| !is_asked(turn));
+    ///
+    /// # Errors
+    /// A bad row for a conversation of which too many parts would be rendered.
+    pub(super) fn trained(&self, train_on: TrainOn) -> Result<Option<Vec<Range<usize>>>, Bad> {
+        let Some(last) = self.messages.iter().rposition(|turn| !is_asked(turn)) else {
+            return Ok(None);
+        };
+        if last < self.first {
+            return Ok(None);
+        }
         let from = match train_on {
             TrainOn::Completion | TrainOn::Assistant => self.first,
             TrainOn::Last => last,
         };
-        let turns: Vec<Range<usize>> = if let Some(tagged) =
-            self.renderer.regions(&self.messages, self.whole)
-        {
+        let tagged = self.renderer.regions(&self.messages, self.whole);
+        if tagged.is_none() {
+            let count = (self.run_before(from)..=last).filter(|at| self.is_answer(*at)).count();
+            let most = self.renderer.options.limits.max_rendered_bytes;
+            if count.saturating_mul(self.whole.len()) > most.saturating_mul(MOST_RENDERS) {
+                let bytes = self.whole.len();
+                let message = format!(
+                    "finding {count} turns of {bytes} bytes takes more than {MOST_RENDERS} times \
+                     {most} rendered bytes"
+                );
+                return Err(Bad::new(Reason::Limit, "max_rendered_bytes", message));
+            }
+        }
+        Ok(self.stretches(from, last, tagged))
+    }
+
+    fn is_answer(&self, message: usize) -> bool {
+        self.messages.get(message).is_some_and(|turn| !is_asked(turn))
+    }
+
+    /// The first of the answers that stand one behind the other before the turn `from`.
+    fn run_before(&self, from: usize) -> usize {
+        from - (self.first..from).rev().take_while(|at| self.is_answer(*at)).count()
+    }
+
+    /// Those of the turns `from` to `last`.
+    fn stretches(
+        &self,
+        from: usize,
+        last: usize,
+        tagged: Option<Vec<Range<usize>>>,
+    ) -> Option<Vec<Range<usize>>> {
+        // An end may be needed for the next: found in order, none asks for more than the one before it.
+        for at in self.run_before(from) + 1..=from {
+            self.end_of(at);
+        }
+        let turns: Vec<Range<usize>> = if let Some(tagged) = tagged {
             let before = if from == self.first { self.cut } else { self.end_of(from)? };
             let inside = |region: Range<usize>| region.start.max(self.cut)..region.end;
             let later = tagged.into_iter().filter(|region| region.end > before).map(inside);
             later.filter(|region| !region.is_empty()).collect()
         } else {
-            // One may be needed for the next: found in order, none asks for more than the one before it.
-            let run = (self.first..from).rev().take_while(|at| is_answer(*at)).count();
             let turn = |at| Some(self.begin_of(at)?..self.end_of(at + 1)?);
-            let found = (from - run..=last).filter(|at| is_answer(*at)).map(|at| (at, turn(at)));
-            let found: Vec<_> = found.collect();
-            found
-                .into_iter()
-                .filter(|(at, _)| *at >= from)
-                .map(|(_, turn)| turn)
-                .collect::<Option<_>>()?
+            (from..=last).filter(|at| self.is_answer(*at)).map(turn).collect::<Option<_>>()?
         };
         let is_sorted = turns.windows(2).all(|pair| pair[0].end <= pair[1].start);
         let is_whole = turns.iter().all(|turn| turn.start < turn.end);

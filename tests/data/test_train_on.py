@@ -10,7 +10,7 @@ from byte_tokenizer import decode, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ext import DataError, PairDataset, Tokenizer
+from dpo_ext import DataError, LimitExceeded, Limits, PairDataset, Tokenizer
 
 TEXT = st.text(st.sampled_from("ab <think>/\n é🙂."), min_size=1, max_size=12).filter(
     lambda text: text.strip() and "think>" not in text
@@ -368,3 +368,32 @@ def test_another_rule_is_another_entry_of_the_cache(load, tmp_path):
     ]
     assert len([entry for entry in (tmp_path / "c").iterdir() if len(entry.name) == 32]) == 3
     assert len({pairs.plan(layout="padded", pairs_per_batch=1).digest for pairs in found}) == 3
+
+
+def test_the_command_line_takes_it(load, tmp_path):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("typer")
+    from dpo_ext import cli
+
+    folder, tok = load(CHATML)
+    path, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    row = {"prompt": PROMPT, "chosen": SEVERAL, "rejected": [say("assistant", "no way")]}
+    path.write_text(json.dumps(row) + "\n")
+    command = ["prepare", str(path), "--tokenizer", str(folder), "--out", str(out)]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--train-on", "last", "--max-length", "0"])
+    assert stopped.value.code == 0
+    wanted = one(tok, SEVERAL, train_on="last")
+    assert PairDataset.load(out).chosen_weights == wanted.chosen_weights
+
+
+def test_a_conversation_that_costs_too_many_renders_is_over_a_limit(load):
+    tok = load(CHATML)[1]
+    chosen = [say(("assistant", "user")[i % 2], f"turn {i} " + "x" * 200) for i in range(401)]
+    limits = Limits(max_rendered_bytes=100_000)
+    pairs = one(tok, chosen, train_on="last", limits=limits)
+    assert scored(pairs).count("⟦") == 1
+    with pytest.raises(LimitExceeded, match=r"201 turns of 9\d+ bytes") as caught:
+        one(tok, chosen, train_on="assistant", limits=limits)
+    assert caught.value.field == "max_rendered_bytes"
+    assert one(tok, chosen, train_on="assistant").weights

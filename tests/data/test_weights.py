@@ -526,3 +526,15 @@ def test_a_state_of_other_weights_is_refused():
 def test_they_are_no_extra_column(tok):
     with pytest.raises(ValueError, match="'chosen_weights', which is a field of its own"):
         PairDataset.from_rows(IDS, tok, columns=("chosen_weights",))
+
+
+def test_trls_trainer_refuses_what_it_would_not_carry(tok):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    from dpo_ext.trl.rows import encoded
+
+    rows = datasets.Dataset.from_list([TEXTS | {"chosen_weights": [[0, 2, 0.5]]}])
+    with pytest.raises(DataError, match="`train_dataset`: expected tokens that weigh 1 each"):
+        encoded(rows, tok, {}, "train_dataset")
+    ignored = {"ignore_columns": ("chosen_weights",)}
+    assert len(encoded(rows, tok, ignored, "train_dataset")[0]) == 1
