@@ -1,5 +1,6 @@
 """Which turns of a completion are scored: transformers' own masks of tagged templates are the oracle."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -103,11 +104,14 @@ def scored(pairs, side="chosen"):
     return out
 
 
+@functools.cache
+def of_transformers(folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
 def oracle(folder, prompt, chosen):
     """Ids of a conversation, and transformers' mask of what is the assistant's."""
-    transformers = pytest.importorskip("transformers")
-    own = transformers.AutoTokenizer.from_pretrained(folder)
-    made = own.apply_chat_template(
+    made = of_transformers(folder).apply_chat_template(
         prompt + chosen, return_dict=True, return_assistant_tokens_mask=True
     )
     return made["input_ids"], made["assistant_masks"]
@@ -389,11 +393,11 @@ def test_the_command_line_takes_it(load, tmp_path):
 
 def test_a_conversation_that_costs_too_many_renders_is_over_a_limit(load):
     tok = load(CHATML)[1]
-    chosen = [say(("assistant", "user")[i % 2], f"turn {i} " + "x" * 200) for i in range(401)]
-    limits = Limits(max_rendered_bytes=100_000)
+    chosen = [say(("assistant", "user")[i % 2], f"turn {i} " + "x" * 200) for i in range(201)]
+    limits = Limits(max_rendered_bytes=50_000)
     pairs = one(tok, chosen, train_on="last", limits=limits)
     assert scored(pairs).count("⟦") == 1
-    with pytest.raises(LimitExceeded, match=r"201 turns of 9\d+ bytes") as caught:
+    with pytest.raises(LimitExceeded, match=r"101 turns of 4\d+ bytes") as caught:
         one(tok, chosen, train_on="assistant", limits=limits)
     assert caught.value.field == "max_rendered_bytes"
     assert one(tok, chosen, train_on="assistant").weights

@@ -528,6 +528,7 @@ def test_they_are_no_extra_column(tok):
         PairDataset.from_rows(IDS, tok, columns=("chosen_weights",))
 
 
+@pytest.mark.slow
 def test_trls_trainer_refuses_what_it_would_not_carry(tok):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("trl")
