@@ -94,6 +94,10 @@ pub enum Reason {
     IdenticalAfterTruncation,
     /// A side has more tokens than fit.
     TooLong,
+    /// Weights of tokens are not what they must be.
+    BadWeights,
+    /// The turns that `train_on` names are not told apart.
+    UnknownTurns,
     /// The input as a whole cannot be read.
     BadInput,
 }
@@ -122,6 +126,8 @@ impl Reason {
             Self::NoCompletionTokens => "no_completion_tokens",
             Self::IdenticalAfterTruncation => "identical_after_truncation",
             Self::TooLong => "too_long",
+            Self::BadWeights => "bad_weights",
+            Self::UnknownTurns => "unknown_turns",
             Self::BadInput => "bad_input",
         }
     }

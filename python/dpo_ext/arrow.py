@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dpo_ext.data.dataset import pairs_of_table
 from dpo_ext.extras import arrow
+from dpo_ext.pairs import WEIGHTS, ones
 from dpo_ext.report import Report
 from dpo_ext.store.columns import Columns, record_batch
 from dpo_ext.store.manifest import ROW
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 # Of the schema's metadata: a report as JSON, `Report.to_dict`.
 REPORT_KEY = b"dpo_ext.report"
+KEY = "weights"  # of a message, whose content they weigh
 
 
 def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
@@ -42,7 +45,9 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
     Returns:
         A RecordBatch for a RecordBatch, else a Table, with ``prompt_ids``, ``chosen_ids`` and
         ``rejected_ids`` (list<int32>, or large_list beyond 2^31 ids), ``ref_chosen_logps`` and
-        ``ref_rejected_logps`` (double) if all rows have them, and the extra ``columns``. With
+        ``ref_rejected_logps`` (double) if all rows have them, ``chosen_weights`` and
+        ``rejected_weights`` (list<float>) if ``train_on`` or a column of ``table`` may weigh
+        tokens, and the extra ``columns``. With
         ``on_bad="skip"`` it has fewer rows than ``table``, or none. The metadata of its schema
         carries the report under ``dpo_ext.report``; see :func:`report_of`.
 
@@ -56,9 +61,32 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
     columns = Columns.of(pairs)
     # A number among the rows of one batch means nothing in what the pipeline makes of it.
     columns.numbers.pop(ROW, None)
+    if not pairs.weights and _may_weigh(pa, table, options):
+        # Every batch of a pipeline has the same columns.
+        sides = pairs.WEIGHTS.items()
+        columns.lists |= {name: ones(getattr(pairs, ids)) for ids, name in sides}
     report = json.dumps(pairs.report.to_dict())
     batch = record_batch(pa, columns, {REPORT_KEY.decode(): report})
     return batch if isinstance(table, pa.RecordBatch) else pa.Table.from_batches([batch])
+
+
+def _may_weigh(pa: Any, table: Any, options: Mapping[str, Any]) -> bool:
+    """Whether tokens of some batch may weigh other than 1, by what all batches share."""
+    if options.get("train_on", "completion") != "completion":
+        return True
+    schema = getattr(table, "schema", None)
+    if not isinstance(schema, pa.Schema):
+        return False
+    read = [name for name in schema.names if name not in options.get("ignore_columns", ())]
+    return any(name in WEIGHTS or _weighs(pa, schema.field(name).type) for name in read)
+
+
+def _weighs(pa: Any, kind: Any) -> bool:
+    """Whether messages of an Arrow type have a key for the weights of their contents."""
+    if pa.types.is_struct(kind):
+        return any(field.name == KEY or _weighs(pa, field.type) for field in kind)
+    has_items = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return has_items and _weighs(pa, kind.value_type)
 
 
 def report_of(*tables: Any) -> Report:

@@ -18,6 +18,7 @@ from dpo_ext.report import Report
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+WEIGHTS = ("chosen_weights", "rejected_weights")
 SHOWN = 5  # pairs in a notebook
 
 
@@ -27,7 +28,7 @@ class Ragged(Sequence):
     a view.
 
     Attributes:
-        values: (sum of lengths,) int32.
+        values: (sum of lengths,) int32; float32 for weights.
         offsets: (n + 1,) int64.
 
     >>> import numpy as np
@@ -36,7 +37,7 @@ class Ragged(Sequence):
     (3, [1, 2], [])
     """
 
-    values: NDArray[np.int32]
+    values: NDArray[Any]
     offsets: NDArray[np.int64]
 
     @classmethod
@@ -117,6 +118,18 @@ class Ragged(Sequence):
     __hash__ = None  # type: ignore[assignment]
 
 
+def ones(ids: Ragged) -> Ragged:
+    """A weight of 1 for each id."""
+    return Ragged(np.ones(int(ids.offsets[-1]), np.float32), ids.offsets)
+
+
+def weighed(ids: Sequence[Ragged], weights: Sequence[Ragged | None]) -> list[Ragged | None]:
+    """The weights of both sides: of neither if each is 1, or else of both."""
+    if all(lists is None or bool((lists.values == 1).all()) for lists in weights):
+        return [None, None]
+    return [ones(lists) if own is None else own for lists, own in zip(ids, weights, strict=True)]
+
+
 def _int32(ids: Any) -> NDArray[np.int32]:
     array = np.asarray(ids)
     if array.size == 0:
@@ -144,12 +157,14 @@ class Examples(Sequence):
 
     Attributes:
         IDS: names of the lists of ids.
+        WEIGHTS: names of the weights of ids, or None where each is 1, by the name of the ids.
         KNOWN: names of arrays with a value an example, or None: whatever becomes of the examples.
         ALIKE: names of what is one for all examples.
         NOUN: what one is called.
     """
 
     IDS: ClassVar[tuple[str, ...]]
+    WEIGHTS: ClassVar[Mapping[str, str]] = {}
     KNOWN: ClassVar[tuple[str, ...]]
     ALIKE: ClassVar[tuple[str, ...]] = ("pad_id", "vocab_size")
     NOUN: ClassVar[str]
@@ -192,6 +207,7 @@ class Examples(Sequence):
             )
         return {
             **{name: getattr(self, name)[i] for name in self.IDS},
+            **{name: lists[i] for name, lists in self.weights.items()},
             **{name: values[i] for name, values in self.columns.items()},
         }
 
@@ -228,6 +244,7 @@ class Examples(Sequence):
             *(getattr(self, name).select(index) for name in self.IDS),
             report=self._report_of(len(index)),
             rows=self.rows[index],
+            **self._weights(lambda lists: lists.select(index)),
             **self._known(lambda values: values[index]),
             columns={name: values[index] for name, values in self.columns.items()},
         )
@@ -305,6 +322,10 @@ class Examples(Sequence):
         for name in self.KNOWN:
             values = [v for part in parts if (v := getattr(part, name)) is not None]
             known[name] = np.concatenate(values) if values else None
+        if any(part.weights for part in parts):
+            for ids, name in self.WEIGHTS.items():
+                weights = [part.weights.get(name, ones(getattr(part, ids))) for part in parts]
+                known[name] = Ragged.joined(weights)
         return self._made(
             *(Ragged.joined([getattr(part, name) for part in parts]) for name in self.IDS),
             report=Report.merged([part.report for part in parts]),
@@ -322,9 +343,19 @@ class Examples(Sequence):
             *(getattr(self, name).between(start, stop) for name in self.IDS),
             report=self._report_of(stop - start),
             rows=self.rows[part],
+            **self._weights(lambda lists: lists.between(start, stop)),
             **self._known(lambda values: values[part]),
             columns={name: values[part] for name, values in self.columns.items()},
         )
+
+    @property
+    def weights(self) -> dict[str, Ragged]:
+        """The weights of ids by their names, or nothing where each weighs 1."""
+        found = {name: getattr(self, name) for name in self.WEIGHTS.values()}
+        return {name: lists for name, lists in found.items() if lists is not None}
+
+    def _weights(self, change: Callable[[Ragged], Ragged]) -> dict[str, Ragged]:
+        return {name: change(lists) for name, lists in self.weights.items()}
 
     def _report_of(self, n: int) -> Report:
         return Report(
@@ -338,7 +369,7 @@ class Examples(Sequence):
 
     def _made(self, *ids: Ragged, **changes: Any) -> Any:
         """Examples like these, with other ids."""
-        names = ("report", "rows", "columns", *self.ALIKE, *self.KNOWN)
+        names = ("report", "rows", "columns", *self.ALIKE, *self.KNOWN, *self.WEIGHTS.values())
         return self._kind(*ids, **({name: getattr(self, name) for name in names} | changes))
 
     @property
@@ -357,6 +388,8 @@ class Pairs(Examples):
         prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
             prompt.
         report: :class:`Report`.
+        chosen_weights, rejected_weights: :class:`Ragged` of float32, a factor of each completion
+            token's log-prob; both None where each is 1.
         ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
         rows: (n,) int64, the 0-based number of each pair's row among the rows read.
         columns: extra columns by name: (n,) int64 if all are whole numbers, else float64; (n,)
@@ -366,6 +399,7 @@ class Pairs(Examples):
     """
 
     IDS = IDS
+    WEIGHTS: ClassVar[Mapping[str, str]] = dict(zip(IDS[1:], WEIGHTS, strict=True))
     KNOWN = ("ref_logps",)
     NOUN = "pair"
 
@@ -378,6 +412,8 @@ class Pairs(Examples):
         report: Report,
         pad_id: int,
         vocab_size: int | None,
+        chosen_weights: Ragged | None = None,
+        rejected_weights: Ragged | None = None,
         ref_logps: NDArray[np.float64] | None = None,
         rows: NDArray[np.int64] | None = None,
         columns: Mapping[str, Any] | None = None,
@@ -393,6 +429,8 @@ class Pairs(Examples):
         )
         self.chosen_ids = chosen_ids
         self.rejected_ids = rejected_ids
+        self.chosen_weights = chosen_weights
+        self.rejected_weights = rejected_weights
 
     @property
     def _kind(self) -> type[Any]:

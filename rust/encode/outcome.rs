@@ -144,6 +144,8 @@ pub struct Encoded {
     pub chosen: Ragged,
     /// Other completions.
     pub rejected: Ragged,
+    /// A factor for each token of `chosen` and of `rejected`; `None` as long as all are 1.
+    pub weights: Option<[Vec<f32>; 2]>,
     /// Log-probs under the reference, NaN where a row has none.
     pub ref_logps: Vec<f64>,
     /// Rows that have them.
@@ -181,6 +183,8 @@ impl Encoded {
         for (cells, cell) in self.extra.iter_mut().zip(extra) {
             cells.push(cell);
         }
+        let weights = pair.weights.as_ref().filter(|sides| is_weighed(sides));
+        self.weigh(weights, [pair.chosen.len(), pair.rejected.len()]);
         self.prompt.push(&pair.prompt);
         self.chosen.push(&pair.chosen);
         self.rejected.push(&pair.rejected);
@@ -188,10 +192,27 @@ impl Encoded {
         self.with_ref += u64::from(pair.ref_logps.is_some());
     }
 
+    /// Appends weights of so many tokens, each 1 without `more`; before the tokens themselves.
+    fn weigh(&mut self, more: Option<&[Vec<f32>; 2]>, tokens: [usize; 2]) {
+        if self.weights.is_none() && more.is_none() {
+            return;
+        }
+        let before = [&self.chosen, &self.rejected].map(|ids| ids.values.len());
+        let all = self.weights.get_or_insert_with(|| before.map(|n| vec![1.0; n]));
+        for (i, all) in all.iter_mut().enumerate() {
+            match more {
+                Some(more) => all.extend_from_slice(&more[i]),
+                None => all.resize(before[i] + tokens[i], 1.0),
+            }
+        }
+    }
+
     pub(super) fn append(&mut self, other: Self) {
         for (cells, more) in self.extra.iter_mut().zip(other.extra) {
             cells.extend(more);
         }
+        let more = [&other.chosen, &other.rejected].map(|ids| ids.values.len());
+        self.weigh(other.weights.as_ref(), more);
         let before = self.tally.read as i64;
         self.prompt.append(&other.prompt);
         self.chosen.append(&other.chosen);
@@ -201,4 +222,9 @@ impl Encoded {
         self.rows.extend(other.rows.iter().map(|row| before + row));
         self.tally.append(other.tally);
     }
+}
+
+/// Whether some weight is not 1.
+fn is_weighed(sides: &[Vec<f32>; 2]) -> bool {
+    sides.iter().flatten().any(|weight| weight.to_bits() != 1f32.to_bits())
 }

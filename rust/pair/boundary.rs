@@ -2,13 +2,15 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::ops::Range;
 
+use super::factors::product;
 use super::options::{Boundary, Options, SpecialText};
 use super::outcome::{Pair, Refusal};
 use super::text::Texts;
 use crate::bpe::{Found, Inside, PairIds};
-use crate::error::{Result, Warning};
-use crate::tokenize::Tokenizer;
+use crate::error::{Error, Result, Warning};
+use crate::tokenize::{Tokenizer, between};
 
 thread_local! {
     static PAIR_IDS: RefCell<PairIds> = RefCell::default();
@@ -142,6 +144,15 @@ impl Sides<'_> {
         pair.prompt.extend_from_slice(prompt.get(..count).unwrap_or_default());
         pair.chosen.extend_from_slice(first.get(count..).unwrap_or_default());
         pair.rejected.extend_from_slice(second.get(count..).unwrap_or_default());
+        if self.texts.factors.is_some() {
+            let of_side = |i: usize, n: usize| -> Result<Vec<f32>> {
+                let tail = usize::from(self.tails[i].is_some());
+                let weights = self.weights(i, n - before.len() - behind.len() - tail)?;
+                let around = [vec![1.0; before.len()], weights, vec![1.0; behind.len()]];
+                Ok(around.concat().split_off(count))
+            };
+            pair.weights = Some([of_side(0, first.len())?, of_side(1, second.len())?]);
+        }
         Ok(())
     }
 
@@ -179,7 +190,8 @@ impl Sides<'_> {
         pair.prompt.extend_from_slice(prompt);
         let eos = self.tokenizer.eos().map(|id| id as i32);
         let sides = [(&mut pair.chosen, &ids.first), (&mut pair.rejected, &ids.second)];
-        for ((side, ids), tail) in sides.into_iter().zip(self.tails) {
+        let mut weights = [Vec::new(), Vec::new()];
+        for (i, ((side, ids), tail)) in sides.into_iter().zip(self.tails).enumerate() {
             let rest = ids.get(skip..).unwrap_or_default();
             // EOS once: the surroundings' own is not put behind one that the text spells.
             let behind = match behind.split_first() {
@@ -191,8 +203,39 @@ impl Sides<'_> {
             side.extend_from_slice(rest);
             side.extend(tail);
             side.extend_from_slice(behind);
+            if self.texts.factors.is_some() {
+                weights[i] = self.weights(i, ids.len())?.split_off(skip);
+                weights[i].resize(side.len(), 1.0);
+            }
         }
+        pair.weights = self.texts.factors.is_some().then_some(weights);
         Ok(())
+    }
+
+    /// What the `n` ids of text `i` weigh, and its tail.
+    fn weights(&self, i: usize, n: usize) -> Result<Vec<f32>> {
+        let text = &self.texts.whole[i];
+        let start = if self.options.boundary == Boundary::Separate { self.texts.cut } else { 0 };
+        let covered = self.covered(i, text.get(start..).unwrap_or_default(), start)?;
+        if covered.len() != n {
+            let message = format!("{n} ids, and the places of {}", covered.len());
+            return Err(Error::Internal(message));
+        }
+        let factors = self.texts.factors.as_ref().map_or(&[][..], |factors| &factors[i]);
+        let in_whole = covered.into_iter().map(|bytes| start + bytes.start..start + bytes.end);
+        // A tail stands where the text spelt it.
+        let tail = self.tails[i].map(|_| text.len()..text.len() + 1);
+        Ok(in_whole.chain(tail).map(|bytes| product(factors, &bytes)).collect())
+    }
+
+    /// The bytes that each id of `text` covers; it is text `i` from the byte `start` on.
+    fn covered(&self, i: usize, text: &str, start: usize) -> Result<Vec<Range<usize>>> {
+        let ends = match &self.texts.marks {
+            _ if self.all_is_text() => self.encode_as_text(text)?.1,
+            Some(marks) => encode_marked(text, start, &marks[i], self.tokenizer)?.1,
+            None => return self.tokenizer.covered(text),
+        };
+        Ok(between(&ends))
     }
 
     /// The ids of the prompt alone.

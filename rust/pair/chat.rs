@@ -1,17 +1,22 @@
 //! A row of messages: three renders of the template.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use super::content::{Side, check_content, in_parts, joined};
-use super::options::{EmptyThink, Options, SpecialText, Useless};
+use super::factors::{Factors, in_bytes};
+use super::options::{EmptyThink, Options, SpecialText, TrainOn, Useless};
 use super::outcome::{Pair, Refusal};
+use super::places::{ends, places, text_of};
 use super::prompt::{Parts, parted};
 use super::render::{Renderer, failed};
 use super::text::{Texts, check_special, is_blank};
+use super::trained::{Render, empty_think};
 use crate::error::{Reason, Result, Warning};
 use crate::read::bad::Bad;
 use crate::read::chat::Chat;
 use crate::read::json::Value;
+use crate::read::keys::Field;
 use crate::read::layouts::Layout;
 use crate::tokenize::Tokenizer;
 
@@ -64,12 +69,15 @@ fn says_something(message: &Value<'_>) -> bool {
 /// The texts of a row of messages.
 pub(super) fn texts(
     chat: Chat<'_>,
+    given: &[Option<Value<'_>>; 2],
     layout: Layout,
     tokenizer: &Tokenizer,
     options: &Options,
     pair: &mut Pair,
 ) -> Result<Texts<'static>, Refusal> {
-    let Chat { turns, tools, kwargs } = chat;
+    let Chat { mut turns, tools, kwargs } = chat;
+    let is_single = options.keys.is_single();
+    let weights = if is_single { [Vec::new(), Vec::new()] } else { turns.take_weights() };
     let names = turns.fields.map(|field| options.keys.name(field));
     if layout.makes_turns() && tokenizer.template(false).is_err() {
         let name = names[0];
@@ -109,7 +117,6 @@ pub(super) fn texts(
         }
     }
     let renderer = Renderer { template, tokenizer, variables, options };
-    let mut turns = turns;
     if pair.has(Warning::Images) {
         turns.drop_media();
     }
@@ -129,7 +136,6 @@ pub(super) fn texts(
     };
     let whole_chosen = renderer.render(&prompt, Some(&chosen), names[1], pair)?;
     // Both sides of a row of one completion are the same.
-    let is_single = options.keys.is_single();
     let whole_rejected = if is_single {
         None
     } else {
@@ -200,22 +206,106 @@ pub(super) fn texts(
         None
     };
     if options.empty_think == EmptyThink::Prompt && alone.is_none() {
-        let ends = [&whole_chosen, &whole_rejected].map(|whole| empty_think(whole.get(cut..)));
+        let ends =
+            [&whole_chosen, &whole_rejected].map(|whole| whole.get(cut..).and_then(empty_think));
         if let [Some(end), Some(other)] = ends
             && end == other
         {
             cut += end;
         }
     }
+    let mut factors = [Vec::new(), Vec::new()];
+    let fields =
+        [Field::ChosenWeights, Field::RejectedWeights].map(|field| options.keys.name(field));
+    let sides = [(&chosen, &whole_chosen), (&rejected, &whole_rejected)];
+    for (i, (side, whole)) in sides.into_iter().enumerate() {
+        let render = Render::new(&renderer, &prompt, side, whole, cut);
+        let own = weights[i].len().checked_sub(side.len()).and_then(|at| weights[i].get(at..));
+        let names = [names[1 + i], fields[i]];
+        let weighed =
+            weigh(&render, own.unwrap_or_default(), given[i].as_ref(), names, options.train_on)?;
+        factors[i].extend(weighed);
+    }
+    let factors = factors.iter().any(|factors| !factors.is_empty()).then_some(factors);
     let whole = [Cow::Owned(whole_chosen), Cow::Owned(whole_rejected)];
-    Ok(Texts { whole, cut, alone, marks, are_strings: false })
+    Ok(Texts { whole, cut, alone, marks, are_strings: false, factors })
 }
 
-/// How long the block of thoughts is with which an answer begins, if there is none in it.
-fn empty_think(answer: Option<&str>) -> Option<usize> {
-    let answer = answer?;
-    let rest = answer.strip_prefix("<think>")?.trim_start().strip_prefix("</think>")?;
-    Some(answer.len() - rest.trim_start_matches('\n').len())
+/// What the tokens of a side weigh: by its turns, by the weights in its messages, `own`, and by its field of weights.
+fn weigh(
+    render: &Render<'_>,
+    own: &[Option<Value<'_>>],
+    given: Option<&Value<'_>>,
+    [name, field]: [&str; 2],
+    train_on: TrainOn,
+) -> Result<Vec<Factors>, Bad> {
+    let mut factors = Vec::new();
+    if train_on != TrainOn::Completion {
+        let found = "a conversation whose chat template hides them";
+        let trained = render.trained(train_on)?.ok_or_else(|| train_on.unknown(name, found))?;
+        factors.push(Factors::only(trained));
+    }
+    let bad = |message: &str| Bad::new(Reason::BadWeights, field, message);
+    if own.iter().all(Option::is_none) && given.is_none() {
+        return Ok(factors);
+    }
+    let side = render.messages.get(render.first..).unwrap_or_default();
+    let mut spans = vec![Vec::new(); render.messages.len()];
+    for (i, (turn, value)) in side.iter().zip(own).enumerate() {
+        let (value, name) = match (value, given) {
+            (Some(_), Some(_)) => {
+                return Err(bad("expected weights in one place, found some in a message, too"));
+            }
+            (Some(value), None) => (value, name),
+            (None, Some(value)) if side.len() == 1 => (value, field),
+            (None, Some(_)) => {
+                return Err(bad(
+                    "expected one turn that these weigh, found several\nhint: give each message its own `weights`",
+                ));
+            }
+            (None, None) => continue,
+        };
+        let text = text_of(turn);
+        if let Some(spans) = spans.get_mut(render.first + i) {
+            *spans = in_bytes(value, name, &text)?;
+        }
+    }
+    let stretches = stretches(render, &spans).ok_or_else(|| {
+        let message = "expected a chat template that prints contents as they are, found one that changes those with \
+                       weights";
+        Bad::new(Reason::BadWeights, name, message)
+    })?;
+    factors.push(Factors::of(stretches));
+    Ok(factors)
+}
+
+/// Where a render has stretches of the texts of its messages, in bytes of each.
+fn stretches(
+    render: &Render<'_>,
+    spans: &[Vec<(Range<usize>, f32)>],
+) -> Option<Vec<(Range<usize>, f32)>> {
+    let borders = |spans: &[(Range<usize>, f32)]| -> Vec<usize> {
+        spans.iter().flat_map(|(bytes, _)| [bytes.start, bytes.end]).collect()
+    };
+    let at: Vec<Vec<usize>> = spans.iter().map(|spans| borders(spans)).collect();
+    let find = |at: &[Vec<usize>]| places(&render.messages, at, render.renderer, render.whole);
+    let found = find(&at).or_else(|| {
+        // A template may print texts without the white space around them.
+        let inner = at.iter().zip(&render.messages).map(|(at, message)| {
+            let [start, end] = ends(&text_of(message)).unwrap_or_default();
+            at.iter().map(|place| (*place).clamp(start, end)).collect()
+        });
+        find(&inner.collect::<Vec<_>>())
+    })?;
+    let mut out = Vec::new();
+    for (places, spans) in found.iter().zip(spans) {
+        for (pair, (_, factor)) in places.chunks_exact(2).zip(spans) {
+            out.push((pair[0]..pair[1], *factor));
+        }
+    }
+    out.retain(|(bytes, _)| !bytes.is_empty());
+    out.sort_by_key(|(bytes, _)| bytes.start);
+    Some(out)
 }
 
 /// The error of a variable that no template reads.

@@ -1,6 +1,6 @@
 //! What is cut, and the rules on ids.
 
-use super::options::{Boundary, Options, Truncation, Useless};
+use super::options::{Boundary, Options, TrainOn, Truncation, Useless};
 use super::outcome::{Pair, Refusal};
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
@@ -59,6 +59,8 @@ pub(super) fn finish(
         check_scored(pair, keys, no_tokens)?;
         if let Some(whole) = whole {
             pair.chosen = whole;
+        } else {
+            cut_weights(pair, options.truncation);
         }
         if drops && pair.chosen == pair.rejected {
             let message = format!("both sides have the same ids after truncation to {most} tokens");
@@ -70,8 +72,36 @@ pub(super) fn finish(
             Bad::new(Reason::NoCompletionTokens, key, message)
         })?;
     }
+    if options.train_on != TrainOn::Completion {
+        check_trained(pair, keys)?;
+    }
     if is_single {
         pair.rejected.clear();
+    }
+    Ok(())
+}
+
+/// Cuts weights as their tokens were cut.
+fn cut_weights(pair: &mut Pair, how: Truncation) {
+    let Some([chosen, rejected]) = &mut pair.weights else { return };
+    for (weights, ids) in [(chosen, &pair.chosen), (rejected, &pair.rejected)] {
+        if how == Truncation::KeepEnd {
+            weights.drain(..weights.len() - ids.len());
+        } else {
+            weights.truncate(ids.len());
+        }
+    }
+}
+
+/// A side needs a token of the turns that are trained.
+fn check_trained(pair: &Pair, keys: &Keys) -> Result<(), Bad> {
+    let Some(sides) = &pair.weights else { return Ok(()) };
+    let unscored = usize::from(pair.prompt.is_empty());
+    for (weights, key) in sides.iter().zip([&keys.chosen, &keys.rejected]) {
+        if weights.iter().skip(unscored).all(|weight| *weight == 0.0) {
+            let message = "expected a token of the turns that `train_on` names, found none left";
+            return Err(Bad::new(Reason::NoCompletionTokens, key, message));
+        }
     }
     Ok(())
 }

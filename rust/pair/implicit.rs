@@ -63,6 +63,11 @@ pub(super) fn begins_asked(text: &str) -> bool {
     QUESTIONS.iter().chain(&BEGINNINGS).any(|marker| start.starts_with(marker.trim_start()))
 }
 
+/// Whether there is a turn in a text that a model is asked.
+pub(super) fn asks(text: &str) -> bool {
+    QUESTIONS.iter().any(|marker| text.contains(marker)) || begins_asked(text)
+}
+
 /// Where two texts part.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Split {

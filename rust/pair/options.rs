@@ -1,5 +1,7 @@
 //! How rows become pairs.
 
+use crate::error::Reason;
+use crate::read::bad::Bad;
 use crate::read::json::Value;
 use crate::read::keys::Keys;
 use crate::read::layouts::Layout;
@@ -71,6 +73,39 @@ pub enum EmptyThink {
     Prompt,
 }
 
+/// Which tokens of a completion are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TrainOn {
+    /// All of them.
+    Completion,
+    /// Those of the assistant's last turn.
+    Last,
+    /// Those of the assistant's turns, and none of what stands between them.
+    Assistant,
+}
+
+impl TrainOn {
+    /// The name by which Python knows it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Completion => "completion",
+            Self::Last => "last",
+            Self::Assistant => "assistant",
+        }
+    }
+
+    /// The error of a side whose turns are not told apart.
+    pub(super) fn unknown(self, key: &str, found: &str) -> Bad {
+        let message = format!(
+            "expected turns for `train_on=\"{}\"` that can be told apart, found {found}\nhint: \
+             train_on=\"completion\" trains all of it; {{% generation %}} tags in a chat template say \
+             what is the assistant's",
+            self.name()
+        );
+        Bad::new(Reason::UnknownTurns, key, message)
+    }
+}
+
 /// How rows become pairs.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -86,6 +121,8 @@ pub struct Options {
     pub images: Images,
     /// What becomes of blank and identical sides.
     pub useless: Useless,
+    /// Which tokens are trained.
+    pub train_on: TrainOn,
     /// Where an empty block of thoughts belongs.
     pub empty_think: EmptyThink,
     /// Variables of the template for all rows; a row's own win.

@@ -12,6 +12,8 @@ pub struct Pair {
     pub chosen: Vec<i32>,
     /// The other completion.
     pub rejected: Vec<i32>,
+    /// A factor for each token of the two completions, where some are weighed.
+    pub weights: Option<[Vec<f32>; 2]>,
     /// Log-probs under the reference, where the row has them.
     pub ref_logps: Option<[f64; 2]>,
     /// What is to know of it, each once.

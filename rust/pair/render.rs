@@ -1,5 +1,7 @@
 //! Messages to text, by the template of a tokenizer.
 
+use std::ops::Range;
+
 use super::options::Options;
 use super::outcome::{Pair, Refusal};
 use crate::error::{Error, Reason, Warning};
@@ -78,7 +80,17 @@ impl Renderer<'_> {
         self.run(messages, false).ok().map(|rendered| rendered.text)
     }
 
-    /// The same, with other tools if some are given.
+    /// The text of a conversation and what begins an answer, if the template takes it.
+    pub(super) fn try_begin(&self, messages: &[&Value<'_>]) -> Option<String> {
+        self.run(messages, true).ok().map(|rendered| rendered.text)
+    }
+
+    /// What the training tags of the template enclose in the text of a conversation, if it has such tags.
+    pub(super) fn regions(&self, messages: &[&Value<'_>], text: &str) -> Option<Vec<Range<usize>>> {
+        self.template.regions(&self.conversation(messages, false), text)
+    }
+
+    /// The text of a conversation with other tools, if some are given.
     pub(super) fn try_render_with(
         &self,
         messages: &[&Value<'_>],

@@ -2,11 +2,14 @@
 
 use std::borrow::Cow;
 
+use super::factors::{Factors, in_bytes};
 use super::implicit;
-use super::options::{Boundary, Options, SpecialText, Useless};
+use super::options::{Boundary, Options, SpecialText, TrainOn, Useless};
 use super::outcome::Pair;
 use crate::error::{Reason, Warning};
 use crate::read::bad::Bad;
+use crate::read::json::Value;
+use crate::read::keys::Field;
 use crate::read::layouts::Layout;
 use crate::read::said::Strings;
 use crate::tokenize::Tokenizer;
@@ -23,6 +26,8 @@ pub(super) struct Texts<'a> {
     pub(super) marks: Option<[Vec<usize>; 2]>,
     /// Strings get EOS and the surroundings; a template writes its own.
     pub(super) are_strings: bool,
+    /// What the tokens of each text weigh, by all factors of each, where some are weighed.
+    pub(super) factors: Option<[Vec<Factors>; 2]>,
 }
 
 impl Texts<'_> {
@@ -72,6 +77,7 @@ fn behind(text: Cow<'_, str>, bytes: usize) -> Cow<'_, str> {
 /// The texts of a row of strings.
 pub(super) fn texts<'a>(
     strings: Strings<'a>,
+    given: &[Option<Value<'_>>; 2],
     layout: Layout,
     tokenizer: &Tokenizer,
     options: &Options,
@@ -94,13 +100,17 @@ pub(super) fn texts<'a>(
                        compares answers to one prompt; where the prompts differ Z(x) does not cancel";
         Bad::new(Reason::DifferentPrompts, &keys.rejected, message)
     };
+    // Where the field of a side begins in the whole text.
+    let mut base = 0;
     let (whole, cut) = if let Some(prompt) = prompt {
+        base = prompt.len();
         let mut cut = prompt.len();
         if is_a_prompt(&prompt) && chosen.starts_with(&*prompt) && rejected.starts_with(&*prompt) {
             pair.warn(Warning::PromptInSides);
             // TRL trains on what stands there twice.
             if options.boundary != Boundary::Trl {
                 (chosen, rejected) = (behind(chosen, cut), behind(rejected, cut));
+                base = 0;
             }
         }
         if options.boundary != Boundary::Trl
@@ -133,6 +143,7 @@ pub(super) fn texts<'a>(
         let cut = split.cut;
         ([chosen, rejected], cut)
     };
+    let factors = factors(given, &whole, base, cut, options)?;
     let [chosen, rejected] = whole.each_ref().map(|whole| whole.get(cut..).unwrap_or_default());
     let drops = options.useless == Useless::Drop;
     for (text, key) in [(chosen, &keys.chosen), (rejected, &keys.rejected)] {
@@ -155,5 +166,39 @@ pub(super) fn texts<'a>(
         }
         pair.warn(Warning::EmptyPrompt);
     }
-    Ok(Texts { whole, cut, alone: None, marks: None, are_strings: true })
+    Ok(Texts { whole, cut, alone: None, marks: None, are_strings: true, factors })
+}
+
+/// What the tokens of both texts weigh, if the row or the options say so. The row counts the characters of its own
+/// fields, which begin at the byte `base`.
+fn factors(
+    given: &[Option<Value<'_>>; 2],
+    whole: &[Cow<'_, str>; 2],
+    base: usize,
+    cut: usize,
+    options: &Options,
+) -> Result<Option<[Vec<Factors>; 2]>, Bad> {
+    let keys = &options.keys;
+    if options.train_on != TrainOn::Completion {
+        for (whole, key) in whole.iter().zip([&keys.chosen, &keys.rejected]) {
+            if whole.get(cut..).is_some_and(implicit::asks) {
+                return Err(options.train_on.unknown(key, "a text with a question in it"));
+            }
+        }
+    }
+    if given.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    let mut out = [Vec::new(), Vec::new()];
+    let fields = [Field::ChosenWeights, Field::RejectedWeights].map(|field| keys.name(field));
+    for (((out, value), whole), name) in out.iter_mut().zip(given).zip(whole).zip(fields) {
+        if let Some(value) = value {
+            let mut spans = in_bytes(value, name, whole.get(base..).unwrap_or_default())?;
+            for (bytes, _) in &mut spans {
+                *bytes = base + bytes.start..base + bytes.end;
+            }
+            out.push(Factors::of(spans));
+        }
+    }
+    Ok(Some(out))
 }

@@ -327,6 +327,8 @@ fn encoded_dict(py: Python<'_>, encoded: Encoded) -> PyResult<Bound<'_, PyDict>>
     out.set_item("prompt", ragged_tuple(py, encoded.prompt)?)?;
     out.set_item("chosen", ragged_tuple(py, encoded.chosen)?)?;
     out.set_item("rejected", ragged_tuple(py, encoded.rejected)?)?;
+    let weights = encoded.weights.map(|sides| sides.map(|side| side.into_pyarray(py)));
+    out.set_item("weights", weights.map(|[chosen, rejected]| (chosen, rejected)))?;
     out.set_item("ref_logps", encoded.ref_logps.into_pyarray(py))?;
     out.set_item("with_ref", encoded.with_ref)?;
     out.set_item("rows", encoded.rows.into_pyarray(py))?;

@@ -5,7 +5,9 @@ use pyo3::prelude::*;
 
 use super::value::to_value;
 use crate::encode::OnBad;
-use crate::pair::{Boundary, EmptyThink, Images, Options, SpecialText, Truncation, Useless};
+use crate::pair::{
+    Boundary, EmptyThink, Images, Options, SpecialText, TrainOn, Truncation, Useless,
+};
 use crate::read::json::{Findings, Value};
 use crate::read::keys::Keys;
 use crate::read::layouts::Layout;
@@ -63,6 +65,12 @@ impl Settings {
             "keep" => Useless::Keep,
             other => return Err(unknown("on_useless", other)),
         };
+        let train_on = match word("train_on")?.as_str() {
+            "completion" => TrainOn::Completion,
+            "last" => TrainOn::Last,
+            "assistant" => TrainOn::Assistant,
+            other => return Err(unknown("train_on", other)),
+        };
         let empty_think = match word("empty_think")?.as_str() {
             "completion" => EmptyThink::Completion,
             "prompt" => EmptyThink::Prompt,
@@ -90,6 +98,7 @@ impl Settings {
             special_text,
             images,
             useless,
+            train_on,
             empty_think,
             kwargs,
             layout,

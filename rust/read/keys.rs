@@ -47,6 +47,8 @@ pub enum Field {
     RejectedIds,
     RefChosen,
     RefRejected,
+    ChosenWeights,
+    RejectedWeights,
     Messages,
     Conversation,
     Conversations,
@@ -77,6 +79,8 @@ const NAMES: [&str; Field::System as usize + 1] = [
     "rejected_ids",
     "ref_chosen_logps",
     "ref_rejected_logps",
+    "chosen_weights",
+    "rejected_weights",
     "messages",
     "conversation",
     "conversations",
@@ -95,7 +99,7 @@ const NAMES: [&str; Field::System as usize + 1] = [
 /// Fields of a row before the extra ones.
 pub const FIELDS: usize = NAMES.len() + MEDIA.len();
 /// Of these the first ones are read by every layout of TRL; text in the others may be a prompt.
-pub const TRLS: usize = Field::RefRejected as usize + 1;
+pub const TRLS: usize = Field::RejectedWeights as usize + 1;
 /// Ids of the completion of a row that holds one.
 const COMPLETION_IDS: &str = "completion_ids";
 /// No field has this name.

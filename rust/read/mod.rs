@@ -22,6 +22,7 @@ mod single;
 pub mod source;
 mod text;
 pub mod turns;
+pub mod weights;
 
 use std::path::Path;
 

@@ -44,6 +44,8 @@ pub struct Row<'a> {
     pub warned: Vec<Warning>,
     /// Log-probs of the two sides under the reference.
     pub ref_logps: Option<[f64; 2]>,
+    /// What the row says of the weights of its sides, to be read with what they weigh.
+    pub weights: [Option<Value<'a>>; 2],
     /// The extra columns, in the order of [`Keys::extra`].
     pub extra: Vec<Cell>,
     /// The field, which nobody reads, that holds a number which is none.
@@ -180,6 +182,11 @@ impl<'a> Row<'a> {
                 }
             }
         };
+        let weights = if keys.is_single() {
+            [None, None]
+        } else {
+            [Field::ChosenWeights, Field::RejectedWeights].map(|field| cells.take_some(field))
+        };
         let media = match &content {
             Content::Chat(chat) => media.or(chat.turns.media()),
             _ => media,
@@ -191,7 +198,7 @@ impl<'a> Row<'a> {
         let known = known.map(|(_, name)| name).filter(|name| !is_carried(name));
         let unknown = findings.unread.iter().filter(|name| !keys.ignored.contains(name));
         let unread = known.map(str::to_owned).chain(unknown.cloned()).collect();
-        Ok(Self { content, layout, media, warned, ref_logps, extra, non_finite, unread })
+        Ok(Self { content, layout, media, warned, ref_logps, weights, extra, non_finite, unread })
     }
 
     fn ids(

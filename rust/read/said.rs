@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use super::json::Value;
 use super::keys::Field;
+use super::weights;
 use crate::error::Warning;
 
 /// Two texts and what stands before them.
@@ -38,6 +39,21 @@ pub struct Turns<'a> {
     pub rejected: Vec<Value<'a>>,
     /// The fields that the three come from.
     pub fields: [Field; 3],
+}
+
+impl<'a> Turns<'a> {
+    /// Takes the key out of each message that weighs its content; those of the sides come back, one a message.
+    pub fn take_weights(&mut self) -> [Vec<Option<Value<'a>>>; 2] {
+        let mut take = |turn: &mut Value<'a>| match turn {
+            Value::Object(fields) => {
+                let at = fields.iter().position(|(key, _)| key == weights::KEY)?;
+                Some(fields.remove(at).1).filter(|value| *value != Value::Null)
+            }
+            _ => None,
+        };
+        self.prompt.iter_mut().flatten().for_each(|turn| drop(take(turn)));
+        [&mut self.chosen, &mut self.rejected].map(|side| side.iter_mut().map(&mut take).collect())
+    }
 }
 
 impl Turns<'_> {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -12,7 +13,10 @@ use super::checks::Checks;
 use super::clock::NOW;
 use super::conversation::{Conversation, RenderError, Rendered, as_seen};
 use super::flow;
-use super::jinja::{NAME, environment, is_lacking, one_line, rewrite_generation, syntax, to_jinja};
+use super::jinja::{
+    MARKS, NAME, environment, is_lacking, mark_generation, one_line, rewrite_generation, syntax,
+    to_jinja,
+};
 use crate::read::json::Value;
 
 /// Fuel of the smallest environment; each further one has twice as much, up to [`FUEL_MOST`].
@@ -52,6 +56,8 @@ pub struct Template {
     pub(super) disproved: AtomicBool,
     /// Found when it is first asked for.
     parts_only: OnceLock<bool>,
+    /// The same template with marks around what its training tags enclose, made when it is first asked for.
+    tagged: OnceLock<Option<Environment<'static>>>,
 }
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -85,6 +91,7 @@ impl Template {
             checks,
             disproved: AtomicBool::new(false),
             parts_only: OnceLock::new(),
+            tagged: OnceLock::new(),
         }
     }
 
@@ -152,6 +159,36 @@ impl Template {
         }
     }
 
+    /// What the training tags `{% generation %}` enclose in the render `text` of a conversation; `None` for a
+    /// template without them, or one that is not rendered here.
+    pub fn regions(
+        &self,
+        conversation: &Conversation<'_>,
+        text: &str,
+    ) -> Option<Vec<Range<usize>>> {
+        let tagged = self.tagged.get_or_init(|| {
+            let lines = self.source.replace("\r\n", "\n").replace('\r', "\n");
+            let mut env = environment();
+            env.set_fuel(Some(FUEL_MOST));
+            env.add_template_owned(NAME, mark_generation(&lines)?).ok()?;
+            Some(env)
+        });
+        let marked = Self::render_in(tagged.as_ref()?, conversation).ok()?;
+        let (mut bare, mut regions) = (String::with_capacity(text.len()), Vec::new());
+        let mut start = None;
+        for c in marked.chars() {
+            match (c, start) {
+                (c, None) if c == MARKS[0] => start = Some(bare.len()),
+                (c, Some(begin)) if c == MARKS[1] => {
+                    regions.push(begin..bare.len());
+                    start = None;
+                }
+                _ => bare.push(c),
+            }
+        }
+        (bare == text && start.is_none()).then_some(regions)
+    }
+
     fn elsewhere(
         &self,
         conversation: &Conversation<'_>,
@@ -174,7 +211,7 @@ impl Template {
     }
 
     fn render_here(&self, conversation: &Conversation<'_>) -> Result<String, RenderError> {
-        let Conversation { messages, named, variables, generation, now, cap } = *conversation;
+        let messages = conversation.messages;
         let bytes: usize = messages.iter().map(|message| message.text_bytes()).sum();
         let need = FUEL_LEAST + FUEL_A_MESSAGE * messages.len() as u64 + bytes as u64 / FUEL_BYTES;
         let env = self
@@ -183,6 +220,14 @@ impl Template {
             .find(|env| env.fuel().is_some_and(|fuel| fuel >= need))
             .or(self.levels.last())
             .ok_or_else(|| RenderError::Template("no environment".to_owned()))?;
+        Self::render_in(env, conversation)
+    }
+
+    fn render_in(
+        env: &Environment<'_>,
+        conversation: &Conversation<'_>,
+    ) -> Result<String, RenderError> {
+        let Conversation { messages, named, variables, generation, now, cap } = *conversation;
         let template = env.get_template(NAME).map_err(|e| RenderError::Template(one_line(&e)))?;
         let value = |field: &str, e: String| RenderError::Value(field.to_owned(), e);
         let mut all: Vec<(&str, Jinja)> = Vec::with_capacity(16);

@@ -13,8 +13,22 @@ use crate::read::json::Value;
 
 pub(super) const NAME: &str = "chat_template";
 
+/// The filter that marks what stands between training tags, and its marks.
+const REGION: &str = "generation_region";
+pub(super) const MARKS: [char; 2] = ['\u{f8fe}', '\u{f8ff}'];
+
 /// Turns the training tags `{% generation %}` into a block that is always rendered.
 pub(super) fn rewrite_generation(source: &str) -> String {
+    rewrite_tags(source, ["if true", "endif"])
+}
+
+/// Turns them into a block whose text has a mark before and behind it; `None` for a template without them.
+pub(super) fn mark_generation(source: &str) -> Option<String> {
+    let marked = rewrite_tags(source, [&format!("filter {REGION}"), "endfilter"]);
+    (marked != source).then_some(marked)
+}
+
+fn rewrite_tags(source: &str, [begin, end_tag]: [&str; 2]) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(at) = rest.find("{%") {
@@ -28,8 +42,8 @@ pub(super) fn rewrite_generation(source: &str) -> String {
         let inner = tag.trim_start_matches("{%").trim_end_matches("%}");
         let name = inner.trim_matches(|c: char| c.is_whitespace() || matches!(c, '-' | '+'));
         match name {
-            "generation" => out.push_str(&tag.replacen("generation", "if true", 1)),
-            "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endif", 1)),
+            "generation" => out.push_str(&tag.replacen("generation", begin, 1)),
+            "endgeneration" => out.push_str(&tag.replacen("endgeneration", end_tag, 1)),
             _ => out.push_str(tag),
         }
         rest = after;
@@ -60,6 +74,8 @@ pub(super) fn environment() -> Environment<'static> {
     env.set_unknown_method_callback(method);
     env.add_filter("tojson", tojson);
     env.add_filter("trim", trim);
+    let [open, close] = MARKS;
+    env.add_filter(REGION, move |text: String| format!("{open}{text}{close}"));
     env.add_filter("indent", indent);
     env.add_function("raise_exception", |message: String| -> Result<Jinja, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))

@@ -9,6 +9,7 @@ mod source;
 mod spelling;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use tokenizers::PostProcessorWrapper;
 
@@ -53,6 +54,13 @@ pub struct Tokenizer {
     /// A template that minijinja cannot compile may read anything.
     reads_any: bool,
     split_special: bool,
+}
+
+/// The bytes that ids cover which end there, one behind the other.
+pub fn between(ends: &[u32]) -> Vec<Range<usize>> {
+    let mut start = 0;
+    let next = |end: &u32| std::mem::replace(&mut start, *end as usize)..*end as usize;
+    ends.iter().map(next).collect()
 }
 
 /// Ids that no real vocabulary reaches: twice the tokens and this many more.
@@ -372,6 +380,27 @@ impl Tokenizer {
         };
         let last = count.checked_sub(1).and_then(|i| ends.get(i));
         Ok(last.map_or(0, |end| *end as usize))
+    }
+
+    /// The bytes of `text` that each of its ids covers; those of one character may share its bytes.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn covered(&self, text: &str) -> Result<Vec<Range<usize>>> {
+        if let Ok(bpe) = &self.fast {
+            let (mut ids, mut ends) = (Vec::new(), Vec::new());
+            SCRATCH.with_borrow_mut(|scratch| {
+                bpe.encode_with_ends(text, self.keep(), scratch, &mut ids, &mut ends)
+            })?;
+            return Ok(between(&ends));
+        }
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        let offsets =
+            guarded("encode", || Ok(self.inner.encode(text, false)?.get_offsets().to_vec()))?;
+        // An id of no byte, such as the space that some put before a text, belongs to what comes behind it.
+        Ok(offsets.into_iter().map(|(start, end)| start..end.max(start + 1)).collect())
     }
 
     /// The ids of `text` and where they end, with the control tokens that `keep` refuses left as text.

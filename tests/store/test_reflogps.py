@@ -481,6 +481,25 @@ def test_the_first_release_is_read():
     assert (store.stats.rows, store.stats.shards) == (8, 2)
 
 
+def test_weights_of_the_data_are_those_of_a_plan_and_both_are_a_product(tmp_path):
+    ids = ([[1, 2], [3]], [[4, 5], [6]], [[7], [8, 9]])
+    weights = {"chosen": [[0.5, 1], [3]], "rejected": [[4], [2, 0]]}
+    plain = PairDataset.from_ids(*ids)
+    weighted = PairDataset.from_ids(
+        *ids, chosen_weights=weights["chosen"], rejected_weights=weights["rejected"]
+    )
+    store, values = opened(tmp_path), np.array([[-1.0, -2.0], [-3.0, -4.0]])
+    store.put(weighted, values)
+    assert store.missing(plain).tolist() == [0, 1]
+    assert same(store.get(plain, token_weights=weights), values)
+    again = weighted.select([1, 0])
+    assert same(store.get(again), values[::-1])
+    assert store.missing(weighted, token_weights=weights).tolist() == [0, 1]
+    squared = {name: [[w * w for w in one] for one in lists] for name, lists in weights.items()}
+    store.put(weighted, values - 1, token_weights=weights)
+    assert same(store.get(plain, token_weights=squared), values - 1)
+
+
 def test_anything_that_reads_parquet_reads_a_shard(tmp_path):
     pairs, values = pairs_and_values()
     opened(tmp_path).put(pairs, values)

@@ -187,7 +187,9 @@ def test_files_of_all_kinds_with_extra_columns_come_out_the_same_three_ways(tmp_
 def raw(n, read=None, columns=()):
     empty = (np.empty(0, np.int32), np.zeros(n + 1, np.int64))
     out = {"prompt": empty, "chosen": empty, "rejected": empty, "rows": np.arange(n)}
-    out.update(ref_logps=np.full(2 * n, np.nan), with_ref=0, read=read or n, kept=n, bytes=0)
+    out.update(
+        weights=None, ref_logps=np.full(2 * n, np.nan), with_ref=0, read=read or n, kept=n, bytes=0
+    )
     out.update(
         dropped={"bad_json": read - n} if read else {}, warned={}, first={}, layouts={}, unread=[]
     )

@@ -20,6 +20,7 @@ from dpo_ext.data.options import (
     OnUseless,
     Options,
     SpecialTokensInText,
+    TrainOn,
     Truncation,
     settings,
 )
@@ -140,6 +141,14 @@ def data_options(
             rich_help_panel=PANEL,
         ),
     ] = "completion",
+    train_on: Annotated[
+        TrainOn,
+        typer.Option(
+            help="Score all tokens of a completion, or those of the assistant's last turn, or of "
+            "all its turns.",
+            rich_help_panel=PANEL,
+        ),
+    ] = "completion",
     now: Annotated[
         datetime | None,
         typer.Option(help="The time that chat templates see.", rich_help_panel=PANEL),
@@ -166,6 +175,7 @@ def data_options(
         "keep_nulls": keep_nulls,
         "on_useless": on_useless,
         "empty_think": empty_think,
+        "train_on": train_on,
         "now": now,
         "threads": threads,
     }

@@ -21,8 +21,9 @@ from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.layout.batch import Layout
+from dpo_ext.layout.fill import weights_of
 from dpo_ext.layout.plan import BatchPlan
-from dpo_ext.pairs import IDS, Pairs, Ragged
+from dpo_ext.pairs import IDS, WEIGHTS, Pairs, Ragged, weighed
 from dpo_ext.report import Report
 from dpo_ext.store.columns import Columns, record_batch
 from dpo_ext.store.folder import damaged
@@ -38,15 +39,20 @@ class PairDataset(Pairs):
 
     Rows hold ``prompt``, ``chosen``, ``rejected`` as strings or as lists of messages (``prompt``
     may be missing: it is then the common start of both sides), or ``prompt_ids``, ``chosen_ids``,
-    ``rejected_ids``. Optional are ``tools``, ``chat_template_kwargs``, and ``ref_chosen_logps``
-    with ``ref_rejected_logps``. Other fields are ignored unless ``columns`` names them.
+    ``rejected_ids``. Optional are ``tools``, ``chat_template_kwargs``, ``ref_chosen_logps`` with
+    ``ref_rejected_logps``, and ``chosen_weights`` and ``rejected_weights``: a weight for each id,
+    or spans ``[start, end, weight]`` of characters, which messages have in a key ``weights``. Other
+    fields are ignored unless ``columns`` names them.
 
-    ``pairs[i]`` is a dict of three int32 arrays and the values of the extra columns. Construct with
+    ``pairs[i]`` is a dict of three int32 arrays, the float32 weights of both completions if some
+    are not 1, and the values of the extra columns. Construct with
     :meth:`from_files`, :meth:`from_rows`, :meth:`from_arrow` or :meth:`from_ids`.
 
     Attributes:
         prompt_ids, chosen_ids, rejected_ids: :class:`Ragged`; a completion does not repeat its
             prompt.
+        chosen_weights, rejected_weights: :class:`Ragged` of float32, a factor of each completion
+            token's log-prob, which batches bring to their score tables; both None where each is 1.
         report: :class:`Report`.
         ref_logps: (n, 2) float64 or None, chosen then rejected, under the reference.
         rows: (n,) int64, the 0-based number of each pair's row among the rows read.
@@ -122,6 +128,12 @@ class PairDataset(Pairs):
             empty_think: where a block ``<think></think>`` belongs that the template puts before an
                 answer without thoughts: to the ``completion``, as printed, or to the ``prompt``, as
                 generation has it with thinking turned off.
+            train_on: which tokens of a completion are scored; the others weigh 0. ``completion``
+                all of them; ``last`` those of the assistant's last turn; ``assistant`` those of all
+                its turns, and none of what a user or a tool says between them. A turn is what
+                stands behind the start of an answer, to the end-of-turn marker; or what the
+                template's ``{% generation %}`` tags enclose. A row whose turns cannot be told apart
+                is bad (``unknown_turns``).
             now: the time that templates see; None for the time of the call.
             limits: :class:`Limits`.
             threads: number of threads; by default ``RAYON_NUM_THREADS``, else what affinity and
@@ -231,6 +243,8 @@ class PairDataset(Pairs):
         chosen: Ragged | Sequence[Any],
         rejected: Ragged | Sequence[Any],
         *,
+        chosen_weights: Sequence[Any] | None = None,
+        rejected_weights: Sequence[Any] | None = None,
         pad_id: int = 0,
         vocab_size: int | None = None,
     ) -> Self:
@@ -238,12 +252,15 @@ class PairDataset(Pairs):
 
         Args:
             prompt, chosen, rejected: lists, arrays or :class:`Ragged`, n of each.
+            chosen_weights, rejected_weights: n lists of numbers or booleans, one an id of each
+                completion: factors of their log-probs. None for 1 each.
             pad_id: what batches are padded with.
             vocab_size: if known, ids must be below it.
 
         Raises:
-            DataError: an id is negative or not below ``vocab_size``.  TensorError: bad offsets.
-            ValueError: the three differ in length.
+            DataError: an id is negative or not below ``vocab_size``; weights are not one an id, or
+                not finite.  TensorError: bad offsets.
+            TypeError: weights are no numbers.  ValueError: the three differ in length.
         """
         lists = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         lengths = {name: len(ids) for name, ids in lists.items()}
@@ -262,7 +279,20 @@ class PairDataset(Pairs):
             _core.check_ids(name, ragged.values, ragged.offsets, vocab_size)
             columns.append(ragged)
         n = lengths["prompt_ids"]
-        return cls(*columns, report=Report(n, n), pad_id=pad_id, vocab_size=vocab_size)
+        given = (chosen_weights, rejected_weights)
+        weights = [
+            None if lists is None else weights_of(name, lists, ids)
+            for name, lists, ids in zip(WEIGHTS, given, columns[1:], strict=True)
+        ]
+        chosen_own, rejected_own = weighed(columns[1:], weights)
+        return cls(
+            *columns,
+            report=Report(n, n),
+            pad_id=pad_id,
+            vocab_size=vocab_size,
+            chosen_weights=chosen_own,
+            rejected_weights=rejected_own,
+        )
 
     @classmethod
     def _from_raw(
@@ -273,10 +303,14 @@ class PairDataset(Pairs):
         notes: Sequence[str] = (),
     ) -> Self:
         known = raw["kept"] > 0 and raw["with_ref"] == raw["kept"]
+        chosen, rejected = Ragged(*raw["chosen"]), Ragged(*raw["rejected"])
+        weights = raw["weights"]
         return cls(
             Ragged(*raw["prompt"]),
-            Ragged(*raw["chosen"]),
-            Ragged(*raw["rejected"]),
+            chosen,
+            rejected,
+            chosen_weights=None if weights is None else Ragged(weights[0], chosen.offsets),
+            rejected_weights=None if weights is None else Ragged(weights[1], rejected.offsets),
             report=Report.of(raw, (*notes, *tokenizer.notes)),
             pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
             vocab_size=tokenizer.vocab_size,
@@ -289,8 +323,9 @@ class PairDataset(Pairs):
         """Saves the pairs as one Arrow IPC file and a manifest in ``folder``; needs pyarrow.
 
         The file is uncompressed, its columns have TRL's names: ``prompt_ids``, ``chosen_ids``,
-        ``rejected_ids``, and ``ref_chosen_logps``, ``ref_rejected_logps`` where they are known.
-        Anything that reads Arrow files reads it. Who may read it, the umask says.
+        ``rejected_ids``, and ``ref_chosen_logps``, ``ref_rejected_logps`` where they are known;
+        ``chosen_weights`` and ``rejected_weights`` where some are not 1. Anything that reads Arrow
+        files reads it. Who may read it, the umask says.
 
         A data set that stands in the folder is replaced as a whole: killed at any point, this
         leaves the old one or the new one, and who has the old one loaded keeps it. A folder with
@@ -392,7 +427,7 @@ class PairDataset(Pairs):
             bin_length: slots of a packed or shared row, by default ``tokens_per_batch``;
                 ``2 * max_length`` always suffices.
             token_weights: ``{"chosen": lists, "rejected": lists}``, a factor of each completion
-                token's log-prob; see :class:`BatchPlan`.
+                token's log-prob, beside those of the data set; see :class:`BatchPlan`.
 
         Raises:
             ValueError: an unknown layout, or a scalar out of range.
@@ -432,7 +467,7 @@ class MappedPairs(PairDataset):
         """A saved data set with all the ways of one."""
         pairs = cls.__new__(cls)
         vars(pairs).update(vars(saved.pairs))
-        lists = tuple(getattr(pairs, name) for name in IDS)
+        lists = tuple(getattr(pairs, name) for name in (*IDS, *WEIGHTS))
         vars(pairs).update(_place=(saved.folder, saved.name), _lists=lists)
         return pairs
 
@@ -441,9 +476,10 @@ class MappedPairs(PairDataset):
         for name in ("longest", "tokens"):  # cheap to count again
             state.pop(name, None)
         place, lists = state.pop("_place"), state.pop("_lists")
-        if any(state[name] is not ragged for name, ragged in zip(IDS, lists, strict=True)):
+        names = (*IDS, *WEIGHTS)
+        if any(state[name] is not ragged for name, ragged in zip(names, lists, strict=True)):
             return _unmapped, (), state
-        return _again, place, {k: v for k, v in state.items() if k not in IDS}
+        return _again, place, {k: v for k, v in state.items() if k not in names}
 
 
 def _unmapped() -> PairDataset:

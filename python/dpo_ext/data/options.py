@@ -20,6 +20,7 @@ SpecialTokensInText = Literal["special", "text", "error"]
 Images = Literal["error", "ignore"]
 OnUseless = Literal["drop", "keep"]
 EmptyThink = Literal["completion", "prompt"]
+TrainOn = Literal["completion", "last", "assistant"]
 LayoutOfRows = Literal[
     "explicit",
     "implicit",
@@ -53,6 +54,8 @@ FIELDS = (
     "rejected_ids",
     "ref_chosen_logps",
     "ref_rejected_logps",
+    "chosen_weights",
+    "rejected_weights",
 )
 
 
@@ -144,6 +147,7 @@ class Options(SharedOptions, total=False):
 
     chosen_key: str | None
     rejected_key: str | None
+    train_on: TrainOn
 
 
 class UnpairedOptions(SharedOptions, total=False):
@@ -178,6 +182,7 @@ class Settings:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     on_useless: OnUseless = "drop"
     empty_think: EmptyThink = "completion"
+    train_on: TrainOn = "completion"
     limits: Limits = field(default_factory=Limits)
     threads: int | None = None
     now: tuple[int, ...] = field(default_factory=local_time)
@@ -193,6 +198,7 @@ class Settings:
             "images": Images,
             "on_useless": OnUseless,
             "empty_think": EmptyThink,
+            "train_on": TrainOn,
             "layout_of_rows": LayoutOfRows,
         }
         for name, literal in choices.items():

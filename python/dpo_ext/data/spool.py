@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import REFERENCE, Ragged
+from dpo_ext.pairs import REFERENCE, WEIGHTS, Ragged
 from dpo_ext.report import Report, uncarried
 from dpo_ext.store.columns import Columns
 from dpo_ext.store.manifest import ROW
 
 LISTS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+
+ONES = 1 << 20  # weights of 1 that are made at a time
 
 
 class Spool:
@@ -32,12 +34,13 @@ class Spool:
         self._ends: dict[str, int] = {}
         self._kinds: dict[str, str] = {}
         self._report = Report(0, 0)
-        self._gaps = False
+        self._gaps = self._is_weighed = False
         self.n = self._with_ref = self._read = 0
 
     def append(self, raw: Mapping[str, Any], notes: Sequence[str]) -> None:
         """Appends what an encoder gave."""
         self._gaps = self._gaps or raw["read"] != raw["kept"]
+        self._append_weights(raw)
         for short, name in LISTS.items():
             self._append_lists(name, *raw[short])
         reference = raw["ref_logps"].reshape(-1, 2)
@@ -64,6 +67,20 @@ class Spool:
         self._put(f"{name} offsets", offsets[1:] + end if name in self._files else offsets)
         self._put(name, values)
         self._ends[name] = end + len(values)
+
+    def _append_weights(self, raw: Mapping[str, Any]) -> None:
+        """Appends the weights of both sides once there are some: before the ids that they weigh."""
+        if raw["weights"] is None and not self._is_weighed:
+            return
+        for i, (side, name) in enumerate(zip(("chosen", "rejected"), WEIGHTS, strict=True)):
+            if not self._is_weighed:
+                left = self._ends.get(LISTS[side], 0)
+                while left > 0:
+                    self._put(name, np.ones(min(left, ONES), np.float32))
+                    left -= ONES
+            given = raw["weights"]
+            self._put(name, np.ones(len(raw[side][0]), np.float32) if given is None else given[i])
+        self._is_weighed = True
 
     def _append_extra(self, name: str, values: Any) -> None:
         if not len(values):  # its kind says nothing
@@ -127,6 +144,10 @@ class Spool:
 
         columns = Columns(self.n, release)
         columns.lists = {name: lists(name, np.int32) for name in LISTS.values()}
+        if self._is_weighed:
+            for side, name in zip(("chosen", "rejected"), WEIGHTS, strict=True):
+                offsets = columns.lists[LISTS[side]].offsets
+                columns.lists[name] = Ragged(array(name, np.float32), offsets)
         if self.n and self._with_ref == self.n:
             columns.numbers = {name: array(name, np.float64) for name in REFERENCE}
         if self._gaps:

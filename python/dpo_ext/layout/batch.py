@@ -157,8 +157,8 @@ class Batch:
         logit_rows: (M,) int64.
         targets: (M,) int32.
         seq_offsets: (2N + 1,) int32.
-        weights: (M,) float32, the factor of each token's log-prob, from ``token_weights`` of the
-            plan, or None: all 1.
+        weights: (M,) float32, the factor of each token's log-prob, from the data set and
+            ``token_weights`` of the plan, or None: all 1.
         pair_index: (N,) int64, positions in the data set.
         ref_logps: (N, 2) float32, the dtype of log-probs, or None: sums under the reference, chosen
             then rejected.

@@ -198,6 +198,33 @@ def weigh(batch: Batch, weights: Mapping[str, Ragged], take: Take) -> Batch:
     return batch
 
 
+def factors(pairs: Pairs, token_weights: Any) -> Mapping[str, Ragged] | None:
+    """What each token of both completions weighs: by the data set, and by ``token_weights``.
+
+    Raises:
+        TypeError, DataError: as :func:`weight_lists`; a product is not finite.
+    """
+    given = None if token_weights is None else weight_lists(token_weights, pairs)
+    own = dict(zip(("chosen", "rejected"), pairs.weights.values(), strict=False))
+    if not own or given is None:
+        return own or given
+    out = {}
+    for name, lists in own.items():
+        with np.errstate(over="ignore"):
+            values = lists.values * given[name].values
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"`token_weights[{name!r}]`: expected finite products with the weights of the data "
+                "set, found one that is not",
+                field="token_weights",
+            )
+        out[name] = Ragged(values, lists.offsets)
+    return out
+
+
+LEFT = "\nhint: pairs.NAME_ids[{i}] are the tokens that are left after truncation"
+
+
 def weight_lists(weights: Any, pairs: Pairs) -> Mapping[str, Ragged]:
     """``{"chosen": ..., "rejected": ...}`` as float32 lists, one number a token of each completion.
 
@@ -217,11 +244,19 @@ def weight_lists(weights: Any, pairs: Pairs) -> Mapping[str, Ragged]:
             f"`token_weights` must have `chosen` and `rejected`, found {sorted(map(str, weights))}",
             field="token_weights",
         )
-    return {name: _weights_of(name, weights[name], ids) for name, ids in sides.items()}
+    return {
+        name: weights_of(f"token_weights[{name!r}]", weights[name], ids, LEFT.replace("NAME", name))
+        for name, ids in sides.items()
+    }
 
 
-def _weights_of(name: str, lists: Any, ids: Ragged) -> Ragged:
-    field = f"token_weights[{name!r}]"
+def weights_of(field: str, lists: Any, ids: Ragged, hint: str = "") -> Ragged:
+    """Weights as float32 lists, one number an id.
+
+    Raises:
+        TypeError, DataError: as :func:`weight_lists`; ``field`` says of what, and ``hint`` more
+            where their number is wrong.
+    """
     if len(lists) != len(ids):
         raise DataError(
             f"`{field}` must have {len(ids)} lists, one a pair, found {len(lists)}", field=field
@@ -236,8 +271,7 @@ def _weights_of(name: str, lists: Any, ids: Ragged) -> Ragged:
         if len(one) != stop - start:
             raise DataError(
                 f"pair {i}, `{field}`: expected {stop - start} weights, one a token of its "
-                f"completion, found {len(one)}\n"
-                f"hint: pairs.{name}_ids[{i}] are the tokens that are left after truncation",
+                f"completion, found {len(one)}{hint.format(i=i)}",
                 field=field,
             )
         values[start:stop] = one
@@ -250,7 +284,7 @@ def _weights_of(name: str, lists: Any, ids: Ragged) -> Ragged:
             f"{k - int(offsets[i])}",
             field=field,
         )
-    return Ragged(values, offsets)  # type: ignore[arg-type]
+    return Ragged(values, offsets)
 
 
 def _check_slots(slots: int, field: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Batch
-from dpo_ext.layout.fill import FILL, SLOTS, padded, weigh, weight_lists
+from dpo_ext.layout.fill import FILL, SLOTS, factors, padded, weigh
 from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
@@ -108,8 +108,10 @@ class BatchPlan(Sequence[Batch]):
 
     ``token_weights``: ``{"chosen": lists, "rejected": lists}``, for each pair a list of numbers or
     booleans, one a token of ``pairs.chosen_ids[i]`` and ``pairs.rejected_ids[i]``: factors of these
-    tokens' log-probs in every batch's table, 0 and False select nothing. A reference must be scored
-    with the same weights. ``digest`` does not know them.
+    tokens' log-probs in every batch's table, 0 and False select nothing. Where the data set has
+    weights of its own, ``chosen_weights`` and ``rejected_weights``, the factors are the products. A
+    reference must be scored with the same weights. ``digest`` knows those of the data set, and not
+    ``token_weights``.
     """
 
     sides: ClassVar[int] = 2
@@ -180,7 +182,7 @@ class BatchPlan(Sequence[Batch]):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
-        self._weights = None if token_weights is None else weight_lists(token_weights, pairs)
+        self._weights = factors(pairs, token_weights)
         self._lengths = SLOTS[layout](pairs)
         self.layout = layout
         self.bin_length = bin_length
@@ -290,13 +292,17 @@ class BatchPlan(Sequence[Batch]):
     @cached_property
     def digest(self) -> str:
         """128 bits in hex of what, besides seed and epoch, makes the batches of a step: every
-        option and the length of every prompt and completion. The same on all ranks.
+        option, the length of every prompt and completion, and the weights of the data set. The same
+        on all ranks.
         """
         options = {name: getattr(self, name) for name in self.options}
         made = hashlib.blake2b(repr(options).encode(), digest_size=16)
         for name in self._pairs.IDS:
             offsets = getattr(self._pairs, name).offsets
             made.update(np.ascontiguousarray(offsets, "<i8").data)
+        for name, lists in self._pairs.weights.items():
+            made.update(name.encode())
+            made.update(np.ascontiguousarray(lists.values, "<f4").data)
         return made.hexdigest()
 
     def state_dict(self, position: int = 0) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dpo_ext import _core
 from dpo_ext.errors import RefLogpsError, describe
-from dpo_ext.layout.fill import weight_lists
+from dpo_ext.layout.fill import factors
 from dpo_ext.pairs import Pairs, Ragged
 
 SIDES = ("chosen", "rejected")
@@ -41,13 +41,13 @@ class PairKeys:
         if not isinstance(pairs, Pairs):
             raise TypeError(f"`pairs` must be a PairDataset, found {describe(pairs)}")
         self.index = _index(index, len(pairs))
-        weights = None if token_weights is None else weight_lists(token_weights, pairs)
+        weights = factors(pairs, token_weights)
         self._prompt = _columns(pairs.prompt_ids)
         self._sides: list[tuple[Any, Any, Any]] = []  # ids, offsets, weights
         for side, ragged in zip(SIDES, (pairs.chosen_ids, pairs.rejected_ids), strict=True):
             values, offsets = _columns(ragged)
-            factors = None if weights is None else weights[side].values
-            self._sides.append((values, offsets, factors))
+            own = None if weights is None else np.ascontiguousarray(weights[side].values)
+            self._sides.append((values, offsets, own))
         self._maps = {
             id(mapped): mapped
             for values in (self._prompt[0], *(side[0] for side in self._sides))
@@ -104,8 +104,8 @@ class PairKeys:
             )
 
     def _largest_weight(self) -> float:
-        factors = (factors for _, _, factors in self._sides if factors is not None)
-        return max([1.0, *(float(np.abs(part).max(initial=0)) for part in factors)])
+        own = (weights for _, _, weights in self._sides if weights is not None)
+        return max([1.0, *(float(np.abs(part).max(initial=0)) for part in own)])
 
 
 def _index(index: Any, n: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import IDS, REFERENCE, Pairs, Ragged
+from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Pairs, Ragged
 from dpo_ext.store.manifest import ROW
 
 # A list column of at most this many ids has 32-bit offsets.
@@ -40,7 +40,7 @@ class Columns:
     def of(cls, pairs: Pairs) -> Columns:
         """The columns of a data set."""
         columns = cls(len(pairs))
-        columns.lists = {name: getattr(pairs, name) for name in IDS}
+        columns.lists = {name: getattr(pairs, name) for name in IDS} | pairs.weights
         if pairs.ref_logps is not None:
             for i, name in enumerate(REFERENCE):
                 columns.numbers[name] = np.ascontiguousarray(pairs.ref_logps[:, i], np.float64)
@@ -56,7 +56,7 @@ class Columns:
         Raises:
             DataError: its name is taken.  TypeError: its values are of no kind that can be saved.
         """
-        if name in (*IDS, *REFERENCE, ROW):
+        if name in (*IDS, *WEIGHTS, *REFERENCE, ROW):
             raise DataError(f"`{name}`: a column of ours has this name", field=name)
         is_array = isinstance(values, np.ndarray) and values.dtype.kind not in "OU"
         if not is_array and all(isinstance(value, str) for value in values):
@@ -81,16 +81,15 @@ class Columns:
 
 
 def list_array(pa: Any, ragged: Ragged) -> Any:
-    """Lists of ids as an Arrow array over the same ids: list<int32>, or large_list where 32-bit
-    offsets do not reach.
+    """Lists of ids or weights as an Arrow array over the same numbers: list<int32> or list<float>,
+    or large_list where 32-bit offsets do not reach.
     """
-    values = pa.Array.from_buffers(
-        pa.int32(), len(ragged.values), [None, pa.py_buffer(ragged.values)]
-    )
+    item = pa.float32() if ragged.values.dtype.kind == "f" else pa.int32()
+    values = pa.Array.from_buffers(item, len(ragged.values), [None, pa.py_buffer(ragged.values)])
     if len(ragged.values) > MAX_INT32:
-        kind, offsets = pa.large_list(pa.int32()), ragged.offsets
+        kind, offsets = pa.large_list(item), ragged.offsets
     else:
-        kind, offsets = pa.list_(pa.int32()), ragged.offsets.astype(np.int32)
+        kind, offsets = pa.list_(item), ragged.offsets.astype(np.int32)
     return pa.Array.from_buffers(
         kind, len(ragged), [None, pa.py_buffer(offsets)], children=[values]
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import IDS, REFERENCE, Pairs, Ragged
+from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Pairs, Ragged
 from dpo_ext.report import Report
 from dpo_ext.store.columns import MAX_INT32
 from dpo_ext.store.folder import (
@@ -152,6 +152,20 @@ class Mapped:
                 self.map.madvise(mmap.MADV_DONTNEED)
         return Ragged(values, offsets)
 
+    def _weights(self, column: Any, name: str, ids: Ragged) -> Ragged:
+        items = self._items(column, name, 1, 4)
+        offsets = self._offsets(column, name, "<i8" if _is_wide(column) else "<i4", items)
+        if not np.array_equal(offsets, ids.offsets):
+            raise self._wrong(f"`{name}`: expected a weight for each id")
+        values = self._buffer(column, name, 1, "<f4", int(offsets[-1]))
+        if self.verify:
+            step = CHUNK_BYTES // 4
+            for start in range(0, len(values), step):
+                if not np.isfinite(values[start : start + step]).all():
+                    raise damaged(self.path, f"`{name}`: expected finite weights")
+                self.map.madvise(mmap.MADV_DONTNEED)
+        return Ragged(values, ids.offsets)
+
     def column(self, column: Any, name: str) -> Any:
         kind = column.get("kind")
         if isinstance(kind, str) and kind in NUMBERS:
@@ -178,7 +192,15 @@ class Mapped:
         if missing:
             raise self._wrong(f"`columns`: expected `{missing[0]}`")
         lists = {name: self._ids(columns[name], name) for name in IDS}
-        others = {n: self.column(c, n) for n, c in columns.items() if n not in IDS}
+        sides = dict(zip(WEIGHTS, IDS[1:], strict=True))
+        weights = {
+            name: self._weights(columns[name], name, lists[side])
+            for name, side in sides.items()
+            if _is_list(columns.get(name, {}))
+        }
+        if len(weights) == 1:
+            raise self._wrong("`columns`: expected weights of both sides or of none")
+        others = {n: self.column(c, n) for n, c in columns.items() if n not in {*lists, *weights}}
         ref = [others.pop(name, None) for name in REFERENCE]
         ref_logps = None if ref[0] is None or ref[1] is None else np.stack(ref, axis=1)
         if self.verify and ref_logps is not None and not np.isfinite(ref_logps).all():
@@ -201,10 +223,16 @@ class Mapped:
                 vocab_size=self.vocab_size,
                 ref_logps=ref_logps,
                 rows=rows,
+                chosen_weights=weights.get(WEIGHTS[0]),
+                rejected_weights=weights.get(WEIGHTS[1]),
                 **extra,
             )
         except ValueError as error:
             raise self._wrong(str(error)) from error
+
+
+def _is_list(column: Mapping[str, Any]) -> bool:
+    return column.get("kind") in ("lists", "large_lists")
 
 
 def _is_wide(column: Mapping[str, Any]) -> bool:

@@ -2,9 +2,10 @@
 
 The file holds one uncompressed record batch with TRL's column names ``prompt_ids``, ``chosen_ids``,
 ``rejected_ids`` (list<int32>; large_list once a column has 2^31 ids), and where they are known
-``ref_chosen_logps`` and ``ref_rejected_logps`` (double), ``row`` (int64, if rows were dropped) and
-the extra columns. ``pyarrow.ipc.open_file`` and ``datasets.load_dataset("arrow", data_files=...)``
-read it. The manifest says where each column's buffers lie, so that loading needs NumPy alone.
+``ref_chosen_logps`` and ``ref_rejected_logps`` (double), ``row`` (int64, if rows were dropped),
+``chosen_weights`` and ``rejected_weights`` (list<float>, if some are not 1) and the extra columns.
+``pyarrow.ipc.open_file`` and ``datasets.load_dataset("arrow", data_files=...)`` read it. The
+manifest says where each column's buffers lie, so that loading needs NumPy alone.
 
 n is the number of pairs.
 """

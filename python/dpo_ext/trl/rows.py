@@ -52,6 +52,13 @@ def _pairs(dataset: Dataset, encoder: Tokenizer, options: Options, name: str) ->
         raise DataError(f"`{name}`: {error}", reason="no_pairs") from error
     if not len(pairs):
         raise DataError(f"`{name}`: there are no rows", reason="no_pairs")
+    if pairs.weights:
+        raise DataError(
+            f"`{name}`: expected tokens that weigh 1 each, as TRL's trainer knows no others, found "
+            "weights\nhint: the batches of `PairDataset.plan` carry them",
+            field="chosen_weights",
+            reason="bad_weights",
+        )
     if not pairs.report.dropped:
         return pairs
     numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
