@@ -217,8 +217,11 @@ pub(super) fn texts(
     let mut factors = [Vec::new(), Vec::new()];
     let fields =
         [Field::ChosenWeights, Field::RejectedWeights].map(|field| options.keys.name(field));
+    let is_weighed = options.train_on != TrainOn::Completion
+        || given.iter().any(Option::is_some)
+        || weights.iter().flatten().any(Option::is_some);
     let sides = [(&chosen, &whole_chosen), (&rejected, &whole_rejected)];
-    for (i, (side, whole)) in sides.into_iter().enumerate() {
+    for (i, (side, whole)) in sides.into_iter().enumerate().filter(|_| is_weighed) {
         let render = Render::new(&renderer, &prompt, side, whole, cut);
         let own = weights[i].len().checked_sub(side.len()).and_then(|at| weights[i].get(at..));
         let names = [names[1 + i], fields[i]];
@@ -251,8 +254,9 @@ fn weigh(
     }
     let side = render.messages.get(render.first..).unwrap_or_default();
     let mut spans = vec![Vec::new(); render.messages.len()];
-    for (i, (turn, value)) in side.iter().zip(own).enumerate() {
-        let (value, name) = match (value, given) {
+    for (i, turn) in side.iter().enumerate() {
+        let own = own.get(i).and_then(Option::as_ref);
+        let (value, name) = match (own, given) {
             (Some(_), Some(_)) => {
                 return Err(bad("expected weights in one place, found some in a message, too"));
             }

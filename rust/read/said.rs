@@ -42,8 +42,13 @@ pub struct Turns<'a> {
 }
 
 impl<'a> Turns<'a> {
-    /// Takes the key out of each message that weighs its content; those of the sides come back, one a message.
+    /// Takes the key out of each message that weighs its content; those of the sides come back, one a message, or
+    /// nothing if no message has one.
     pub fn take_weights(&mut self) -> [Vec<Option<Value<'a>>>; 2] {
+        let mut turns = self.prompt.iter().flatten().chain(&self.chosen).chain(&self.rejected);
+        if turns.all(|turn| turn.get(weights::KEY).is_none()) {
+            return [Vec::new(), Vec::new()];
+        }
         let mut take = |turn: &mut Value<'a>| match turn {
             Value::Object(fields) => {
                 let at = fields.iter().position(|(key, _)| key == weights::KEY)?;
