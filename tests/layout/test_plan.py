@@ -308,3 +308,17 @@ def test_from_ids_takes_ragged_lists_and_arrays_alike():
 def test_reference_log_probs_have_one_finite_pair_a_row(values):
     with pytest.raises(ValueError, match="`values` must"):
         random_pairs(3).with_ref_logps(values)
+
+
+@pytest.mark.parametrize("bad", [1e300, np.nan, -np.inf])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_reference_log_prob_that_float32_does_not_hold_is_an_error_and_no_infinity(layout, bad):
+    ids = PairDataset.from_ids([[1]] * 3, [[2]] * 3, [[3]] * 3)
+    values = np.zeros((3, 2))
+    values[1, 0] = bad
+    with pytest.raises(ValueError, match=r"`values` must be finite in float32, .* at pair 1"):
+        ids.with_ref_logps(values)
+    pairs = ids.with_ref_logps(np.zeros((3, 2)))
+    pairs.ref_logps[1, 0] = bad  # behind its back, as a damaged file may
+    with pytest.raises(DataError, match="pair 1: expected reference log-probs that float32 holds"):
+        list(pairs.plan(layout=layout, pairs_per_batch=3))

@@ -371,17 +371,19 @@ class PairDataset(Pairs):
         every batch.
 
         Raises:
-            ValueError: the shape differs, or a value is not finite.
+            ValueError: the shape differs, or a value is not finite in float32.
         """
         ref_logps = np.array(values, np.float64)
         if ref_logps.shape != (len(self), 2):
             raise ValueError(
                 f"`values` must have the shape {(len(self), 2)}, found {ref_logps.shape}"
             )
-        finite = np.isfinite(ref_logps).all(axis=1)
+        finite = (np.abs(ref_logps) <= np.finfo(np.float32).max).all(axis=1)
         if not finite.all():
             worst = int(np.argmin(finite))
-            raise ValueError(f"`values` must be finite, found {ref_logps[worst]} at pair {worst}")
+            raise ValueError(
+                f"`values` must be finite in float32, found {ref_logps[worst]} at pair {worst}"
+            )
         return self._made(self.prompt_ids, self.chosen_ids, self.rejected_ids, ref_logps=ref_logps)
 
     def to_arrow(self) -> Any:

@@ -63,7 +63,15 @@ def _of_pairs(pairs: Pairs, index: NDArray[np.int64], take: Take) -> dict[str, A
     if pairs.ref_logps is None:
         return {"pair_index": own, "ref_logps": None, "columns": columns}
     ref_logps = take(2 * len(index), np.float32).reshape(-1, 2)
-    ref_logps[:] = pairs.ref_logps[index]
+    with np.errstate(over="ignore"):
+        ref_logps[:] = pairs.ref_logps[index]
+    if not np.isfinite(ref_logps).all():
+        worst = int(index[np.argmin(np.isfinite(ref_logps).all(axis=1))])
+        raise DataError(
+            f"pair {worst}: expected reference log-probs that float32 holds, found "
+            f"{pairs.ref_logps[worst].tolist()}",
+            field="ref_logps",
+        )
     return {"pair_index": own, "ref_logps": ref_logps, "columns": columns}
 
 
