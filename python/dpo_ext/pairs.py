@@ -19,6 +19,8 @@ from dpo_ext.report import Report
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 WEIGHTS = ("chosen_weights", "rejected_weights")
+IGNORE_INDEX = -100
+"""The target of a token that is not scored, as in the labels of Hugging Face."""
 SHOWN = 5  # pairs in a notebook
 
 

@@ -50,7 +50,7 @@ def test_every_layout_brings_each_weight_to_its_token(layout, options, seed):
         want = wanted(pairs, weights, batch.pair_index)
         assert other.weights is None
         assert other.table.weights is None
-        assert (batch.targets == other.targets).all()
+        assert (batch.targets == np.where(want == 0, -100, other.targets)).all()
         assert batch.weights.dtype == np.float32
         for held in (batch, batch.to("cpu"), pickle.loads(pickle.dumps(batch))):
             assert np.array_equal(np.asarray(held.weights), want)
@@ -72,13 +72,22 @@ def test_the_log_prob_of_a_sequence_is_its_weighted_sum():
     pairs, weights = data()
     (batch,) = pairs.plan(layout="packed", pairs_per_batch=7, token_weights=weights)
     logits = torch.randn(*batch.input_ids.shape, V, dtype=torch.float64)
-    token = torch.log_softmax(logits.flatten(0, 1), -1)[batch.logit_rows, batch.targets]
+    (plain,) = pairs.plan(layout="packed", pairs_per_batch=7)
+    token = torch.log_softmax(logits.flatten(0, 1), -1)[batch.logit_rows, plain.targets]
     want = wanted(pairs, weights, batch.pair_index).astype(float)
     sums = [
         (token.numpy()[a:b] * want[a:b]).sum()
         for a, b in zip(batch.seq_offsets[:-1], batch.seq_offsets[1:], strict=True)
     ]
     np.testing.assert_allclose(sequence_logps(logits, batch.table).flatten(), sums, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_lengths_count_the_tokens_that_weigh_something(layout):
+    pairs = PairDataset.from_ids([[1], [2]], [[2, 3, 4], [5]], [[4], [6, 7]])
+    weights = {"chosen": [[0.5, 0, 2], [0]], "rejected": [[1], [0, 1]]}
+    (batch,) = pairs.plan(layout=layout, pairs_per_batch=2, shuffle=False, token_weights=weights)
+    assert batch.table.lengths.tolist() == [[2, 1], [0, 1]]
 
 
 def test_booleans_are_a_mask():

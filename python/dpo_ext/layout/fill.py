@@ -12,7 +12,7 @@ from dpo_ext import _core
 from dpo_ext.errors import DataError, LimitExceeded
 from dpo_ext.layout import BLOCK
 from dpo_ext.layout.batch import BLOCKS, LAYOUTS, TABLE, Batch
-from dpo_ext.pairs import Ragged
+from dpo_ext.pairs import IGNORE_INDEX, Ragged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -188,7 +188,8 @@ FILL: Mapping[Layout, Callable[..., Batch]] = {"packed": packed, "shared": share
 
 
 def weigh(batch: Batch, weights: Mapping[str, Ragged], take: Take) -> Batch:
-    """The batch with the weight of each of its tokens, in the order of its table.
+    """The batch with the weight of each of its tokens, in the order of its table; one of weight 0
+    has the target of a token that is not scored, so that no length counts it.
 
     Same as, for each pair of the batch and ``"chosen"``, then ``"rejected"``: the last n weights of
     that completion, n being its tokens in the table. (A first token without a prompt is none.)
@@ -203,6 +204,7 @@ def weigh(batch: Batch, weights: Mapping[str, Ragged], take: Take) -> Batch:
         place = np.repeat(batch.seq_offsets[first:-1:2].astype(np.int64), n) + step
         out[place] = lists.values[source]
     vars(batch)["weights"] = out
+    batch.targets[out == 0] = IGNORE_INDEX
     return batch
 
 

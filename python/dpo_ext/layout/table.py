@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dpo_ext.errors import TensorError, describe
+from dpo_ext.pairs import IGNORE_INDEX as IGNORE_INDEX
 
-IGNORE_INDEX = -100
 _NOT_A_TOKEN = -1  # what a label outside int32 becomes on a device: the kernels answer NaN
 Shape = tuple[int, ...]
 """(rows, T) of the logits, or (R,) where only their number of rows is known."""
