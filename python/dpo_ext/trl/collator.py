@@ -11,9 +11,9 @@ import torch
 
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import Layout
-from dpo_ext.layout.fill import shared, shared_lengths
+from dpo_ext.layout.fill import shared, shared_lengths, weigh
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.pairs import REFERENCE, Pairs, Ragged
+from dpo_ext.pairs import REFERENCE, WEIGHTS, Pairs, Ragged
 from dpo_ext.report import Report
 
 # Stock TRL hands every key it does not know to a model that ignores what it does not know, so that
@@ -91,6 +91,9 @@ class PairCollator:
     >>> batch["position_ids"]
     tensor([[0, 1, 2, 3, 2, 0, 1, 1, 2]])
 
+    Rows may weigh the tokens of their completions, in ``chosen_weights`` and ``rejected_weights``:
+    the table has the weights, and a token of weight 0 is neither in it nor in ``completion_mask``.
+
     Args:
         pad_token_id: written where a row has ended.
         max_length: ids that each side of a pair keeps; None keeps all.
@@ -154,15 +157,24 @@ class PairCollator:
         sides = _ids(rows, "chosen_ids") + _ids(rows, "rejected_ids")
         ids = [np.concatenate(parts) for parts in zip(prompts, sides, strict=True)]
         starts = [len(prompt) for prompt in prompts]
+        weights = _weights(rows, sides)
+        if weights is not None:  # beside the ids, whatever is cut
+            weights = [
+                np.concatenate([np.ones(start, np.float32), own])
+                for start, own in zip(starts, weights, strict=True)
+            ]
         if self.max_length is not None:
             over = [max(0, len(row) - self.max_length) for row in ids]
             if self.truncation_mode == "keep_start":
-                ids = [row[: self.max_length] for row in ids]
+                cuts = [slice(self.max_length)] * len(ids)
             else:
-                ids = [row[n:] for row, n in zip(ids, over, strict=True)]
+                cuts = [slice(n, None) for n in over]
                 starts = [max(0, start - n) for start, n in zip(starts, over, strict=True)]
-
-        batch = self._pack(ids, starts) if self.layout == "packed" else self._pad(ids, starts)
+            ids = [row[cut] for row, cut in zip(ids, cuts, strict=True)]
+            if weights is not None:
+                weights = [own[cut] for own, cut in zip(weights, cuts, strict=True)]
+        fill = self._pack if self.layout == "packed" else self._pad
+        batch = fill(ids, starts, weights)
         return self._with_reference(batch, rows)
 
     def _with_reference(
@@ -173,7 +185,9 @@ class PairCollator:
                 batch[name] = torch.tensor(_values(rows, name), dtype=torch.float32)
         return batch
 
-    def _pad(self, ids: list[np.ndarray], starts: list[int]) -> dict[str, Any]:
+    def _pad(
+        self, ids: list[np.ndarray], starts: list[int], weights: list[np.ndarray] | None
+    ) -> dict[str, Any]:
         """Sequences ``ids``, chosen ones first, whose completions begin at ``starts``."""
         multiple = self.pad_to_multiple_of or 1
         T = -(-max(map(len, ids), default=0) // multiple) * multiple
@@ -184,6 +198,12 @@ class PairCollator:
             input_ids[index, : len(row)] = row
             attention_mask[index, : len(row)] = 1
             completion_mask[index, start : len(row)] = 1
+        factors = None
+        if weights is not None:
+            factors = np.zeros(input_ids.shape, np.float32)
+            for index, own in enumerate(weights):
+                factors[index, : len(own)] = own
+            completion_mask[factors == 0] = 0
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
@@ -191,13 +211,18 @@ class PairCollator:
         }
         if self.score_table:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            batch[TABLE_KEY] = ScoreTable.from_labels(labels).compact()
+            given = None if factors is None else torch.from_numpy(factors)
+            batch[TABLE_KEY] = ScoreTable.from_labels(labels, weights=given).compact()
         return batch
 
-    def _pack(self, ids: list[np.ndarray], starts: list[int]) -> dict[str, Any]:
+    def _pack(
+        self, ids: list[np.ndarray], starts: list[int], weights: list[np.ndarray] | None
+    ) -> dict[str, Any]:
         """The same sequences as segments of one row, pair by pair."""
         interleaved = np.arange(len(ids)).reshape(2, -1).T.reshape(-1)
         ids, starts = [ids[k] for k in interleaved], [starts[k] for k in interleaved]
+        every = [np.ones(len(row)) for row in ids]
+        factors = every if weights is None else [weights[k] for k in interleaved]
         lengths = [len(row) for row in ids]
         used, multiple = sum(lengths), self.pad_to_multiple_of or 1
         tail = -used % multiple
@@ -210,17 +235,20 @@ class PairCollator:
         # Row t - 1 of a sequence predicts its token t; nothing predicts the first.
         firsts = [min(max(start, 1), n) for start, n in zip(starts, lengths, strict=True)]
         scored = [
-            begin + np.arange(first, n)
-            for begin, first, n in zip(begins, firsts, lengths, strict=False)
+            begin + first + np.flatnonzero(own[first:])
+            for begin, first, own in zip(begins, firsts, factors, strict=False)
         ]
         places = np.concatenate(scored).astype(np.int64)
         table = ScoreTable(
             logit_rows=places - 1,
             targets=input_ids[places].astype(np.int32),
             seq_offsets=np.cumsum([0, *map(len, scored)], dtype=np.int32),
+            weights=None if weights is None else np.concatenate(factors)[places],
             shape=(1, len(input_ids)),
         )
-        completion = [max(n - start, 0) for start, n in zip(starts, lengths, strict=True)]
+        completion = [
+            np.count_nonzero(own[start:]) for start, own in zip(starts, factors, strict=True)
+        ]
         longest = max(segments, default=0)
         return {
             "input_ids": torch.from_numpy(input_ids)[None],
@@ -243,26 +271,59 @@ class PairCollator:
             [ids[:n] for ids, n in zip(_ids(rows, name), room, strict=True)]
             for name in ("chosen_ids", "rejected_ids")
         )
-        lists = (Ragged.from_lists(ids) for ids in (prompts, chosen, rejected))
+        lists = [Ragged.from_lists(ids) for ids in (prompts, chosen, rejected)]
         pairs = Pairs(
             *lists, report=Report(len(rows), len(rows)), pad_id=self.pad_token_id, vocab_size=None
         )
         used, multiple = int(shared_lengths(pairs).sum()), self.pad_to_multiple_of or 1
         width = -(-used // multiple) * multiple
-        batch = shared(pairs, np.arange(len(rows)), np.array([0, len(rows)]), width).to()
-        sides = torch.from_numpy(np.stack([pairs.chosen_ids.lengths, pairs.rejected_ids.lengths]))
+        batch = shared(pairs, np.arange(len(rows)), np.array([0, len(rows)]), width)
+        sides = [pairs.chosen_ids.lengths, pairs.rejected_ids.lengths]
+        tokens = 2 * int(pairs.prompt_ids.lengths.sum()) + int(np.sum(sides))
+        weights = _weights(rows, _ids(rows, "chosen_ids") + _ids(rows, "rejected_ids"))
+        if weights is not None:
+            kept = [own[:n] for own, n in zip(weights, room * 2, strict=True)]
+            halves = kept[: len(rows)], kept[len(rows) :]
+            sides = [np.array([np.count_nonzero(own) for own in half]) for half in halves]
+            factors = {
+                name: Ragged(np.concatenate(half), ids.offsets)
+                for name, half, ids in zip(("chosen", "rejected"), halves, lists[1:], strict=True)
+            }
+            batch = weigh(batch, factors, np.empty)
+        batch = batch.to()
         return {
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
             SHARED_ROWS: batch,
-            NUM_TOKENS: 2 * int(pairs.prompt_ids.lengths.sum()) + int(sides.sum()),
-            "completion_lengths": sides.T.contiguous(),
-            TABLE_KEY: batch.table,
+            NUM_TOKENS: tokens,
+            "completion_lengths": torch.from_numpy(np.stack(sides).T.copy()),
+            TABLE_KEY: batch.table if weights is None else batch.table.compact(),
         }
 
 
 def _ids(rows: Sequence[Mapping[str, Any]], name: str) -> list[np.ndarray]:
     return [np.asarray(value, dtype=np.int64) for value in _values(rows, name)]
+
+
+def _weights(
+    rows: Sequence[Mapping[str, Any]], sides: Sequence[np.ndarray]
+) -> list[np.ndarray] | None:
+    """A factor of each token of the ``sides``, chosen ones first, or None where each is 1."""
+    if not any(name in rows[0] for name in WEIGHTS):
+        return None
+    lists = [w for name in WEIGHTS for w in _values(rows, name)]
+    found = [np.asarray(own, dtype=np.float32) for own in lists]
+    for index, (own, ids) in enumerate(zip(found, sides, strict=True)):
+        if own.shape != ids.shape:
+            side, row = divmod(index, len(rows))
+            raise DataError(
+                f"row {row + 1}, `{WEIGHTS[side]}`: expected {len(ids)} weights, one a token of "
+                f"its completion, found {own.size}",
+                line=row + 1,
+                field=WEIGHTS[side],
+                reason="bad_weights",
+            )
+    return found
 
 
 def _values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:

@@ -52,13 +52,6 @@ def _pairs(dataset: Dataset, encoder: Tokenizer, options: Options, name: str) ->
         raise DataError(f"`{name}`: {error}", reason="no_pairs") from error
     if not len(pairs):
         raise DataError(f"`{name}`: there are no rows", reason="no_pairs")
-    if pairs.weights:
-        raise DataError(
-            f"`{name}`: expected tokens that weigh 1 each, as TRL's trainer knows no others, found "
-            "weights\nhint: the batches of `PairDataset.plan` carry them",
-            field="chosen_weights",
-            reason="bad_weights",
-        )
     if not pairs.report.dropped:
         return pairs
     numbered = dataset.add_column(_ROW, np.arange(len(dataset)))
@@ -67,11 +60,13 @@ def _pairs(dataset: Dataset, encoder: Tokenizer, options: Options, name: str) ->
 
 
 def _beside(dataset: Dataset, pairs: PairDataset) -> Dataset:
-    """The data set with the pairs as columns: ids, and what the rows had of the reference."""
+    """The data set with the pairs as columns: ids, weights, what the rows had of the reference."""
     columns: dict[str, pa.Array] = {}
     for name in IDS:
         ragged = getattr(pairs, name)
         columns[name] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
+    for name, weights in pairs.weights.items():
+        columns[name] = pa.LargeListArray.from_arrays(weights.offsets, weights.values)
     if pairs.ref_logps is not None:
         for index, name in enumerate(REFERENCE):
             columns[name] = pa.array(pairs.ref_logps[:, index].astype(np.float32))

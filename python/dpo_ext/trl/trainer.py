@@ -19,10 +19,10 @@ from trl.trainer.utils import use_adapter
 
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
-from dpo_ext.errors import TensorError, TokenizerError
+from dpo_ext.errors import DataError, TensorError, TokenizerError
 from dpo_ext.layout.batch import LAYOUTS, Batch, Layout
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.pairs import IDS, REFERENCE
+from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS
 from dpo_ext.report import Report
 from dpo_ext.torch import (
     PreferenceLoss,
@@ -176,6 +176,7 @@ class DPOTrainer(trl.DPOTrainer):
         self._totals: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self.data_reports: dict[str, Report] = {}
         self.steps_back: dict[str, str] = {}
+        self._weighs = False  # whether rows weigh their tokens
         self._prepared: set[str] = set()  # fingerprints of data sets that are ours
         self._encoder: tuple[Any, Tokenizer] | None = None
         self._scores_by_itself = False
@@ -249,6 +250,7 @@ class DPOTrainer(trl.DPOTrainer):
                 attach_scoring(self.accelerator.unwrap_model(self.ref_model))
         except TypeError as error:
             self._step_back(_HEAD, str(error).partition("\n")[0])
+            self._check_weights(self.args)
             return
         if self.layout == "shared" and self.aux_loss_enabled:
             self._step_back(_LAYOUT, "the router loss counts the prompt of each side", "packed")
@@ -330,7 +332,31 @@ class DPOTrainer(trl.DPOTrainer):
         if dataset_name != "train" and set(report.layouts) == {"implicit"}:
             prepared = with_prompt(prepared)
         self._prepared.add(fingerprint(prepared))
+        self._weighs |= set(WEIGHTS) <= set(prepared.column_names)
+        self._check_weights(args)
         return prepared
+
+    def _check_weights(self, args: trl.DPOConfig) -> None:
+        """Raise `DataError` where the weights of tokens would go unheard."""
+        reason = self.steps_back.get(_HEAD)
+        if reason is not None:
+            reason = f"log-probs are TRL's own, as {reason}"
+        elif self._has_own_collator:
+            reason = "a `data_collator` is given"
+        elif getattr(args.accelerator_config, "dispatch_batches", None):
+            reason = "`dispatch_batches` cuts batches up by their rows"
+        if self._weighs and reason is not None:
+            raise DataError(
+                f"weights of tokens would go unheard: {reason}\n"
+                "hint: leave out `train_on` and the weights of the rows",
+                field=WEIGHTS[0],
+                reason="bad_weights",
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._signature_columns is not None and IDS[0] in self._signature_columns:
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *WEIGHTS]))
 
     def _encoder_of(self, processing_class: Any) -> Tokenizer | None:
         """The tokenizer, made once; None for one that we do not know to read exactly."""
@@ -350,7 +376,8 @@ class DPOTrainer(trl.DPOTrainer):
             return dataset
         self._attach()
         model = self.model if self.ref_model is None else self.ref_model
-        rows = dataset if self._has_own_collator else dataset.select_columns(list(IDS))
+        names = [n for n in (*IDS, *WEIGHTS) if n in dataset.column_names]
+        rows = dataset if self._has_own_collator else dataset.select_columns(names)
         loader = self.accelerator.prepare(
             DataLoader(
                 rows,
