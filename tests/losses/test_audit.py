@@ -40,6 +40,19 @@ def test_float32_allows_a_thousandth_of_a_nat_or_a_millionth_of_the_log_prob():
     refused(long + 5.1e-3, logps=long, lengths=LENGTHS[:1])
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("high", torch.float16), ("medium", torch.bfloat16)]
+)
+def test_float32_whose_products_are_rounded_allows_as_much_as_these(precision, dtype):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = allowed(LOGPS, LENGTHS, torch.float32)
+        assert torch.equal(found, allowed(LOGPS, LENGTHS, dtype))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_one_sequence_that_is_off_is_named_with_the_loss_that_it_gives():
     ref = LOGPS.clone()
     ref[4, 1] += 3.0

@@ -62,12 +62,26 @@ class Drift(NamedTuple):
         return self.off > self.allowed
 
 
+def _rounds_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that rounds as products of ``dtype`` do: those of float32 may go through TF32, which
+    has float16's digits, or bfloat16.
+    """
+    if dtype != torch.float32:
+        return dtype
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the names of torch 2.9 and later
+        precision = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    return {"high": torch.float16, "medium": torch.bfloat16}.get(precision, dtype)
+
+
 def allowed(logps: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """Nats that two forward passes of one model on one batch may differ by.
 
     >>> allowed(torch.tensor([-300.0]), torch.tensor([100]), torch.bfloat16)
     tensor([0.2000])
     """
+    dtype = _rounds_as(dtype)
     if dtype in ROUNDING:
         return ROUNDING[dtype] * lengths.to(logps.dtype).sqrt()
     return (RELATIVE * logps.abs()).clamp(min=SMALL)
@@ -225,6 +239,8 @@ def first_difference(policy: nn.Module, reference: nn.Module) -> str | None:
         other = theirs.get(name)
         if other is None or other.shape != weight.shape:
             return name
+        if weight.is_meta or other.is_meta:  # offloaded: nothing to compare here
+            continue
         low = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
         ours, its = _local(weight), _local(other)
         if ours.shape != its.shape or not torch.equal(ours.to(its.device, low), its.to(low)):
