@@ -63,8 +63,8 @@ class Drift(NamedTuple):
 
 
 def _rounds_as(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that rounds as products of ``dtype`` do: those of float32 may go through TF32, which
-    has float16's digits, or bfloat16.
+    """The dtype that rounds as products of ``dtype`` do: those of float32 may go through bfloat16,
+    or through TF32, which has the digits of float16.
     """
     if dtype != torch.float32:
         return dtype
