@@ -250,6 +250,11 @@ impl Bpe {
         Walk { bpe: self, keep, scratch, ids, ends: None, cut, border }.text(text, 0, false)
     }
 
+    /// Whether the normaliser changes nothing in a text, as far as a quick look tells.
+    pub fn leaves(&self, text: &str) -> bool {
+        !self.nfc || self.classes.is_quick_nfc(text)
+    }
+
     /// [`Self::encode_into`], and for each id the end of its bytes in `text`.
     ///
     /// Where NFC changed the text, an id that ends inside a changed character gets that character's end.

@@ -10,7 +10,7 @@ use super::outcome::{Pair, Refusal};
 use super::text::Texts;
 use crate::bpe::{Found, Inside, PairIds};
 use crate::error::{Error, Result, Warning};
-use crate::tokenize::{Tokenizer, between};
+use crate::tokenize::Tokenizer;
 
 thread_local! {
     static PAIR_IDS: RefCell<PairIds> = RefCell::default();
@@ -230,12 +230,12 @@ impl Sides<'_> {
 
     /// The bytes that each id of `text` covers; it is text `i` from the byte `start` on.
     fn covered(&self, i: usize, text: &str, start: usize) -> Result<Vec<Range<usize>>> {
-        let ends = match &self.texts.marks {
-            _ if self.all_is_text() => self.encode_as_text(text)?.1,
-            Some(marks) => encode_marked(text, start, &marks[i], self.tokenizer)?.1,
+        let (ids, ends) = match &self.texts.marks {
+            _ if self.all_is_text() => self.encode_as_text(text)?,
+            Some(marks) => encode_marked(text, start, &marks[i], self.tokenizer)?,
             None => return self.tokenizer.covered(text),
         };
-        Ok(between(&ends))
+        self.tokenizer.aligned(text, &ids, &ends)
     }
 
     /// The ids of the prompt alone.

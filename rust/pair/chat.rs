@@ -222,7 +222,7 @@ pub(super) fn texts(
         || weights.iter().flatten().any(Option::is_some);
     let sides = [(&chosen, &whole_chosen), (&rejected, &whole_rejected)];
     for (i, (side, whole)) in sides.into_iter().enumerate().filter(|_| is_weighed) {
-        let render = Render::new(&renderer, &prompt, side, whole, cut);
+        let render = Render::new(&renderer, &prompt, side, whole, (cut, alone.is_none()));
         let own = weights[i].len().checked_sub(side.len()).and_then(|at| weights[i].get(at..));
         let names = [names[1 + i], fields[i]];
         let weighed =

@@ -27,6 +27,8 @@ pub(super) struct Render<'r> {
     pub(super) whole: &'r str,
     /// Bytes of the prompt.
     pub(super) cut: usize,
+    /// Whether the template prints the prompt as it does alone, so that all of it stands before the cut.
+    is_whole: bool,
     /// Where each content begins, and where it ends.
     contents: [OnceCell<Option<Vec<Vec<usize>>>>; 2],
     /// Where turns end, as far as it was looked for.
@@ -39,11 +41,11 @@ impl<'r> Render<'r> {
         prompt: &'r [Value<'r>],
         side: &'r [Value<'r>],
         whole: &'r str,
-        cut: usize,
+        (cut, is_whole): (usize, bool),
     ) -> Self {
         let messages: Vec<_> = prompt.iter().chain(side).collect();
         let (contents, ends) = Default::default();
-        Self { renderer, messages, first: prompt.len(), whole, cut, contents, ends }
+        Self { renderer, messages, first: prompt.len(), whole, cut, is_whole, contents, ends }
     }
 
     /// The stretches of the completion that are trained, sorted; `None` where they cannot be told.
@@ -163,7 +165,7 @@ impl<'r> Render<'r> {
     /// Where the turn `last` ends, which `alone` ends with: the turns before may be printed otherwise with others behind
     /// them, but not what stands behind its content.
     fn end_behind(&self, last: usize, alone: &str) -> Option<usize> {
-        let own = Render::new(self.renderer, &[], &[], alone, 0);
+        let own = Render::new(self.renderer, &[], &[], alone, (0, true));
         let own = Render { messages: self.messages.get(..=last)?.to_vec(), ..own };
         let marker = alone.get(own.content(last, 1)?..)?;
         let shorter = marker.strip_suffix(self.eos()).unwrap_or(marker);
@@ -188,7 +190,9 @@ impl<'r> Render<'r> {
     /// Where what the model says in the turn `message` begins, behind what the template begins an answer with.
     fn begin_of(&self, message: usize) -> Option<usize> {
         if message == self.first {
-            return Some(self.cut);
+            let is_before = |at| self.content(at, 1).is_some_and(|end| end <= self.cut);
+            let is_border = self.is_whole || (0..self.first).all(is_before);
+            return is_border.then_some(self.cut);
         }
         let before = self.end_of(message)?;
         let turns = self.messages.get(..message)?;

@@ -392,7 +392,7 @@ impl Tokenizer {
             SCRATCH.with_borrow_mut(|scratch| {
                 bpe.encode_with_ends(text, self.keep(), scratch, &mut ids, &mut ends)
             })?;
-            return Ok(between(&ends));
+            return self.aligned(text, &ids, &ends);
         }
         if text.is_empty() {
             return Ok(Vec::new());
@@ -401,6 +401,30 @@ impl Tokenizer {
             guarded("encode", || Ok(self.inner.encode(text, false)?.get_offsets().to_vec()))?;
         // An id of no byte, such as the space that some put before a text, belongs to what comes behind it.
         Ok(offsets.into_iter().map(|(start, end)| start..end.max(start + 1)).collect())
+    }
+
+    /// The bytes of `text` that its `ids` cover, which end at `ends`; where the normaliser changed a text, character by
+    /// character, as the `tokenizers` crate aligns them.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn aligned(&self, text: &str, ids: &[i32], ends: &[u32]) -> Result<Vec<Range<usize>>> {
+        if self.fast.as_ref().is_ok_and(|bpe| bpe.leaves(text)) {
+            return Ok(between(ends));
+        }
+        let found = guarded("encode", || Ok(self.inner.encode(text, false)?))?;
+        if found.get_ids().iter().map(|id| i64::from(*id)).eq(ids.iter().map(|id| i64::from(*id))) {
+            return Ok(found.get_offsets().iter().map(|&(a, b)| a..b.max(a + 1)).collect());
+        }
+        // Control tokens that stay text: what was changed belongs to all ids that it became.
+        let mut last = 0..0;
+        let shared = |bytes: Range<usize>| {
+            if !bytes.is_empty() {
+                last = bytes;
+            }
+            last.clone()
+        };
+        Ok(between(ends).into_iter().map(shared).collect())
     }
 
     /// The ids of `text` and where they end, with the control tokens that `keep` refuses left as text.

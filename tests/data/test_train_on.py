@@ -401,3 +401,31 @@ def test_a_conversation_that_costs_too_many_renders_is_over_a_limit(load):
         one(tok, chosen, train_on="assistant", limits=limits)
     assert caught.value.field == "max_rendered_bytes"
     assert one(tok, chosen, train_on="assistant").weights
+
+
+PROMPT_PRINTED_LATER = (
+    "{%- set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if tools and m == asked[-1] %}[T]{{ tools | tojson }}[/T]{% endif %}"
+    "[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_prompt_that_is_printed_otherwise_with_more_behind_it_is_not_trained_on(load):
+    """Mistral's tools stand before the last question, so that the common start of both ends before the prompt does."""
+    tok = load(PROMPT_PRINTED_LATER)[1]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    row = {
+        "prompt": [say("user", "SECRET?")],
+        "chosen": [say("assistant", "Sunny."), say("user", "And then?"), say("assistant", "Rain.")],
+        "rejected": [say("assistant", "Sunny."), say("user", "And then?"), say("assistant", "No.")],
+        "tools": tools,
+    }
+    with pytest.raises(DataError) as caught:
+        PairDataset.from_rows([row], tok, train_on="assistant")
+    assert caught.value.reason == "unknown_turns"
+    del row["tools"]
+    pairs = PairDataset.from_rows([row], tok, train_on="assistant")
+    ids, weights = pairs.chosen_ids[0], pairs.chosen_weights[0]
+    scored = tok.decode(ids[weights == 1])
+    assert "SECRET" not in scored
+    assert "Sunny." in scored

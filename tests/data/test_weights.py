@@ -9,8 +9,9 @@ import torch
 from byte_tokenizer import decode, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from places import SHARED
 
-from dpo_ext import DataError, PairDataset
+from dpo_ext import DataError, PairDataset, Tokenizer
 from dpo_ext.torch import PairLoader, sequence_logps
 
 TEMPLATE = (
@@ -539,3 +540,25 @@ def test_trls_trainer_refuses_what_it_would_not_carry(tok):
         encoded(rows, tok, {}, "train_dataset")
     ignored = {"ignore_columns": ("chosen_weights",)}
     assert len(encoded(rows, tok, ignored, "train_dataset")[0]) == 1
+
+
+NFC = [
+    ("x\n\u212b\ny", (2, 3)), ("10 \u212b7", (3, 4)), ("20 \u212a.", (3, 4)), ("5 \u2126.", (2, 3)),
+    ("A e\u0301 b", (2, 4)), ("\u1112\u1161\u11ab x", (0, 3)), ("a \uf900 b", (2, 3)),
+    ("a \u0958 b", (2, 3)), ("-\U0002f800-", (1, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared tokenizers here")
+@pytest.mark.parametrize(("text", "span"), NFC, ids=[ascii(text) for text, _ in NFC])
+@pytest.mark.parametrize("name", ["qwen2.5", "neox20b"])
+def test_characters_that_nfc_rewrites_have_their_own_weight(name, text, span):
+    transformers = pytest.importorskip("transformers")
+    folder = SHARED / "tokenizers" / name
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tok = Tokenizer.from_pretrained(folder)
+    row = {"prompt": "Q:", "chosen": text, "rejected": "no", "chosen_weights": [[*span, 0.0]]}
+    pairs = PairDataset.from_rows([row], tok, boundary="separate")
+    offsets = theirs(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    wanted = [0.0 if a < span[1] and b > span[0] else 1.0 for a, b in offsets]
+    assert pairs.chosen_weights[0][: len(wanted)].tolist() == wanted

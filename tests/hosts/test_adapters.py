@@ -334,6 +334,10 @@ OTHERS = {
     "transposed": (fanned, "fan_in_fan_out"),
     "a hook below": (hooked_below, "log-probs from its head are off by"),
     "a hook within": (hooked_within, "log-probs from its head are off by"),
+    "adalora": (
+        lambda: of_another_kind(peft.AdaLoraConfig(target_modules=["lm_head"], total_step=10)),
+        "the matrices of SVDLinear are no layers",
+    ),
     "loha": (lambda: of_another_kind(peft.LoHaConfig(target_modules=["lm_head"])), "neither LoRA nor DoRA"),
     "ia3": (
         lambda: of_another_kind(

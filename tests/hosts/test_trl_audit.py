@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl_runs as runs
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_ext.errors import RefLogpsError
 from dpo_ext.trl import DPOTrainer
@@ -92,11 +92,8 @@ def test_columns_of_another_max_length_stop_the_first_step(own, scored):
 
 
 def test_a_reference_with_other_weights_is_another_model(own, data, caplog):
-    other = AutoModelForCausalLM.from_pretrained(str(own / "model"))
-    with torch.no_grad():
-        other.lm_head.weight += 0.5
     with caplog.at_level(logging.INFO, "dpo_ext.trl.first_step"):
-        first_step(own, data, {"ref_model": other})
+        first_step(own, data, {"ref_model": other_reference(own)})
     assert "the reference has other weights, `" in caplog.text
 
 
@@ -117,6 +114,50 @@ def test_dropout_that_was_left_on_is_a_warning_with_its_size(own, data, caplog):
         trainer.train()
     assert "dropout is on in the policy: Dropout 0.5; in evaluation mode it is" in caplog.text
     assert model.training
+
+
+def other_reference(own):
+    other = AutoModelForCausalLM.from_pretrained(str(own / "model"))
+    with torch.no_grad():
+        other.lm_head.weight += 0.5
+    return other
+
+
+def test_a_reference_with_other_weights_is_another_model_when_it_is_precomputed_too(
+    own, data, caplog
+):
+    ours = {"ref_model": other_reference(own)}
+    with caplog.at_level(logging.INFO, "dpo_ext.trl.first_step"):
+        first_step(own, data, ours, precompute_ref_log_probs=True)
+    assert "the reference has other weights, `" in caplog.text
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_dropout_that_is_no_module_is_a_warning_too(own, data, caplog, disable):
+    config = LlamaConfig.from_pretrained(str(own / "model"), attention_dropout=0.5)
+    models = [AutoModelForCausalLM.from_pretrained(str(own / "model"), config=config) for _ in "pr"]
+    trainer = DPOTrainer(
+        *models,
+        args=runs.config(own, max_steps=1, disable_dropout=disable),
+        train_dataset=data,
+        processing_class=runs.tokenizer(own),
+    )
+    with caplog.at_level(logging.WARNING, "dpo_ext.trl.first_step"):
+        trainer.train()
+    assert "its training mode draws numbers; in evaluation mode it is" in caplog.text
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_a_fresh_dora_in_bfloat16_passes(own, data, targets):
+    lora = LoraConfig(r=4, use_dora=True, target_modules=targets, task_type="CAUSAL_LM")
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(str(own / "model"), dtype=torch.bfloat16),
+        args=runs.config(own, max_steps=1),
+        train_dataset=data,
+        processing_class=runs.tokenizer(own),
+        peft_config=lora,
+    )
+    trainer.train()
 
 
 def test_an_adapter_at_zero_passes_and_pissa_is_named(own, data):

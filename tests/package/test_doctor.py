@@ -173,3 +173,17 @@ def test_little_shared_memory_is_noted(monkeypatch):
     (found,) = doctor._memory()
     assert found.state == "note"
     assert "--shm-size" in found.hint
+
+
+def test_a_package_that_breaks_when_it_is_imported_is_a_finding_and_the_rest_is_looked_at(
+    only, capsys
+):
+    def cuda():
+        raise ImportError("libfoo.so: cannot open\nmore")
+
+    only(cuda, lambda: iter([finding("works")]))
+    assert run() == 1
+    text = capsys.readouterr().out
+    assert "BROKEN  cuda" in text
+    assert "ImportError: libfoo.so: cannot open" in text
+    assert "ok      thing" in text

@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 pytest.importorskip("trl")
 
 import trl_runs as runs
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from dpo_ext import cli
 from dpo_ext.bench import peers
@@ -81,8 +81,8 @@ def other_model(own, tmp_path, config):
     return folder
 
 
-def vocabulary(own) -> int:
-    return LlamaConfig.from_pretrained(str(own / "model")).vocab_size
+def vocabulary(own, folder=None) -> int:
+    return LlamaConfig.from_pretrained(str(folder or own / "model")).vocab_size
 
 
 def test_a_model_that_reads_no_packed_rows_is_served_by_padded_batches(own, tmp_path):
@@ -95,8 +95,6 @@ def test_a_model_that_reads_no_packed_rows_is_served_by_padded_batches(own, tmp_
 def test_dropout_is_told_with_the_loss_that_it_gives(own, tmp_path, capsys):
     config = LlamaConfig.from_pretrained(str(own / "model"))
     gpt = {"model_type": "gpt2", "vocab_size": config.vocab_size, "n_embd": 16, "n_layer": 1}
-    from transformers import AutoConfig
-
     made = AutoConfig.for_model(**gpt, n_head=2, n_positions=512, resid_pdrop=0.5)
     assert run(own, model=other_model(own, tmp_path, made)) == 0
     text = capsys.readouterr().out
@@ -118,3 +116,69 @@ def test_wrong_usage_is_code_2(own, arguments, message, capsys):
 def test_a_folder_that_is_not_there_is_code_2(own, capsys):
     assert run(own, "--tokenizer", str(own / "model"), model="no/such/model") == 2
     assert "no/such/model: no such folder" in capsys.readouterr().err
+
+
+def changed(own, tmp_path, change):
+    folder = tmp_path / "changed"
+    shutil.copytree(own / "model", folder)
+    change(folder)
+    return folder
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_head(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("lm_head.weight")
+    save_file(weights, path, {"format": "pt"})
+
+
+def of_few_positions(folder):
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "gpt2",
+            vocab_size=vocabulary(folder.parent, folder),
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            n_positions=8,
+        )
+    )
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, "no causal language model on cpu: SafetensorError"),
+        (without_head, "1 weights are not in it, lm_head.weight for one"),
+        (of_few_positions, "the model cannot read these rows: IndexError"),
+    ],
+)
+def test_a_folder_that_cannot_be_compared_is_code_2_and_no_traceback(
+    own, tmp_path, change, message, capsys
+):
+    assert run(own, model=changed(own, tmp_path, change)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_code_2(own, capsys):
+    assert run(own, "--device", "mars") == 2
+    assert "no causal language model on mars: RuntimeError" in capsys.readouterr().err
+
+
+def test_a_model_of_no_numbers_differs(own, tmp_path):
+    def spoil(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.lm_head.weight.data[:] = float("nan")
+        model.save_pretrained(folder)
+
+    code, found = states(own, tmp_path, model=changed(own, tmp_path, spoil))
+    assert code == 1
+    assert found == {ALL[0]: "same", "log-probs of the model": "differs"}

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from errno import ENOSPC
 
 from dpo_ext.errors import DpoExtError
 from dpo_ext.extras import extra_of, install
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as error:
         place = f"{error.filename}: " if error.filename else ""
         _stop(error, f"{place}{(error.strerror or str(error)).lower()}", WRONG)
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        _stop(error, "no space is left for the output", WRONG)
 
 
 def _run(argv: Sequence[str] | None) -> None:

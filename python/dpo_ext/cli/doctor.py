@@ -57,7 +57,7 @@ def examine(needs: Sequence[str] = ()) -> dict[str, Any]:
     print("\n".join(versions), end="\n\n")
     findings = []
     for look in LOOKS:
-        for finding in look():
+        for finding in _found(look):
             findings.append(finding)
             print(_line(finding))
     wrong = [
@@ -71,6 +71,18 @@ def examine(needs: Sequence[str] = ()) -> dict[str, Any]:
         "needs": list(needs),
         "works": not wrong,
     }
+
+
+def _found(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a look finds, or that it cannot look, as where a package breaks when it is imported."""
+    try:
+        yield from look()
+    except Exception as error:
+        name = look.__name__.strip("_")
+        need = name if name in ("cpu", "cuda", "packing") else "cpu"
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        hint = "install it again, or what it names"
+        yield Finding(name, need, "broken", said, hint)
 
 
 def _line(finding: Finding) -> str:

@@ -103,8 +103,21 @@ def _loaded(folder: str | PathLike[str], dtype: str, device: str) -> Any:
 
     if not Path(folder).is_dir():
         raise FileNotFoundError(2, "no such folder", str(folder))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-    return loaded.to(device).eval()
+    try:
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True
+        )
+        loaded: Any = made[0].to(device).eval()
+    except Exception as error:  # of whatever reads weights, or of a device that is not there
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(f"{folder}: no causal language model on {device}: {said}") from error
+    if missing := sorted(made[1]["missing_keys"]):
+        names = ", ".join(missing[:3])
+        raise DataError(
+            f"{folder}: {len(missing)} weights are not in it, {names} for one, and "
+            "would be random\nhint: the class that was trained may be another than the causal one"
+        )
+    return loaded
 
 
 # ---- ids ----------------------------------------------------------------------------------------
@@ -146,7 +159,18 @@ def _scores(model: Any, pairs: PairDataset, device: str) -> Iterator[Check]:
     batch = _batch(pairs, "padded", device)
     lengths = batch.table.lengths.cpu()
     with torch.no_grad():
-        own = _own_logps(model, batch)
+        try:
+            own = _own_logps(model, batch)
+        except (IndexError, RuntimeError, ValueError) as error:
+            said = f"{type(error).__name__}: {_first_line(error)}"
+            raise DataError(
+                f"the model cannot read these rows: {said}\n"
+                "hint: is the tokenizer the model's, and `max_length` within its positions?"
+            ) from error
+        if not own.isfinite().all():
+            said = f"{int((~own.isfinite()).sum())} of {own.numel()} are no numbers"
+            yield Check("log-probs of the model", "differs", said)
+            return
         try:
             attach_scoring(model)
             scores = model(**batch.model_inputs, score_table=batch.table)
@@ -226,13 +250,20 @@ def _audit(model: Any, batch: Any, padded: Any, lengths: Any) -> Check:
     from dpo_ext.torch.audit import causes_of
 
     name = "first step"
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+
+    def scored(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return model(**batch.model_inputs, score_table=batch.table).logps.cpu()
+
+    with torch.no_grad(), torch.random.fork_rng():
         model.train()
         try:
-            logps = model(**batch.model_inputs, score_table=batch.table).logps.cpu()
+            logps, again = scored(0), scored(1)
             causes = list(causes_of(model, None))
         finally:
             model.eval()
+    if not causes and not torch.equal(logps, again):
+        causes = ["its training mode draws numbers (dropout)"]
     loss = float(preference_loss(logps, padded.to(logps.dtype)).loss)
     dtype = next(model.parameters()).dtype
     try:

@@ -91,7 +91,9 @@ def _side_by_side(matrices: list[Tensor], dim: int) -> Tensor:
 
 def adapter_state(layer: Any) -> tuple[Any, ...]:
     """What a comparison of an adapted layer was made for; values are read at each call."""
-    if not hasattr(layer, "base_layer") or not hasattr(layer, "lora_A"):
+    if not hasattr(layer, "base_layer") or not isinstance(
+        getattr(layer, "lora_A", None), nn.ModuleDict
+    ):
         return ()
     names = tuple(map(str, layer.active_adapters))
     here = [name for name in names if name in layer.lora_A]
@@ -117,6 +119,8 @@ def _check_kind(layer: Any, base: Any) -> None:
     wanted = ("lora_A", "lora_B", "scaling", "lora_dropout", "active_adapters", "disable_adapters")
     if not all(hasattr(layer, name) for name in wanted) or not hasattr(layer, "merged"):
         raise _not_a_product(f"{kind} is neither LoRA nor DoRA")
+    if not all(isinstance(part, nn.ModuleDict) for part in (layer.lora_A, layer.lora_B)):
+        raise _not_a_product(f"the matrices of {kind} are no layers")  # AdaLoRA's
     if hasattr(base, "base_layer") or hasattr(base, "modules_to_save"):
         raise _not_a_product("there is another wrapper below it")
     weight = getattr(base, "weight", None)

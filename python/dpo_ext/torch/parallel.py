@@ -157,7 +157,9 @@ class _VocabParallel(torch.autograd.Function):
         # In backward the kernel adds the term of its target to what it is given.
         given = torch.where(mine, others, total - torch.exp(y - top))
         logps = torch.where(scored, logps, 0.0)
-        return logps, local, rows.place, mine, top, given, total, y
+        # torch.func saves no input that is an output too
+        place = rows.place.clone() if rows.whole else rows.place
+        return logps, local, place, mine, top, given, total, y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Any:

@@ -14,7 +14,6 @@ from transformers.utils import is_peft_available
 from dpo_ext.torch.audit import (
     OF_OTHER_BATCHES,
     Drift,
-    allowed,
     audit_first_step,
     causes_of,
     first_difference,
@@ -22,6 +21,7 @@ from dpo_ext.torch.audit import (
 )
 
 logger = logging.getLogger(__name__)
+_OTHER = "the reference has other weights, `{}` for one"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,40 +37,38 @@ def audit(
     Raises:
         RefLogpsError: as `audit_first_step`.
     """
+    any_rank = _over_ranks(trainer)
     reason = why_not(trainer)
-    if reason is not None:
-        logger.info("the first step is not audited: %s", reason)
+    if any_rank(reason is not None):
+        logger.info("the first step is not audited: %s", reason or "as another rank says")
         return
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    noise = list(_noise(trainer, policy))
-    if noise:
-        trained, logps = logps, in_eval_mode(trainer.model, score_again)
-        off = float((trained.detach() - logps).abs().max())
     reference = trainer.ref_model
     reference = None if reference is None else trainer.accelerator.unwrap_model(reference)
+    dtype = _dtype(trainer, policy)
+    # An adapter of DoRA is another computation than none, though both give the same.
+    apart = trainer.precompute_ref_logps or (reference is None and _is_peft(policy))
+    slack = OF_OTHER_BATCHES if apart else 1.0
+    drift = Drift(logps.detach().double(), ref_logps.double(), lengths, dtype, slack)
+    if not any_rank(bool(drift.wrong.any())):
+        return
 
     def causes(drift: Drift) -> Iterator[str]:
         yield from _of_precision(trainer)
         yield from causes_of(policy, reference)
         yield from _of_adapter(trainer, policy)
 
-    dtype = _dtype(trainer, policy)
+    noise = " and ".join(_noise(trainer, policy)) or "its training mode draws numbers"
+    again = in_eval_mode(trainer.model, score_again)
     audit_first_step(
-        logps,
-        ref_logps,
-        lengths,
-        dtype=dtype,
-        slack=OF_OTHER_BATCHES if trainer.precompute_ref_logps else 1.0,
-        causes=causes,
-        any_rank=_over_ranks(trainer),
+        again, ref_logps, lengths, dtype=dtype, slack=slack, causes=causes, any_rank=any_rank
     )
-    if noise and off > float(allowed(logps, lengths, dtype).max()):
-        logger.warning(
-            "the policy is not its own reference at the first step: %s; in evaluation mode it is, "
-            "and here log-probs are off by up to %.3g nats",
-            " and ".join(noise),
-            off,
-        )
+    logger.warning(
+        "the policy is not its own reference at the first step: %s; in evaluation mode it is, and "
+        "here log-probs are off by up to %.3g nats",
+        noise,
+        float((logps.detach() - again).abs().max()),
+    )
 
 
 def why_not(trainer: Any) -> str | None:
@@ -79,13 +77,23 @@ def why_not(trainer: Any) -> str | None:
         return "training goes on from a later step"
     if set(trainer.loss_types) == {"sft"}:
         return "the loss has no reference"
-    if trainer.ref_model is None or trainer.precompute_ref_logps:
+    if trainer.precompute_ref_logps:
+        name = trainer.other_reference
+        return None if name is None else _OTHER.format(name)
+    if trainer.ref_model is None:
         return None
     if is_deepspeed_zero3_enabled():
         return "the weights of the reference are in pieces, which cannot be compared"
+    name = difference(trainer)
+    return None if name is None else _OTHER.format(name)
+
+
+def difference(trainer: Any) -> str | None:
+    """The name of a weight that policy and reference model do not share, or None."""
+    if trainer.ref_model is None or is_deepspeed_zero3_enabled():
+        return None
     models = (trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model))
-    name = first_difference(*models)
-    return None if name is None else f"the reference has other weights, `{name}` for one"
+    return first_difference(*models)
 
 
 def _noise(trainer: Any, policy: nn.Module) -> Iterator[str]:
@@ -119,13 +127,17 @@ def _of_precision(trainer: Any) -> Iterator[str]:
         yield f"the policy computes under autocast in {mixed}: the reference's values may not be"
 
 
-def _of_adapter(trainer: Any, policy: nn.Module) -> Iterator[str]:
-    """What an adapter does at its start, though the reference is the model without it."""
-    if not is_peft_available() or trainer.ref_model is not None:
-        return
+def _is_peft(policy: nn.Module) -> bool:
+    if not is_peft_available():
+        return False
     from peft import PeftModel
 
-    if not isinstance(policy, PeftModel) or "ref" in policy.peft_config:
+    return isinstance(policy, PeftModel)
+
+
+def _of_adapter(trainer: Any, policy: Any) -> Iterator[str]:
+    """What an adapter does at its start, though the reference is the model without it."""
+    if trainer.ref_model is not None or not _is_peft(policy) or "ref" in policy.peft_config:
         return
     for name, weight in policy.named_parameters():
         if ("lora_B" in name or "lora_embedding_B" in name) and bool((weight != 0).any()):

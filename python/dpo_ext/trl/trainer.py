@@ -171,6 +171,8 @@ class DPOTrainer(trl.DPOTrainer):
         self.tokens_per_batch = tokens_per_batch
         self.metrics = metrics
         self._audits = audit
+        # a weight of the reference that is not the policy's, where it was left before training
+        self.other_reference: str | None = None
         self._pairs_of_step = 0.0  # over all its micro-batches and ranks
         self._bins: Bins | None = None
         self._totals: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
@@ -375,6 +377,7 @@ class DPOTrainer(trl.DPOTrainer):
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         self._attach()
+        self.other_reference = first_step.difference(self)
         model = self.model if self.ref_model is None else self.ref_model
         names = [n for n in (*IDS, *WEIGHTS) if n in dataset.column_names]
         rows = dataset if self._has_own_collator else dataset.select_columns(names)
