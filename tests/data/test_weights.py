@@ -9,7 +9,7 @@ import torch
 from byte_tokenizer import decode, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from places import SHARED
+from places import NO_SHARED, SHARED
 
 from dpo_ext import DataError, PairDataset, Tokenizer
 from dpo_ext.torch import PairLoader, sequence_logps
@@ -529,19 +529,6 @@ def test_they_are_no_extra_column(tok):
         PairDataset.from_rows(IDS, tok, columns=("chosen_weights",))
 
 
-@pytest.mark.slow
-def test_trls_trainer_refuses_what_it_would_not_carry(tok):
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("trl")
-    from dpo_ext.trl.rows import encoded
-
-    rows = datasets.Dataset.from_list([TEXTS | {"chosen_weights": [[0, 2, 0.5]]}])
-    with pytest.raises(DataError, match="`train_dataset`: expected tokens that weigh 1 each"):
-        encoded(rows, tok, {}, "train_dataset")
-    ignored = {"ignore_columns": ("chosen_weights",)}
-    assert len(encoded(rows, tok, ignored, "train_dataset")[0]) == 1
-
-
 NFC = [
     ("x\n\u212b\ny", (2, 3)), ("10 \u212b7", (3, 4)), ("20 \u212a.", (3, 4)), ("5 \u2126.", (2, 3)),
     ("A e\u0301 b", (2, 4)), ("\u1112\u1161\u11ab x", (0, 3)), ("a \uf900 b", (2, 3)),
@@ -549,7 +536,7 @@ NFC = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared tokenizers here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason=NO_SHARED)
 @pytest.mark.parametrize(("text", "span"), NFC, ids=[ascii(text) for text, _ in NFC])
 @pytest.mark.parametrize("name", ["qwen2.5", "neox20b"])
 def test_characters_that_nfc_rewrites_have_their_own_weight(name, text, span):
