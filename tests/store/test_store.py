@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import pickle
 import random
@@ -23,6 +22,7 @@ from disk_calls import in_child, stop_at
 from pair_cases import small_pairs
 from places import GOLDEN as GOLDEN_FILES
 from places import child_path
+from saved_folders import data_file, forge
 
 from dpo_ext import DataError, PairDataset, Ragged
 from dpo_ext.store import folder
@@ -36,22 +36,6 @@ given, st = hypothesis.given, pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 GOLDEN = GOLDEN_FILES / "pairs-v1"
-
-
-def data_file(path):
-    return next(path.glob("*.arrow"))
-
-
-def manifest_of(path):
-    return json.loads((path / "manifest.json").read_text())
-
-
-def forge(path, change):
-    """The manifest with a change and the right checksum: what only malice makes."""
-    manifest = manifest_of(path)
-    change(manifest)
-    del manifest["checksum"]
-    (path / "manifest.json").write_bytes(manifests.sealed(manifest))
 
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=4)

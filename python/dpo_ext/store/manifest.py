@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_ext.store.folder import MANIFEST, PAIRS, damaged, open_inside
 
+# The name is that of the first release, which had pairs alone; `kind` says of what it is.
 FORMAT = "dpo_ext pairs"
 VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
