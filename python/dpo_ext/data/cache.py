@@ -48,7 +48,7 @@ def _cached(job: Job, root: Path) -> Saved:
     with typed_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         before = [status_of(name) for name in job.files]
-        prints = [_fingerprint(root, name) for name in job.files]
+        prints = [fingerprint(root, name) for name in job.files]
     facts = _facts(job, prints)
     limits = asdict(job.settings.limits)
     folders = [root / _key(facts), root / _key({**facts, "limits": limits})]
@@ -162,11 +162,11 @@ def _now(template: str, now: Sequence[int]) -> list[Any]:
     return [time.strftime(double or single, moment) for double, single in formats]
 
 
-def _fingerprint(root: Path, name: str) -> str:
+def fingerprint(root: Path, name: str) -> str:
     """The digest of what a file holds, or a folder; read once while the file stays as it is."""
     path = Path(name)
     if path.is_dir():
         inner = sorted(path.iterdir())
-        parts = [[part.name, _fingerprint(root, str(part))] for part in inner]
+        parts = [[part.name, fingerprint(root, str(part))] for part in inner]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return noted(root / ".files", name, digest_of)

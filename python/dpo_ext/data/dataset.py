@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings
+from dpo_ext.data.shards import is_of_others, mapped_shards
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.data.ways import Mapped, Ways
 from dpo_ext.errors import DataError
@@ -278,6 +280,54 @@ class PairDataset(Ways, Pairs):
             rows=raw["rows"],
             columns=dict(zip(checked.columns, raw["columns"], strict=True)),
         )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        verify: bool = True,
+        tokenizer: Tokenizer | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+    ) -> Self:
+        """Maps what :meth:`save` wrote, or a folder of shards of ids: ids are views of the file and
+        cost memory only once used.
+
+        Shards are Parquet or Arrow files with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and
+        perhaps reference log-probs, weights and extra columns, as a job of Ray, Spark or
+        ``datasets`` writes them with :func:`dpo_ext.arrow.encode_table`. Sorted by name they are
+        converted once, in bounded memory, to the form that is mapped; the next call with the same
+        bytes maps it at once. ``rows`` counts through all of them; a column ``row`` is not read.
+
+        Args:
+            folder: the folder.
+            verify: read the mapped file once, about 1 GB/s a core, and compare its digest and the
+                range of every id, so that no damage passes. False checks the manifest, the file's
+                size and all offsets alone, so nothing is ever read out of bounds, but a bit that
+                flipped in an id goes unseen: for files that were verified before.
+            tokenizer: whose ids the shards hold; by default what ``encode_table`` says of it in
+                them. Where nobody says it, batches are padded with 0 and ids not checked against a
+                vocabulary, and the report notes it.
+            cache_dir: a folder of yours for what shards are converted to; by default ``.mapped`` in
+                ``folder``.
+
+        Raises:
+            FileNotFoundError: nothing is saved there.
+            DataError: the manifest or the file is damaged, of a newer format, or no data set of
+                pairs; the folder holds other files; shards are damaged, or differ in their columns
+                or in their tokenizer.
+            ValueError: ``tokenizer`` or ``cache_dir`` for a folder that :meth:`save` wrote.
+        """
+        path = Path(folder)
+        if is_of_others(path):
+            return cls._mapped(
+                mapped_shards(path, tokenizer=tokenizer, cache_dir=cache_dir, verify=verify)
+            )
+        loaded = super().load(path, verify=verify)
+        for name, value in (("tokenizer", tokenizer), ("cache_dir", cache_dir)):
+            if value is not None:
+                raise ValueError(f"`{name}` is for a folder of shards, {path} is a saved data set")
+        return loaded
 
     @classmethod
     def _mapped(cls, saved: Saved) -> Any:

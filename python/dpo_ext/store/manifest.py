@@ -16,6 +16,8 @@ FORMAT = "dpo_ext pairs"
 VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 ROW = "row"
+# Of the metadata of a schema of ids: their `pad_id` and `vocab_size`, as JSON.
+FACTS_KEY = "dpo_ext"
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:

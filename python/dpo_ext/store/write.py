@@ -26,7 +26,7 @@ from dpo_ext.pairs import Examples
 from dpo_ext.report import Report
 from dpo_ext.store.columns import Columns, record_batch
 from dpo_ext.store.folder import Folder, writing
-from dpo_ext.store.manifest import FORMAT, VERSION, current_file, sealed
+from dpo_ext.store.manifest import FACTS_KEY, FORMAT, VERSION, current_file, sealed
 
 
 def write(
@@ -47,7 +47,7 @@ def write(
     facts = {"version": VERSION, **{name: alike.pop(name) for name in columns.kind.ALIKE}}
     if alike:
         raise TypeError(f"{columns.kind.KIND} have no {', '.join(alike)}")
-    batch = record_batch(pa, columns, {"dpo_ext": json.dumps(facts)})
+    batch = record_batch(pa, columns, {FACTS_KEY: json.dumps(facts)})
     options = pa.ipc.IpcWriteOptions(compression=None, allow_64bit=True)
 
     def fill(sink: Any) -> None:
