@@ -271,11 +271,15 @@ def test_a_saved_data_set_without_its_manifest_is_no_shard(tmp_path):
         PairDataset.load(tmp_path)
 
 
-def test_options_of_shards_are_refused_where_a_data_set_was_saved(tmp_path, tokenizer):
-    small_pairs().save(tmp_path / "saved")
+def test_a_saved_data_set_is_of_the_tokenizer_and_needs_no_cache(tmp_path, tokenizer):
+    small_pairs().save(tmp_path / "other")
+    PairDataset.from_rows(tiny.rows(3), tokenizer).save(tmp_path / "saved")
+    assert len(PairDataset.load(tmp_path / "saved", tokenizer=tokenizer)) == 3
+    with pytest.raises(DataError, match=r"other: expected ids of `tokenizer`.*270.*found.*1000"):
+        PairDataset.load(tmp_path / "other", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="`cache_dir` is for a folder of shards"):
+        PairDataset.load(tmp_path / "saved", cache_dir=tmp_path / "cache")
     for options in ({"tokenizer": tokenizer}, {"cache_dir": tmp_path / "cache"}):
-        with pytest.raises(ValueError, match="is for a folder of shards"):
-            PairDataset.load(tmp_path / "saved", **options)
         with pytest.raises(FileNotFoundError):
             PairDataset.load(tmp_path / "missing", **options)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_ext import _core
 from dpo_ext.data.options import Options, Paths, Progress, Settings, settings
-from dpo_ext.data.shards import is_of_others, mapped_shards
+from dpo_ext.data.shards import check_tokenizer, is_of_others, mapped_shards
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.data.ways import Mapped, Ways
 from dpo_ext.errors import DataError
@@ -305,8 +305,8 @@ class PairDataset(Ways, Pairs):
                 range of every id, so that no damage passes. False checks the manifest, the file's
                 size and all offsets alone, so nothing is ever read out of bounds, but a bit that
                 flipped in an id goes unseen: for files that were verified before.
-            tokenizer: whose ids the shards hold; by default what ``encode_table`` says of it in
-                them. Where nobody says it, batches are padded with 0 and ids not checked against a
+            tokenizer: whose ids these must be. For shards by default what ``encode_table`` says in
+                them; where nobody says it, batches are padded with 0 and ids not checked against a
                 vocabulary, and the report notes it.
             cache_dir: a folder of yours for what shards are converted to; by default ``.mapped`` in
                 ``folder``.
@@ -314,9 +314,9 @@ class PairDataset(Ways, Pairs):
         Raises:
             FileNotFoundError: nothing is saved there.
             DataError: the manifest or the file is damaged, of a newer format, or no data set of
-                pairs; the folder holds other files; shards are damaged, or differ in their columns
-                or in their tokenizer.
-            ValueError: ``tokenizer`` or ``cache_dir`` for a folder that :meth:`save` wrote.
+                pairs; the ids are not of ``tokenizer``; the folder holds other files; shards are
+                damaged, or differ in their columns or in their tokenizer.
+            ValueError: ``cache_dir`` for a folder that :meth:`save` wrote.
         """
         path = Path(folder)
         if is_of_others(path):
@@ -324,9 +324,10 @@ class PairDataset(Ways, Pairs):
                 mapped_shards(path, tokenizer=tokenizer, cache_dir=cache_dir, verify=verify)
             )
         loaded = super().load(path, verify=verify)
-        for name, value in (("tokenizer", tokenizer), ("cache_dir", cache_dir)):
-            if value is not None:
-                raise ValueError(f"`{name}` is for a folder of shards, {path} is a saved data set")
+        if cache_dir is not None:
+            raise ValueError(f"`cache_dir` is for a folder of shards, {path} is a saved data set")
+        if tokenizer is not None:
+            check_tokenizer(path, loaded, tokenizer)
         return loaded
 
     @classmethod

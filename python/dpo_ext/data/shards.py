@@ -26,7 +26,7 @@ from dpo_ext.data.spool import Spool
 from dpo_ext.data.tables import pyarrow_errors
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
-from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Ragged
+from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Pairs, Ragged
 from dpo_ext.report import REPORT_KEY, Report
 from dpo_ext.store.folder import MANIFEST, PAIRS, Folder, damaged, typed_errors, writing
 from dpo_ext.store.manifest import FACTS_KEY, ROW, VERSION
@@ -75,6 +75,22 @@ def is_of_others(folder: Path) -> bool:
         return False
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     return bool(names) and not any(name == MANIFEST or PAIRS.is_data(name) for name in names)
+
+
+def check_tokenizer(folder: Path, pairs: Pairs, tokenizer: Tokenizer) -> None:
+    """That pairs were encoded by a tokenizer, as far as padding and vocabulary tell.
+
+    Raises:
+        DataError: they were not.
+    """
+    found = {"pad_id": pairs.pad_id, "vocab_size": pairs.vocab_size}
+    if found != (expected := _of(tokenizer)):
+        raise damaged(folder, f"expected ids of `tokenizer`, {expected}, found {found}")
+
+
+def _of(tokenizer: Tokenizer) -> dict[str, Any]:
+    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+    return {"pad_id": pad_id, "vocab_size": tokenizer.vocab_size}
 
 
 def mapped_shards(
@@ -179,8 +195,7 @@ def _alike(
     alike: dict[str, Any] = {}
     whose = "`tokenizer`"
     if tokenizer is not None:
-        pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-        alike = {"pad_id": pad_id, "vocab_size": tokenizer.vocab_size}
+        alike = _of(tokenizer)
     for shard in shards:
         said = _facts(shard)
         if said and alike and said != alike:
