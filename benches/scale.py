@@ -23,7 +23,7 @@ from pathlib import Path
 import dpo_ext
 from dpo_ext import Tokenizer
 
-SMALLER = 4  # the smaller run has so many times fewer pairs
+SMALLER = 2  # the smaller run has so many times fewer pairs
 SHARDS = 16
 HEAD = """
 import json, resource, sys, time

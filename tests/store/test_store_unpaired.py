@@ -11,7 +11,7 @@ import pytest
 import tiny
 from pair_cases import small_pairs
 from places import GOLDEN
-from saved_folders import data_file, forge
+from saved_folders import data_file, flips_seen, forge
 
 from dpo_ext import DataError, PairDataset, UnpairedDataset
 
@@ -198,15 +198,11 @@ def loads_or_refuses(path, made):
 def test_every_flipped_byte_is_seen(tmp_path):
     made = known(12)
     made.save(tmp_path)
-    path = data_file(tmp_path)
-    good = path.read_bytes()
     rng = random.Random(1)
-    for at in range(len(good)):
-        bad = bytearray(good)
-        bad[at] ^= 1 << rng.randrange(8)
-        path.write_bytes(bad)
-        assert loads_or_refuses(tmp_path, made), f"byte {at}"
-    path.write_bytes(good)
+    seen = flips_seen(
+        data_file(tmp_path), lambda at: rng.randrange(8), lambda: loads_or_refuses(tmp_path, made)
+    )
+    assert all(seen)
     assert not loads_or_refuses(tmp_path, made)
 
 
@@ -214,15 +210,10 @@ def test_every_flipped_byte_is_seen(tmp_path):
 def test_every_flipped_byte_of_the_manifest_is_seen_or_changes_nothing(tmp_path):
     made = known(5)
     made.save(tmp_path)
-    path = tmp_path / "manifest.json"
-    good = path.read_bytes()
-    refused = 0
-    for at in range(len(good)):
-        bad = bytearray(good)
-        bad[at] ^= 1 << (at % 7)
-        path.write_bytes(bad)
-        refused += loads_or_refuses(tmp_path, made)
-    assert refused > 0.6 * len(good), "what is left is white space"
+    seen = flips_seen(
+        tmp_path / "manifest.json", lambda at: at % 7, lambda: loads_or_refuses(tmp_path, made)
+    )
+    assert sum(seen) > 0.6 * len(seen), "what is left is white space"
 
 
 @pytest.mark.parametrize(
