@@ -198,6 +198,18 @@ def test_a_data_set_that_datasets_saved_is_a_folder_of_shards(tmp_path, tokenize
     assert pairs.report.notes == ()
 
 
+def test_what_stands_beside_shards_is_no_part_of_the_folder(tmp_path, tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pairs = PairDataset.from_rows(tiny.rows(30), tokenizer)
+    datasets.Dataset(pairs.to_arrow()).save_to_disk(tmp_path / "saved")
+    way = {"cache_dir": tmp_path / "cache"}
+    first = PairDataset.from_files(tmp_path / "saved", tokenizer, **way)
+    assert same(PairDataset.load(tmp_path / "saved", tokenizer=tokenizer), first)
+    assert (tmp_path / "saved" / ".mapped").is_dir()
+    monkeypatch.setattr("dpo_ext.data.cache.encode_into", None)
+    assert same(PairDataset.from_files(tmp_path / "saved", tokenizer, **way), first)
+
+
 # Whose ids
 
 

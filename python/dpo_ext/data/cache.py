@@ -19,7 +19,7 @@ from dpo_ext.data.options import Limits, Settings
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
-from dpo_ext.store.folder import digest_of, locks, typed_errors, writing
+from dpo_ext.store.folder import SHADOW, digest_of, locks, typed_errors, writing
 from dpo_ext.store.manifest import VERSION, read_manifest
 from dpo_ext.store.notes import noted, status_of
 from dpo_ext.store.read import Saved, opened
@@ -166,7 +166,7 @@ def fingerprint(root: Path, name: str) -> str:
     """The digest of what a file holds, or a folder; read once while the file stays as it is."""
     path = Path(name)
     if path.is_dir():
-        inner = sorted(path.iterdir())
+        inner = sorted(part for part in path.iterdir() if part.name != SHADOW)
         parts = [[part.name, fingerprint(root, str(part))] for part in inner]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return noted(root / ".files", name, digest_of)

@@ -409,7 +409,7 @@ class PairDataset(Ways, Pairs):
 
 def pairs_of_table(table: Any, tokenizer: Tokenizer, **options: Any) -> PairDataset:
     """:meth:`PairDataset.from_arrow` of one batch of a table, of which no row need be kept."""
-    return PairDataset._of_table(table, tokenizer, False, options)  # noqa: SLF001 - of this file
+    return PairDataset._of_table(table, tokenizer, False, options)  # noqa: SLF001 - of its base
 
 
 class MappedPairs(Mapped, PairDataset):

@@ -28,7 +28,7 @@ from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Pairs, Ragged
 from dpo_ext.report import REPORT_KEY, Report
-from dpo_ext.store.folder import MANIFEST, PAIRS, Folder, damaged, typed_errors, writing
+from dpo_ext.store.folder import MANIFEST, PAIRS, SHADOW, Folder, damaged, typed_errors, writing
 from dpo_ext.store.manifest import FACTS_KEY, ROW, VERSION
 from dpo_ext.store.notes import status_of
 from dpo_ext.store.read import Saved, opened
@@ -37,9 +37,6 @@ from dpo_ext.store.write import write
 if TYPE_CHECKING:
     from dpo_ext.data.tokenizer import Tokenizer
 
-# Inside a folder of shards, where the mapped form stands unless the caller names another place.
-# Engines hide what begins with a dot.
-HIDDEN = ".mapped"
 TABLES: dict[Kind, str] = {"parquet": "Parquet", "arrow": "Arrow"}
 
 
@@ -109,7 +106,8 @@ def mapped_shards(
             tokenizer, or one of them is damaged.
     """
     arrow("loading shards")
-    root = folder / HIDDEN if cache_dir is None else Path(cache_dir)
+    # Engines hide what begins with a dot.
+    root = folder / SHADOW if cache_dir is None else Path(cache_dir)
     with typed_errors(folder):
         files = _files(folder)
         before = [status_of(name) for name in files]
