@@ -21,7 +21,7 @@ OLDEST := all,cuda12,test,dev
 SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest deep check format docs bench wheel gpu-check gpu-train clean require
+.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest test-ray deep check format docs bench wheel gpu-check gpu-train clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,6 +86,15 @@ test-newest: .venv-newest/.stamp  ## the Python tests with the newest version of
 test-oldest: .venv-oldest/.stamp  ## the Python tests with the lower bounds of pyproject.toml, in .venv-oldest
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal tests
 
+.venv-ray/.stamp: $(SOURCE) | require
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --upgrade pip
+	.venv-ray/bin/python -m pip install --quiet '.[arrow,testing]' 'ray[data]>=2.50' 'pytest>=8' 'jinja2>=3.1'
+	@touch $@
+
+test-ray: .venv-ray/.stamp  ## the tests of the Ray Data job, with Ray in .venv-ray
+	.venv-ray/bin/python -m pytest -q tests/data/test_encode_ray.py
+
 deep: setup flaky  ## the exhaustive tests: every code point for every tokenizer, every sabotage, long fuzzing, 5,000 examples a property
 	DPO_EXT_DEEP=1 cargo test --release --lib bpe
 	DPO_EXT_DEEP=1 cargo test --release --test fuzz
@@ -130,5 +139,5 @@ gpu-check: wheel  ## on a machine with a GPU: kernel correctness, compute-saniti
 gpu-train: setup  ## on a machine with a GPU: steps of a 1B model beside stock TRL, under 10 minutes; MODEL=8b another
 	$(BIN)/python benches/train.py --device cuda --model $(or $(MODEL),1b)
 
-clean:  ## remove what the targets made, except .venv, .venv-newest and .venv-oldest
+clean:  ## remove what the targets made, except .venv and its kin
 	rm -rf $(STAMPS) dist demo_out target

@@ -18,6 +18,7 @@ from dpo_ext.torch import PairLoader, attach_scoring
 parser = argparse.ArgumentParser()
 parser.add_argument("model")
 parser.add_argument("pairs")
+parser.add_argument("--encoded", action="store_true", help="`pairs` is a folder of shards of ids")
 parser.add_argument("--out", default="trained")
 parser.add_argument("--lr", type=float, default=1e-6)
 parser.add_argument("--tokens-per-batch", type=int, default=8192)
@@ -33,8 +34,9 @@ rank, ranks = dist.get_rank(), dist.get_world_size()
 mesh = dist.init_device_mesh(kind, (ranks,))
 
 tokenizer = Tokenizer.from_pretrained(args.model)
-pairs = PairDataset.from_files(args.pairs, tokenizer, on_bad="skip", cache_dir="cache")
-
+how = {"tokenizer": tokenizer} if args.encoded else {"tokenizer": tokenizer, "on_bad": "skip"}
+read = PairDataset.load if args.encoded else PairDataset.from_files
+pairs = read(args.pairs, cache_dir="cache", **how)
 # Scoring inside the forward that FSDP2 sees; the head stays with the root, which gathers it.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
 model = attach_scoring(model, loss={"loss": "dpo", "beta": 0.1})
@@ -51,8 +53,7 @@ with torch.no_grad():
         logps = model(**batch.model_inputs, score_table=batch.table).logps
         scored[batch.pair_index] = torch.nn.functional.pad(logps, (0, 1), value=1.0)
 dist.all_reduce(scored)  # the last column counts: the end of the plan repeats some pairs
-ref_logps = scored[:, :2] / scored[:, 2:]
-pairs = pairs.with_ref_logps(ref_logps.double().cpu().numpy())
+pairs = pairs.with_ref_logps((scored[:, :2] / scored[:, 2:]).double().cpu().numpy())
 
 plan = pairs.plan(layout="padded", **options)
 total = torch.zeros((), device=device)

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from dpo_ext.data.dataset import pairs_of_table
 from dpo_ext.extras import arrow
 from dpo_ext.pairs import WEIGHTS, ones
-from dpo_ext.report import Report
+from dpo_ext.report import REPORT_KEY, Report
 from dpo_ext.store.columns import Columns, record_batch
-from dpo_ext.store.manifest import ROW
+from dpo_ext.store.manifest import FACTS_KEY, ROW
 
 if TYPE_CHECKING:
     from dpo_ext.data.tokenizer import Tokenizer
 
-# Of the schema's metadata: a report as JSON, `Report.to_dict`.
-REPORT_KEY = b"dpo_ext.report"
 KEY = "weights"  # of a message, whose content they weigh
 
 
@@ -49,7 +47,8 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
         ``rejected_weights`` (list<float>) if ``train_on`` or a column of ``table`` may weigh
         tokens, and the extra ``columns``. With
         ``on_bad="skip"`` it has fewer rows than ``table``, or none. The metadata of its schema
-        carries the report under ``dpo_ext.report``; see :func:`report_of`.
+        carries the report under ``dpo_ext.report``; see :func:`report_of`. Written as Parquet or
+        Arrow files, such tables are shards that :meth:`PairDataset.load` maps.
 
     Raises:
         DataError, LimitExceeded, TokenizerError: as ``from_arrow``; ``line`` is the 1-based row of
@@ -65,8 +64,9 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
         # Every batch of a pipeline has the same columns.
         sides = pairs.WEIGHTS.items()
         columns.lists |= {name: ones(getattr(pairs, ids)) for ids, name in sides}
+    facts = {"pad_id": pairs.pad_id, "vocab_size": pairs.vocab_size}
     report = json.dumps(pairs.report.to_dict())
-    batch = record_batch(pa, columns, {REPORT_KEY.decode(): report})
+    batch = record_batch(pa, columns, {REPORT_KEY.decode(): report, FACTS_KEY: json.dumps(facts)})
     return batch if isinstance(table, pa.RecordBatch) else pa.Table.from_batches([batch])
 
 

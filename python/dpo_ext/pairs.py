@@ -1,6 +1,6 @@
 """`Ragged`, `Pairs` and `Unpaired`: lists of ids, and what is known of each example.
 
-That is all that a plan, a batch and a store need; the ways in and out are `data/dataset.py`.
+That is all that a plan, a batch and a store need; the ways in and out are `data/ways.py`.
 """
 
 from __future__ import annotations
@@ -162,14 +162,19 @@ class Examples(Sequence):
         WEIGHTS: names of the weights of ids, or None where each is 1, by the name of the ids.
         KNOWN: names of arrays with a value an example, or None: whatever becomes of the examples.
         ALIKE: names of what is one for all examples.
+        COLUMNS: names of the columns that hold an array of an example's numbers, one for each of
+            its own, by the name of the array.
         NOUN: what one is called.
+        KIND: what many are called in the manifest of a saved data set.
     """
 
     IDS: ClassVar[tuple[str, ...]]
     WEIGHTS: ClassVar[Mapping[str, str]] = {}
     KNOWN: ClassVar[tuple[str, ...]]
     ALIKE: ClassVar[tuple[str, ...]] = ("pad_id", "vocab_size")
+    COLUMNS: ClassVar[Mapping[str, tuple[str, ...]]]
     NOUN: ClassVar[str]
+    KIND: ClassVar[str]
 
     def __init__(
         self,
@@ -403,7 +408,9 @@ class Pairs(Examples):
     IDS = IDS
     WEIGHTS: ClassVar[Mapping[str, str]] = dict(zip(IDS[1:], WEIGHTS, strict=True))
     KNOWN = ("ref_logps",)
+    COLUMNS: ClassVar[Mapping[str, tuple[str, ...]]] = {"ref_logps": REFERENCE}
     NOUN = "pair"
+    KIND = "pairs"
 
     def __init__(
         self,
@@ -493,7 +500,14 @@ class Unpaired(Examples):
     IDS = ("prompt_ids", "completion_ids")
     KNOWN = ("labels", "ref_logps")
     ALIKE = (*Examples.ALIKE, "max_length", "truncation")
+    COLUMNS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "labels": ("label",),
+        "ref_logps": ("ref_logps",),
+        "ref_kl_logps": ("ref_kl_logps",),
+        "kl_completions": ("kl_completion",),
+    }
     NOUN = "example"
+    KIND = "single completions"
 
     def __init__(
         self,

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from os import fspath
 from typing import Any
 
+# Of the metadata of a schema: a report as JSON, `Report.to_dict`.
+REPORT_KEY = b"dpo_ext.report"
 TRLS = ("explicit", "implicit", "ids")
 UNREAD = 32
 NO_LINES = (".parquet", ".arrow", ".feather")

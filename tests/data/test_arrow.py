@@ -187,23 +187,3 @@ def test_the_tokenizer_has_one_hash(tokenizer):
     again = Tokenizer.from_pretrained(tiny.tokenizer())
     assert hasher.hash(tokenizer) == hasher.hash(again)
     assert hasher.hash(tokenizer) == hasher.hash(pickle.loads(pickle.dumps(tokenizer)))
-
-
-# Ray
-
-
-def test_ray_maps_batches(rows, tokenizer):
-    """Optional: `pip install ray`."""
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        data = ray.data.from_arrow(pa.Table.from_pylist(rows))
-        encode = functools.partial(encode_table, tokenizer=tokenizer, max_length=60, threads=1)
-        out = data.map_batches(encode, batch_format="pyarrow", batch_size=64)
-        got = out.take_all()
-    finally:
-        ray.shutdown()
-    by_prompt = sorted([[*map(int, row[name])] for name in IDS] for row in got)
-    assert by_prompt == sorted(
-        [list(row) for row in zip(*expected(rows, tokenizer, max_length=60), strict=True)]
-    )

@@ -329,6 +329,12 @@ def test_sides_of_pairs_are_cut_in_batches_where_asked():
         UnpairedDataset.from_pairs(pairs, max_length=0)
 
 
+def test_pairs_whose_tokens_have_weights_are_refused():
+    pairs = PairDataset.from_ids([[1]], [[3, 4]], [[5]], chosen_weights=[[1, 0.5]])
+    with pytest.raises(ValueError, match="single completions have no weights of tokens"):
+        UnpairedDataset.from_pairs(pairs)
+
+
 def test_completions_without_any_prompt_are_read_where_asked(tokenizer):
     row = {"completion": "hello the", "label": True}
     examples = UnpairedDataset.from_rows([row] * 2, tokenizer, layout_of_rows="completions")

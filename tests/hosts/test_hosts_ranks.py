@@ -1,6 +1,8 @@
 """The examples as two processes over gloo, with unequal micro-batches and accumulation, against one plain loop."""
 
 import csv
+import gzip
+import json
 import os
 import re
 import runpy
@@ -87,7 +89,22 @@ def furthest(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def example(rank, port, name, folder, out):
+@pytest.fixture(scope="module")
+def encoded(folder):
+    """The pairs as shards of ids, by the map function of the Ray job."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    encode = runpy.run_path(str(ROOT / "examples" / "scale" / "encode_ray.py"))["encode"]
+    tokenizer = Tokenizer.from_pretrained(folder / "model")
+    text = gzip.decompress((folder / "pairs.jsonl.gz").read_bytes())
+    rows = [json.loads(line) for line in text.splitlines()]
+    (folder / "encoded").mkdir()
+    for i in range(0, ROWS, 20):
+        table = encode(pa.Table.from_pylist(rows[i : i + 20]), tokenizer, 1024)
+        parquet.write_table(table, folder / "encoded" / f"{i:03}.parquet")
+    return folder / "encoded"
+
+
+def example(rank, port, name, folder, out, pairs="pairs.jsonl.gz", *switches):
     """One rank of an example."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1"}
@@ -97,7 +114,7 @@ def example(rank, port, name, folder, out):
         options |= {"devices": RANKS, "held-out": 0}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     path = str(ROOT / "examples" / f"train_{name}.py")
-    sys.argv = [path, "model", "pairs.jsonl.gz", *words]
+    sys.argv = [path, "model", pairs, *words, *switches]
     runpy.run_path(path, run_name="__main__")
     sys.stdout.flush()
 
@@ -134,6 +151,18 @@ def test_two_processes_of_a_host_end_where_a_plain_loop_does(name, folder, plain
     made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert furthest(parameters, dict(made.named_parameters())) <= 1e-5
     assert losses_of(name, tmp_path, said) == pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="FSDP2 of torch 2.8 over gloo")
+@pytest.mark.usefixtures("encoded")
+def test_two_processes_on_a_folder_of_shards_end_where_a_plain_loop_does(folder, plain, tmp_path):
+    imports = (*warm.TORCH, "transformers.models.llama.modeling_llama")
+    given = ("fsdp2", folder, tmp_path, "encoded", "--encoded")
+    said = warm.ranks(__name__, "example", warm.free_port(), *given, count=RANKS, imports=imports)
+    parameters, losses = plain
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert furthest(parameters, dict(made.named_parameters())) <= 1e-5
+    assert losses_of("fsdp2", tmp_path, said) == pytest.approx(losses, abs=1e-5)
 
 
 def test_the_mean_of_each_batch_ends_elsewhere(folder, plain):

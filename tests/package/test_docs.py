@@ -15,7 +15,8 @@ pytest.importorskip("trl")
 PAGES = sorted(DOCS.rglob("*.md"))
 ELSEWHERE = {"data.md", "derivation.md", "head.md"}  # run by the tests of their subjects
 RUN_HERE = [page for page in PAGES if blocks(page) and page.name not in ELSEWHERE]
-EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))}
+PLACE = ROOT / "examples"
+EXAMPLES = {str(path.relative_to(PLACE)): path for path in sorted(PLACE.rglob("*.py"))}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import pickle
 import random
@@ -23,6 +22,7 @@ from disk_calls import in_child, stop_at
 from pair_cases import small_pairs
 from places import GOLDEN as GOLDEN_FILES
 from places import child_path
+from saved_folders import data_file, flips_seen, forge
 
 from dpo_ext import DataError, PairDataset, Ragged
 from dpo_ext.store import folder
@@ -36,22 +36,6 @@ given, st = hypothesis.given, pytest.importorskip("hypothesis.strategies")
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 GOLDEN = GOLDEN_FILES / "pairs-v1"
-
-
-def data_file(path):
-    return next(path.glob("*.arrow"))
-
-
-def manifest_of(path):
-    return json.loads((path / "manifest.json").read_text())
-
-
-def forge(path, change):
-    """The manifest with a change and the right checksum: what only malice makes."""
-    manifest = manifest_of(path)
-    change(manifest)
-    del manifest["checksum"]
-    (path / "manifest.json").write_bytes(manifests.sealed(manifest))
 
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=4)
@@ -182,15 +166,11 @@ def loads_or_refuses(path, pairs, verify=True):
 def test_every_flipped_byte_is_seen(tmp_path):
     pairs = small_pairs(30)
     pairs.save(tmp_path)
-    path = data_file(tmp_path)
-    good = path.read_bytes()
     rng = random.Random(1)
-    for at in range(len(good)):
-        bad = bytearray(good)
-        bad[at] ^= 1 << rng.randrange(8)
-        path.write_bytes(bad)
-        assert loads_or_refuses(tmp_path, pairs), f"byte {at}"
-    path.write_bytes(good)
+    seen = flips_seen(
+        data_file(tmp_path), lambda at: rng.randrange(8), lambda: loads_or_refuses(tmp_path, pairs)
+    )
+    assert all(seen)
     assert not loads_or_refuses(tmp_path, pairs)
 
 
@@ -198,15 +178,10 @@ def test_every_flipped_byte_is_seen(tmp_path):
 def test_every_flipped_byte_of_the_manifest_is_seen_or_changes_nothing(tmp_path):
     pairs = small_pairs(5)
     pairs.save(tmp_path)
-    path = tmp_path / "manifest.json"
-    good = path.read_bytes()
-    refused = 0
-    for at in range(len(good)):
-        bad = bytearray(good)
-        bad[at] ^= 1 << (at % 7)
-        path.write_bytes(bad)
-        refused += loads_or_refuses(tmp_path, pairs)
-    assert refused > 0.6 * len(good), "what is left is white space"
+    seen = flips_seen(
+        tmp_path / "manifest.json", lambda at: at % 7, lambda: loads_or_refuses(tmp_path, pairs)
+    )
+    assert sum(seen) > 0.6 * len(seen), "what is left is white space"
 
 
 @pytest.mark.slow

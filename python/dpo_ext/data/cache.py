@@ -19,7 +19,7 @@ from dpo_ext.data.options import Limits, Settings
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
-from dpo_ext.store.folder import digest_of, locks, typed_errors, writing
+from dpo_ext.store.folder import SHADOW, digest_of, locks, typed_errors, writing
 from dpo_ext.store.manifest import VERSION, read_manifest
 from dpo_ext.store.notes import noted, status_of
 from dpo_ext.store.read import Saved, opened
@@ -29,7 +29,7 @@ APART = ("threads", "now", "limits")
 
 
 def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
-    """The pairs of files, mapped from a cache that is filled first if need be.
+    """The examples of files, mapped from a cache that is filled first if need be.
 
     What was encoded counts for the same bytes in files of the same endings, the same tokenizer,
     template and options; for ``strftime_now`` in the template, the same time as far as it shows.
@@ -38,8 +38,8 @@ def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
     arrow("`cache_dir`")
     saved = _cached(replace(job, notes=()), Path(cache_dir))
     # How the files were found is not of their contents.
-    report = saved.pairs.report
-    saved.pairs.report = replace(report, notes=(*job.notes, *report.notes))
+    report = saved.examples.report
+    saved.examples.report = replace(report, notes=(*job.notes, *report.notes))
     return saved
 
 
@@ -48,7 +48,7 @@ def _cached(job: Job, root: Path) -> Saved:
     with typed_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         before = [status_of(name) for name in job.files]
-        prints = [_fingerprint(root, name) for name in job.files]
+        prints = [fingerprint(root, name) for name in job.files]
     facts = _facts(job, prints)
     limits = asdict(job.settings.limits)
     folders = [root / _key(facts), root / _key({**facts, "limits": limits})]
@@ -62,7 +62,7 @@ def _cached(job: Job, root: Path) -> Saved:
     folder = folders[1] if _is_sound(folders[0]) else folders[0]
 
     def unchanged(report: Report) -> None:
-        check_pairs(job.files, report)
+        check_pairs(job.files, report, unpaired=job.settings.is_unpaired)
         for name, status in zip(job.files, before, strict=True):
             if status_of(name) != status:
                 raise DataError(
@@ -76,32 +76,32 @@ def _cached(job: Job, root: Path) -> Saved:
         opened_folder.sweep(None)
         made = {"limits": limits, "sources": list(job.files)}
         encode_into(opened_folder, job, made, unchanged)
-    saved = opened(folder, verify=False)
+    saved = opened(folder, verify=False, kind=job.kind)
     if damage is not None:
         note = f"what the cache held was damaged and was encoded anew: {damage}"
-        report = saved.pairs.report
-        saved.pairs.report = replace(report, notes=(*report.notes, note))
+        report = saved.examples.report
+        saved.examples.report = replace(report, notes=(*report.notes, note))
     return saved
 
 
 def _look(folder: Path, job: Job) -> tuple[Saved | None, str | None]:
     """What a folder of the cache holds for these limits, and what was wrong with it."""
     try:
-        saved = opened(folder, verify=True)
+        saved = opened(folder, verify=True, kind=job.kind)
     except FileNotFoundError:
         return None, None
     except DataError as error:
         return None, str(error).splitlines()[0]
-    made, pairs = saved.manifest["made"], saved.pairs
-    if not _limits_allow(made["limits"], job.settings.limits, pairs.report):
+    made, examples = saved.manifest["made"], saved.examples
+    if not _limits_allow(made["limits"], job.settings.limits, examples.report):
         return None, None
     # The same files may have other names by now.
     names = dict(zip(made["sources"], job.files, strict=True))
     first = {
         reason: replace(example, path=names.get(example.path, example.path))
-        for reason, example in pairs.report.first.items()
+        for reason, example in examples.report.first.items()
     }
-    pairs.report = replace(pairs.report, first=first)
+    examples.report = replace(examples.report, first=first)
     return saved, None
 
 
@@ -162,11 +162,11 @@ def _now(template: str, now: Sequence[int]) -> list[Any]:
     return [time.strftime(double or single, moment) for double, single in formats]
 
 
-def _fingerprint(root: Path, name: str) -> str:
+def fingerprint(root: Path, name: str) -> str:
     """The digest of what a file holds, or a folder; read once while the file stays as it is."""
     path = Path(name)
     if path.is_dir():
-        inner = sorted(path.iterdir())
-        parts = [[part.name, _fingerprint(root, str(part))] for part in inner]
+        inner = sorted(part for part in path.iterdir() if part.name != SHADOW)
+        parts = [[part.name, fingerprint(root, str(part))] for part in inner]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return noted(root / ".files", name, digest_of)

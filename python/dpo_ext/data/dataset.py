@@ -10,31 +10,23 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.data.cache import cached
-from dpo_ext.data.encode import Job
-from dpo_ext.data.files import feed_files, feed_table
-from dpo_ext.data.nothing import check_pairs
-from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
-from dpo_ext.data.progress import Bar
-from dpo_ext.data.tables import is_arrow, is_of_tables, rows_instead
-from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
+from dpo_ext.data.options import Options, Paths, Progress, Settings, settings
+from dpo_ext.data.shards import check_tokenizer, is_of_others, mapped_shards
+from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.data.ways import Mapped, Ways
 from dpo_ext.errors import DataError
-from dpo_ext.extras import arrow
 from dpo_ext.layout.batch import Layout
 from dpo_ext.layout.fill import weights_of
 from dpo_ext.layout.plan import BatchPlan
-from dpo_ext.pairs import IDS, WEIGHTS, Pairs, Ragged, weighed
+from dpo_ext.pairs import WEIGHTS, Pairs, Ragged, weighed
 from dpo_ext.report import Report
-from dpo_ext.store.columns import Columns, record_batch
-from dpo_ext.store.folder import damaged
-from dpo_ext.store.read import Saved, opened
-from dpo_ext.store.write import save
+from dpo_ext.store.read import Saved
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-class PairDataset(Pairs):
+class PairDataset(Ways, Pairs):
     """Preference pairs as token ids, with a report of what became of every row.
 
     Rows hold ``prompt``, ``chosen``, ``rejected`` as strings or as lists of messages (``prompt``
@@ -67,6 +59,9 @@ class PairDataset(Pairs):
     >>> pairs.plan(layout="padded", pairs_per_batch=1)[0].input_ids.tolist()
     [[1, 2, 3, 0], [1, 2, 4, 5]]
     """
+
+    STORED = Pairs
+    _settings = staticmethod(settings)
 
     @property
     def _kind(self) -> type[PairDataset]:
@@ -155,15 +150,7 @@ class PairDataset(Pairs):
 
         Numerics: ids and their order do not depend on ``threads``.
         """
-        job = Job.of(paths, tokenizer, options, progress)
-        if cache_dir is not None:
-            return cls._mapped(cached(job, cache_dir))
-        with Bar(progress, job.files) as callback, skip_hint(job.settings):
-            encoder = _core.PairEncoder(tokenizer._core, job.settings, callback)
-            feed_files(encoder, job.files, job.settings)
-        pairs = cls._from_raw(encoder.finish(), tokenizer, job.settings, job.notes)
-        check_pairs(job.files, pairs.report)
-        return pairs
+        return cls._of_files(paths, tokenizer, cache_dir, progress, options)
 
     @classmethod
     def from_rows(
@@ -179,17 +166,7 @@ class PairDataset(Pairs):
         In a :class:`DataError` ``path`` is None and ``line`` the 1-based row. A table or a data set
         of Hugging Face goes the way of :meth:`from_arrow`.
         """
-        if isinstance(rows, str | bytes | Mapping):
-            raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
-        if is_arrow(rows) and not rows_instead(rows):
-            return cls.from_arrow(rows, tokenizer, progress=progress, **options)
-        checked = settings(options)
-        with Bar(progress, []) as callback, skip_hint(checked):
-            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
-            encoder.add_rows(rows, is_of_tables(rows) and not checked.keep_nulls)
-        pairs = cls._from_raw(encoder.finish(), tokenizer, checked)
-        check_pairs([], pairs.report)
-        return pairs
+        return cls._of_rows(rows, tokenizer, progress, options)
 
     @classmethod
     def from_arrow(
@@ -219,22 +196,7 @@ class PairDataset(Pairs):
                 input.
             ModuleNotFoundError: pyarrow is not installed.  TypeError: ``table`` is not one.
         """
-        pairs = cls._of_table(table, tokenizer, progress, options)
-        check_pairs([], pairs.report)
-        return pairs
-
-    @classmethod
-    def _of_table(
-        cls, table: Any, tokenizer: Tokenizer, progress: Progress, options: Mapping[str, Any]
-    ) -> Self:
-        checked = settings(options)
-        with Bar(progress, []) as callback, skip_hint(checked):
-            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
-            if rows_instead(table):
-                encoder.add_rows(table, not checked.keep_nulls)
-            else:
-                feed_table(encoder, table, checked.limits)
-        return cls._from_raw(encoder.finish(), tokenizer, checked)
+        return cls._of_arrow(table, tokenizer, progress, options)
 
     @classmethod
     def from_ids(
@@ -319,48 +281,54 @@ class PairDataset(Pairs):
             columns=dict(zip(checked.columns, raw["columns"], strict=True)),
         )
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Saves the pairs as one Arrow IPC file and a manifest in ``folder``; needs pyarrow.
-
-        The file is uncompressed, its columns have TRL's names: ``prompt_ids``, ``chosen_ids``,
-        ``rejected_ids``, and ``ref_chosen_logps``, ``ref_rejected_logps`` where they are known;
-        ``chosen_weights`` and ``rejected_weights`` where some are not 1. Anything that reads Arrow
-        files reads it. Who may read it, the umask says.
-
-        A data set that stands in the folder is replaced as a whole: killed at any point, this
-        leaves the old one or the new one, and who has the old one loaded keeps it. A folder with
-        files of others is refused. Of two writers one waits for the other.
-
-        Raises:
-            DataError: the folder holds something else, or the disk is full or broken.
-            ModuleNotFoundError: pyarrow is not installed.
-            PermissionError, NotADirectoryError: as the system says.
-
-        >>> import tempfile
-        >>> pairs = PairDataset.from_ids([[1, 2]], [[3]], [[4, 5]])
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     pairs.save(folder)
-        ...     PairDataset.load(folder)[0]["rejected_ids"].tolist()
-        [4, 5]
-        """
-        save(self, folder)
-
     @classmethod
-    def load(cls, folder: str | PathLike[str], *, verify: bool = True) -> PairDataset:
-        """Maps what :meth:`save` wrote: ids are views of the file and cost memory only once used.
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        verify: bool = True,
+        tokenizer: Tokenizer | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+    ) -> Self:
+        """Maps what :meth:`save` wrote, or a folder of shards of ids: ids are views of the file and
+        cost memory only once used.
+
+        Shards are Parquet or Arrow files with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, and
+        perhaps reference log-probs, weights and extra columns, as a job of Ray, Spark or
+        ``datasets`` writes them with :func:`dpo_ext.arrow.encode_table`. Sorted by name they are
+        converted once, in bounded memory, to the form that is mapped; the next call with the same
+        bytes maps it at once. ``rows`` counts through all of them; a column ``row`` is not read.
 
         Args:
             folder: the folder.
-            verify: read the file once, about 1 GB/s a core, and compare its digest and the range
-                of every id, so that no damage passes. False checks the manifest, the file's size
-                and all offsets alone, so nothing is ever read out of bounds, but a bit that
+            verify: read the mapped file once, about 1 GB/s a core, and compare its digest and the
+                range of every id, so that no damage passes. False checks the manifest, the file's
+                size and all offsets alone, so nothing is ever read out of bounds, but a bit that
                 flipped in an id goes unseen: for files that were verified before.
+            tokenizer: whose ids these must be. For shards by default what ``encode_table`` says in
+                them; where nobody says it, batches are padded with 0 and ids not checked against a
+                vocabulary, and the report notes it.
+            cache_dir: a folder of yours for what shards are converted to; by default ``.mapped`` in
+                ``folder``.
 
         Raises:
             FileNotFoundError: nothing is saved there.
-            DataError: the manifest or the file is damaged, of a newer format, or no data set.
+            DataError: the manifest or the file is damaged, of a newer format, or no data set of
+                pairs; the ids are not of ``tokenizer``; the folder holds other files; shards are
+                damaged, or differ in their columns or in their tokenizer.
+            ValueError: ``cache_dir`` for a folder that :meth:`save` wrote.
         """
-        return cls._mapped(opened(folder, verify=verify))
+        path = Path(folder)
+        if is_of_others(path):
+            return cls._mapped(
+                mapped_shards(path, tokenizer=tokenizer, cache_dir=cache_dir, verify=verify)
+            )
+        loaded = super().load(path, verify=verify)
+        if cache_dir is not None:
+            raise ValueError(f"`cache_dir` is for a folder of shards, {path} is a saved data set")
+        if tokenizer is not None:
+            check_tokenizer(path, loaded, tokenizer)
+        return loaded
 
     @classmethod
     def _mapped(cls, saved: Saved) -> Any:
@@ -385,18 +353,6 @@ class PairDataset(Pairs):
                 f"`values` must be finite in float32, found {ref_logps[worst]} at pair {worst}"
             )
         return self._made(self.prompt_ids, self.chosen_ids, self.rejected_ids, ref_logps=ref_logps)
-
-    def to_arrow(self) -> Any:
-        """The pairs as a pyarrow Table over the same ids, with the columns of :meth:`save`.
-
-        Raises:
-            ModuleNotFoundError: pyarrow is not installed.
-
-        >>> PairDataset.from_ids([[1]], [[2]], [[3]]).to_arrow().column_names
-        ['prompt_ids', 'chosen_ids', 'rejected_ids']
-        """
-        pa = arrow("to_arrow")
-        return pa.Table.from_batches([record_batch(pa, Columns.of(self), {})])
 
     def plan(
         self,
@@ -455,42 +411,10 @@ class PairDataset(Pairs):
 
 def pairs_of_table(table: Any, tokenizer: Tokenizer, **options: Any) -> PairDataset:
     """:meth:`PairDataset.from_arrow` of one batch of a table, of which no row need be kept."""
-    return PairDataset._of_table(table, tokenizer, False, options)  # noqa: SLF001 - of this file
+    return PairDataset._of_table(table, tokenizer, False, options)  # noqa: SLF001 - of its base
 
 
-class MappedPairs(PairDataset):
-    """Pairs over a mapped file. A pickle of them names the file, which a worker maps again."""
+class MappedPairs(Mapped, PairDataset):
+    """Pairs over a mapped file."""
 
-    _place: tuple[str, str]
-    _lists: tuple[Ragged, ...]
-
-    @classmethod
-    def of(cls, saved: Saved) -> MappedPairs:
-        """A saved data set with all the ways of one."""
-        pairs = cls.__new__(cls)
-        vars(pairs).update(vars(saved.pairs))
-        lists = tuple(getattr(pairs, name) for name in (*IDS, *WEIGHTS))
-        vars(pairs).update(_place=(saved.folder, saved.name), _lists=lists)
-        return pairs
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = dict(vars(self))
-        for name in ("longest", "tokens"):  # cheap to count again
-            state.pop(name, None)
-        place, lists = state.pop("_place"), state.pop("_lists")
-        names = (*IDS, *WEIGHTS)
-        if any(state[name] is not ragged for name, ragged in zip(names, lists, strict=True)):
-            return _unmapped, (), state
-        return _again, place, {k: v for k, v in state.items() if k not in names}
-
-
-def _unmapped() -> PairDataset:
-    return PairDataset.__new__(PairDataset)
-
-
-def _again(folder: str, name: str) -> MappedPairs:
-    """Maps the file that another process has mapped."""
-    saved = opened(folder, verify=False)
-    if saved.name != name:
-        raise damaged(Path(folder), "the data set was replaced since it was loaded")
-    return MappedPairs.of(saved)
+    PLAIN = PairDataset

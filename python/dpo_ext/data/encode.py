@@ -17,11 +17,12 @@ from typing import Any, Unpack
 from dpo_ext import _core
 from dpo_ext.data.files import Kind, by_kind, feed_arrow_file, saved_files, sources
 from dpo_ext.data.nothing import check_prompts, no_pairs
-from dpo_ext.data.options import Options, Paths, Progress, Settings, settings, skip_hint
+from dpo_ext.data.options import Options, Paths, Progress, Settings, row_hints, settings
 from dpo_ext.data.progress import Bar, size_of
 from dpo_ext.data.spool import Spool
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
 from dpo_ext.extras import arrow
+from dpo_ext.pairs import Examples, Pairs, Unpaired
 from dpo_ext.report import Report
 from dpo_ext.store.folder import Folder, writing
 from dpo_ext.store.manifest import current_file
@@ -42,18 +43,21 @@ class Job:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, paths: Paths, tokenizer: Any, options: Mapping[str, Any], progress: Progress
-    ) -> Job:
+    def of(cls, paths: Paths, tokenizer: Any, checked: Settings, progress: Progress) -> Job:
         """From what a caller gave."""
-        checked = checked_tokenizer(tokenizer), settings(options)
+        known = checked_tokenizer(tokenizer)
         found = sources(paths)
-        return cls(found.files, *checked, progress, found.notes)
+        return cls(found.files, known, checked, progress, found.notes)
+
+    @property
+    def kind(self) -> type[Examples]:
+        """What the rows become."""
+        return Unpaired if self.settings.is_unpaired else Pairs
 
 
 def parts(job: Job, pairs: int = PAIRS) -> Iterator[dict[str, Any]]:
-    """What ``PairDataset.from_files`` would encode at once, in parts of at least ``pairs``."""
-    with Bar(job.progress, job.files) as callback, skip_hint(job.settings):
+    """What ``from_files`` would encode at once, in parts of at least ``pairs``."""
+    with Bar(job.progress, job.files) as callback, row_hints(job.settings):
         yield from _Parts(job, callback, pairs)
 
 
@@ -109,24 +113,23 @@ def encode_into(
     made: Mapping[str, Any],
     check: Callable[[Report], Any],
 ) -> Report:
-    """Replaces what a folder holds by the pairs of files; ``check`` has the last word."""
+    """Replaces what a folder holds by the examples of files; ``check`` has the last word."""
     spooled = folder.temporary()
-    tokenizer = job.tokenizer
+    tokenizer, checked = job.tokenizer, job.settings
+    alike: dict[str, Any] = {
+        "pad_id": tokenizer.pad_id if tokenizer.pad_id is not None else 0,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    if checked.is_unpaired:
+        alike |= {"max_length": checked.max_length, "truncation": checked.truncation}
     try:
         with ExitStack() as stack:
-            spool = Spool(spooled, job.settings.columns, stack)
+            spool = Spool(spooled, checked.columns, stack, job.kind)
             for raw in parts(job):
                 spool.append(raw, (*job.notes, *tokenizer.notes))
             report = spool.report()
             check(report)
-            write(
-                folder,
-                spool.columns(),
-                pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
-                vocab_size=tokenizer.vocab_size,
-                report=report,
-                made=made,
-            )
+            write(folder, spool.columns(), report=report, made=made, **alike)
     finally:
         shutil.rmtree(spooled, ignore_errors=True)
     return report
@@ -165,7 +168,7 @@ def prepare(
         TypeError: an unknown option.  ModuleNotFoundError: pyarrow is not installed.
     """
     arrow("preparing a data set")
-    job = Job.of(files, tokenizer, options, progress)
+    job = Job.of(files, tokenizer, settings(options), progress)
 
     def check(report: Report) -> None:
         if report.kept == 0 and not allow_empty:

@@ -286,6 +286,26 @@ def feed_arrow_file(
     encoder.add_columns(0, missing, [], path, first, before.st_size - done, [])
 
 
+def schema_of(path: str, kind: Kind) -> Any:
+    """The schema of a Parquet or Arrow file."""
+    pa = arrow("reading shards")
+    import pyarrow.parquet as pq
+
+    with pa.OSFile(path) as file:
+        if kind == "parquet":
+            return pq.read_schema(file)
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file).schema
+
+
+def record_batches(path: str, kind: Kind, names: Sequence[str]) -> Generator[Any, None, None]:
+    """The record batches of a Parquet or Arrow file, with these columns."""
+    with closing((_parquet if kind == "parquet" else _ipc)(path, names, [])) as batches:
+        for batch, _ in batches:
+            yield batch
+
+
 def _check_expansion(path: str, unpacked: int, packed: int, limits: Limits) -> None:
     most = limits.max_unpacked_bytes
     found = None

@@ -225,6 +225,11 @@ class Settings:
         self._check_ignored()
         object.__setattr__(self, "threads", default_threads(self.threads))
 
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether rows hold single completions."""
+        return self.label_key is not None
+
     def _check_keys(self) -> None:
         keys = (self.prompt_key, self.chosen_key, self.rejected_key)
         said = "`prompt_key`, `chosen_key` and `rejected_key`"
@@ -316,8 +321,10 @@ def _checked(options: Mapping[str, Any], known: Mapping[str, Any], **more: Any) 
 
 
 @contextmanager
-def skip_hint(settings: Settings) -> Iterator[None]:
-    """Notes at the error of a bad row that it could be skipped."""
+def row_hints(settings: Settings) -> Iterator[None]:
+    """Notes at the error of a bad row that it could be skipped, and what most often stands behind
+    one without label or completion.
+    """
     try:
         yield
     except DataError as error:
@@ -325,4 +332,13 @@ def skip_hint(settings: Settings) -> Iterator[None]:
         could_be = is_row and error.field not in OF_FILES and "hint:" not in str(error)
         if settings.on_bad == "error" and could_be:
             error.add_note(SKIP_HINT)
+        if settings.is_unpaired and error.reason == "missing_field":
+            if error.field == settings.label_key:
+                error.add_note("hint: `label_key` names the field of the labels, such as `kto_tag`")
+            if error.field == settings.chosen_key:
+                error.add_note(
+                    "hint: `completion_key` names the completion's field; of rows of `chosen` "
+                    "and `rejected`, UnpairedDataset.from_pairs(PairDataset...) makes single "
+                    "completions"
+                )
         raise

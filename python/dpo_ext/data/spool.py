@@ -14,12 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import REFERENCE, WEIGHTS, Ragged
+from dpo_ext.pairs import REFERENCE, WEIGHTS, Examples, Pairs, Ragged, Unpaired
 from dpo_ext.report import Report, uncarried
 from dpo_ext.store.columns import Columns
 from dpo_ext.store.manifest import ROW
 
-LISTS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+# Of single completions both sides of a row are the completion; the label is the first column.
+LISTS: dict[type[Examples], dict[str, str]] = {
+    Pairs: {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"},
+    Unpaired: {"prompt": "prompt_ids", "chosen": "completion_ids"},
+}
+LABEL = "label"
 
 ONES = 1 << 20  # weights of 1 that are made at a time
 
@@ -27,9 +32,16 @@ ONES = 1 << 20  # weights of 1 that are made at a time
 class Spool:
     """Columns that grow in a folder, a file for each flat array."""
 
-    def __init__(self, folder: Path, names: Sequence[str], stack: ExitStack) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        stack: ExitStack,
+        kind: type[Examples] = Pairs,
+    ) -> None:
         folder.mkdir(mode=0o700)
-        self._folder, self._names, self._stack = folder, tuple(names), stack
+        self._folder, self._names, self._stack, self._kind = folder, tuple(names), stack, kind
+        self._lists = LISTS[kind]
         self._files: dict[str, Any] = {}
         self._ends: dict[str, int] = {}
         self._kinds: dict[str, str] = {}
@@ -40,18 +52,22 @@ class Spool:
     def append(self, raw: Mapping[str, Any], notes: Sequence[str]) -> None:
         """Appends what an encoder gave."""
         self._gaps = self._gaps or raw["read"] != raw["kept"]
-        self._append_weights(raw)
-        for short, name in LISTS.items():
+        if self._kind is Pairs:
+            self._append_weights(raw)
+            reference = raw["ref_logps"].reshape(-1, 2)
+            for i, name in enumerate(REFERENCE):
+                self._put(name, np.ascontiguousarray(reference[:, i]))
+            self._with_ref += raw["with_ref"]
+        for short, name in self._lists.items():
             self._append_lists(name, *raw[short])
-        reference = raw["ref_logps"].reshape(-1, 2)
-        for i, name in enumerate(REFERENCE):
-            self._put(name, np.ascontiguousarray(reference[:, i]))
         self._put(ROW, raw["rows"])
-        for name, values in zip(self._names, raw["columns"], strict=True):
-            self._append_extra(name, values)
+        for i, (name, values) in enumerate(zip(self._names, raw["columns"], strict=True)):
+            if i == 0 and self._kind is Unpaired:
+                self._put(LABEL, np.asarray(values, np.bool_))
+            else:
+                self._append_extra(name, values)
         self.n += raw["kept"]
         self._read += raw["read"]
-        self._with_ref += raw["with_ref"]
         part = Report.of({**raw, "with_ref": 0}, notes)
         self._report = Report.merged([self._report, part])
 
@@ -74,7 +90,7 @@ class Spool:
             return
         for i, (side, name) in enumerate(zip(("chosen", "rejected"), WEIGHTS, strict=True)):
             if not self._is_weighed:
-                left = self._ends.get(LISTS[side], 0)
+                left = self._ends.get(self._lists[side], 0)
                 while left > 0:
                     self._put(name, np.ones(min(left, ONES), np.float32))
                     left -= ONES
@@ -85,7 +101,7 @@ class Spool:
     def _append_extra(self, name: str, values: Any) -> None:
         if not len(values):  # its kind says nothing
             return
-        columns = Columns(len(values))
+        columns = Columns(len(values), kind=self._kind)
         columns.add(name, values)
         if name in columns.texts:
             kind = "text"
@@ -142,18 +158,22 @@ class Spool:
             for part in maps:
                 part.madvise(mmap.MADV_DONTNEED)
 
-        columns = Columns(self.n, release)
-        columns.lists = {name: lists(name, np.int32) for name in LISTS.values()}
+        columns = Columns(self.n, release, self._kind)
+        columns.lists = {name: lists(name, np.int32) for name in self._lists.values()}
         if self._is_weighed:
             for side, name in zip(("chosen", "rejected"), WEIGHTS, strict=True):
-                offsets = columns.lists[LISTS[side]].offsets
+                offsets = columns.lists[self._lists[side]].offsets
                 columns.lists[name] = Ragged(array(name, np.float32), offsets)
         if self.n and self._with_ref == self.n:
             columns.numbers = {name: array(name, np.float64) for name in REFERENCE}
         if self._gaps:
             columns.numbers[ROW] = array(ROW, np.int64)
-        columns.extra = list(self._names)
-        for name in self._names:
+        extra = list(self._names)
+        if self._kind is Unpaired:
+            extra = extra[1:]
+            columns.flags[LABEL] = array(LABEL, np.bool_)
+        columns.extra = extra
+        for name in extra:
             kind = self._kinds.get(name, "int64")
             if kind == "text":
                 columns.texts[name] = lists(name, np.uint8)

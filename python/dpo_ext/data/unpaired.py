@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from dpo_ext import _core
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.data.files import feed_files, feed_table, sources
-from dpo_ext.data.nothing import check_pairs
-from dpo_ext.data.options import (
-    Paths,
-    Progress,
-    Settings,
-    UnpairedOptions,
-    skip_hint,
-    unpaired_settings,
-)
-from dpo_ext.data.progress import Bar
-from dpo_ext.data.tables import is_arrow, is_of_tables, rows_instead
-from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
+from dpo_ext.data.options import Paths, Progress, Settings, UnpairedOptions, unpaired_settings
+from dpo_ext.data.tokenizer import Tokenizer
+from dpo_ext.data.ways import Mapped, Ways
 from dpo_ext.errors import DataError, describe
-from dpo_ext.extras import arrow
 from dpo_ext.layout.unpaired import UnpairedLayout, UnpairedPlan
 from dpo_ext.pairs import Ragged, Unpaired
 from dpo_ext.report import Report
-from dpo_ext.store.columns import Columns, record_batch
+from dpo_ext.store.read import Saved
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -37,7 +25,7 @@ if TYPE_CHECKING:
 TRLS_PART = 1000
 
 
-class UnpairedDataset(Unpaired):
+class UnpairedDataset(Ways, Unpaired):
     """Single completions with a label each, as token ids, with a report of what became of every
     row: the data of KTO, BCO and APO-zero unpaired.
 
@@ -58,19 +46,27 @@ class UnpairedDataset(Unpaired):
     ([[1, 2, 3, 4], [6, 7, 0, 0]], [[1, 2, 7], [6, 3, 4]])
     """
 
+    STORED = Unpaired
+    _settings = staticmethod(unpaired_settings)
+
+    @property
+    def _kind(self) -> type[UnpairedDataset]:
+        return UnpairedDataset
+
     @classmethod
     def from_files(
         cls,
         paths: Paths,
         tokenizer: Tokenizer,
         *,
+        cache_dir: str | PathLike[str] | None = None,
         progress: Progress = False,
         **options: Unpack[UnpairedOptions],
     ) -> Self:
         """Reads files of every kind that :meth:`PairDataset.from_files` reads, with its options.
 
         Args:
-            paths, tokenizer, progress: as there.
+            paths, tokenizer, cache_dir, progress: as there.
             completion_key: the name of the completion's field, by default ``completion``.
             label_key: the name of the label's field, by default ``label``; ``kto_tag`` as
                 LLaMA-Factory has it.
@@ -84,12 +80,7 @@ class UnpairedDataset(Unpaired):
         Raises:
             DataError, LimitExceeded, TokenizerError, OSError: as there.
         """
-        checked = unpaired_settings(options)
-        found = sources(paths)
-        with Bar(progress, found.files) as callback, _hints(checked):
-            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
-            feed_files(encoder, found.files, checked)
-        return cls._from_raw(encoder.finish(), tokenizer, checked, found.files, found.notes)
+        return cls._of_files(paths, tokenizer, cache_dir, progress, options)
 
     @classmethod
     def from_rows(
@@ -101,15 +92,7 @@ class UnpairedDataset(Unpaired):
         **options: Unpack[UnpairedOptions],
     ) -> Self:
         """Same as :meth:`from_files` for any iterable of dicts; :meth:`PairDataset.from_rows`."""
-        if isinstance(rows, str | bytes | Mapping):
-            raise TypeError(f"`rows` must be an iterable of dicts, found {type(rows).__name__}")
-        if is_arrow(rows) and not rows_instead(rows):
-            return cls.from_arrow(rows, tokenizer, progress=progress, **options)
-        checked = unpaired_settings(options)
-        with Bar(progress, []) as callback, _hints(checked):
-            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
-            encoder.add_rows(rows, is_of_tables(rows) and not checked.keep_nulls)
-        return cls._from_raw(encoder.finish(), tokenizer, checked)
+        return cls._of_rows(rows, tokenizer, progress, options)
 
     @classmethod
     def from_arrow(
@@ -123,14 +106,7 @@ class UnpairedDataset(Unpaired):
         """Encodes a table in place, as :meth:`PairDataset.from_arrow`: pyarrow, pandas, polars,
         DuckDB, ``datasets``.
         """
-        checked = unpaired_settings(options)
-        with Bar(progress, []) as callback, _hints(checked):
-            encoder = _core.PairEncoder(checked_tokenizer(tokenizer)._core, checked, callback)
-            if rows_instead(table):
-                encoder.add_rows(table, not checked.keep_nulls)
-            else:
-                feed_table(encoder, table, checked.limits)
-        return cls._from_raw(encoder.finish(), tokenizer, checked)
+        return cls._of_arrow(table, tokenizer, progress, options)
 
     @classmethod
     def from_pairs(cls, pairs: PairDataset, *, max_length: int | None = None) -> Self:
@@ -146,12 +122,18 @@ class UnpairedDataset(Unpaired):
 
         Raises:
             DataError: a prompt leaves no room for its completion.
-            ValueError: ``max_length`` < 1.
+            ValueError: ``max_length`` < 1, or tokens of the pairs have weights, which single
+                completions have not.
 
         >>> pairs = PairDataset.from_ids([[1], [2]], [[3], [4]], [[5], [6]])
         >>> UnpairedDataset.from_pairs(pairs).labels.tolist()
         [True, True, False, False]
         """
+        if pairs.weights:
+            raise ValueError(
+                "single completions have no weights of tokens, and these pairs have some\n"
+                'hint: read the pairs with train_on="completion" and without fields of weights'
+            )
         n = len(pairs)
         part = np.arange(n) // TRLS_PART
         # By part, then the side, then the row.
@@ -224,17 +206,14 @@ class UnpairedDataset(Unpaired):
         raw: dict[str, Any],
         tokenizer: Tokenizer,
         checked: Settings,
-        files: Sequence[str] = (),
         notes: Sequence[str] = (),
     ) -> Self:
-        report = Report.of({**raw, "with_ref": 0}, (*notes, *tokenizer.notes))
-        check_pairs(files, report, unpaired=True)
         labels, *columns = raw["columns"]
         return cls(
             Ragged(*raw["prompt"]),
             Ragged(*raw["chosen"]),
             labels=np.asarray(labels, np.bool_),
-            report=report,
+            report=Report.of({**raw, "with_ref": 0}, (*notes, *tokenizer.notes)),
             pad_id=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
             vocab_size=tokenizer.vocab_size,
             max_length=checked.max_length,
@@ -242,6 +221,10 @@ class UnpairedDataset(Unpaired):
             rows=raw["rows"],
             columns=dict(zip(checked.columns[1:], columns, strict=True)),
         )
+
+    @classmethod
+    def _mapped(cls, saved: Saved) -> Any:
+        return MappedUnpaired.of(saved)
 
     def with_ref_logps(
         self,
@@ -295,23 +278,6 @@ class UnpairedDataset(Unpaired):
             worst = int(np.argmin(np.isfinite(values)))
             raise ValueError(f"`{name}` must be finite, found {values[worst]} at example {worst}")
         return values
-
-    def to_arrow(self) -> Any:
-        """The examples as a pyarrow Table: ``prompt_ids`` and ``completion_ids`` over the same ids,
-        ``label``, and the extra columns. Written to Parquet, :meth:`from_files` reads it again.
-
-        Raises:
-            ModuleNotFoundError: pyarrow is not installed.
-
-        >>> UnpairedDataset.from_ids([[1]], [[2]], [True]).to_arrow().column_names
-        ['prompt_ids', 'completion_ids', 'label']
-        """
-        pa = arrow("to_arrow")
-        columns = Columns(len(self))
-        columns.lists = {name: getattr(self, name) for name in self.IDS}
-        for name, values in {"label": self.labels, **self.columns}.items():
-            columns.add(name, values)
-        return pa.Table.from_batches([record_batch(pa, columns, {})])
 
     def plan(
         self,
@@ -394,18 +360,7 @@ def _labels(given: Any, n: int) -> NDArray[np.bool_]:
     return labels.astype(np.bool_)
 
 
-@contextmanager
-def _hints(checked: Settings) -> Iterator[None]:
-    """Notes what most often stands behind a row without label or completion."""
-    try:
-        with skip_hint(checked):
-            yield
-    except DataError as error:
-        if error.reason == "missing_field" and error.field == checked.label_key:
-            error.add_note("hint: `label_key` names the field of the labels, such as `kto_tag`")
-        if error.reason == "missing_field" and error.field == checked.chosen_key:
-            error.add_note(
-                "hint: `completion_key` names the completion's field; of rows of `chosen` and "
-                "`rejected`, UnpairedDataset.from_pairs(PairDataset...) makes single completions"
-            )
-        raise
+class MappedUnpaired(Mapped, UnpairedDataset):
+    """Single completions over a mapped file."""
+
+    PLAIN = UnpairedDataset

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Pairs, Ragged
+from dpo_ext.pairs import Examples, Pairs, Ragged
 from dpo_ext.store.manifest import ROW
 
 # A list column of at most this many ids has 32-bit offsets.
@@ -20,6 +20,7 @@ class Columns:
     """What goes into a file: arrays by column name, perhaps mapped from other files.
 
     Attributes:
+        kind: of what they are the columns.
         lists: :class:`Ragged` by name.
         numbers: (n,) int64 or float64 by name.
         flags: (n,) bool by name.
@@ -28,8 +29,13 @@ class Columns:
         release: lets go of what is mapped; called while it is copied.
     """
 
-    def __init__(self, n: int, release: Callable[[], Any] = lambda: None) -> None:
-        self.n, self.release = n, release
+    def __init__(
+        self,
+        n: int,
+        release: Callable[[], Any] = lambda: None,
+        kind: type[Examples] = Pairs,
+    ) -> None:
+        self.n, self.release, self.kind = n, release, kind
         self.lists: dict[str, Ragged] = {}
         self.numbers: dict[str, NDArray[Any]] = {}
         self.flags: dict[str, NDArray[np.bool_]] = {}
@@ -37,18 +43,35 @@ class Columns:
         self.extra: list[str] = []
 
     @classmethod
-    def of(cls, pairs: Pairs) -> Columns:
+    def of(cls, examples: Examples) -> Columns:
         """The columns of a data set."""
-        columns = cls(len(pairs))
-        columns.lists = {name: getattr(pairs, name) for name in IDS} | pairs.weights
-        if pairs.ref_logps is not None:
-            for i, name in enumerate(REFERENCE):
-                columns.numbers[name] = np.ascontiguousarray(pairs.ref_logps[:, i], np.float64)
-        if not np.array_equal(pairs.rows, np.arange(len(pairs))):
-            columns.numbers[ROW] = pairs.rows
-        for name, values in pairs.columns.items():
+        n = len(examples)
+        columns = cls(n, kind=type(examples))
+        columns.lists = {name: getattr(examples, name) for name in examples.IDS}
+        columns.lists |= examples.weights
+        for attribute, names in examples.COLUMNS.items():
+            if (values := getattr(examples, attribute)) is not None:
+                for name, numbers in zip(names, values.reshape(n, len(names)).T, strict=True):
+                    columns.put(name, numbers)
+        if not np.array_equal(examples.rows, np.arange(n)):
+            columns.put(ROW, examples.rows)
+        for name, values in examples.columns.items():
             columns.add(name, values)
         return columns
+
+    def put(self, name: str, array: NDArray[Any]) -> None:
+        """A column of numbers or booleans."""
+        if array.dtype.kind == "b":
+            self.flags[name] = array
+        else:
+            dtype = np.float64 if array.dtype.kind == "f" else np.int64
+            self.numbers[name] = np.ascontiguousarray(array, dtype)
+
+    def is_own(self, name: str) -> bool:
+        """Whether a column of ours has this name."""
+        kind = self.kind
+        lists = (*kind.IDS, *kind.WEIGHTS.values())
+        return name in (*lists, *(n for names in kind.COLUMNS.values() for n in names), ROW)
 
     def add(self, name: str, values: Any) -> None:
         """An extra column, by the kind of its values.
@@ -56,7 +79,7 @@ class Columns:
         Raises:
             DataError: its name is taken.  TypeError: its values are of no kind that can be saved.
         """
-        if name in (*IDS, *WEIGHTS, *REFERENCE, ROW):
+        if self.is_own(name):
             raise DataError(f"`{name}`: a column of ours has this name", field=name)
         is_array = isinstance(values, np.ndarray) and values.dtype.kind not in "OU"
         if not is_array and all(isinstance(value, str) for value in values):
@@ -72,11 +95,7 @@ class Columns:
                 f"`{name}` must hold numbers, booleans or strings, found {array.dtype} of shape "
                 f"{array.shape}"
             )
-        if array.dtype.kind == "b":
-            self.flags[name] = array
-        else:
-            dtype = np.float64 if array.dtype.kind == "f" else np.int64
-            self.numbers[name] = np.ascontiguousarray(array, dtype)
+        self.put(name, array)
         self.extra.append(name)
 
 

@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 # No other name is ever opened: no separator, no `..`, nothing that a manifest could make up.
 TEMPORARY = re.compile(r"\.[0-9]{1,10}-[0-9a-f]{8}\.tmp")
+# Inside a folder of others, what was made of its files: no part of what the folder holds.
+SHADOW = ".mapped"
 # What a digest is made of; also how much of a mapped file is resident while it is copied.
 CHUNK_BYTES = 4 << 20
 

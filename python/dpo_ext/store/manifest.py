@@ -11,10 +11,13 @@ from typing import Any
 
 from dpo_ext.store.folder import MANIFEST, PAIRS, damaged, open_inside
 
+# The name is that of the first release, which had pairs alone; `kind` says of what it is.
 FORMAT = "dpo_ext pairs"
 VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 ROW = "row"
+# Of the metadata of a schema of ids: their `pad_id` and `vocab_size`, as JSON.
+FACTS_KEY = "dpo_ext"
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_ext.store.folder import Folder, damaged
+from dpo_ext.store.folder import SHADOW, Folder, damaged
 
 # A file that changed so recently could change again without its time of change telling.
 RACY_NS = 2_000_000_000
@@ -26,7 +26,9 @@ def status_of(name: str) -> tuple[Any, ...]:
     found = Path(name).stat()
     one = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     if stat.S_ISDIR(found.st_mode):
-        return (*one, *(status_of(str(inner)) for inner in sorted(Path(name).iterdir())))
+        inside = sorted(inner for inner in Path(name).iterdir() if inner.name != SHADOW)
+        parts = ((inner.name, status_of(str(inner))) for inner in inside)
+        return (found.st_dev, found.st_ino, *parts)
     if not stat.S_ISREG(found.st_mode):
         raise damaged(Path(name), "expected a regular file")
     return one

@@ -1,6 +1,6 @@
 """Reading a saved data set: its manifest and its file, each number checked before it is used.
 
-n is the number of pairs.
+n is the number of examples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import IDS, REFERENCE, WEIGHTS, Pairs, Ragged
+from dpo_ext.pairs import Examples, Pairs, Ragged, Unpaired
 from dpo_ext.report import Report
 from dpo_ext.store.columns import MAX_INT32
 from dpo_ext.store.folder import (
@@ -37,12 +37,15 @@ if TYPE_CHECKING:
 
 
 NUMBERS = {"int64": np.dtype("<i8"), "float64": np.dtype("<f8")}
+TRUNCATIONS = ("keep_start", "keep_end", "keep_completions", "drop", "error")
+# What a folder may hold, and who reads it.
+READERS = {Pairs.KIND: "PairDataset.load", Unpaired.KIND: "UnpairedDataset.load"}
 
 
 class Saved(NamedTuple):
     """A saved data set, mapped."""
 
-    pairs: Pairs
+    examples: Any
     manifest: Mapping[str, Any]
     folder: str
     """Absolute."""
@@ -50,8 +53,8 @@ class Saved(NamedTuple):
     """Of the data file in it."""
 
 
-def opened(folder: str | PathLike[str], *, verify: bool) -> Saved:
-    """Maps a saved data set; see `PairDataset.load`."""
+def opened(folder: str | PathLike[str], *, verify: bool, kind: type[Examples] = Pairs) -> Saved:
+    """Maps a saved data set of a kind; see `PairDataset.load`."""
     path = Path(folder)
     locks(path)
     with typed_errors(path):
@@ -60,6 +63,7 @@ def opened(folder: str | PathLike[str], *, verify: bool) -> Saved:
         seen = None
         while True:
             manifest = read_manifest(path)
+            _check_kind(path, manifest, kind)
             name = manifest["file"]["name"]
             try:
                 fd = open_inside(path, name)
@@ -70,10 +74,20 @@ def opened(folder: str | PathLike[str], *, verify: bool) -> Saved:
                     raise damaged(path / name, "the data file is missing") from error
                 seen = name
         try:
-            pairs = Mapped(path, manifest, fd, verify).pairs()
-            return Saved(pairs, manifest, str(path.absolute()), name)
+            examples = Mapped(path, manifest, fd, verify).examples(kind)
+            return Saved(examples, manifest, str(path.absolute()), name)
         finally:
             os.close(fd)
+
+
+def _check_kind(folder: Path, manifest: Mapping[str, Any], kind: type[Examples]) -> None:
+    """That a folder holds what is asked for; the first release saved pairs, and said nothing."""
+    found = manifest.get("kind", Pairs.KIND)
+    if found == kind.KIND:
+        return
+    if not isinstance(found, str) or found not in READERS:
+        raise damaged(folder / MANIFEST, f"`kind`: unknown {str(found)[:20]!a}")
+    raise damaged(folder, f"expected {kind.KIND}, found {found}\nhint: {READERS[found]} reads them")
 
 
 class Mapped:
@@ -184,27 +198,27 @@ class Mapped:
                 raise damaged(self.path, f"`{name}`: expected UTF-8") from error
         raise self._wrong(f"`{name}`: unknown kind {str(kind)[:20]!a}")
 
-    def pairs(self) -> Pairs:
+    def examples(self, kind: type[Examples]) -> Any:
+        """What the file holds, as one of ``kind``."""
         columns = self.manifest.get("columns")
         if not isinstance(columns, dict) or not all(isinstance(c, dict) for c in columns.values()):
             raise self._wrong("`columns`: expected an object of objects")
-        missing = [name for name in IDS if name not in columns]
+        missing = [name for name in kind.IDS if name not in columns]
         if missing:
             raise self._wrong(f"`columns`: expected `{missing[0]}`")
-        lists = {name: self._ids(columns[name], name) for name in IDS}
-        sides = dict(zip(WEIGHTS, IDS[1:], strict=True))
+        lists = {name: self._ids(columns[name], name) for name in kind.IDS}
         weights = {
             name: self._weights(columns[name], name, lists[side])
-            for name, side in sides.items()
+            for side, name in kind.WEIGHTS.items()
             if _is_list(columns.get(name, {}))
         }
-        if len(weights) == 1:
+        if weights and len(weights) < len(kind.WEIGHTS):
             raise self._wrong("`columns`: expected weights of both sides or of none")
         others = {n: self.column(c, n) for n, c in columns.items() if n not in {*lists, *weights}}
-        ref = [others.pop(name, None) for name in REFERENCE]
-        ref_logps = None if ref[0] is None or ref[1] is None else np.stack(ref, axis=1)
-        if self.verify and ref_logps is not None and not np.isfinite(ref_logps).all():
-            raise damaged(self.path, "expected finite reference log-probs")
+        known = {
+            name: self._known(name, [others.pop(column, None) for column in own])
+            for name, own in kind.COLUMNS.items()
+        }
         try:
             report = Report.from_dict(self.manifest["report"])
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -212,23 +226,42 @@ class Mapped:
         rows = others.pop(ROW, None)
         if report.kept != self.n:
             raise self._wrong(f"`report`: expected {self.n} kept, found {str(report.kept)[:20]}")
-        extra: dict[str, Any] = {"columns": others} if others else {}
+        facts: dict[str, Any] = {"pad_id": self.pad_id, "vocab_size": self.vocab_size}
+        facts |= {"report": report, "rows": rows, "columns": others, **weights, **known}
+        if kind is Unpaired:
+            facts |= self._of_completions(known)
         try:
-            return Pairs(
-                lists["prompt_ids"],
-                lists["chosen_ids"],
-                lists["rejected_ids"],
-                report=report,
-                pad_id=self.pad_id,
-                vocab_size=self.vocab_size,
-                ref_logps=ref_logps,
-                rows=rows,
-                chosen_weights=weights.get(WEIGHTS[0]),
-                rejected_weights=weights.get(WEIGHTS[1]),
-                **extra,
-            )
+            return kind(*lists.values(), **facts)
         except ValueError as error:
             raise self._wrong(str(error)) from error
+
+    def _known(self, name: str, columns: list[Any]) -> NDArray[Any] | None:
+        """An array of what is known of each example, from its columns, if they are there."""
+        if any(column is None for column in columns):
+            return None
+        found = columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
+        kinds = {"labels": "b", "kl_completions": "i"}
+        if not isinstance(found, np.ndarray) or found.dtype.kind != kinds.get(name, "f"):
+            raise self._wrong(f"`{name}`: a column of another kind")
+        if self.verify and found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise damaged(self.path, "expected finite reference log-probs")
+        return found
+
+    def _of_completions(self, known: Mapping[str, NDArray[Any] | None]) -> dict[str, Any]:
+        """What a data set of single completions has besides."""
+        if known["labels"] is None:
+            raise self._wrong("`columns`: expected `label`")
+        whose, kl = known["kl_completions"], known["ref_kl_logps"]
+        if (whose is None) != (kl is None):
+            raise self._wrong("`columns`: expected both `ref_kl_logps` and `kl_completion` or none")
+        if whose is not None and ((whose < 0) | (whose >= self.n)).any():
+            raise self._wrong(f"`kl_completion`: expected numbers of examples, below {self.n}")
+        most, truncation = self.manifest.get("max_length"), self.manifest.get("truncation")
+        if most is not None and self._count(most, "max_length", 2**62) == 0:
+            raise self._wrong("`max_length`: expected at least 1")
+        if truncation not in TRUNCATIONS:
+            raise self._wrong(f"`truncation`: unknown {str(truncation)[:20]!a}")
+        return {"max_length": most, "truncation": truncation}
 
 
 def _is_list(column: Mapping[str, Any]) -> bool:

@@ -3,11 +3,13 @@
 The file holds one uncompressed record batch with TRL's column names ``prompt_ids``, ``chosen_ids``,
 ``rejected_ids`` (list<int32>; large_list once a column has 2^31 ids), and where they are known
 ``ref_chosen_logps`` and ``ref_rejected_logps`` (double), ``row`` (int64, if rows were dropped),
-``chosen_weights`` and ``rejected_weights`` (list<float>, if some are not 1) and the extra columns.
+``chosen_weights`` and ``rejected_weights`` (list<float>, if some are not 1) and the extra columns;
+of single completions ``prompt_ids``, ``completion_ids``, ``label`` (bool), and where they are known
+``ref_logps``, ``ref_kl_logps`` (double) and ``kl_completion`` (int64).
 ``pyarrow.ipc.open_file`` and ``datasets.load_dataset("arrow", data_files=...)`` read it. The
 manifest says where each column's buffers lie, so that loading needs NumPy alone.
 
-n is the number of pairs.
+n is the number of examples.
 """
 
 from __future__ import annotations
@@ -20,26 +22,32 @@ from typing import Any
 
 from dpo_ext import _core
 from dpo_ext.extras import arrow
-from dpo_ext.pairs import Pairs
+from dpo_ext.pairs import Examples
 from dpo_ext.report import Report
 from dpo_ext.store.columns import Columns, record_batch
 from dpo_ext.store.folder import Folder, writing
-from dpo_ext.store.manifest import FORMAT, VERSION, current_file, sealed
+from dpo_ext.store.manifest import FACTS_KEY, FORMAT, VERSION, current_file, sealed
 
 
 def write(
     folder: Folder,
     columns: Columns,
     *,
-    pad_id: int,
-    vocab_size: int | None,
     report: Report,
     made: Mapping[str, Any] | None = None,
+    **alike: Any,
 ) -> None:
-    """Replaces what the folder holds; ``made`` says how, for the cache."""
+    """Replaces what the folder holds.
+
+    Args:
+        alike: what is one for all examples, as the kind of the columns has it in ``ALIKE``.
+        made: says how, for the cache.
+    """
     pa = arrow("saving a data set")
-    facts = {"version": VERSION, "pad_id": pad_id, "vocab_size": vocab_size}
-    batch = record_batch(pa, columns, {"dpo_ext": json.dumps(facts)})
+    facts = {"version": VERSION, **{name: alike.pop(name) for name in columns.kind.ALIKE}}
+    if alike:
+        raise TypeError(f"{columns.kind.KIND} have no {', '.join(alike)}")
+    batch = record_batch(pa, columns, {FACTS_KEY: json.dumps(facts)})
     options = pa.ipc.IpcWriteOptions(compression=None, allow_64bit=True)
 
     def fill(sink: Any) -> None:
@@ -49,6 +57,7 @@ def write(
     name, size, digest = folder.put(fill, columns.release)
     manifest = {
         "format": FORMAT,
+        "kind": columns.kind.KIND,
         **facts,
         "package": _core.__version__,
         "file": {"name": name, "bytes": size, "sha256_4mib": digest},
@@ -85,15 +94,14 @@ def _places(pa: Any, path: Path, columns: Columns) -> dict[str, Any]:
     return places
 
 
-def save(pairs: Pairs, folder: str | PathLike[str]) -> None:
+def save(examples: Examples, folder: str | PathLike[str]) -> None:
     """Saves a data set; see `PairDataset.save`."""
-    columns = Columns.of(pairs)
+    columns = Columns.of(examples)
     with writing(Path(folder)) as opened:
         opened.sweep(current_file(opened.path))
         write(
             opened,
             columns,
-            pad_id=pairs.pad_id,
-            vocab_size=pairs.vocab_size,
-            report=pairs.report,
+            report=examples.report,
+            **{name: getattr(examples, name) for name in examples.ALIKE},
         )
