@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import warm
+from places import ROOT
 
 pytest.importorskip("typer")
 pytest.importorskip("pyarrow")
@@ -288,3 +290,17 @@ def test_ranks_with_other_data_or_another_model_are_refused(function, message, o
     assert done.returncode != 0
     assert message in done.stderr
     assert len(opened(own, tmp_path / "store").missing(pairs_of(own))) == 40
+
+
+# Ray Data
+
+
+def test_the_class_for_ray_adds_the_columns_to_a_batch(own, values):
+    path = ROOT / "examples" / "scale" / "ref_logps_ray.py"
+    made = runpy.run_path(str(path), run_name="ref_logps_ray")
+    table = pairs_of(own).to_arrow()
+    batch = {name: table[name].to_numpy() for name in IDS}  # as Ray gives ids: arrays of arrays
+    batch["row"] = np.arange(40)
+    out = made["RefLogps"](str(own / "model"), tokens_per_batch=600)(batch)
+    assert [*out] == [*IDS, "row", *REFERENCE]
+    assert close(np.stack([out[name] for name in REFERENCE], 1), values)

@@ -25,17 +25,21 @@ from dpo_ext.torch.audit import first_difference
 from dpo_ext.torch.reference import Store, as_reference, stored_logps
 
 
-def precomputing(store: Any, args: trl.DPOConfig | None, model: Any) -> trl.DPOConfig:
+def precomputing(
+    store: Any, args: trl.DPOConfig | None, model: Any, data_collator: Any
+) -> trl.DPOConfig:
     """A copy of the arguments with which TRL asks for the columns before training.
 
     Raises:
-        TypeError: ``store`` is none.
+        TypeError: ``store`` is none.  ValueError: beside a collator of the user's.
     """
     if not isinstance(store, Store):
         raise TypeError(
             f"`reference` must be a `dpo_ext.reflogps.ReferenceStore`, found {describe(store)}\n"
             "hint: a model is given as `ref_model`"
         )
+    if data_collator is not None:
+        raise ValueError("`reference` finds pairs by ids, which a `data_collator` may change")
     if args is None:  # as TRL
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = trl.DPOConfig(f"{name.split('/')[-1]}-DPO")

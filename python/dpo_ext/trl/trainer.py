@@ -171,11 +171,7 @@ class DPOTrainer(trl.DPOTrainer):
         self._store = reference
         self.has_released_reference = False
         if reference is not None:
-            args = stored.precomputing(reference, args, model)
-            if data_collator is not None:
-                raise ValueError(
-                    "`reference` finds pairs by ids, which a `data_collator` may change"
-                )
+            args = stored.precomputing(reference, args, model, data_collator)
         if args is not None:
             check_args(args)
         if tokens_per_batch is not None:
