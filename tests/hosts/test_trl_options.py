@@ -68,7 +68,7 @@ def test_every_argument_of_the_constructor_is_ours_too():
     stock = inspect.signature(trl.DPOTrainer.__init__).parameters
     found = inspect.signature(DPOTrainer.__init__).parameters
     assert list(found)[: len(stock)] == list(stock)
-    ours = {"layout", "tokens_per_batch", "data_options", "metrics", "audit"}
+    ours = {"layout", "tokens_per_batch", "data_options", "metrics", "audit", "reference"}
     assert set(found) - set(stock) == ours
     assert all(found[name].default == stock[name].default for name in stock)
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from dpo_ext import DataError, PairDataset, Tokenizer
+from dpo_ext.reflogps import ReferenceStore
 from dpo_ext.torch import attach_scoring
 from dpo_ext.trl import DPOTrainer, PairCollator
 
@@ -150,3 +151,25 @@ def test_weights_that_would_go_unheard_are_refused(own, chats, keywords, options
     ours = {"data_options": {"train_on": "last"}, **keywords}
     with pytest.raises(DataError, match=f"weights of tokens would go unheard: {reason}"):
         runs.build(DPOTrainer, own, chats, ours, **options)
+
+
+def test_a_store_finds_the_rows_by_their_weights(own, chats, tmp_path):
+    store = ReferenceStore(tmp_path, fingerprint="the model")
+    live, filled, read = (run_with(own, chats, kept) for kept in (None, store, store))
+    assert runs.differences(runs.history(live), runs.history(filled)) == []
+    assert runs.history(filled) == runs.history(read)
+    rows = store.stats.rows
+    plain = runs.build(DPOTrainer, own, chats, {"reference": store}, max_steps=1)
+    assert store.stats.rows > rows  # without weights other keys
+    assert plain.train_dataset.num_rows == len(chats)
+    with pytest.raises(ValueError, match="`reference` serves `ld_alpha`, or weights of the rows"):
+        run_with(own, chats, store, ld_alpha=0.5)
+
+
+def run_with(own, data, store, **options):
+    ours = {"data_options": {"train_on": "last"}}
+    if store is not None:
+        ours["reference"] = store
+    trainer = runs.build(DPOTrainer, own, data, ours, max_steps=2, **options)
+    trainer.train()
+    return trainer

@@ -32,6 +32,7 @@ TORCH_FLOORS = [
     {"pairwise", "heads"},
     {"forward"},
     {"scoring", "probes"},
+    {"reference"},
     {""},
 ]
 

@@ -1,4 +1,5 @@
-"""The command `dpo-ext`: `demo`, `doctor`, `verify`, `prepare`, `stats`, `bench data`, `losses`.
+"""The command `dpo-ext`: `demo`, `doctor`, `verify`, `ref-logps`, `prepare`, `stats`, `bench data`,
+`losses`.
 
 Needs the extra `cli`.
 

@@ -4,12 +4,12 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import rich  # noqa: F401 - help and tables need it: fail here, with the hint, not in the middle
 import typer
 
-from dpo_ext.cli.options import Files, Json, TokenizerFolder, with_data_options
+from dpo_ext.cli.options import Files, FilesOrNone, Json, TokenizerFolder, with_data_options
 from dpo_ext.cli.streams import readable, result_to
 from dpo_ext.data.options import Options
 from dpo_ext.errors import DataError
@@ -289,6 +289,97 @@ def verify(
         write(result, given.said)
     if not result["same"]:
         raise typer.Exit(1)
+
+
+@app.command(
+    "ref-logps",
+    epilog=_examples(
+        "dpo-ext ref-logps path/to/model pairs.jsonl.gz --store reference",
+        "torchrun --nproc-per-node 8 -m dpo_ext ref-logps path/to/model pairs/ --store reference",
+        "dpo-ext ref-logps path/to/model pairs.jsonl.gz --store reference --export scored.parquet",
+        "dpo-ext ref-logps path/to/model --store theirs --import scored.parquet "
+        "--fingerprint 'their 8B, bfloat16'",
+    ),
+)
+@with_data_options(on_bad="skip")
+def ref_logps(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a causal language model.", show_default=False)
+    ],
+    store: Annotated[
+        Path, typer.Option(help="Folder of the store; made if it is not there.", show_default=False)
+    ],
+    files: FilesOrNone = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with tokenizer.json; by default the model's.", show_default=False
+        ),
+    ] = None,
+    layout: Annotated[
+        Literal["auto", "padded", "packed", "shared"],
+        typer.Option(help="Of the rows; auto packs them if the model keeps packed pairs apart."),
+    ] = "auto",
+    tokens_per_batch: Annotated[int, typer.Option(min=1, help="Of a batch, with padding.")] = 16384,
+    pairs_per_shard: Annotated[
+        int, typer.Option(min=1, help="Pairs that are written together; a kill loses the last.")
+    ] = 4096,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            help="A name of the reference, in place of what its files say.", show_default=False
+        ),
+    ] = None,
+    import_: Annotated[
+        str | None,
+        typer.Option(
+            "--import",
+            help="A file with the columns ref_chosen_logps and ref_rejected_logps, which go into "
+            "the store; read with the options below, as when they were computed.",
+            show_default=False,
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write ids and both columns: .parquet, .arrow, or a folder.", show_default=False
+        ),
+    ] = None,
+    json: Json = None,
+    *,
+    options: Options,
+) -> None:
+    """Log-probs of the pairs under a reference, into a store that training reads: those that are
+    missing. Start it again after a kill, on any number of processes, and it goes on.
+    """
+    from dpo_ext.cli.ref_logps import fill_store
+
+    with (
+        readable([*(files or ()), *([import_] if import_ else ())]) as given,
+        result_to(json) as write,
+    ):
+        paths = given.files[: len(files or ())]
+        result = fill_store(
+            model,
+            paths,
+            store,
+            tokenizer or model,
+            layout=layout,
+            tokens_per_batch=tokens_per_batch,
+            pairs_per_shard=pairs_per_shard,
+            dtype=dtype,
+            device=device,
+            name=fingerprint,
+            columns_of=given.files[-1] if import_ else None,
+            export=export,
+            **options,
+        )
+        if result is not None:
+            write(result, given.said)
 
 
 def _print_summary(metrics: dict[str, Any], out: Path) -> bool:

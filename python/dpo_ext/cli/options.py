@@ -27,15 +27,14 @@ from dpo_ext.data.options import (
 
 PANEL = "Options of the data set"
 
-Files = Annotated[
-    list[str],
-    typer.Argument(
-        help="Files of preferences (JSONL, a JSON array or CSV, plain, gzip or zstd; Parquet; "
-        "Arrow), folders of them, "
-        "globs, or - for standard input.",
-        show_default=False,
-    ),
-]
+_FILES = typer.Argument(
+    help="Files of preferences (JSONL, a JSON array or CSV, plain, gzip or zstd; Parquet; "
+    "Arrow), folders of them, "
+    "globs, or - for standard input.",
+    show_default=False,
+)
+Files = Annotated[list[str], _FILES]
+FilesOrNone = Annotated[list[str] | None, _FILES]
 TokenizerFolder = Annotated[
     Path,
     typer.Option("--tokenizer", help="Folder with tokenizer.json.", show_default=False),

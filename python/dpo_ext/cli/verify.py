@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from dpo_ext.cli.models import check_dtype, device_of, loaded
 from dpo_ext.data.dataset import PairDataset
 from dpo_ext.data.options import Options
 from dpo_ext.data.tokenizer import Tokenizer
@@ -50,13 +50,10 @@ def verify_model(
     Raises:
         DataError: no pair can be read; a dtype that there is not.
     """
-    torch = need("torch", "`dpo-ext verify`")
+    need("torch", "`dpo-ext verify`")
     need("transformers", "`dpo-ext verify`")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise DataError(
-            f"unknown dtype `{dtype}`\nhint: there is auto, float32, bfloat16 and float16"
-        )
-    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    check_dtype(dtype)
+    where = device_of(device)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
     given: Options = {**options}  # type: ignore[typeddict-item]
     data = PairDataset.from_files(files, tokenizer, **given)
@@ -71,7 +68,7 @@ def verify_model(
         print(f"{MARKS[check.state]:<7}{check.name:<30}{check.said}")
 
     tell(_ids(files, tokenizer_folder, tokenizer, given, pairs))
-    model = _loaded(model_folder, dtype, where)
+    model = loaded(model_folder, dtype, where)
     for check in _scores(model, some, where):
         tell(check)
     wrong = [check.name for check in checks if check.state == "differs"]
@@ -95,29 +92,6 @@ def _first(data: PairDataset, pairs: int) -> PairDataset:
         ),
         pad_id=data.pad_id,
     )
-
-
-def _loaded(folder: str | PathLike[str], dtype: str, device: str) -> Any:
-    """The model in evaluation mode, its weights in ``dtype`` or as they are."""
-    from transformers import AutoModelForCausalLM
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(2, "no such folder", str(folder))
-    try:
-        made: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True
-        )
-        loaded: Any = made[0].to(device).eval()
-    except Exception as error:  # of whatever reads weights, or of a device that is not there
-        said = f"{type(error).__name__}: {_first_line(error)}"
-        raise DataError(f"{folder}: no causal language model on {device}: {said}") from error
-    if missing := sorted(made[1]["missing_keys"]):
-        names = ", ".join(missing[:3])
-        raise DataError(
-            f"{folder}: {len(missing)} weights are not in it, {names} for one, and "
-            "would be random\nhint: the class that was trained may be another than the causal one"
-        )
-    return loaded
 
 
 # ---- ids ----------------------------------------------------------------------------------------

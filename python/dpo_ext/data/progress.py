@@ -1,4 +1,7 @@
-"""`Bar`: how far encoding is, said to a terminal, a notebook, a log or a function of the caller."""
+"""How far work is, said to a terminal, a notebook, a log or a function of the caller.
+
+`Bar` of encoding; `counted` of anything that is counted.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +57,7 @@ class Bar:
         if not self._progress or not is_shown():
             return None
         total = sum(map(size_of, self._files))
-        if type(sys.stdout).__module__.startswith("ipykernel"):
-            # A notebook paints what comes from stderr as an error.
-            self._line = _Line(sys.stdout, total, self._clock, rewritten=True)
-        elif sys.stderr is not None:
-            self._line = _Line(sys.stderr, total, self._clock, rewritten=sys.stderr.isatty())
+        self._line = _line(total, self._clock, "encoding pairs", "rows")
         return None if self._line is None else self._line.tell
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -65,13 +65,52 @@ class Bar:
             self._line.end(whole=kind is None)
 
 
+@contextmanager
+def counted(
+    doing: str, total: int, noun: str, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many of ``total`` are done; of several ranks the first says it.
+
+    As `Bar`: one line that is rewritten, or a line every ten seconds.
+    """
+    line = _line(total, clock, doing, noun) if is_shown() else None
+
+    def tell(done: int) -> None:
+        if line is not None:
+            line.tell(min(done, total), min(done, total))
+
+    whole = False
+    try:
+        yield tell
+        whole = True
+    finally:
+        if line is not None:
+            line.end(whole=whole)
+
+
+def _line(total: int, clock: Callable[[], float], doing: str, noun: str) -> _Line | None:
+    if type(sys.stdout).__module__.startswith("ipykernel"):
+        # A notebook paints what comes from stderr as an error.
+        return _Line(sys.stdout, total, clock, (doing, noun), rewritten=True)
+    if sys.stderr is None:
+        return None
+    return _Line(sys.stderr, total, clock, (doing, noun), rewritten=sys.stderr.isatty())
+
+
 class _Line:
     """Rows, rows/s and the time that is left, which is what the bytes so far make likely."""
 
     def __init__(
-        self, stream: Any, total: int, clock: Callable[[], float], *, rewritten: bool
+        self,
+        stream: Any,
+        total: int,
+        clock: Callable[[], float],
+        words: tuple[str, str],
+        *,
+        rewritten: bool,
     ) -> None:
         self.stream, self.total, self.clock, self.rewritten = stream, total, clock, rewritten
+        self.doing, self.noun = words
         self.start = self.told = clock()
         self.done = self.rows = self.width = 0
         self.is_open = False
@@ -101,14 +140,15 @@ class _Line:
 
     def _write(self, now: float, time_: str) -> None:
         self.is_open = True
-        words = ["encoding pairs"]
+        words = [self.doing]
         if self.total:
             share = min(1.0, self.done / self.total)
             full = int(share * CELLS)
             bar = f"[{'#' * full}{'.' * (CELLS - full)}] " if self.rewritten else ""
             words.append(f"{bar}{share:.0%}")
-        words.append(f"{self.rows:,} rows")
-        words.append(f"{self.rows / max(now - self.start, 1e-9):,.0f} rows/s")
+        words.append(f"{self.rows:,} {self.noun}")
+        rate = self.rows / max(now - self.start, 1e-9)
+        words.append(f"{rate:,.0f} {self.noun}/s" if rate >= 10 else f"{rate:.2g} {self.noun}/s")
         words.extend([time_] if time_ else [])
         if self.rewritten:
             # One that is wider than the terminal would be broken, and the rest of it stay.

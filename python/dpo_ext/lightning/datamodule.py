@@ -228,19 +228,18 @@ class PairDataModule(pl.LightningDataModule):
         own = self._alone.pairs_in_step(place) if place < len(self._alone) else 0
         return own, plan.pairs_in_step(batch_idx)
 
-    def scored_once(self, name: str) -> PairLoader:
-        """The batches of ``train`` or ``held_out`` in order, each on one rank, all of them."""
-        return PairLoader(
-            self._plan(getattr(self, name), shuffle=False), self._device(), self._prefetch
-        )
+    def scored_once(self, pairs: PairDataset) -> PairLoader:
+        """The batches of pairs in order, each on one rank, all of them."""
+        return PairLoader(self._plan(pairs, shuffle=False), self._device(), self._prefetch)
 
-    def set_reference(self, name: str, ref_logps: Tensor) -> None:
+    def set_reference(self, name: str, ref_logps: Tensor, *, is_stored: bool = False) -> None:
         """Reference log-probs, (n, 2) in the order of ``train`` or ``held_out``, for all batches
-        from now on; checkpoints keep them.
+        from now on; checkpoints keep them, unless a store has them.
         """
         pairs = getattr(self, name).with_ref_logps(ref_logps.cpu().double().numpy())
         setattr(self, name, pairs)
-        self.scored[name] = ref_logps.cpu()
+        if not is_stored:
+            self.scored[name] = ref_logps.cpu()
         if name in self._loaders:  # a scheduler may have asked for its length before
             loader = self._loaders[name]
             order = self._order if name == "train" else {"shuffle": False}

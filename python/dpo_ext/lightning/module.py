@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +16,18 @@ from dpo_ext.lightning.host import pl
 from dpo_ext.torch import PreferenceLoss, attach_scoring, audit_first_step, preference_loss
 from dpo_ext.torch.audit import OF_OTHER_BATCHES, causes_of, first_difference, in_eval_mode
 from dpo_ext.torch.losses.compat import find_loss
+from dpo_ext.torch.reference import (
+    ColumnsReference,
+    ModelReference,
+    NoReference,
+    Reference,
+    Store,
+    as_reference,
+    has_adapter,
+    stored_logps,
+)
 
-_POLICY, _DATA, _ADAPTER = "policy", "data", "adapter"
+_POLICY, _DATA, _ADAPTER, _STORE = "policy", "data", "adapter", "store"
 _REFERENCES = ("auto", _POLICY, _DATA, _ADAPTER)
 _PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16}
 METRICS = (
@@ -73,7 +82,10 @@ class DPOModule(pl.LightningModule):
             it is before training, which scores all pairs once before the first step, and whose
             log-probs every checkpoint of a `PairDataModule` keeps. ``"data"``: its pairs have
             them. ``"adapter"``: this PEFT model with its adapter switched off, at each step. A
-            model: it scores at each step, frozen, and is in no checkpoint.
+            model: it scores at each step, frozen, and is in no checkpoint. A
+            `dpo_ext.reflogps.ReferenceStore`: what it has is read before the first step, what it
+            lacks is scored by the model as it is then and put; with its adapter off, unless the
+            store's fingerprint has one.
         optimizer: called with the list of parameters that are trained, gives what Lightning's
             ``configure_optimizers`` may give, a scheduler included; AdamW at 1e-6 by default.
         disable_dropout: the model's dropout is off, as in TRL: policy and reference then agree at
@@ -103,7 +115,7 @@ class DPOModule(pl.LightningModule):
         loss: str | Sequence[str] = "dpo",
         beta: float | None = None,
         loss_weights: Sequence[float] | None = None,
-        reference: str | nn.Module = "auto",
+        reference: str | nn.Module | Store = "auto",
         optimizer: Callable[[list[nn.Parameter]], Any] = default_optimizer,
         disable_dropout: bool = True,
         audit: bool = True,
@@ -133,15 +145,19 @@ class DPOModule(pl.LightningModule):
         self.model = attach_scoring(model, loss=self._loss, **self._scoring)
         # In a tuple it is no submodule: neither wrapped, nor saved, nor trained.
         self._frozen: tuple[nn.Module, ...] = ()
-        self._reference = self._checked(reference)
+        self._store: Store | None = None
+        self._reference, self._source = self._checked(reference)
         self._audits = audit and self._needs_reference
         self._latest: int | None = None
         self._sums: Tensor | None = None
         self._kept: Tensor | None = None
 
-    def _checked(self, reference: Any) -> str:
-        if not self._needs_reference and reference != "auto":
-            raise ValueError("`reference` would go unheard: the loss needs none")
+    def _checked(self, reference: Any) -> tuple[str, Reference]:
+        """The name of a reference, and what a step asks."""
+        if not self._needs_reference:
+            if not isinstance(reference, str) or reference != "auto":
+                raise ValueError("`reference` would go unheard: the loss needs none")
+            return reference, NoReference()
         if isinstance(reference, nn.Module):
             if reference is self.model:
                 raise ValueError(
@@ -149,16 +165,22 @@ class DPOModule(pl.LightningModule):
                     'hint: copy.deepcopy(model), or reference="policy"'
                 )
             self._frozen = (attach_scoring(reference).requires_grad_(False).eval(),)
-            return "model"
+            return "model", ModelReference(reference)
+        if isinstance(reference, Store):
+            self._store = reference
+            return _STORE, ColumnsReference()
         if reference not in _REFERENCES:
             raise ValueError(
-                f"`reference` must be a model or one of {_REFERENCES}, found {reference!r}"
+                f"`reference` must be a model or one of {_REFERENCES}, or a store; found "
+                f"{reference!r}"
             )
-        if reference == _ADAPTER and not hasattr(self.model, "disable_adapter"):
+        if reference != _ADAPTER:
+            return reference, ColumnsReference()
+        if not has_adapter(self.model):
             raise TypeError(
                 f"`reference={_ADAPTER!r}` needs a PEFT model, found {type(self.model).__name__}"
             )
-        return reference
+        return reference, ModelReference(self.model, adapter=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -181,36 +203,53 @@ class DPOModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         for frozen in self._frozen:
             frozen.to(self.device)
-        if self._needs_reference and self._reference in ("auto", _POLICY):
+        if self._needs_reference and self._reference in ("auto", _POLICY, _STORE):
             self._score_the_start()
         self.train()  # a model of `from_pretrained` would ignore gradient checkpointing
 
     def _score_the_start(self) -> None:
         """Gives the pairs that lack them the log-probs of the policy as it is now."""
-        data, strategy = self._data, self.trainer.strategy
-        # Some strategies take the weights of a checkpoint after this, and then its log-probs too.
-        resumed = self.trainer.ckpt_path is not None and not strategy.restore_checkpoint_after_setup
+        data, store = self._data, self._store
         for name in PARTS:
             pairs = getattr(data, name)
-            known = pairs is None or name in data.scored
-            if known or (self._reference == "auto" and pairs.ref_logps is not None):
+            if pairs is None or name in data.scored:
                 continue
-            if resumed:
-                raise TensorError(
-                    f"the checkpoint has no reference log-probs of `{name}`, and the policy before "
-                    "training is gone\nhint: pairs.with_ref_logps(...), or reference=<that model>"
-                )
-            # One column more says how often a pair was scored: at the end ranks repeat some.
-            found = torch.zeros(len(pairs), 3, device=self.device)
-            self.eval()
-            with torch.no_grad():
-                for batch in data.scored_once(name):
-                    # By the strategy: FSDP gathers the weights of what it calls itself.
-                    logps = strategy.predict_step(batch)
-                    found[batch.pair_index, :2] = logps.float()
-                    found[batch.pair_index, 2] = 1.0
-            found = strategy.reduce(found, reduce_op="sum")
-            data.set_reference(name, found[:, :2] / found[:, 2:])
+            if store is not None:
+                values = stored_logps(store, pairs, self._scorer_of(name, pairs))
+                data.set_reference(name, torch.from_numpy(values), is_stored=True)
+            elif self._reference == _POLICY or pairs.ref_logps is None:
+                data.set_reference(name, self._scored_by_policy(name, pairs))
+
+    def _scorer_of(self, name: str, pairs: Any) -> Callable[[Any], Any]:
+        """What scores the pairs that a store lacks, by their indices."""
+        return lambda index: self._scored_by_policy(name, pairs.select(index)).cpu().double()
+
+    def _scored_by_policy(self, name: str, pairs: Any) -> Tensor:
+        """(N, 2) log-probs of the policy, on all ranks; of what lies below its adapter for a store
+        whose reference has none.
+        """
+        data, strategy = self._data, self.trainer.strategy
+        whole: Any = self.model
+        parts = getattr(getattr(self._store, "fingerprint", None), "parts", {})
+        off = self._store is not None and has_adapter(whole) and parts.get("adapter") is None
+        # Some strategies take the weights of a checkpoint after this, and then its log-probs too.
+        resumed = self.trainer.ckpt_path is not None and not strategy.restore_checkpoint_after_setup
+        if resumed and not off:
+            where = "checkpoint" if self._store is None else "store"
+            raise TensorError(
+                f"the {where} has no reference log-probs of `{name}`, and the policy before "
+                "training is gone\nhint: pairs.with_ref_logps(...), or reference=<that model>"
+            )
+        # One column more says how often a pair was scored: at the end ranks repeat some.
+        found = torch.zeros(len(pairs), 3, device=self.device)
+        with as_reference(whole, adapter=not off):
+            for batch in data.scored_once(pairs):
+                # By the strategy: FSDP gathers the weights of what it calls itself.
+                logps = strategy.predict_step(batch)
+                found[batch.pair_index, :2] = logps.float()
+                found[batch.pair_index, 2] = 1.0
+        found = strategy.reduce(found, reduce_op="sum")
+        return found[:, :2] / found[:, 2:]
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """(N, 2) log-probs of a batch, chosen then rejected."""
@@ -228,26 +267,6 @@ class DPOModule(pl.LightningModule):
             )
         return data
 
-    def _ref_logps(self, batch: Any) -> Tensor | None:
-        if not self._needs_reference:
-            return None
-        adapter: Any = nullcontext()
-        if self._reference == _ADAPTER:
-            peft_model: Any = self.model
-            adapter = peft_model.disable_adapter()
-        elif not self._frozen:
-            if batch.ref_logps is None:
-                raise TensorError(
-                    "the pairs have no reference log-probs\n"
-                    "hint: `fit` scores them before training; pairs.with_ref_logps(...) gives them"
-                )
-            return batch.ref_logps
-        (model,) = self._frozen or (self.model,)
-        with torch.no_grad(), adapter:
-            logps = model(**batch.model_inputs, score_table=batch.table).logps
-        torch.clear_autocast_cache()  # weights that were cast here have no gradient
-        return logps
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         data = self._data
         micro_batches = data.micro_batches(batch_idx)
@@ -255,7 +274,7 @@ class DPOModule(pl.LightningModule):
             self._begin(batch_idx, micro_batches)
         self._latest = batch_idx
         count = data.num_pairs(batch_idx)
-        ref_logps = self._ref_logps(batch)
+        ref_logps = self._source.logps(batch)
         if self._audits:
             self._audits = False
             self._audit(batch, ref_logps)
@@ -323,7 +342,7 @@ class DPOModule(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         scores = self.model(
-            **batch.model_inputs, score_table=batch.table, ref_logps=self._ref_logps(batch)
+            **batch.model_inputs, score_table=batch.table, ref_logps=self._source.logps(batch)
         )
         own, together = self._data.held_out_pairs(batch_idx)
         out = scores.preference

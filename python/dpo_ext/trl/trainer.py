@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import disable_gradient_checkpointing
@@ -32,7 +34,8 @@ from dpo_ext.torch import (
     preference_loss,
     wpo_averages,
 )
-from dpo_ext.trl import first_step
+from dpo_ext.torch.reference import Store
+from dpo_ext.trl import first_step, stored
 from dpo_ext.trl.bins import BinnedRows, Bins, slots
 from dpo_ext.trl.collator import NUM_TOKENS, SERVED, SHARED_ROWS, TABLE_KEY, PairCollator
 from dpo_ext.trl.layers import why_not_data, why_not_packed, why_not_scoring, why_not_shared
@@ -114,6 +117,9 @@ class DPOTrainer(trl.DPOTrainer):
             its own reference (`dpo_ext.torch.audit_first_step`): so it is unless ``ref_model`` has
             other weights. False for an adapter that is not zero at its start, or reference columns
             of another model.
+        reference: a `dpo_ext.reflogps.ReferenceStore`, as with ``precompute_ref_log_probs``: what
+            it has is read, what it lacks is scored at construction by the reference and put. No
+            ``ref_model`` is kept in memory.
 
     Attributes:
         data_reports: by name of the data set, what became of its rows: read = kept + dropped,
@@ -156,11 +162,16 @@ class DPOTrainer(trl.DPOTrainer):
         data_options: Options | None = None,
         metrics: str = "trl",
         audit: bool = True,
+        reference: Store | None = None,
     ) -> None:
         if layout not in SERVED:
             raise ValueError(f"`layout` must be one of {SERVED}, found {layout!r}")
         if metrics not in _METRICS:
             raise ValueError(f"`metrics` must be one of {_METRICS}, found {metrics!r}")
+        self._store = reference
+        self.has_released_reference = False
+        if reference is not None:
+            args = stored.precomputing(reference, args, model, data_collator)
         if args is not None:
             check_args(args)
         if tokens_per_batch is not None:
@@ -209,6 +220,8 @@ class DPOTrainer(trl.DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if reference is not None:
+            self.has_released_reference = stored.release(self)
         self._attach()
         if self.tokens_per_batch is not None and self.train_dataset is not None:
             places = slots(self.train_dataset, self.layout, self.args.max_length)
@@ -312,6 +325,8 @@ class DPOTrainer(trl.DPOTrainer):
         """Encode the rows, which may hold ids already; what it returned once passes unchanged."""
         if isinstance(dataset, Dataset) and fingerprint(dataset) in self._prepared:
             return dataset
+        if self._store is not None:
+            stored.check_rows(dataset, dataset_name)
         reason = why_not_data(dataset, processing_class)
         self._step_back(_DATA, reason)
         encoder = None if reason is not None else self._encoder_of(processing_class)
@@ -378,6 +393,19 @@ class DPOTrainer(trl.DPOTrainer):
             return dataset
         self._attach()
         self.other_reference = first_step.difference(self)
+        if self._store is None:
+            columns = self._reference_logps(dataset, batch_size)
+        else:
+            columns = stored.columns(
+                self, self._store, dataset, lambda rows: self._reference_logps(rows, batch_size)
+            ).astype(np.float32)
+        for index, column in enumerate(REFERENCE):
+            dataset = dataset.add_column(column, columns[:, index])
+        self._prepared.add(fingerprint(dataset))
+        return dataset
+
+    def _reference_logps(self, dataset: Dataset, batch_size: int) -> NDArray[np.float32]:
+        """(N, 2) of rows of ids, by the reference that is in memory; the same on every rank."""
         model = self.model if self.ref_model is None else self.ref_model
         names = [n for n in (*IDS, *WEIGHTS) if n in dataset.column_names]
         rows = dataset if self._has_own_collator else dataset.select_columns(names)
@@ -395,11 +423,7 @@ class DPOTrainer(trl.DPOTrainer):
         for batch in loader:
             sides = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
             values.append(self.accelerator.gather_for_metrics(sides).cpu())
-        columns = torch.cat(values).numpy()
-        for index, column in enumerate(REFERENCE):
-            dataset = dataset.add_column(column, columns[:, index])
-        self._prepared.add(fingerprint(dataset))
-        return dataset
+        return torch.cat(values).numpy()
 
     def compute_ref_log_probs(
         self, model: torch.nn.Module, inputs: Mapping[str, Any]
@@ -549,9 +573,11 @@ class DPOTrainer(trl.DPOTrainer):
         if (
             isinstance(eval_dataset, Dataset)
             and self.precompute_ref_logps
-            and set(REFERENCE) <= set(eval_dataset.column_names)
+            and (self._store is not None or set(REFERENCE) <= set(eval_dataset.column_names))
         ):
             prepared = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
+            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            prepared = self._precompute_ref_logps(prepared, "eval", size)
             return transformers.Trainer.evaluate(self, prepared, ignore_keys, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
