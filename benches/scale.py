@@ -5,7 +5,7 @@ peak memory grew; each answer is checked. From the smaller and the larger number
 slope, the cost of a further million. Rows are HH-like text of made-up words; ids are the bytes of a
 tiny tokenizer or random, so that no model is needed. `--record` appends rows to RESULTS.md.
 
-    python benches/scale.py [--record] [--pairs 1000000] [--text 200000] [--folder DIR]
+    python benches/scale.py [--record] [--pairs 1000000] [--text 400000] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 import dpo_ext
 from dpo_ext import Tokenizer
 
-SMALLER = 2  # the smaller run has so many times fewer pairs
+# The smaller run has so many times fewer pairs. Encoding holds parts of 65,536, so that its memory
+# has a slope once both runs have several.
+SMALLER = 2
 SHARDS = 16
 HEAD = """
 import json, resource, sys, time
@@ -200,7 +202,7 @@ def rows_of(pairs: int, text: int, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    parser.add_argument("--text", type=int, default=200_000, help="rows of text to encode")
+    parser.add_argument("--text", type=int, default=400_000, help="rows of text to encode")
     parser.add_argument("--folder", help="where to work, on a disk with 4 kB a pair")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()

@@ -376,6 +376,36 @@ def test_a_truncated_shard_is_a_bad_input(tmp_path):
 
 
 @pytest.mark.slow
+def test_several_processes_convert_once_and_a_killed_one_leaves_nothing(tmp_path, tokenizer):
+    folder = shards(tmp_path / "in", encoded(tiny.rows(400), tokenizer, parts=8))
+    code = (
+        "import os, sys; from dpo_ext import PairDataset; from dpo_ext.data import shards\n"
+        "convert, write = shards._convert, shards.write\n"
+        "def noted(*given):\n    print('converted'); convert(*given)\n"
+        "def killed(*given, **more):\n    os.kill(os.getpid(), 9)\n"
+        "shards._convert = noted\n"
+        "if sys.argv[2] == 'die': shards.write = killed\n"
+        "print(len(PairDataset.load(sys.argv[1])))"
+    )
+
+    def start(how):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), how],
+            env={**os.environ, "PYTHONPATH": child_path()},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    dying = start("die")
+    dying.communicate()
+    assert dying.returncode == -9
+    running = [start("live") for _ in range(3)]
+    said = [process.communicate()[0].split() for process in running]
+    assert sorted(said) == [["400"], ["400"], ["converted", "400"]]
+    assert not list((folder / ".mapped").glob("*/.*.tmp")), "swept"
+
+
+@pytest.mark.slow
 def test_a_conversion_needs_little_memory(tmp_path):
     """64 MB of ids in four shards: less than half of it is ever held."""
     n, length = 4000, 1000
