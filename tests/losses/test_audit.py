@@ -94,6 +94,11 @@ def test_values_of_another_model_look_like_nothing_and_the_usual_causes_are_list
     assert all(word in message for word in ("dropout", "autocast", "PiSSA", "max_length", "order"))
 
 
+def test_long_sequences_that_are_barely_off_are_not_blamed_on_a_cut():
+    longest = LENGTHS == LENGTHS.max()
+    assert "max_length`, or keeps" not in refused(torch.where(longest, LOGPS + 2e-3, LOGPS))
+
+
 def test_causes_are_asked_for_only_where_there_is_something_to_explain():
     asked = []
 
