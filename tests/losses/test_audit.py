@@ -95,7 +95,7 @@ def test_values_of_another_model_look_like_nothing_and_the_usual_causes_are_list
 
 
 def test_long_sequences_that_are_barely_off_are_not_blamed_on_a_cut():
-    longest = LENGTHS == LENGTHS.max()
+    longest = LENGTHS.max() == LENGTHS
     assert "max_length`, or keeps" not in refused(torch.where(longest, LOGPS + 2e-3, LOGPS))
 
 

@@ -174,12 +174,8 @@ def _patterns(drift: Drift) -> Iterator[str]:
         return
     short = ~wrong & (lengths > 0)
     far = bool((drift.off > 3 * drift.allowed)[wrong].all())  # rounding is more in long ones, too
-    if (
-        bool(wrong.any())
-        and far
-        and bool(short.any())
-        and lengths[wrong].min() >= lengths[short].max()
-    ):
+    both = bool(wrong.any()) and bool(short.any())
+    if both and far and lengths[wrong].min() >= lengths[short].max():
         longest = int(lengths[wrong].min())
         yield (
             f"only sequences of {longest} scored tokens or more are off: the reference was cut at "
