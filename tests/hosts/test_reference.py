@@ -334,3 +334,24 @@ def test_trl_refuses_what_a_store_cannot_serve(own, tmp_path):
     with pytest.raises(ValueError, match="has reference log-probs of its own"):
         build(scored)
     assert store.stats.rows == 0
+
+
+def test_pairs_are_found_by_the_ids_that_trls_collator_leaves():
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    from dpo_ext.trl.collator import PairCollator
+    from dpo_ext.trl.stored import as_seen
+
+    rows = {
+        "prompt_ids": [[1, 2], [1, 2, 3, 4, 5], []],
+        "chosen_ids": [[3, 4, 5], [6], [7, 8]],
+        "rejected_ids": [[9], [6, 7], [8, 9, 9, 9, 9]],
+    }
+    data = datasets.Dataset.from_dict({name: [[], *ids] for name, ids in rows.items()})
+    pairs, weights = as_seen(data.select([1, 2, 3]), PairCollator(0, max_length=4), 0.5)
+    assert pairs.prompt_ids.tolist() == [[1, 2], [1, 2, 3, 4], []]
+    assert pairs.chosen_ids.tolist() == [[3, 4], [], [7, 8]]
+    assert pairs.rejected_ids.tolist() == [[9], [], [8, 9, 9, 9]]
+    # Of the last one nothing predicts the first token: one is scored on one side, three on the other.
+    assert weights["chosen"].tolist() == [[1.0, 0.5], [], [1.0, 1.0]]
+    assert weights["rejected"].tolist() == [[1.0], [], [1.0, 1.0, 0.5, 0.5]]

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 from trl.trainer.utils import get_config_model_id
 
 from dpo_ext.data.dataset import PairDataset
@@ -82,6 +84,21 @@ def columns(
             return score(dataset.select(index)).astype(np.float64)
 
     return stored_logps(store, pairs, of, token_weights=weights)
+
+
+def batches(trainer: Any, rows: Dataset, batch_size: int) -> DataLoader:
+    """Rows in order, each on one rank."""
+    args = trainer.args
+    loader = DataLoader(
+        rows,
+        batch_size=batch_size,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        generator=torch.Generator(),  # the loader would draw its seed from the global state
+    )
+    prepared: DataLoader = trainer.accelerator.prepare(loader)
+    return prepared
 
 
 def release(trainer: Any) -> bool:

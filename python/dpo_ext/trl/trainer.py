@@ -409,18 +409,8 @@ class DPOTrainer(trl.DPOTrainer):
         model = self.model if self.ref_model is None else self.ref_model
         names = [n for n in (*IDS, *WEIGHTS) if n in dataset.column_names]
         rows = dataset if self._has_own_collator else dataset.select_columns(names)
-        loader = self.accelerator.prepare(
-            DataLoader(
-                rows,
-                batch_size=batch_size,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-                generator=torch.Generator(),  # the loader would draw its seed from the global state
-            )
-        )
         values = []
-        for batch in loader:
+        for batch in stored.batches(self, rows, batch_size):
             sides = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
             values.append(self.accelerator.gather_for_metrics(sides).cpu())
         return torch.cat(values).numpy()
