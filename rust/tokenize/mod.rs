@@ -412,7 +412,7 @@ impl Tokenizer {
         if self.fast.as_ref().is_ok_and(|bpe| bpe.leaves(text)) {
             return Ok(between(ends));
         }
-        let found = guarded("encode", || Ok(self.inner.encode(text, false)?))?;
+        let found = guarded("encode", || self.inner.encode(text, false))?;
         if found.get_ids().iter().map(|id| i64::from(*id)).eq(ids.iter().map(|id| i64::from(*id))) {
             return Ok(found.get_offsets().iter().map(|&(a, b)| a..b.max(a + 1)).collect());
         }
