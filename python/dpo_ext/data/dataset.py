@@ -20,6 +20,7 @@ from dpo_ext.layout.fill import weights_of
 from dpo_ext.layout.plan import BatchPlan
 from dpo_ext.pairs import WEIGHTS, Pairs, Ragged, weighed
 from dpo_ext.report import Report
+from dpo_ext.store.folder import locks
 from dpo_ext.store.read import Saved
 
 if TYPE_CHECKING:
@@ -319,6 +320,7 @@ class PairDataset(Ways, Pairs):
             ValueError: ``cache_dir`` for a folder that :meth:`save` wrote.
         """
         path = Path(folder)
+        locks(path)
         if is_of_others(path):
             return cls._mapped(
                 mapped_shards(path, tokenizer=tokenizer, cache_dir=cache_dir, verify=verify)
