@@ -549,3 +549,16 @@ def test_characters_that_nfc_rewrites_have_their_own_weight(name, text, span):
     offsets = theirs(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
     wanted = [0.0 if a < span[1] and b > span[0] else 1.0 for a, b in offsets]
     assert pairs.chosen_weights[0][: len(wanted)].tolist() == wanted
+
+
+@pytest.mark.parametrize(("text", "span"), NFC, ids=[ascii(text) for text, _ in NFC])
+def test_bytes_of_characters_that_nfc_rewrites_have_their_weight(text, span, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = tokenizer(tmp_path / "nfc", normalizer={"type": "NFC"})
+    row = {"prompt": "Q:", "chosen": text, "rejected": "no", "chosen_weights": [[*span, 0.0]]}
+    pairs = PairDataset.from_rows([row], tok, boundary="separate")
+    found = tokenizers.Tokenizer.from_str(tok.to_json()).encode(text, add_special_tokens=False)
+    wanted = [0.0 if a < span[1] and b > span[0] else 1.0 for a, b in found.offsets]
+    assert 0.0 in wanted
+    assert pairs.chosen_ids[0][: len(wanted)].tolist() == found.ids
+    assert pairs.chosen_weights[0][: len(wanted)].tolist() == wanted
