@@ -235,6 +235,16 @@ def test_data_scored_by_another_model_stop_the_first_step(tmp_path):
     assert not module._audits
 
 
+def test_a_fresh_dora_in_bfloat16_passes_the_audit(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", use_dora=True)
+    model = peft.get_peft_model(tiny.model().to(torch.bfloat16), config)
+    trainer = trainer_of(tmp_path, max_steps=1)
+    module = DPOModule(model, optimizer=sgd, reference="adapter")
+    trainer.fit(module, PairDataModule(random_pairs(12), pairs_per_batch=6, shuffle=False))
+    assert not module._audits
+
+
 def test_dropout_of_the_policy_is_none_of_the_audits_business(tmp_path):
     model = tiny.model()
     model.model.layers[0].mlp.act_fn = torch.nn.Sequential(

@@ -305,14 +305,17 @@ class DPOModule(pl.LightningModule):
         (reference,) = self._frozen or (None,)
         if self.trainer.global_step or self.trainer.ckpt_path is not None:
             return
-        if reference is not None and first_difference(self.model, reference) is not None:
-            return
-        logps = in_eval_mode(self.model, lambda: self.predict_step(batch))
-        torch.clear_autocast_cache()
 
         def any_rank(wrong: bool) -> bool:
             here = torch.tensor(float(wrong), device=self.device)
             return bool(self.trainer.strategy.reduce(here, reduce_op="sum") > 0)
+
+        # A rank sees its own parts of the weights alone, and none may go on without the others.
+        other = reference is not None and first_difference(self.model, reference) is not None
+        if any_rank(other):
+            return
+        logps = in_eval_mode(self.model, lambda: self.predict_step(batch))
+        torch.clear_autocast_cache()
 
         precision = str(self.trainer.precision)
         narrow = min((p.dtype for p in self.model.parameters()), key=lambda dtype: dtype.itemsize)
@@ -321,7 +324,7 @@ class DPOModule(pl.LightningModule):
             ref_logps,
             batch.table.lengths,
             dtype=next((d for name, d in _PRECISIONS.items() if name in precision), narrow),
-            slack=1.0 if reference is not None or self._reference == _ADAPTER else OF_OTHER_BATCHES,
+            slack=OF_OTHER_BATCHES if reference is None else 1.0,  # DoRA is another computation
             causes=lambda _: causes_of(self.model, reference),
             any_rank=any_rank,
         )
