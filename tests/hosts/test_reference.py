@@ -14,10 +14,10 @@ from pair_cases import random_pairs
 
 pytest.importorskip("pyarrow")
 
-from dpo_ext import TensorError
+from dpo_ext import PairDataset, TensorError
 from dpo_ext.errors import RefLogpsError
 from dpo_ext.reflogps import ReferenceStore, fingerprint
-from dpo_ext.torch import PairLoader, attach_scoring
+from dpo_ext.torch import PairLoader, attach_scoring, ld_table
 from dpo_ext.torch.reference import (
     ColumnsReference,
     ModelReference,
@@ -27,6 +27,7 @@ from dpo_ext.torch.reference import (
     as_reference,
     complete,
     stored_logps,
+    stored_token_logps,
 )
 
 
@@ -104,6 +105,112 @@ def test_a_scorer_gives_each_pair_its_log_probs_in_every_layout(layout, tokens):
     np.testing.assert_allclose(scorer(pairs), expected, atol=1e-4)
     assert sum(told) == 30
     assert len(scorer(pairs[:0])) == 0
+
+
+# ---- single tokens ------------------------------------------------------------------------------
+
+
+def weighed_pairs(n=20):
+    """Pairs with weights of tokens, some of them 0, and one without a prompt."""
+    pairs = random_pairs(n)
+    rng = np.random.default_rng(0)
+    prompts = [[], *pairs.prompt_ids[1:]]
+    weights = [
+        [rng.integers(0, 3, len(one)).astype(np.float32) for one in ids]
+        for ids in (pairs.chosen_ids, pairs.rejected_ids)
+    ]
+    return PairDataset.from_ids(
+        prompts,
+        pairs.chosen_ids,
+        pairs.rejected_ids,
+        chosen_weights=weights[0],
+        rejected_weights=weights[1],
+    )
+
+
+def tokens_one_by_one(model, pairs):
+    """The log-prob of each token that is scored, from the model's own logits in float64."""
+    model = model.double().eval()
+    found = {}
+    for side, ids in (("chosen", pairs.chosen_ids), ("rejected", pairs.rejected_ids)):
+        weights = pairs.weights.get(f"{side}_weights")
+        found[side] = []
+        for i, (prompt, own) in enumerate(zip(pairs.prompt_ids, ids, strict=True)):
+            whole = torch.tensor([[*prompt.tolist(), *own.tolist()]])
+            logps = model(whole).logits[0].log_softmax(-1)
+            row = np.zeros(len(own))
+            for t, token in enumerate(own.tolist()):
+                at = len(prompt) + t - 1
+                if at >= 0 and (weights is None or weights[i][t] != 0):
+                    row[t] = logps[at, token].item()
+            found[side].append(row)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("make", [random_pairs, weighed_pairs])
+def test_a_scorer_gives_each_token_its_log_prob_in_every_layout(layout, make):
+    pairs = make(20)
+    with torch.no_grad():
+        expected = tokens_one_by_one(tiny.model(), pairs)
+    scorer = PairScorer(tiny.model(), layout=layout, tokens_per_batch=60)
+    values, tokens = scorer.tokens(pairs)
+    for side, lists in expected.items():
+        assert tokens[side].lengths.tolist() == [len(one) for one in lists]
+        np.testing.assert_allclose(tokens[side].values, np.concatenate(lists), atol=1e-5)
+    np.testing.assert_allclose(values, scorer(pairs), atol=1e-5)
+    part, of_part = scorer.tokens(pairs[5:9])
+    np.testing.assert_allclose(part, values[5:9], atol=1e-5)
+    np.testing.assert_allclose(
+        of_part["chosen"].values, np.concatenate(tokens["chosen"][5:9]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_tokens_of_a_store_are_those_of_a_live_model_at_each_step(layout, tmp_path):
+    pairs, store = weighed_pairs(), store_in(tmp_path)
+    model = attach_scoring(tiny.model())
+    lists = stored_token_logps(store, pairs, lambda i: PairScorer(model).tokens(pairs.select(i)))
+    assert len(store.missing(pairs, tokens=True)) == 0
+    never = stored_token_logps(store_in(tmp_path), pairs, None)
+    live, stored = ModelReference(model), ColumnsReference(never)
+    plan = pairs.plan(layout=layout, tokens_per_batch=120, seed=3)
+    for batch in PairLoader(plan):
+        expected = live.token_logps(batch)
+        found = stored.token_logps(batch)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert ((found == 0) == (expected == 0)).all()
+        sums = torch.zeros(2 * len(batch.pair_index), dtype=torch.float64)
+        weights = batch.table.weights.double()
+        sequence = torch.repeat_interleave(batch.table.host_offsets.diff())
+        sums.index_add_(0, sequence, found.double() * weights)
+        expected = torch.from_numpy(store.get(pairs))[batch.pair_index]
+        assert torch.allclose(sums.reshape(-1, 2), expected, atol=1e-4)
+    assert np.array_equal(lists["chosen"].values, never["chosen"].values)
+
+
+def test_ld_dpo_of_any_alpha_comes_from_the_tokens_of_one_pass():
+    pairs = random_pairs(12)
+    model = attach_scoring(tiny.model())
+    _, tokens = PairScorer(model).tokens(pairs)
+    batch = batch_of(pairs)
+    ref = ColumnsReference(tokens).token_logps(batch)
+    for alpha in (0.0, 0.3, 1.0):
+        table = ld_table(batch.table, alpha)
+        with torch.no_grad():
+            expected = model(**batch.model_inputs, score_table=table).logps
+        sums = torch.zeros(24).index_add_(
+            0, torch.repeat_interleave(table.host_offsets.diff()), ref * table.weights
+        )
+        assert torch.allclose(sums.reshape(-1, 2), expected, atol=1e-4)
+
+
+def test_without_tokens_a_reference_says_what_to_do():
+    batch = batch_of(random_pairs(4))
+    assert NoReference().token_logps(batch) is None
+    with pytest.raises(TensorError, match=r"ColumnsReference\(store.get_tokens\(pairs\)\)"):
+        ColumnsReference().token_logps(batch)
 
 
 # ---- a store ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from dpo_ext.cli import ref_logps
 from dpo_ext.pairs import IDS, REFERENCE
 from dpo_ext.reflogps import ReferenceStore, fingerprint
 from dpo_ext.torch import PairLoader, attach_scoring
+from dpo_ext.torch.reference import PairScorer
 
 SMALL = ("--pairs-per-shard", "7", "--tokens-per-batch", "600")
 DATA = "text_explicit.jsonl"
@@ -254,6 +255,28 @@ def test_a_run_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_s
     store = opened(own, folder)
     assert np.array_equal(store.get(pairs), uninterrupted)  # here also bit by bit
     assert store.stats.rows == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_tokens_are_stored_beside_the_sums_and_those_that_lack_them_are_scored(
+    ranks, own, uninterrupted, tmp_path
+):
+    folder, pairs = tmp_path / "store", pairs_of(own)
+    assert start(0, own, folder)[0] == 0
+    assert len(opened(own, folder).missing(pairs, tokens=True)) == 40
+    code, said = start(ranks, own, folder, "--token-logps")
+    assert code == 0, said
+    assert "scored    40 pairs" in said
+    store = opened(own, folder)
+    assert np.array_equal(store.get(pairs), uninterrupted)
+    model = AutoModelForCausalLM.from_pretrained(own / "model")
+    _, expected = PairScorer(model).tokens(pairs)
+    found = store.get_tokens(pairs)
+    for side, lists in expected.items():
+        np.testing.assert_allclose(found[side].values, lists.values, rtol=1e-5, atol=1e-5)
+        assert found[side].lengths.tolist() == lists.lengths.tolist()
+        assert (found[side].values < 0).all()
 
 
 def other_data(rank, ranks, port, own, store):

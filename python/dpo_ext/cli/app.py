@@ -324,6 +324,9 @@ def ref_logps(
     pairs_per_shard: Annotated[
         int, typer.Option(min=1, help="Pairs that are written together; a kill loses the last.")
     ] = 4096,
+    token_logps: Annotated[
+        bool, typer.Option("--token-logps", help="Store those of each token beside the sums.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -373,6 +376,7 @@ def ref_logps(
             pairs_per_shard=pairs_per_shard,
             dtype=dtype,
             device=device,
+            tokens=token_logps,
             name=fingerprint,
             columns_of=given.files[-1] if import_ else None,
             export=export,

@@ -45,13 +45,15 @@ def fill_store(
     pairs_per_shard: int,
     dtype: str,
     device: str,
+    tokens: bool = False,
     name: str | None = None,
     columns_of: str | None = None,
     export: Path | None = None,
     **options: Any,
 ) -> dict[str, Any] | None:
     """Puts the columns of ``columns_of`` into the store, scores the pairs of ``files`` that are
-    missing, and writes ``export``; gives what ``--json`` writes, on the first rank.
+    missing, with ``tokens`` those of their tokens too, and writes ``export``; gives what
+    ``--json`` writes, on the first rank.
 
     Raises:
         DataError: no pair can be read; a dtype or an ending that there is not; columns under no
@@ -78,7 +80,7 @@ def fill_store(
             _say(f"imported  {put:,} new log-probs of {2 * len(columns):,}")
         lacking, used = 0, None
         if pairs is not None:
-            lacking = of_first_rank(lambda: len(store.missing(pairs)))
+            lacking = of_first_rank(lambda: len(store.missing(pairs, tokens=tokens)))
             read = pairs.report.read
             _say(f"pairs     {len(pairs):,} of {read:,} rows, of which {lacking:,} are missing")
         if pairs is not None and lacking:
@@ -87,7 +89,7 @@ def fill_store(
                 attention = str(model.config._attn_implementation)  # noqa: SLF001 - no public name
                 store = _opened(store_folder, Fingerprint(identity.parts, {"attention": attention}))
             how = {"layout": layout, "tokens_per_batch": tokens_per_batch}
-            used = _scored(model, store, pairs, lacking, pairs_per_shard, how)
+            used = _scored(model, store, pairs, lacking, pairs_per_shard, tokens, how)
         whole = columns if pairs is None else pairs
         if export is not None and whole is not None:
             of_first_rank(lambda: _write(whole.with_ref_logps(store.get(whole)), export))
@@ -200,6 +202,7 @@ def _scored(
     pairs: PairDataset,
     lacking: int,
     pairs_per_shard: int,
+    tokens: bool,
     how: Mapping[str, Any],
 ) -> str:
     """Scores the pairs that are missing; the layout of their rows."""
@@ -219,9 +222,10 @@ def _scored(
             _say(f"padded    rows, as packed ones are refused: {scorer.reason}")
 
         def score(index: Any) -> Any:
-            return scorer(pairs.select(index))
+            part = pairs.select(index)
+            return scorer.tokens(part) if tokens else scorer(part)
 
-        scored = complete(store, pairs, score, at_once=pairs_per_shard)
+        scored = complete(store, pairs, score, at_once=pairs_per_shard, tokens=tokens)
     _say(f"scored    {scored:,} pairs in {scorer.layout} rows, on {ranks} ranks")
     return scorer.layout
 

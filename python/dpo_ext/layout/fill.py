@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -187,22 +187,47 @@ FILL: Mapping[Layout, Callable[..., Batch]] = {"packed": packed, "shared": share
 """Of the layouts with bins."""
 
 
+SIDES = ("chosen", "rejected")
+
+
+def token_places(
+    seq_offsets: NDArray[Any], index: NDArray[np.int64], offsets: Iterable[NDArray[np.int64]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Where the tokens of a table stand in lists with a number for each token of a completion.
+
+    Of a sequence of n tokens in the table these are the last n numbers of its list. (A first token
+    without a prompt is in no table.)
+
+    Args:
+        seq_offsets: (2N + 1,), of the table.
+        index: (N,) the pairs of the batch.
+        offsets: of the lists of all pairs, of the chosen and of the rejected completions.
+
+    Returns:
+        For either side (m,) places in the table, and (m,) those in the values of the lists.
+    """
+    lengths = np.diff(seq_offsets).astype(np.int64)
+    for first, borders in enumerate(offsets):
+        n = lengths[first::2]
+        before = np.cumsum(n) - n
+        step = np.arange(int(n.sum())) - np.repeat(before, n)
+        place = np.repeat(seq_offsets[first:-1:2].astype(np.int64), n) + step
+        yield place, np.repeat(borders[index + 1] - n, n) + step
+
+
 def weigh(batch: Batch, weights: Mapping[str, Ragged], take: Take) -> Batch:
     """The batch with the weight of each of its tokens, in the order of its table; one of weight 0
     has the target of a token that is not scored, so that no length counts it.
 
     Same as, for each pair of the batch and ``"chosen"``, then ``"rejected"``: the last n weights of
-    that completion, n being its tokens in the table. (A first token without a prompt is none.)
+    that completion, n being its tokens in the table.
     """
-    index, lengths = batch.pair_index, np.diff(batch.seq_offsets).astype(np.int64)
     out = take(len(batch.targets), np.float32)
-    for first, name in enumerate(("chosen", "rejected")):
-        lists, n = weights[name], lengths[first::2]
-        before = np.cumsum(n) - n
-        step = np.arange(int(n.sum())) - np.repeat(before, n)
-        source = np.repeat(lists.offsets[index + 1] - n, n) + step
-        place = np.repeat(batch.seq_offsets[first:-1:2].astype(np.int64), n) + step
-        out[place] = lists.values[source]
+    offsets = [weights[name].offsets for name in SIDES]
+    for name, (place, source) in zip(
+        SIDES, token_places(batch.seq_offsets, batch.pair_index, offsets), strict=True
+    ):
+        out[place] = weights[name].values[source]
     vars(batch)["weights"] = out
     batch.targets[out == 0] = IGNORE_INDEX
     return batch

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from dpo_ext import _core
 from dpo_ext.errors import RefLogpsError, describe
-from dpo_ext.layout.fill import factors
+from dpo_ext.layout.fill import SIDES, factors
 from dpo_ext.pairs import Pairs, Ragged
 
-SIDES = ("chosen", "rejected")
 # Pairs whose keys are worked out at once: so much of a mapped data set is resident meanwhile.
 PART = 1 << 18
 # Two passes of one reference differ by at most this times the root of the number of tokens: the
@@ -75,6 +74,34 @@ class PairKeys:
         """Of one of the 2N sequences, for messages."""
         return f"pair {self.index[sequence // 2]}, `{SIDES[sequence % 2]}`"
 
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """(2N,) tokens of each completion."""
+        return np.stack([np.diff(o)[self.index] for _, o, _ in self._sides], axis=1).reshape(-1)
+
+    def sums(self, token_logps: Ragged) -> NDArray[np.float64]:
+        """(2N,) float64: the log-probs of each sequence's tokens, times their weights, added up."""
+        lengths, values = token_logps.lengths, token_logps.values.astype(np.float64)
+        for first, (_, offsets, weights) in enumerate(self._sides):
+            if weights is not None:
+                is_own = np.repeat(np.arange(len(lengths)) % 2 == first, lengths)
+                values[is_own] *= Ragged(weights, offsets).select(self.index).values
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        return np.bincount(sequence, values, minlength=len(lengths)).astype(np.float64)
+
+    def apart(
+        self,
+        sequences: NDArray[np.int64],
+        logps: NDArray[np.float64],
+        others: NDArray[np.float64],
+    ) -> NDArray[np.bool_]:
+        """Which log-probs of sequences are not two roundings of one number."""
+        if np.array_equal(logps, others):
+            return np.zeros(len(logps), bool)
+        budget = BUDGET * self._largest_weight() * np.sqrt(self.tokens[sequences])
+        found: NDArray[np.bool_] = np.abs(logps - others) > budget
+        return found
+
     def compare(
         self,
         sequences: NDArray[np.int64],
@@ -87,12 +114,7 @@ class PairKeys:
         Raises:
             RefLogpsError: they are not.
         """
-        if np.array_equal(logps, others):
-            return
-        tokens = np.stack([np.diff(o)[self.index] for _, o, _ in self._sides], axis=1).reshape(-1)
-        apart = np.abs(logps - others) > BUDGET * self._largest_weight() * np.sqrt(
-            tokens[sequences]
-        )
+        apart = self.apart(sequences, logps, others)
         if apart.any():
             i = int(apart.argmax())
             raise RefLogpsError(

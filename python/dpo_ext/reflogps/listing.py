@@ -32,6 +32,7 @@ class Listing:
 
     Attributes:
         loaded: rows, bytes and status of each shard that was read.
+        with_tokens: those of them that have the log-probs of tokens, too.
         damaged, foreign, lost: names; see `StoreStats`.
         notes: what there is to say of the manifest.
         soft: lines on soft parts of the fingerprint that differ.
@@ -41,6 +42,7 @@ class Listing:
     def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self.loaded: dict[str, tuple[int, int, Any]] = {}
+        self.with_tokens: set[str] = set()
         self.damaged: dict[str, Any] = {}
         self.foreign: dict[str, str] = {}
         self.lost: set[str] = set()
@@ -71,12 +73,17 @@ class Listing:
         self._named = self._checked(manifest) if manifest is not None else []
         # What somebody took away or wrote to is not there: all is read anew.
         if any(self._status(name) != status for name, (_, _, status) in self.loaded.items()):
-            self.loaded.clear()
+            self.forget()
         self.lost = set(self._named) - set(names)
         for gone in (self.damaged.keys() | self.foreign.keys()) - set(names):
             self.damaged.pop(gone, None)
             self.foreign.pop(gone, None)
         return [name for name in names if name not in self.loaded and name not in self.foreign]
+
+    def forget(self) -> None:
+        """Nothing was read."""
+        self.loaded.clear()
+        self.with_tokens.clear()
 
     def rows_of(self, names: list[str]) -> int:
         """As many rows as there are in shards that were not read yet, or a few more."""
@@ -111,6 +118,8 @@ class Listing:
                 continue
             yield shard
             self.loaded[name] = (len(shard.logps), shard.size, status)
+            if shard.has_tokens:
+                self.with_tokens.add(name)
         if self.foreign and not self.loaded and not self.has_manifest:
             other = next(iter(self.foreign.values()))
             raise RefLogpsError(

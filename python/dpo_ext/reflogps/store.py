@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from dpo_ext import _core
 from dpo_ext.errors import DataError, RefLogpsError, TensorError, describe
-from dpo_ext.pairs import Pairs
+from dpo_ext.pairs import Pairs, Ragged
 from dpo_ext.reflogps import shards
 from dpo_ext.reflogps.identity import Fingerprint
 from dpo_ext.reflogps.keys import Keys, PairKeys
 from dpo_ext.reflogps.listing import Listing
+from dpo_ext.reflogps.tokens import by_sequence, by_side, gathered
 from dpo_ext.store.folder import Folder, typed_errors, writing
 
 # A table of so many rows is no longer in the cache: there keys are looked up in rising order, as
@@ -102,6 +103,7 @@ class ReferenceStore:
         self._listing = Listing(self.folder, self.fingerprint)
         self._table = _core.KeyTable()
         self._logps = np.empty(0)
+        self._has_tokens = np.zeros(0, bool)  # of each row, or of none where no shard has them
         self._hits = self._misses = 0
         self._lock = threading.RLock()
         with _errors(self.folder):
@@ -122,6 +124,7 @@ class ReferenceStore:
         *,
         index: Any = None,
         token_weights: Mapping[str, Any] | None = None,
+        token_logps: Mapping[str, Any] | None = None,
     ) -> int:
         """Stores log-probs; once it returns they survive a crash and a power cut.
 
@@ -130,28 +133,36 @@ class ReferenceStore:
             values: (N, 2) numbers, chosen then rejected, summed over the tokens; kept as float64.
             index: (N,) whole numbers, the pairs that ``values`` are of; None for all, in order.
             token_weights: those that the log-probs were summed with, as those of a plan.
+            token_logps: ``{"chosen": lists, "rejected": lists}``, a number for each token of each
+                completion, as `PairScorer.tokens` gives them: without the weights, and 0 for a
+                token that is not scored. Kept as float32, for :meth:`get_tokens`.
 
         Returns:
-            Sequences that were not there. A value that is there stays as it is.
+            Sequences that were not there, or not with their tokens. A value that is there stays as
+            it is.
 
         Raises:
             RefLogpsError: a value is NaN or infinite, names the pair; it contradicts one that is
-                there for the same tokens; or the disk is full or broken.
-            TensorError: ``values`` have another shape or are no numbers.
+                there for the same tokens, or the sum of its tokens; or the disk is full or broken.
+            TensorError: ``values`` or ``token_logps`` have another shape or are no numbers.
         """
         keys = PairKeys(pairs, index, token_weights)
         logps = _checked(values, keys)
+        tokens = None if token_logps is None else by_sequence(token_logps, keys, logps)
         with self._lock, _errors(self.folder):
             whole = keys.whole()
             self._load()
-            is_there = (self._find(whole) >= 0).all()
+            is_there = self._is_there(self._find(whole), tokens is not None).all()
             if is_there and (self._listing.is_whole or not len(whole)):
-                return len(self._new(keys, whole, logps))  # the folder may be read-only
+                # the folder may be read-only
+                return len(self._new(keys, whole, logps, tokens is not None))
             with writing(self.folder, shards.KIND) as folder:
                 folder.sweep(None, data=False)
                 self._load()  # what another writer wrote meanwhile
-                new = self._new(keys, whole, logps)
-                self._write(folder, whole.reshape(-1, 2)[new].ravel(), logps[new])
+                new = self._new(keys, whole, logps, tokens is not None)
+                own = None if tokens is None else tokens.select(new)
+                absent = whole.reshape(-1, 2)[new].ravel()
+                self._write(folder, absent, self._kept(absent, logps[new]), own)
             return len(new)
 
     def get(
@@ -183,16 +194,58 @@ class ReferenceStore:
             self._count(keys, ())
             return self._logps[rows].reshape(-1, 2)
 
-    def missing(
+    def get_tokens(
         self, pairs: Pairs, *, index: Any = None, token_weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Ragged]:
+        """The log-probs of the tokens of pairs, as they were put.
+
+        They are read from disk with each call: call it once for a data set, and let
+        `dpo_ext.torch.reference.ColumnsReference` give those of a batch.
+
+        Args:
+            index: the pairs to read; None for all.
+
+        Returns:
+            ``{"chosen": lists, "rejected": lists}``, float32, a number for each token of each
+            completion.
+
+        Raises:
+            RefLogpsError: those of some are missing; gives their number and examples.
+        """
+        keys = PairKeys(pairs, index, token_weights)
+        with self._lock, _errors(self.folder):
+            self._load()
+            wanted = _core.KeyTable()
+            rows = wanted.add(keys.whole())
+            lengths = np.zeros(len(wanted), np.int64)
+            lengths[rows] = keys.tokens
+            found, is_there = gathered(self._tokens_of(wanted), lengths)
+            missing = np.flatnonzero(~is_there[rows].reshape(-1, 2).all(axis=1))
+            self._count(keys, missing)
+            if len(missing):
+                raise RefLogpsError(self._said(keys, missing, "without log-probs of their tokens"))
+            return by_side(found.select(rows))
+
+    def missing(
+        self,
+        pairs: Pairs,
+        *,
+        index: Any = None,
+        token_weights: Mapping[str, Any] | None = None,
+        tokens: bool = False,
     ) -> NDArray[np.int64]:
-        """The indices of the pairs of which a side has no log-prob, in their order."""
+        """The indices of the pairs of which a side has no log-prob, in their order; with
+        ``tokens``, of those too of which a side has none of its tokens.
+        """
         keys = PairKeys(pairs, index, token_weights)
         with self._lock:
             with _errors(self.folder):
                 self._load()
             found = [
-                start + np.flatnonzero((self._find(part).reshape(-1, 2) < 0).any(axis=1))
+                start
+                + np.flatnonzero(
+                    ~self._is_there(self._find(part), tokens).reshape(-1, 2).all(axis=1)
+                )
                 for start, part in keys.parts()
             ]
             lacking = np.concatenate([np.empty(0, np.int64), *found])
@@ -234,6 +287,19 @@ class ReferenceStore:
         rows[order] = self._table.find(halves[order].reshape(-1))
         return rows
 
+    def _is_there(self, rows: NDArray[np.int64], tokens: bool) -> NDArray[np.bool_]:
+        """Whether what is asked of these rows is there; -1 is none."""
+        if not tokens:
+            return rows >= 0
+        if not len(self._has_tokens):
+            return np.zeros(len(rows), bool)
+        return (rows >= 0) & self._has_tokens[rows]
+
+    def _kept(self, keys: Keys, logps: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The log-probs to write: where the tokens alone were lacking, those that are there."""
+        rows = self._find(keys)
+        return np.where(rows >= 0, self._logps[rows], logps) if len(self._logps) else logps
+
     def _count(self, keys: PairKeys, missing: Sequence[int] | NDArray[np.int64]) -> None:
         self._misses += len(missing)
         self._hits += len(keys) - len(missing)
@@ -253,7 +319,8 @@ class ReferenceStore:
 
     def _forget(self) -> None:
         self._table, self._logps = _core.KeyTable(), np.empty(0)
-        self._listing.loaded.clear()
+        self._has_tokens = np.zeros(0, bool)
+        self._listing.forget()
 
     def _grow(self, rows: int) -> None:
         """Makes room for so many rows in all."""
@@ -267,15 +334,36 @@ class ReferenceStore:
         before = len(self._table)
         self._grow(before + len(shard.logps))
         rows = self._table.add(shard.keys)
+        self._note_tokens(rows, shard.has_tokens)
         if len(self._table) == before + len(rows):  # all new, in their order
             self._logps[before : len(self._table)] = shard.logps
             return
-        # A key is in two shards only where somebody copied one into the folder.
+        # A key is in two shards where its tokens came later, or somebody copied one.
         is_new = rows >= before
         self._logps[rows[is_new]] = shard.logps[is_new]
 
-    def _new(self, keys: PairKeys, whole: Keys, logps: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Which of the 2N sequences are not there yet, each once.
+    def _tokens_of(
+        self, wanted: _core.KeyTable
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Ragged]]:
+        """Of each shard: the rows of ``wanted`` that it has, where, and all of its lists."""
+        for name in sorted(self._listing.with_tokens):
+            own, lists = shards.read_tokens(self.folder, name)
+            rows = wanted.find(own)
+            which = np.flatnonzero(rows >= 0)
+            yield rows[which], which, lists
+
+    def _note_tokens(self, rows: NDArray[np.int64], has_tokens: bool) -> None:
+        if len(self._has_tokens) < len(self._logps) and (has_tokens or len(self._has_tokens)):
+            self._has_tokens = np.append(
+                self._has_tokens, np.zeros(len(self._logps) - len(self._has_tokens), bool)
+            )
+        if has_tokens:
+            self._has_tokens[rows] = True
+
+    def _new(
+        self, keys: PairKeys, whole: Keys, logps: NDArray[np.float64], tokens: bool
+    ) -> NDArray[np.int64]:
+        """Which of the 2N sequences are not there yet, or lack their tokens; each once.
 
         Raises:
             RefLogpsError: one contradicts what is there, or another one.
@@ -283,27 +371,29 @@ class ReferenceStore:
         rows = self._find(whole)
         there = np.flatnonzero(rows >= 0)
         keys.compare(there, logps[there], self._logps[rows[there]], "the store holds")
-        absent = np.flatnonzero(rows < 0)
+        absent = np.flatnonzero(~self._is_there(rows, tokens))
         numbers = _core.KeyTable().add(whole.reshape(-1, 2)[absent].ravel())
         first = absent[np.diff(np.maximum.accumulate(numbers), prepend=-1) > 0]
         if len(first) < len(absent):
             keys.compare(absent, logps[absent], logps[first][numbers], "an equal sequence has")
         return first
 
-    def _write(self, folder: Folder, keys: Keys, logps: NDArray[np.float64]) -> None:
+    def _write(
+        self, folder: Folder, keys: Keys, logps: NDArray[np.float64], tokens: Ragged | None
+    ) -> None:
         """Each shard is finished on its own; the manifest that names them comes last."""
         reference, halves = self.fingerprint.digest, keys.reshape(-1, 2)
-        for start in range(0, len(logps), shards.ROWS):
-            part = slice(start, start + shards.ROWS)
-            folder.put(shards.writer(halves[part], logps[part], reference), lambda: None)
+        for part in shards.parts(len(logps), tokens):
+            own = None if tokens is None else tokens.between(part.start, part.stop)
+            folder.put(shards.writer(halves[part], logps[part], own, reference), lambda: None)
         self._load()
         folder.publish(self._listing.manifest(), None)
 
-    def _said(self, keys: PairKeys, missing: NDArray[np.int64]) -> str:
+    def _said(self, keys: PairKeys, missing: NDArray[np.int64], how: str = "missing") -> str:
         shown = ", ".join(str(keys.index[i]) for i in missing[:SHOWN])
         more = ", ..." if len(missing) > SHOWN else ""
         listing = self._listing
-        said = [f"{self.folder}: {len(missing)} of {len(keys)} pairs are missing: {shown}{more}"]
+        said = [f"{self.folder}: {len(missing)} of {len(keys)} pairs are {how}: {shown}{more}"]
         for names, what in (
             (listing.damaged, "damaged"),
             (listing.lost, "gone"),
@@ -311,7 +401,8 @@ class ReferenceStore:
         ):
             if names:
                 said.append(f"shards {what}: {', '.join(sorted(names)[:SHOWN])}")
-        return "; ".join(said) + "\nhint: score `store.missing(pairs)` and `put` them"
+        which = "pairs" if how == "missing" else "pairs, tokens=True"
+        return "; ".join(said) + f"\nhint: score `store.missing({which})` and `put` them"
 
 
 def _checked(values: Any, keys: PairKeys) -> NDArray[np.float64]:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from dpo_ext.errors import RefLogpsError, TensorError, describe
 from dpo_ext.layout.batch import Batch, Layout
+from dpo_ext.layout.fill import SIDES, token_places
 from dpo_ext.layout.plan import BatchPlan
-from dpo_ext.pairs import Pairs
+from dpo_ext.pairs import Pairs, Ragged
 from dpo_ext.torch.agreement import as_it_was
 from dpo_ext.torch.attention import assert_packing_safe
 from dpo_ext.torch.audit import OF_OTHER_BATCHES, allowed
@@ -32,7 +33,10 @@ from dpo_ext.torch.scoring import attach_scoring
 
 Answer = TypeVar("Answer")
 Logps = NDArray[np.float64]
+TokenLogps = Mapping[str, Ragged]
+"""``{"chosen": lists, "rejected": lists}``, a number for each token of each completion."""
 Score = Callable[[NDArray[np.int64]], Logps]
+ScoreTokens = Callable[[NDArray[np.int64]], tuple[Logps, TokenLogps]]
 TOKENS = 16_384
 """Of a batch that is scored."""
 AT_ONCE = 1 << 16
@@ -43,13 +47,23 @@ AT_ONCE = 1 << 16
 class Store(Protocol):
     """What `dpo_ext.reflogps.ReferenceStore` does, as far as it is needed here."""
 
-    def missing(self, pairs: Any, *, index: Any = ..., token_weights: Any = ...) -> Any: ...
+    def missing(
+        self, pairs: Any, *, index: Any = ..., token_weights: Any = ..., tokens: bool = ...
+    ) -> Any: ...
 
     def put(
-        self, pairs: Any, values: Any, *, index: Any = ..., token_weights: Any = ...
+        self,
+        pairs: Any,
+        values: Any,
+        *,
+        index: Any = ...,
+        token_weights: Any = ...,
+        token_logps: Any = ...,
     ) -> int: ...
 
     def get(self, pairs: Any, *, index: Any = ..., token_weights: Any = ...) -> Any: ...
+
+    def get_tokens(self, pairs: Any, *, index: Any = ..., token_weights: Any = ...) -> Any: ...
 
 
 # ---- at each step -------------------------------------------------------------------------------
@@ -61,6 +75,11 @@ class Reference(Protocol):
     def logps(self, batch: Any) -> Tensor | None:
         """(N, 2) of a batch, chosen then rejected, without gradient."""
 
+    def token_logps(self, batch: Any) -> Tensor | None:
+        """(M,) float32 of the tokens of ``batch.table``, in its order and without its weights; 0
+        where none is scored. Without gradient.
+        """
+
 
 class NoReference:
     """Of a loss that needs none."""
@@ -68,9 +87,33 @@ class NoReference:
     def logps(self, batch: Any) -> None:
         return None
 
+    def token_logps(self, batch: Any) -> None:
+        return None
+
 
 class ColumnsReference:
-    """The log-probs that the pairs bring: of the data, of a store, of a pass before training."""
+    """The log-probs that the pairs bring: of the data, of a store, of a pass before training.
+
+    Args:
+        token_logps: those of the tokens of all pairs, as `ReferenceStore.get_tokens` or
+            `PairScorer.tokens` gives them; only for `ColumnsReference.token_logps`.
+    """
+
+    def __init__(self, token_logps: Mapping[str, Ragged] | None = None) -> None:
+        self._token_logps = token_logps
+
+    def token_logps(self, batch: Any) -> Tensor:
+        lists = self._token_logps
+        if lists is None:
+            raise TensorError(
+                "there are no reference log-probs of tokens\n"
+                "hint: ColumnsReference(store.get_tokens(pairs)) has them"
+            )
+        table = batch.table
+        found = torch.zeros(table.n_tokens)
+        for side, (where, source) in _places(table, batch.pair_index, lists).items():
+            found[where] = torch.from_numpy(lists[side].values[source])
+        return found.to(table.device, non_blocking=True)
 
     def logps(self, batch: Any) -> Tensor:
         if batch.ref_logps is None:
@@ -99,10 +142,16 @@ class ModelReference:
         self.model, self.adapter = model, adapter
 
     def logps(self, batch: Any) -> Tensor:
-        with as_reference(self.model, adapter=self.adapter):
-            scores = self.model(**batch.model_inputs, score_table=batch.table)
-        found: Tensor = scores.logps
+        found: Tensor = self._scores(batch).logps
         return found
+
+    def token_logps(self, batch: Any) -> Tensor:
+        found: Tensor = self._scores(batch, score_stats="logps").tokens.logps
+        return found
+
+    def _scores(self, batch: Any, **asked: Any) -> Any:
+        with as_reference(self.model, adapter=self.adapter):
+            return self.model(**batch.model_inputs, score_table=batch.table, **asked)
 
 
 def has_adapter(model: Any) -> bool:
@@ -164,37 +213,60 @@ def stored_logps(
     return of_first_rank(lambda: store.get(pairs, token_weights=token_weights))
 
 
-def complete(
+def stored_token_logps(
     store: Store,
     pairs: Pairs,
-    score: Score,
+    score: ScoreTokens,
     *,
     token_weights: Mapping[str, Any] | None = None,
     at_once: int = AT_ONCE,
+) -> TokenLogps:
+    """As `stored_logps`, of the tokens: what a store has, and what it lacks, scored and put.
+
+    Args:
+        score: gives both, as `PairScorer.tokens` does.
+    """
+    complete(store, pairs, score, token_weights=token_weights, at_once=at_once, tokens=True)
+    return of_first_rank(lambda: store.get_tokens(pairs, token_weights=token_weights))
+
+
+def complete(
+    store: Store,
+    pairs: Pairs,
+    score: Score | ScoreTokens,
+    *,
+    token_weights: Mapping[str, Any] | None = None,
+    at_once: int = AT_ONCE,
+    tokens: bool = False,
 ) -> int:
     """Scores the pairs that a store lacks and puts them, ``at_once`` pairs after another.
 
-    Each part is durable before the next one is scored.
+    Each part is durable before the next one is scored. With ``tokens`` also those of which it lacks
+    the log-probs of tokens: ``score`` gives both.
 
     Returns:
         The number of pairs that were scored.
     """
     check_same_pairs(pairs)
-    lacking = of_first_rank(lambda: store.missing(pairs, token_weights=token_weights))
+    how: dict[str, Any] = {"token_weights": token_weights}
+    lacking = of_first_rank(lambda: store.missing(pairs, tokens=tokens, **how))
     scored = 0
     for start in range(0, len(lacking), at_once):
         some = lacking[start : start + at_once]
         if start:  # but for those that were in an earlier part, too
 
             def still(part: Any = some) -> Any:
-                return store.missing(pairs, index=part, token_weights=token_weights)
+                return store.missing(pairs, index=part, tokens=tokens, **how)
 
             some = of_first_rank(still)
         if len(some):
-            values = score(some)
+            values: Any = score(some)
+            own = {}
+            if tokens:
+                values, own["token_logps"] = values
 
-            def put(part: Any = some, values: Any = values) -> int:
-                return store.put(pairs, values, index=part, token_weights=token_weights)
+            def put(part: Any = some, values: Any = values, own: Any = own) -> int:
+                return store.put(pairs, values, index=part, **how, **own)
 
             of_first_rank(put)
             scored += len(some)
@@ -254,35 +326,68 @@ class PairScorer:
         Raises:
             RefLogpsError: at the first call: a rank has another model than the first one.
         """
+        return self._scored(pairs, None)
+
+    def tokens(self, pairs: Pairs) -> tuple[Logps, TokenLogps]:
+        """The same, and ``{"chosen": lists, "rejected": lists}``, float32: the log-prob of each
+        token of each completion; 0 for one that is not scored. Weights of tokens are in the sums
+        alone.
+        """
+        lists = {
+            side: Ragged(
+                np.zeros(int(np.ptp(ids.offsets)), np.float32), ids.offsets - ids.offsets[0]
+            )
+            for side, ids in zip(SIDES, (pairs.chosen_ids, pairs.rejected_ids), strict=True)
+        }
+        return self._scored(pairs, lists), lists
+
+    def _scored(self, pairs: Pairs, lists: TokenLogps | None) -> Logps:
+        """(N, 2), and the log-probs of tokens into ``lists``."""
         if not self._is_compared:
             self._compare(pairs[:1])
         rank, ranks = place()
         # Padded to the longest of a batch: like lengths go together.
-        order = np.argsort(pairs.longest, kind="stable") if self.layout == "padded" else None
-        in_order = pairs if order is None else pairs.select(order)
-        found = self._own(in_order, rank, ranks, self.tell)
+        order = np.arange(len(pairs))
+        if self.layout == "padded":
+            order = np.argsort(pairs.longest, kind="stable")
+        found = self._own(pairs, order, rank, ranks, self.tell, lists)
         if ranks > 1:
-            dist.all_reduce(found)  # each is a number on one rank and 0 on the others
-        values = found.cpu().numpy()
-        if order is None:
-            return values
-        back = np.empty_like(values)
-        back[order] = values
-        return back
+            # each is a number on one rank and 0 on the others
+            dist.all_reduce(found)
+            for side in lists.values() if lists is not None else ():
+                told = torch.from_numpy(side.values).to(self.device)
+                dist.all_reduce(told)
+                side.values[:] = told.cpu().numpy()
+        return found.cpu().numpy()
 
-    def _own(self, pairs: Pairs, rank: int, ranks: int, tell: Callable[[int], Any]) -> Tensor:
+    def _own(
+        self,
+        pairs: Pairs,
+        order: NDArray[np.int64],
+        rank: int,
+        ranks: int,
+        tell: Callable[[int], Any],
+        lists: TokenLogps | None = None,
+    ) -> Tensor:
         """(N, 2): what is scored on this rank, and 0 elsewhere."""
         found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
+        asked = {} if lists is None else {"score_stats": "logps"}
+        plan = self._plan(pairs.select(order) if self.layout == "padded" else pairs)
         with as_reference(self.model, adapter=self.adapter):
-            for batch in PairLoader(_Share(self._plan(pairs), rank, ranks), self.device):
-                logps = self.model(**self._inputs(batch), score_table=batch.table).logps
-                found[batch.pair_index] = logps.to(found.dtype)
-                tell(logps.shape[0])
+            for batch in PairLoader(_Share(plan, rank, ranks), self.device):
+                scores = self.model(**self._inputs(batch), score_table=batch.table, **asked)
+                index = order[batch.pair_index.cpu().numpy()]
+                found[torch.from_numpy(index).to(self.device)] = scores.logps.to(found.dtype)
+                if lists is not None:
+                    of_tokens = scores.tokens.logps.float().cpu().numpy()
+                    for side, (where, source) in _places(batch.table, index, lists).items():
+                        lists[side].values[source] = of_tokens[where]
+                tell(len(index))
         return found
 
     def _compare(self, pair: Pairs) -> None:
         """That the model of each rank has the log-probs of the first one's, of one pair."""
-        own = self._own(pair, 0, 1, lambda pairs: None)
+        own = self._own(pair, np.arange(1), 0, 1, lambda pairs: None)
         first = own.clone()
         dist.broadcast(first, src=0)
         lengths = torch.tensor([[len(pair.chosen_ids[0]), len(pair.rejected_ids[0])]])
@@ -308,6 +413,15 @@ class PairScorer:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         return batch.inputs_for(self.model)
+
+
+def _places(
+    table: Any, index: Any, lists: TokenLogps
+) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Of either side: where its tokens stand in the table, and in the values of the lists."""
+    own = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+    places = token_places(table.host_offsets.numpy(), own, [lists[side].offsets for side in SIDES])
+    return dict(zip(SIDES, places, strict=True))
 
 
 class _Share(Sequence[Batch]):
