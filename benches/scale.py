@@ -5,7 +5,7 @@ peak memory grew; each answer is checked. From the smaller and the larger number
 slope, the cost of a further million. Rows are HH-like text of made-up words; ids are the bytes of a
 tiny tokenizer or random, so that no model is needed. `--record` appends rows to RESULTS.md.
 
-    python benches/scale.py [--record] [--pairs 1000000] [--text 400000] [--folder DIR]
+    python benches/scale.py [--record] [--pairs N] [--text N] [--tokens 400] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 from dpo_ext import PairDataset, Ragged, Tokenizer
 import pyarrow as pa, pyarrow.ipc, pyarrow.parquet
 
-folder, n = Path(sys.argv[1]), int(sys.argv[2])
+folder, n, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
 def peak():
     # Not ru_maxrss, which a child has from its parent.
@@ -59,7 +59,8 @@ rng = np.random.default_rng(0)
 words = np.array(["w" + str(i) for i in range(5000)])
 with open(folder / f"rows-{n}.jsonl", "w") as file:
     for i in range(n):
-        a, b, c = (" ".join(words[rng.integers(0, 5000, k)]) for k in rng.integers(8, 40, 3))
+        lengths = rng.integers(max(1, tokens // 50), max(2, tokens // 10), 3)
+        a, b, c = (" ".join(words[rng.integers(0, 5000, k)]) for k in lengths)
         row = {"prompt": a, "chosen": " " + b + ".", "rejected": " " + c + "!"}
         file.write(json.dumps(row) + "\\n")
 said({}, bytes=0)
@@ -81,7 +82,7 @@ for shard in range({SHARDS}):
     rng = np.random.default_rng(shard)
     def lists():
         offsets = np.zeros(step + 1, np.int32)
-        np.cumsum(rng.integers(20, 181, step), out=offsets[1:])
+        np.cumsum(rng.integers(tokens // 20, tokens * 9 // 20 + 1, step), out=offsets[1:])
         ids = rng.integers(0, 50_000, offsets[-1], dtype=np.int32)
         return pa.ListArray.from_arrays(offsets, ids)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -144,8 +145,8 @@ WORDS = {
 }
 
 
-def run(step: str, folder: Path, n: int) -> dict[str, float]:
-    code = [sys.executable, "-c", HEAD + STEPS[step], str(folder), str(n)]
+def run(step: str, folder: Path, n: int, tokens: int) -> dict[str, float]:
+    code = [sys.executable, "-c", HEAD + STEPS[step], str(folder), str(n), str(tokens)]
     done = subprocess.run(code, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{step}: {done.stderr[-2000:]}")
@@ -174,13 +175,13 @@ def byte_tokenizer(folder: Path) -> None:
     Tokenizer.from_pretrained(folder)
 
 
-def rows_of(pairs: int, text: int, folder: Path) -> list[str]:
+def rows_of(pairs: int, text: int, tokens: int, folder: Path) -> list[str]:
     byte_tokenizer(folder / "tokenizer")
     found: dict[str, list[tuple[int, dict[str, float]]]] = {}
     for divisor in (SMALLER, 1):
         for step in STEPS:
             n = (text if step in OF_TEXT else pairs) // divisor // SHARDS * SHARDS
-            found.setdefault(step, []).append((n, run(step, folder, n)))
+            found.setdefault(step, []).append((n, run(step, folder, n, tokens)))
     lines = []
     for step, words in WORDS.items():
         (few, small), (many, large) = found[step]
@@ -203,11 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--text", type=int, default=400_000, help="rows of text to encode")
-    parser.add_argument("--folder", help="where to work, on a disk with 4 kB a pair")
+    parser.add_argument("--tokens", type=int, default=400, help="about, of a pair; at least 40")
+    parser.add_argument("--folder", help="where to work, on a disk with 10 bytes a token")
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        rows = rows_of(args.pairs, args.text, Path(folder))
+        rows = rows_of(args.pairs, args.text, args.tokens, Path(folder))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -215,7 +217,7 @@ def main() -> None:
         f"{date.today()}, {commit}, {platform.machine()}, {os.cpu_count()} CPUs, load "
         f"{os.getloadavg()[0]:.1f}, dpo_ext {dpo_ext.__version__}, Python "
         f"{platform.python_version()}, growth with the number of pairs: `python benches/scale.py "
-        f"--pairs {args.pairs} --text {args.text} --record`"
+        f"--pairs {args.pairs} --text {args.text} --tokens {args.tokens} --record`"
     )
     table = [
         "| | pairs | time | for a million more | memory | for a million more | bytes a pair |",
