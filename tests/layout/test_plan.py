@@ -322,3 +322,26 @@ def test_a_reference_log_prob_that_float32_does_not_hold_is_an_error_and_no_infi
     pairs.ref_logps[1, 0] = bad  # behind its back, as a damaged file may
     with pytest.raises(DataError, match="pair 1: expected reference log-probs that float32 holds"):
         list(pairs.plan(layout=layout, pairs_per_batch=3))
+
+
+def test_the_long_arrays_of_a_batch_are_one_allocation_and_the_short_ones_are_their_own():
+    """Several that are freed together go back to the system, and every page is a fault again."""
+    pairs = random_pairs(400)
+    for layout in ("padded", "packed"):
+        plan = pairs.plan(layout=layout, pairs_per_batch=200, shuffle=False)
+        first = plan[0]
+        batch = plan[0]
+        assert batch.input_ids.base is not None
+        roots = {id(root_of(getattr(batch, name))) for name in ("input_ids", "logit_rows")}
+        assert len(roots) == 1
+        assert root_of(batch.pair_index).nbytes <= 200 * 8
+        for name, value in vars(first).items():
+            if isinstance(value, np.ndarray):
+                assert np.array_equal(value, getattr(batch, name))
+                assert not np.shares_memory(value, getattr(batch, name))
+
+
+def root_of(array):
+    while array.base is not None:
+        array = array.base
+    return array

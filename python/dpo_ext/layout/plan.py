@@ -14,6 +14,7 @@ from dpo_ext import _core
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Batch
 from dpo_ext.layout.fill import FILL, SLOTS, factors, padded, weigh
+from dpo_ext.layout.memory import Block
 from dpo_ext.pairs import Ragged
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class BatchPlan(Sequence[Batch]):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
+        self._block_bytes = 0  # of the largest batch so far
         self._weights = factors(pairs, token_weights)
         self._lengths = SLOTS[layout](pairs)
         self.layout = layout
@@ -266,7 +268,10 @@ class BatchPlan(Sequence[Batch]):
         k = int(i)
         if not -self._steps <= k < self._steps:
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
-        return self.build(k % self._steps, np.empty)
+        block = Block(self._block_bytes)
+        batch = self.build(k % self._steps, block.take)
+        self._block_bytes = max(self._block_bytes, block.asked)
+        return batch
 
     def build(self, i: int, take: Take) -> Batch:
         """Batch ``i``, from 0, in flat arrays that ``take(count, dtype)`` gives, of any content."""

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dpo_ext.layout.memory import ALIGNMENT, ITEM_BYTES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_ALIGNMENT = 64
-_ITEM_BYTES = {t: np.dtype(t).itemsize for t in (np.int32, np.int64, np.float32, np.float64)}
 
 
 class Ring:
@@ -46,11 +45,11 @@ class Ring:
 
     def allocate(self, size_bytes: int) -> NDArray[np.uint8]:
         """Fresh memory, page-locked if the ring's is."""
-        size_bytes = max(size_bytes, _ALIGNMENT)
+        size_bytes = max(size_bytes, ALIGNMENT)
         if self._pinned:
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-        store = np.empty(size_bytes + _ALIGNMENT, np.uint8)
-        start = -store.ctypes.data % _ALIGNMENT
+        store = np.empty(size_bytes + ALIGNMENT, np.uint8)
+        start = -store.ctypes.data % ALIGNMENT
         return store[start : start + size_bytes]
 
     def take_back(self, store: NDArray[np.uint8], event: Any) -> None:
@@ -85,8 +84,8 @@ class Loan:
         """A flat array of the buffer; its content is whatever was there. One that does not fit is
         allocated alone, and the ring's next buffers are larger.
         """
-        size = count * _ITEM_BYTES[dtype]
-        start, self._used = self._used, self._used + -(-size // _ALIGNMENT) * _ALIGNMENT
+        size = count * ITEM_BYTES[dtype]
+        start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         if self._used <= len(self._root):
             return self._root[start : start + size].view(dtype)
         # A quarter more, since the next batches differ.
