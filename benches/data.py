@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from dpo_ext.bench import bench_data
+from dpo_ext.bench import FIRST, bench_data
 
 TURNS = {"Human": "user", "Assistant": "assistant"}
 
@@ -63,17 +63,18 @@ def rows_of(label: str, result: dict[str, Any], command: str) -> list[str]:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
     where = f"{machine}, Python {sys.version.split()[0]}"
     peers = {stage["name"]: stage for stage in result["stages"] if stage["peer"]}
-    whole = peers.get("rows to padded batches, peer: TRL")
+    whole = {which: peers.get(f"rows to padded batches{which}, peer: TRL") for which in ("", FIRST)}
     encoder = peers.get("encode, peer: tokenizers")
     lines = []
     for stage in result["stages"]:
         if stage["peer"]:
             continue
-        base = None
+        base, which = None, FIRST if stage["name"].endswith(FIRST) else ""
+        temper = "cold" if which else "warm"
         if stage["name"].startswith("encode"):
             base, name = encoder, "tokenizers encode_batch_fast"
         elif stage["name"].startswith("file to"):
-            base, name = whole, "TRL, rows to padded batches"
+            base, name = whole[which], f"TRL, rows to padded batches, {temper}"
         rate = f"{stage['pairs_per_s']:,.0f} pairs/s"
         if stage["tokens_per_s"]:
             rate += f", {stage['tokens_per_s'] / 1e6:.1f} M tokens/s"
@@ -84,7 +85,7 @@ def rows_of(label: str, result: dict[str, Any], command: str) -> list[str]:
             where,
             f"{label}, {result['kept']:,} pairs, {result['tokens']:,} tokens, "
             f"{result['threads']} thread(s): {stage['name']}",
-            f"{rate}; {stage['seconds'] * 1e3:.1f} ms ({spread}), warm",
+            f"{rate}; {stage['seconds'] * 1e3:.1f} ms ({spread}), {temper}",
             "" if base is None else f"{name}: {base['pairs_per_s']:,.0f} pairs/s",
             "" if base is None else f"{stage['pairs_per_s'] / base['pairs_per_s']:.0f}x faster",
             f"`{command}`",

@@ -99,8 +99,38 @@ def test_trl_runs_on_the_same_rows_and_gives_the_same_ids(tmp_path, kind):
     trl = result["trl"]
     assert (trl["pairs"], trl["same"]) == (30, 30)
     peers = [stage["name"] for stage in result["stages"] if stage["peer"]]
-    assert peers[-1] == "rows to padded batches, peer: TRL"
-    assert trl["times"] > 1
+    assert peers[-4:] == [
+        "rows to padded batches, first pass, peer: TRL",
+        "rows to ids, peer: TRL",
+        "padded batches of 64, peer: TRL",
+        "rows to padded batches, peer: TRL",
+    ]
+    rates = {stage["name"]: stage["pairs_per_s"] for stage in result["stages"]}
+    first = rates["file to packed batches, first pass"]
+    assert trl["times"] == first / rates["rows to padded batches, first pass, peer: TRL"] > 1
+
+
+def test_a_first_pass_is_by_a_tokenizer_that_has_seen_no_text(world, no_trl, monkeypatch):
+    path, folder = world
+    loaded, read = [], []
+    load, from_files = Tokenizer.from_pretrained, PairDataset.from_files.__func__
+
+    def loading(*given, **options):
+        loaded.append(load(*given, **options))
+        return loaded[-1]
+
+    def reading(cls, paths, tokenizer, **options):
+        read.append(tokenizer)
+        return from_files(cls, paths, tokenizer, **options)
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", loading)
+    monkeypatch.setattr(PairDataset, "from_files", classmethod(reading))
+    stages = {s["name"] for s in bench_data(path, folder, repeats=3, show=False)["stages"]}
+    for name in ("file to ids", "file to padded batches", "file to packed batches"):
+        assert {name, f"{name}, first pass"} <= stages
+    assert len(loaded) == 1 + 3
+    for own in loaded[1:]:
+        assert sum(tokenizer is own for tokenizer in read) == 1
 
 
 def test_a_difference_from_trl_is_counted(tmp_path):
@@ -236,7 +266,8 @@ def test_page_draws_its_headline_as_bars_and_its_stages_on_a_named_logarithmic_a
     glance, rest = page.split('id="glance"')[1].split('id="stages"')
     widths = [float(w) for w in re.findall(r'class="fill policy" style="width:([0-9.]+)%', glance)]
     rates = {s["name"]: s["pairs_per_s"] for s in result["stages"]}
-    expected = rates["file to packed batches"] / rates["file to padded batches"]
+    packed, padded = (rates[f"file to {name} batches, first pass"] for name in ("packed", "padded"))
+    expected = packed / padded
     assert widths[1] / widths[0] == pytest.approx(expected, rel=0.01)
     stages = rest.split("</section>")[0]
     assert "logarithmic scale" in stages

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from errno import EACCES, EISDIR, ENOENT, ENOTDIR
@@ -37,6 +37,8 @@ from dpo_ext.layout.plan import BatchPlan
 
 PAIRS_PER_BATCH = 64
 BIN_LENGTH = 8192
+FIRST = ", first pass"
+"""Behind the name of a stage."""
 # `ru_maxrss` counts kilobytes, on macOS bytes.
 DARWIN = sys.platform == "darwin"
 
@@ -79,7 +81,9 @@ def bench_data(
 
     Stages: reading and parsing alone; encoding alone, of prompt + chosen and prompt + rejected;
     rows to ids, the whole of :meth:`PairDataset.from_files`; batches of 64 pairs, padded and packed
-    in one row; the whole way from the file to those batches. Beside them, in the same process and
+    in one row; the whole way from the file to those batches, on a first pass and on repeats. A
+    first pass is what a user sees: each of its times is of a tokenizer that was loaded for it and
+    has seen no text. Beside them, in the same process and
     after their ids have been compared with ours: the Python package ``tokenizers``
     (``encode_batch_fast`` on the same texts, with its own threads if ``threads`` is not 1), and
     TRL's own preparation and collator, where they are installed.
@@ -87,7 +91,8 @@ def bench_data(
     Args:
         files: as for :meth:`PairDataset.from_files`.
         tokenizer_dir: a model's folder.
-        repeats: of each of our stages and of ``tokenizers``; the median counts. TRL runs once.
+        repeats: of each of our stages and of ``tokenizers``; the median counts. TRL runs twice
+            with a tokenizer loaded for it: its first pass and its repeat.
         peer_pairs: the peers see at most this many pairs, the first; rates are by pair.
         out: where to write a page with the table and plots, without any link to the outside.
         json: where to write the result as JSON.
@@ -100,9 +105,10 @@ def bench_data(
     Returns:
         dict: ``stages`` (list of :class:`Stage` as dicts), ``pairs``, ``kept``, ``tokens``,
             ``bytes``, ``fill`` by layout, ``lengths`` (a histogram), ``ids_equal`` and ``trl``
-            (None without the peer), ``report``, ``engine``, ``cold_seconds``, ``load_seconds``,
-            ``peak_mb`` (of the process before the peers), and what it ran on: ``files``,
-            ``tokenizer``, ``options``, ``machine`` with the versions, ``date``.
+            (None without the peer; its ``times`` and ``times_padded`` are of first passes),
+            ``report``, ``engine``, ``cold_seconds`` (file to ids, the first of the process),
+            ``load_seconds``, ``peak_mb`` (of the process before the peers), and what it ran on:
+            ``files``, ``tokenizer``, ``options``, ``machine`` with the versions, ``date``.
 
     Raises:
         DataError: no row gives a pair (``no_pairs``), or as :meth:`PairDataset.from_files`.
@@ -158,17 +164,21 @@ def bench_data(
         for _ in whole().plan(layout=layout, pairs_per_batch=PAIRS_PER_BATCH):
             pass
 
+    first = _first_passes(tokenizer_dir, paths, options, timed_layouts, repeats)
     stages = [
         *([stage("read and parse", scan, scanned, None, size)] if is_text else []),
         stage(f"encode, {tokenizer.engine}", encode, some, len(encoded.values), length),
+        _stage(f"file to ids{FIRST}", first["ids"], n, tokens, size),
         stage("file to ids", whole, n, tokens, size),
         stage("padded batches of 64", lambda: [None for _ in plans["padded"]], m, tokens, None),
         stage("packed batches of 64", lambda: [None for _ in plans["packed"]], m, tokens, None),
+        _stage(f"file to padded batches{FIRST}", first["padded"], n, tokens, size),
         stage("file to padded batches", lambda: file_to_batches("padded"), n, tokens, size),
+        _stage(f"file to packed batches{FIRST}", first["packed"], n, tokens, size),
         stage("file to packed batches", lambda: file_to_batches("packed"), n, tokens, size),
     ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if DARWIN else 2**10)
-    to_padded, to_packed = stages[-2:]
+    of = {shown.name: shown for shown in stages}
     peer = tokenizers_peer(tokenizer, options["threads"])
     ids_equal = None if peer is None else same_ids(peer, encoded, texts)
     if peer is not None:
@@ -183,13 +193,14 @@ def bench_data(
     if is_text:
         trl = trl_times(paths, tokenizer_dir, uncut, some, PAIRS_PER_BATCH, options)
     if trl is not None:
-        steps = {
-            "rows to ids, peer: TRL": trl.prepare_seconds,
-            "padded batches of 64, peer: TRL": trl.collate_seconds,
-            "rows to padded batches, peer: TRL": trl.prepare_seconds + trl.collate_seconds,
-        }
-        for name, seconds in steps.items():
-            stages.append(_stage(name, [seconds], trl.pairs, trl.tokens, None, peer=True))
+        for which, times in ((FIRST, trl.first), ("", trl.again)):
+            steps = {
+                f"rows to ids{which}, peer: TRL": times.prepare_seconds,
+                f"padded batches of 64{which}, peer: TRL": times.collate_seconds,
+                f"rows to padded batches{which}, peer: TRL": times.seconds,
+            }
+            for name, seconds in steps.items():
+                stages.append(_stage(name, [seconds], trl.pairs, trl.tokens, None, peer=True))
     counts, edges = np.histogram(pairs.longest, bins=_edges(int(pairs.longest.max())))
     result = {
         "stages": [asdict(s) for s in stages],
@@ -205,8 +216,10 @@ def bench_data(
         else {
             **asdict(trl),
             "version": version("trl"),
-            "times": to_packed.pairs_per_s / stages[-1].pairs_per_s,
-            "times_padded": to_padded.pairs_per_s / stages[-1].pairs_per_s,
+            "times": of[f"file to packed batches{FIRST}"].pairs_per_s
+            / (trl.pairs / trl.first.seconds),
+            "times_padded": of[f"file to padded batches{FIRST}"].pairs_per_s
+            / (trl.pairs / trl.first.seconds),
         },
         "engine": tokenizer.engine,
         "vocab_size": tokenizer.vocab_size,
@@ -229,6 +242,31 @@ def bench_data(
     if out is not None:
         Path(out).write_text(report.render(result), encoding="utf-8")
     return result
+
+
+def _first_passes(
+    folder: str | PathLike[str],
+    paths: Any,
+    options: Options,
+    layouts: Sequence[Layout],
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Seconds of the whole file by tokenizers that have seen no text: to ids, and to the batches of
+    each layout; loading is not in them.
+    """
+    found: dict[str, list[float]] = {name: [] for name in ("ids", *layouts)}
+    for _ in range(repeats):
+        tokenizer = Tokenizer.from_pretrained(folder)
+        start = time.perf_counter()
+        pairs = PairDataset.from_files(paths, tokenizer, **options)
+        to_ids = time.perf_counter() - start
+        found["ids"].append(to_ids)
+        for layout in layouts:
+            start = time.perf_counter()
+            for _batch in pairs.plan(layout=layout, pairs_per_batch=PAIRS_PER_BATCH):
+                pass
+            found[layout].append(to_ids + time.perf_counter() - start)
+    return found
 
 
 def _check_place(path: Path) -> None:
