@@ -17,6 +17,9 @@ pub trait Element: Send + Sync + 'static {
     fn narrow(value: f32) -> Self::Bits;
 }
 
+/// The bits of an infinite binary32; larger ones are NaN.
+const INFINITE: u32 = 0x7f80_0000;
+
 /// IEEE binary32.
 pub struct Float32;
 /// The upper half of a binary32.
@@ -48,9 +51,13 @@ impl Element for BFloat16 {
 
     #[inline(always)]
     fn narrow(value: f32) -> u16 {
+        // Minima in place of a choice: with AVX-512 a choice of a constant becomes a masked load of it, which takes an
+        // assist for every vector, for ever, once the system has dropped that page of this library.
         let bits = value.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        (if value.is_nan() { 0x7fc0 } else { rounded }) as u16
+        let (sign, magnitude) = (bits & 0x8000_0000, bits & 0x7fff_ffff);
+        let rounded = magnitude.wrapping_add(0x7fff + ((magnitude >> 16) & 1)) >> 16;
+        let quiet = (magnitude.saturating_sub(INFINITE) << 6).min(0x40); // 0 but for NaN
+        (rounded.wrapping_add(quiet).min(0x7fff) | sign >> 16) as u16
     }
 }
 
@@ -72,7 +79,6 @@ impl Element for Float16 {
     #[inline(always)]
     fn narrow(value: f32) -> u16 {
         const SUBNORMAL: u32 = (127 - 14) << 23; // 2^-14, the smallest normal binary16
-        const TOO_LARGE: u32 = 0x4780_0000; // 2^16; values from 65520 on reach it by rounding
         const ALIGN: u32 = (127 - 15 + 23 - 10 + 1) << 23; // one unit in its last place is 2^-24
         let bits = value.to_bits();
         let (sign, magnitude) = (bits & 0x8000_0000, bits & 0x7fff_ffff);
@@ -81,9 +87,9 @@ impl Element for Float16 {
         let subnormal = aligned.to_bits().wrapping_sub(ALIGN);
         let rounding = 0xfff + ((magnitude >> 13) & 1);
         let normal = magnitude.wrapping_sub((127 - 15) << 23).wrapping_add(rounding) >> 13;
-        let special = if magnitude > 0x7f80_0000 { 0x7e00 } else { 0x7c00 };
-        let finite = if magnitude < SUBNORMAL { subnormal } else { normal };
-        let half = if magnitude >= TOO_LARGE { special } else { finite };
+        let quiet = (magnitude.saturating_sub(INFINITE) << 9).min(0x200); // 0 but for NaN
+        let normal = normal.min(0x7c00) | quiet;
+        let half = if magnitude < SUBNORMAL { subnormal } else { normal };
         (half | sign >> 16) as u16
     }
 }
@@ -147,6 +153,15 @@ mod tests {
         for v in [1.0, 1.0 + 0.003_906_25, 1.0 + 0.011_718_75, 3.389_5e38, 1e-40, 7.3] {
             assert_eq!(BFloat16::narrow(v), nearest::<BFloat16>(v, 0x7f80), "{v}");
         }
-        assert!(BFloat16::widen(BFloat16::narrow(f32::from_bits(0x7f80_0001))).is_nan());
+        for bits in [0x7f80_0001, 0x7f80_8000, 0x7fbf_ffff, 0x7fc0_0000, 0x7fff_7fff, 0x7fff_ffff] {
+            for nan in [f32::from_bits(bits), f32::from_bits(bits | 0x8000_0000)] {
+                let (b, h) = (BFloat16::narrow(nan), Float16::narrow(nan));
+                assert!(BFloat16::widen(b).is_nan() && Float16::widen(h).is_nan(), "{bits:#x}");
+                assert!(b & 0x40 != 0 && h & 0x200 != 0, "{bits:#x} is quiet");
+            }
+        }
+        let signs = [f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -f32::MAX, -0.0];
+        assert_eq!(signs.map(BFloat16::narrow), [0x7f80, 0xff80, 0x7f80, 0xff80, 0x8000]);
+        assert_eq!(signs.map(Float16::narrow), [0x7c00, 0xfc00, 0x7c00, 0xfc00, 0x8000]);
     }
 }

@@ -1,12 +1,22 @@
 """What a plan of the head costs and keeps: products, memory, and what autograd may ask of it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from linear_cases import PLANS, Watch, random_head
 from torch.utils.checkpoint import checkpoint
 
-from dpo_ext.torch import ScoreTable, linear_sequence_logps
-from dpo_ext.torch.logps import products
+from dpo_ext.torch import (
+    ScoreTable,
+    linear_preference_loss,
+    linear_sequence_logps,
+    pairwise,
+    preference_loss,
+)
+from dpo_ext.torch.logps import linear, products
 from dpo_ext.torch.logps.head import SCRATCH_BYTES, Head, HeadOptions, Linear
 from dpo_ext.torch.logps.scores import Transform
 
@@ -167,3 +177,79 @@ def test_widening_takes_a_tile_at_a_time():
     with Wide() as watch:
         linear_sequence_logps(hidden, weight, table, chunk_rows=C).sum().backward()
     assert watch.largest <= max(C * products.TILE, V * H)
+
+
+def multiplies_bfloat16():
+    return not products.SLOW_HALVES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_one_product_of_bfloat16_is_rounded_once_and_has_no_wide_copy(monkeypatch, fast):
+    """Of a weight's gradient that one chunk makes; several are added in float32."""
+    monkeypatch.setitem(products.SLOW_HALVES, torch.bfloat16, not fast)
+    generator = torch.Generator().manual_seed(0)
+    C, H, V = 24, 16, 70
+    table = ScoreTable(
+        logit_rows=torch.arange(C),
+        targets=torch.randint(0, V, (C,), dtype=torch.int32, generator=generator),
+        seq_offsets=torch.tensor([0, 8, 12, 18, C], dtype=torch.int32),
+    )
+    given = [
+        torch.randn(*s, generator=generator).bfloat16().requires_grad_() for s in ((C, H), (V, H))
+    ]
+    exact = [g.detach().double().requires_grad_() for g in given]
+    linear_preference_loss(*exact, table, torch.zeros(2, 2), impl="torch").loss.backward()
+    once = torch.finfo(torch.bfloat16).eps
+    for chunk_rows in (C, 6):
+        for way in ("pairwise", "recompute"):
+            made = []
+            monkeypatch.setattr(
+                pairwise if way == "pairwise" else linear,
+                "new_sum",
+                lambda *a, made=made: made.append(products.new_sum(*a)) or made[-1],
+            )
+            for g in given:
+                g.grad = None
+            if way == "pairwise":
+                how = {"chunk_rows": chunk_rows, "plan": way}
+                linear_preference_loss(*given, table, torch.zeros(2, 2), **how).loss.backward()
+            else:
+                logps = linear_sequence_logps(*given, table, plan=way, chunk_rows=chunk_rows)
+                preference_loss(logps, torch.zeros(2, 2)).loss.backward()
+            (total,) = made
+            is_one = chunk_rows == C
+            assert total.dtype == (torch.bfloat16 if fast and is_one else torch.float32)
+            for g, e in zip(given, exact, strict=True):
+                error = (g.grad.double() - e.grad).abs().max() / e.grad.abs().max()
+                assert error < 4 * once  # logits and dz are bfloat16, too
+
+
+ISA = """
+import torch
+from dpo_ext.torch.logps import products
+print(int(products.SLOW_HALVES[torch.bfloat16]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU has no products of bfloat16")
+@pytest.mark.parametrize(
+    ("variables", "slow"),
+    [
+        ({}, 0),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, 1),
+        ({"ONEDNN_MAX_CPU_ISA": "avx2"}, 1),
+        ({"DNNL_MAX_CPU_ISA": "AVX2"}, 1),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, 0),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, 0),
+    ],
+)
+def test_what_the_products_may_use_counts_and_not_what_torchs_loops_may(variables, slow):
+    done = subprocess.run(
+        [sys.executable, "-c", ISA],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(slow)

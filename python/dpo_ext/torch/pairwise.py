@@ -21,7 +21,7 @@ from dpo_ext.torch.logps import ops, twin
 from dpo_ext.torch.logps.head import Folded, Head, HeadOptions, Linear, Rows, Work
 from dpo_ext.torch.logps.linear import check_adapter, choose_plan, linear_sequence_logps
 from dpo_ext.torch.logps.lowrank import NOTHING, LowRank, LowRankSums
-from dpo_ext.torch.logps.products import add_product, joined, new_sum, room, wide
+from dpo_ext.torch.logps.products import add_product, joined, new_sum, room, times, wide
 from dpo_ext.torch.logps.scores import (
     Impl,
     Transform,
@@ -425,6 +425,8 @@ class _Made(NamedTuple):
         """
         hidden, *others = given
         dx, dw, db, down, up, columns, place, unit, scale, _ = self
+        if g is not None and host_values(g) and g == 1:  # of most: `loss.backward()`
+            g = None
         if dx is not None:
             rows = Rows(place, place, self.height)
             factor = g if unit is None else unit[:, None] if g is None else (unit * g)[:, None]
@@ -434,9 +436,7 @@ class _Made(NamedTuple):
             g = 1 / scale if g is None else g / scale
         made = []
         for d, t in zip((dw, db, down, up, columns), others, strict=True):
-            if d is not None:
-                d = (d if g is None else d.mul_(g) if own else d * g).to(t.dtype)
-            made.append(d)
+            made.append(d if d is None else times(d, g, t.dtype, own))
         return [dx, *made]
 
 
@@ -468,7 +468,9 @@ class _Pass:
         M = table.n_tokens
         half = head.dtype == torch.float16
         self.dx = hidden.new_empty(M, hidden.shape[1]) if need_x else None
-        self.dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
+        is_one = head.chunk_rows >= M and (job.chunk_pairs or table.n_groups) >= table.n_groups
+        new_dw = weight.shape, head.dtype, weight.device, M, int(is_one)
+        self.dw = new_sum(*new_dw) if need_w else None
         self.db = weight.new_zeros(len(weight), dtype=self._wide) if need_b else None
         self.unit = hidden.new_ones(M, dtype=torch.float32) if half and need_x else None
         self.scale = hidden.new_full((), 2.0**105, dtype=torch.float32) if half else None

@@ -362,7 +362,9 @@ def _backward_recompute(
     need_x, need_w, need_b, *need_low = ctx.needs_input_grad[:6]
     (hidden, weight, _), M, sums = linear, rows.targets.shape[0], wide(head.dtype)
     dx = rows.new_gradient(hidden) if need_x else None
-    dw = new_sum(weight.shape, head.dtype, weight.device, M) if need_w else None
+    chunks = list(head.chunks(M))[::-1]
+    new_dw = weight.shape, head.dtype, weight.device, M, len(chunks)
+    dw = new_sum(*new_dw) if need_w else None
     db = torch.zeros(weight.shape[0], dtype=sums, device=weight.device) if need_b else None
     # written over below: a second backward pass multiplies again
     last = ctx.left.pop() if ctx.left else None
@@ -370,7 +372,6 @@ def _backward_recompute(
     sums_low = None
     if low is not None and any(need_low):
         sums_low = LowRankSums(low, tuple(need_low), head.dtype)
-    chunks = list(head.chunks(M))[::-1]
     for chunk in chunks:
         x, t, some_g = work.gather(chunk), part(rows.targets, chunk), part(g, chunk)
         if last is None or chunk is not chunks[0]:

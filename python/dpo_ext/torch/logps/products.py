@@ -2,13 +2,18 @@
 
 Letters: C rows of a chunk, H hidden, V vocabulary.
 
-A GPU multiplies half-width matrices into float32. A CPU without instructions for bfloat16 takes ten
-times as long for them as for float32, so there they are widened a tile of the vocabulary at a time:
-the same sums, rounded at the same place, in memory that does not grow with V.
+A GPU multiplies half-width matrices into float32. A CPU without instructions for them takes ten
+times as long as for float32, so there they are widened a tile of the vocabulary at a time: the same
+sums, rounded at the same place, in memory that does not grow with V. A CPU with instructions for
+bfloat16 adds in float32 inside a product and rounds what leaves it: the gradient of a weight that
+one product makes is one such, and several are added in float32 by tiles, as they would be rounded
+each.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +22,39 @@ from torch import Tensor
 HALVES = (torch.bfloat16, torch.float16)
 TILE = 2048
 """Rows of the weight that are widened at a time: 32 MB at H = 4096."""
-SLOW_HALVES = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+# What oneDNN may be held to, below its instructions for bfloat16; torch knows only the CPU.
+_WITHOUT_BFLOAT16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16, and oneDNN may use them.
+
+    Asked of the CPU: `get_cpu_capability` is what torch's own loops were told to use, and products
+    are not among them.
+    """
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
+    if held.upper() in _WITHOUT_BFLOAT16:
+        return False
+    return any(
+        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
+    )
+
+
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_IS_OLD = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+SLOW_HALVES = {
+    torch.bfloat16: not _multiplies_bfloat16() if _IS_X86 else _IS_OLD,
+    torch.float16: _IS_OLD,
+}
+"""Whether this CPU is better given a dtype in float32."""
 
 
 def logits_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +95,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """``total = dz^T x`` or ``total += dz^T x``, (V, H), total in float32 (float64 for float64)."""
+    """``total = dz^T x`` or ``total += dz^T x``, (V, H), total in float32 (float64 for float64);
+    or in the dtype of dz, where it is made by one call.
+    """
     beta, a = 0 if first else 1, dz.t()
     if a.dtype == total.dtype:
         torch.addmm(total, a, x.to(total.dtype), beta=beta, out=total)
@@ -73,7 +112,7 @@ def add_product(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
 
 def by_tiles(a: Tensor) -> bool:
     """Whether half-width matrices on this device are better widened."""
-    return SLOW_HALVES and a.device.type == "cpu" and a.dtype in HALVES
+    return a.device.type == "cpu" and SLOW_HALVES.get(a.dtype, False)
 
 
 def tiles(V: int) -> Iterator[slice]:
@@ -93,10 +132,30 @@ def joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def new_sum(shape: tuple[int, ...], like: torch.dtype, device: torch.device, tokens: int) -> Tensor:
-    """What `add_product` fills: zeros only where there is no token, since the first one writes."""
+def new_sum(
+    shape: tuple[int, ...], like: torch.dtype, device: torch.device, tokens: int, chunks: int = 0
+) -> Tensor:
+    """What `add_product` fills: zeros only where there is no token, since the first one writes.
+
+    Args:
+        chunks: products that will be added, 0 if that is not known. Of one alone nothing is gained
+            in float32 where the CPU multiplies bfloat16 into bfloat16.
+    """
     make = torch.empty if tokens else torch.zeros
-    return make(shape, dtype=wide(like), device=device)
+    is_one = chunks == 1 and like == torch.bfloat16 and device.type == "cpu"
+    dtype = like if is_one and not SLOW_HALVES[like] else wide(like)
+    return make(shape, dtype=dtype, device=device)
+
+
+def times(total: Tensor, factor: Tensor | None, dtype: torch.dtype, own: bool) -> Tensor:
+    """``total * factor`` in another dtype; with ``own`` no second one of the dtype of the sum, and
+    ``total`` may be written over. None is a factor of 1.
+    """
+    if factor is None:
+        return total.to(dtype)
+    if own and total.is_cuda and dtype != total.dtype:  # one pass, where a CPU would make two
+        return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
+    return (total.mul_(factor) if own else total * factor).to(dtype)
 
 
 def room(largest: Tensor, slope: float) -> Tensor:
