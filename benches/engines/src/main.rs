@@ -19,15 +19,13 @@ use serde_json::Value;
 
 const ROUNDS: usize = 5;
 
-/// What hostile texts are made of.
-const PARTS: &[&str] = &[
-    "a", "A", "é", "e\u{301}", "x\u{323}\u{307}", "ﬁ", "ß", "İ", "ſ", "Σ", "ǅ", "क", "्", "한", "ᄀ", "中", "日本", "ｱ", "が",
-    "ไ", "👍", "👨\u{200d}👩", "\u{200b}", "\u{ad}", "\u{0}", "\u{7f}", "\u{85}", "\u{a0}", "\u{2028}", "\u{3000}",
-    "\u{fffd}", "\u{10ffff}", "\u{1c89}", "\u{11de0}", "\u{16ff0}", "½", "²", "٣", "Ⅷ", " ", "  ", "\t", "\n", "\r\n",
-    "▁", "Ġ", "##", "</w>", "'s", "'LL", "’s", "12", "1234567", "3.14", "!", "...", "?!", "-", "_", "/", "<", ">", "<s>",
-    "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>", "<|im_start|>", "<0x41>", "<tok>", "<tok>x", "xyzzy",
-    "NORM", "the", " the", "Hello", " world", "don't", "straße", "“", "—", "$", "=", "{", "}", ";", ":", ",",
-];
+/// What hostile texts are made of, and [`SPACES`].
+const PARTS: &str = "a A é e\u{301} x\u{323}\u{307} ﬁ ß İ ſ Σ ǅ क ् 한 ᄀ 中 日本 ｱ が ไ 👍 👨\u{200d}👩 \u{200b} \u{ad} \u{0} \u{7f} \
+    \u{fffd} \u{10ffff} \u{1c89} \u{11de0} \u{16ff0} ½ ² ٣ Ⅷ ▁ Ġ ## </w> 's 'LL ’s 12 1234567 3.14 ! ... ?! - _ / < > <s> \
+    </s> <unk> [CLS] [SEP] [MASK] <|endoftext|> <|im_start|> <0x41> <tok> <tok>x xyzzy NORM the Hello don't straße “ — $ \
+    = { } ; : ,";
+const SPACES: [&str; 10] =
+    [" ", "  ", " the", " world", "\t", "\n", "\r\n", "\u{85}", "\u{a0}", "\u{2028}\u{3000}"];
 
 /// Letters whose 64-bit hash has the upper half and the slot of " LGPL" in the vocabulary of Qwen2.5: 1.0.0-rc.3, which
 /// compares no more than these, takes the one for the other. The first of 5.2 billion words of seven letters.
@@ -105,10 +103,11 @@ fn hostile() -> Vec<String> {
         state ^= state << 17;
         (state % n as u64) as usize
     };
+    let parts: Vec<&str> = PARTS.split(' ').chain(SPACES).collect();
     let mut texts = vec![COLLISION.to_owned()];
     for _ in 0..8000 {
         let count = 1 + below(8) * below(6);
-        texts.push((0..count).map(|_| PARTS[below(PARTS.len())]).collect());
+        texts.push((0..count).map(|_| parts[below(parts.len())]).collect());
     }
     texts
 }
@@ -150,8 +149,11 @@ fn compare(old: &mut old::Tokenizer, new: &PipelineTokenizer, pairs: &[[String; 
     old.set_encode_special_tokens(false);
 }
 
-/// The bytes of every id of a byte-level vocabulary.
-struct Bytes(Vec<Vec<u8>>);
+/// The bytes of every id of a byte-level vocabulary, in one arena.
+struct Bytes {
+    bytes: Vec<u8>,
+    offsets: Vec<usize>,
+}
 
 impl Bytes {
     fn of(old: &old::Tokenizer) -> Self {
@@ -175,7 +177,12 @@ impl Bytes {
             all.resize_with(all.len().max(id as usize + 1), Vec::new);
             all[id as usize] = spelt;
         }
-        Self(all)
+        let mut bytes = Self { bytes: Vec::new(), offsets: vec![0] };
+        for spelt in all {
+            bytes.bytes.extend(spelt);
+            bytes.offsets.push(bytes.bytes.len());
+        }
+        bytes
     }
 
     /// Where each id ends, and whether the ids spell the text.
@@ -183,8 +190,9 @@ impl Bytes {
         ends.clear();
         let mut at = 0;
         for id in ids {
-            let bytes = &self.0[id.id() as usize];
-            if text.get(at..at + bytes.len()) != Some(&bytes[..]) {
+            let id = id.id() as usize;
+            let bytes = &self.bytes[self.offsets[id]..self.offsets[id + 1]];
+            if text.get(at..at + bytes.len()) != Some(bytes) {
                 return false;
             }
             at += bytes.len();
@@ -205,7 +213,10 @@ fn speed(json: &str, old: &old::Tokenizer, pairs: &[[String; 2]]) -> Result<(), 
         }
         now() - start
     });
-    println!("  0.23, encode_fast, a tenth of the data: {:.2} M tokens/s", tokens as f64 / seconds / 1e6);
+    println!(
+        "  0.23, encode_fast, a tenth of the data: {:.2} M tokens/s",
+        tokens as f64 / seconds / 1e6
+    );
 
     let options = options(false);
     let fresh = || load_new(json);
@@ -238,16 +249,19 @@ fn speed(json: &str, old: &old::Tokenizer, pairs: &[[String; 2]]) -> Result<(), 
     let (_, spelt) = rows(&engine, pairs);
     let cold_rows = median(ROUNDS, || fresh().map_or(f64::NAN, |engine| rows(&engine, half).0));
     let warm_rows = median(ROUNDS, || rows(&engine, pairs).0);
-    let print = |name: &str, cold: f64, warm: f64, cold_rows: f64, warm_rows: f64| {
-        println!(
-            "  {name}: cold {:.1}, warm {:.1} M tokens/s; pairs cold {:.1}, warm {:.1} k/s",
-            half_count as f64 / cold / 1e6,
-            count as f64 / warm / 1e6,
-            half.len() as f64 / cold_rows / 1e3,
-            pairs.len() as f64 / warm_rows / 1e3,
-        );
+    let print = |name: &str, times: [f64; 4], spelt: bool| {
+        let [cold, warm, cold_rows, warm_rows] = times;
+        let tokens = |count: usize, seconds: f64| count as f64 / seconds / 1e6;
+        print!("  {name}: cold {:.1}, ", tokens(half_count, cold));
+        print!("warm {:.1} M tokens/s; pairs ", tokens(count, warm));
+        let rate = |pairs: &[[String; 2]], seconds: f64| pairs.len() as f64 / seconds / 1e3;
+        if spelt {
+            println!("cold {:.1}, warm {:.1} k/s", rate(half, cold_rows), rate(pairs, warm_rows));
+        } else {
+            println!("have no ends");
+        }
     };
-    print(if spelt { "1.0" } else { "1.0 (no ends)" }, cold, warm, cold_rows, warm_rows);
+    print("1.0", [cold, warm, cold_rows, warm_rows], spelt);
 
     let ours = match Bpe::recognise(json) {
         Ok(ours) => ours,
@@ -281,7 +295,7 @@ fn speed(json: &str, old: &old::Tokenizer, pairs: &[[String; 2]]) -> Result<(), 
     let warm = median(ROUNDS, || pass(&mut scratch, pairs));
     let cold_rows = median(ROUNDS, || rows(&mut Scratch::default(), half));
     let warm_rows = median(ROUNDS, || rows(&mut scratch, pairs));
-    print("ours", cold, warm, cold_rows, warm_rows);
+    print("ours", [cold, warm, cold_rows, warm_rows], true);
     Ok(())
 }
 
