@@ -11,7 +11,7 @@ mod spelling;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use tokenizers::PostProcessorWrapper;
+use tokenizers::{Encoding, PostProcessorWrapper};
 
 use crate::bpe::{Bpe, Found, Inside, Keep, PairIds, Scratch, not_special};
 use crate::error::{Error, Result};
@@ -34,7 +34,7 @@ pub struct Tokenizer {
     fast: std::result::Result<Bpe, String>,
     prefix: Vec<i32>,
     suffix: Vec<i32>,
-    /// For the crate alone, which gives no bytes.
+    /// For the crate alone, where the bytes of its ids say at once where they end.
     spelling: Option<Spelling>,
     named: Vec<(String, String)>,
     vocab_size: usize,
@@ -133,7 +133,7 @@ impl Tokenizer {
         let mut tokenizer = Self {
             variables: Vec::new(),
             reads_any,
-            spelling: fast.is_err().then(|| Spelling::new(&inner, vocab_size)),
+            spelling: if fast.is_err() { Spelling::of(&inner, vocab_size) } else { None },
             control: Control::default(),
             fast,
             inner,
@@ -333,13 +333,15 @@ impl Tokenizer {
         if text.is_empty() {
             return Ok(Vec::new());
         }
-        guarded("encode", || {
-            let encoding = self.inner.encode_fast(text, false)?;
-            if encoding.get_ids().iter().any(|id| *id as usize >= self.vocab_size) {
-                return Err("the tokenizer gave an id outside its vocabulary".into());
-            }
-            Ok(signed(encoding.get_ids()))
-        })
+        guarded("encode", || self.ids_of(&self.inner.encode_fast(text, false)?))
+    }
+
+    /// The ids of an encoding by the crate.
+    fn ids_of(&self, encoding: &Encoding) -> tokenizers::Result<Vec<i32>> {
+        if encoding.get_ids().iter().any(|id| *id as usize >= self.vocab_size) {
+            return Err("the tokenizer gave an id outside its vocabulary".into());
+        }
+        Ok(signed(encoding.get_ids()))
     }
 
     /// The ids of two texts that begin alike, and how much of either ends at or before byte `border`. `out` is emptied
@@ -355,12 +357,10 @@ impl Tokenizer {
         }
         let [first, second] = texts;
         out.reused = 0;
-        out.first = self.encode_slowly(first)?;
-        out.second = self.encode_slowly(second)?;
-        out.inside = [
-            Inside::of(&self.ends(first, &out.first)?, border),
-            Inside::of(&self.ends(second, &out.second)?, border),
-        ];
+        let (first, first_ends) = self.encode_slowly_with_ends(first)?;
+        let (second, second_ends) = self.encode_slowly_with_ends(second)?;
+        (out.first, out.second) = (first, second);
+        out.inside = [Inside::of(&first_ends, border), Inside::of(&second_ends, border)];
         Ok(())
     }
 
@@ -376,7 +376,7 @@ impl Tokenizer {
             })?;
             ends
         } else {
-            self.ends(text, &self.encode_slowly(text)?)?
+            self.encode_slowly_with_ends(text)?.1
         };
         let last = count.checked_sub(1).and_then(|i| ends.get(i));
         Ok(last.map_or(0, |end| *end as usize))
@@ -449,12 +449,17 @@ impl Tokenizer {
         Ok((ids, ends))
     }
 
-    /// Ids that spell the text byte by byte (every byte-level vocabulary, unless the normaliser changed something)
-    /// need no second encoding.
-    fn ends(&self, text: &str, ids: &[i32]) -> Result<Vec<u32>> {
-        let spelling = self.spelling.as_ref();
-        if let Some(ends) = spelling.and_then(|spelling| spelling.ends(text.as_bytes(), ids)) {
-            return Ok(ends);
+    /// The ids of `text` and where they end, by the crate. To align ids with bytes costs it less than to encode twice,
+    /// and more than to read their bytes, which a byte-level vocabulary has (unless the normaliser changed the text).
+    fn encode_slowly_with_ends(&self, text: &str) -> Result<(Vec<i32>, Vec<u32>)> {
+        if let Some(spelling) = &self.spelling {
+            let ids = self.encode_slowly(text)?;
+            if let Some(ends) = spelling.ends(text.as_bytes(), &ids) {
+                return Ok((ids, ends));
+            }
+        }
+        if text.is_empty() {
+            return Ok((Vec::new(), Vec::new()));
         }
         guarded("encode", || {
             let encoding = self.inner.encode(text, false)?;
@@ -463,7 +468,7 @@ impl Tokenizer {
                 last = last.max(*end);
                 last as u32
             });
-            Ok(ends.collect())
+            Ok((self.ids_of(&encoding)?, ends.collect()))
         })
     }
 }

@@ -1,4 +1,6 @@
-//! Which bytes a token covers, for the crate alone, which gives none.
+//! Which bytes a token of a byte-level vocabulary is, for the crate alone, which gives none.
+
+use tokenizers::{NormalizerWrapper, PreTokenizerWrapper};
 
 /// The bytes of every token, in one arena.
 pub(super) struct Spelling {
@@ -8,8 +10,15 @@ pub(super) struct Spelling {
 
 impl Spelling {
     /// Bytes are known for added tokens and for tokens written in the alphabet of byte-level vocabularies. Others are
-    /// left empty; [`Spelling::ends`] then finds that the ids do not spell the text.
-    pub(super) fn new(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Self {
+    /// left empty; [`Spelling::ends`] then finds that the ids do not spell the text. `None` where no text would be found
+    /// spelt: the vocabulary is none of bytes, or begins a text with a space of its own.
+    pub(super) fn of(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Option<Self> {
+        let normalised = inner.get_normalizer().is_some_and(makes_bytes);
+        (normalised || inner.get_pre_tokenizer().is_some_and(splits_bytes))
+            .then(|| Self::new(inner, vocab_size))
+    }
+
+    fn new(inner: &tokenizers::Tokenizer, vocab_size: usize) -> Self {
         let added = inner.get_added_tokens_decoder();
         let alphabet = alphabet();
         let mut tokens: Vec<Option<String>> = vec![None; vocab_size];
@@ -59,6 +68,22 @@ impl Spelling {
             ends.push(u32::try_from(at).ok()?);
         }
         (at == text.len()).then_some(ends)
+    }
+}
+
+fn makes_bytes(normalizer: &NormalizerWrapper) -> bool {
+    match normalizer {
+        NormalizerWrapper::ByteLevel(_) => true,
+        NormalizerWrapper::Sequence(parts) => parts.as_ref().iter().any(makes_bytes),
+        _ => false,
+    }
+}
+
+fn splits_bytes(pre_tokenizer: &PreTokenizerWrapper) -> bool {
+    match pre_tokenizer {
+        PreTokenizerWrapper::ByteLevel(bytes) => !bytes.add_prefix_space,
+        PreTokenizerWrapper::Sequence(parts) => parts.as_ref().iter().any(splits_bytes),
+        _ => false,
     }
 }
 
