@@ -23,7 +23,7 @@ impl Lowest {
     #[inline(always)]
     pub(crate) fn fill(&mut self, ranks: impl ExactSizeIterator<Item = u32>) {
         self.levels.iter_mut().for_each(Vec::clear);
-        let mut groups = ranks.len().div_ceil(FAN);
+        let mut groups = ranks.len().div_ceil(FAN).max(1);
         let mut level = 0;
         self.fill_level(0, groups, ranks);
         while groups > 1 {
@@ -86,7 +86,7 @@ mod tests {
     proptest! {
         #[test]
         fn equals_looking_at_all_of_them(
-            mut ranks in proptest::collection::vec(0u32..50, 1..700),
+            mut ranks in proptest::collection::vec(0u32..50, 1..5000),
             changes in proptest::collection::vec((any::<usize>(), prop_oneof![0u32..50, Just(NO_RANK)]), 0..200),
         ) {
             let mut lowest = Lowest::default();

@@ -136,7 +136,7 @@ impl Merges {
             *place = pair(self.byte_rank(two[0], two[1]), at);
         }
         // The positions where a token begins.
-        let mut begins = u64::MAX >> (u64::BITS as usize - n.max(1));
+        let mut begins = u64::MAX.checked_shr(u64::BITS - n as u32).unwrap_or(0);
         let groups = n.div_ceil(SHORTER);
         loop {
             let mut best = NO_PAIR;
