@@ -8,9 +8,10 @@ use super::key::{Key, MODELS};
 
 /// Longest word that is kept at all.
 pub(crate) const LONG: usize = 4096;
-const BITS: u32 = 16;
-/// What a half holds at most: words (half of its places), bytes of long words, tokens that do not fit beside their word.
-const WORDS: usize = 1 << (BITS - 1);
+/// Places of a half at first and at most, in bits; half of them are ever used.
+const FIRST_BITS: u32 = 14;
+const MOST_BITS: u32 = 17;
+/// What a half holds at most beside its places: bytes of long words, tokens that do not fit beside their word.
 const BYTES: usize = 1 << 20;
 const IDS: usize = 1 << 18;
 const INLINE: usize = 3;
@@ -28,7 +29,9 @@ struct Entry {
 /// Words and their tokens.
 #[derive(Debug, Default)]
 struct Half {
+    /// None, or [`FIRST_BITS`] and `growth` bits of them.
     entries: Vec<Entry>,
+    growth: u32,
     used: usize,
     ids: Vec<i32>,
     bytes: Vec<u8>,
@@ -38,7 +41,7 @@ impl Half {
     /// The entry of a key that `is_it`, because others may share the key of a long word.
     #[inline(always)]
     fn find(&self, key: Key, is_it: impl Fn(&Entry) -> bool) -> Option<&Entry> {
-        let mut at = place(key);
+        let mut at = self.place(key);
         for _ in 0..PROBES {
             let entry = self.entries.get(at)?;
             if entry.key == key && is_it(entry) {
@@ -47,9 +50,14 @@ impl Half {
             if entry.key.is_free() {
                 return None;
             }
-            at = (at + 1) & ((1 << BITS) - 1);
+            at = (at + 1) & (self.entries.len() - 1);
         }
         None
+    }
+
+    #[inline(always)]
+    fn place(&self, key: Key) -> usize {
+        (key.hash() >> (u64::BITS - FIRST_BITS - self.growth)) as usize
     }
 
     #[inline(always)]
@@ -76,14 +84,14 @@ impl Half {
     }
 
     fn has_room(&self, word: Option<&[u8]>, ids: &[i32]) -> bool {
-        self.used < WORDS
+        self.used < 1 << (MOST_BITS - 1)
             && self.ids.len() + ids.len() <= IDS
             && self.bytes.len() + word.map_or(0, <[u8]>::len) <= BYTES
     }
 
     fn put(&mut self, key: Key, word: Option<&[u8]>, ids: &[i32]) {
-        if self.entries.is_empty() {
-            self.entries.resize(1 << BITS, Entry::default());
+        if 2 * self.used >= self.entries.len() {
+            self.grow();
         }
         let mut entry = Entry { key, ids: [0; INLINE], count: ids.len() as u32 };
         if ids.len() <= INLINE && word.is_none() {
@@ -96,13 +104,29 @@ impl Half {
             entry.ids[1] = self.bytes.len() as i32;
             self.bytes.extend_from_slice(word);
         }
-        let first = place(key);
-        let free = (0..PROBES)
-            .map(|step| (first + step) & ((1 << BITS) - 1))
-            .find(|&at| self.entries[at].key.is_free());
+        self.place_entry(entry);
+    }
+
+    fn place_entry(&mut self, entry: Entry) {
+        let first = self.place(entry.key);
+        let mask = self.entries.len() - 1;
+        let mut places = (0..PROBES).map(|step| (first + step) & mask);
+        let free = places.find(|&at| self.entries[at].key.is_free());
         // In a crowded neighbourhood the newest word takes the place of another.
         self.used += usize::from(free.is_some());
         self.entries[free.unwrap_or(first)] = entry;
+    }
+
+    fn grow(&mut self) {
+        self.growth = if self.entries.is_empty() { 0 } else { self.growth + 1 };
+        let places = 1 << (FIRST_BITS + self.growth);
+        let before = std::mem::replace(&mut self.entries, vec![Entry::default(); places]);
+        self.used = 0;
+        for entry in before {
+            if !entry.key.is_free() {
+                self.place_entry(entry);
+            }
+        }
     }
 
     fn clear(&mut self) {
@@ -111,11 +135,6 @@ impl Half {
         self.bytes.clear();
         self.used = 0;
     }
-}
-
-#[inline]
-fn place(key: Key) -> usize {
-    (key.hash() >> (u64::BITS - BITS)) as usize
 }
 
 /// Words and their tokens, of up to [`MODELS`] models.
@@ -281,7 +300,7 @@ mod tests {
             put(&mut cache, &format!("{i:015}"), &[7; 15]);
             put(&mut cache, &format!("{i:0200}"), &[7; 200]);
         }
-        assert!(cache.bytes() < 16 << 20, "{}", cache.bytes());
+        assert!(cache.bytes() < 20 << 20, "{}", cache.bytes());
     }
 
     /// Other words, however many, make an earlier one unknown once at most, and a word that keeps coming never.

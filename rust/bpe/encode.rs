@@ -200,6 +200,9 @@ impl Walk<'_> {
         if end - start > key::SHORT {
             return self.long_word(&text[start..end]);
         }
+        if end - start == 1 {
+            return self.ids.push(self.bpe.merges.byte_id(text[start]) as i32);
+        }
         let key = self.scratch.cache.key(text, start, end);
         if !self.scratch.cache.get_short(key, self.ids) {
             let before = self.ids.len();
