@@ -14,6 +14,9 @@ use crate::error::{Error, Place, Result};
 /// Longest text in bytes: offsets inside are 32 bits wide.
 pub const MAX_TEXT_BYTES: usize = i32::MAX as usize;
 
+/// A longer normalised text gives its memory back.
+const KEPT: usize = 1 << 20;
+
 /// Reused memory of one thread, with its word cache, for any [`Bpe`] or several in turn.
 #[derive(Debug, Default)]
 pub struct Scratch {
@@ -99,7 +102,9 @@ impl Walk<'_> {
             let mut normalised = std::mem::take(&mut self.scratch.normalised);
             normalised.set(piece, self.bpe.classes);
             self.normal_piece(normalised.text(), false, |i| start + normalised.original(i));
-            self.scratch.normalised = normalised;
+            if normalised.text().len() <= KEPT {
+                self.scratch.normalised = normalised;
+            }
         }
     }
 

@@ -173,9 +173,9 @@ def _examples(
 def _pieces(tokenizer: Tokenizer, ids: NDArray[np.int32], start: int) -> list[str]:
     """The text that each token from ``start`` on adds; one inside a character adds none.
 
-    Same as what ``decode(ids[:end])`` has beyond ``decode(ids[: end - 1])``, with a few tokens decoded
-    for each: those since the last border between characters, and one stretch more before them,
-    because decoders treat the beginning of a text in their own ways.
+    Same as what ``decode(ids[:end])`` has beyond ``decode(ids[: end - 1])``, with a few tokens
+    decoded for each: those since the last border between characters, and one stretch more before
+    them, because decoders treat the beginning of a text in their own ways.
     """
     base = max(start - WINDOW, 0)
     read = start
@@ -196,7 +196,7 @@ def _pieces(tokenizer: Tokenizer, ids: NDArray[np.int32], start: int) -> list[st
 
 
 def _begin_before(pieces: list[str], seen: int, end: int) -> int:
-    """How many tokens begin before character ``end``, where ``seen`` characters stand before them."""
+    """How many tokens begin before character ``end``; ``seen`` characters stand before them."""
     for k, piece in enumerate(pieces):
         if seen >= end:
             return k
