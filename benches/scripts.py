@@ -201,8 +201,8 @@ def main() -> None:
         title = (
             f"\n## Tokenizing by kind of text, first sight and repeats ({date.today()})\n\n"
             f"{commit}, {where}, Python {sys.version.split()[0]}, {path.parent.name}, M tokens/s "
-            f"of CPU on one thread, tokenizers {tokenizers.__version__}: `RAYON_NUM_THREADS=1 python "
-            f"benches/scripts.py --tokenizer {path.parent.name} --record`\n\n"
+            f"of CPU on one thread, tokenizers {tokenizers.__version__}: `RAYON_NUM_THREADS=1 "
+            f"python benches/scripts.py --tokenizer {path.parent.name} --record`\n\n"
         )
         with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
             file.writelines([title, *lines])

@@ -175,7 +175,7 @@ def test_twice_the_row_is_twice_the_work(tmp_path, monkeypatch, unit):
     for times in (200, 400):
         row = {"prompt": unit * times, "chosen": " yes" + unit * times, "rejected": " no"}
         path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
-        data_stats(path, tokenizer, rows=1, show=False)
+        data_stats(path, tokenizer, rows=1, max_length=None, show=False)
         work.append(sum(decoded))
         decoded.clear()
     assert work[0] < work[1] < 2.2 * work[0]
