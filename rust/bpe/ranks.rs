@@ -3,8 +3,8 @@
 /// No merge. Ids and ranks below this fit a [`Ranks`].
 pub(crate) const NONE: u32 = (1 << BITS) - 1;
 
-/// An id or a rank: three of them fit one slot.
-const BITS: u32 = 21;
+/// Bits of an id or a rank: three of them fit one slot.
+pub(crate) const BITS: u32 = 21;
 const FREE: u64 = u64::MAX;
 
 /// (left, right) -> rank, by open addressing: one read of memory a look-up, mostly.
@@ -21,12 +21,12 @@ pub(crate) struct Ranks {
 impl Ranks {
     /// `merges` holds (left, right, new id) in the order of their ranks; of two with the same pair the later one counts.
     pub(crate) fn new(merges: &[(u32, u32, u32)]) -> Self {
-        // Half to three quarters are free: most look-ups are of pairs that are not there, and end at a free slot.
-        let size = (merges.len() * 2).next_power_of_two().max(16);
+        // A quarter is free at least: `seen` keeps away most look-ups of pairs that are not there.
+        let size = (merges.len() * 4 / 3).next_power_of_two().max(16);
         let mut ranks = Self {
             slots: vec![FREE; size],
             shift: u64::BITS - size.trailing_zeros(),
-            seen: vec![0; size / 16],
+            seen: vec![0; size / 8],
         };
         for (&(left, right, _), rank) in merges.iter().zip(0u32..) {
             let at = ranks.place(pair(left, right));
@@ -48,13 +48,11 @@ impl Ranks {
         at
     }
 
-    /// Where the bit of a pair is: by the same high bits of its hash, and by lower ones which of the word's.
+    /// Where the bit of a pair is: by the high bits of its hash, as its slot, and three more.
     #[inline(always)]
     fn bit(&self, hash: u64) -> (usize, u64) {
-        (
-            (hash >> self.shift >> 4) as usize & (self.seen.len() - 1),
-            1 << (hash >> (self.shift - 2) & 63),
-        )
+        let high = hash >> (self.shift - 3);
+        ((high >> 6) as usize & (self.seen.len() - 1), 1 << (high & 63))
     }
 
     /// Rank of the merge of two tokens, [`NONE`] if there is none.

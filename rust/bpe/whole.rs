@@ -2,9 +2,8 @@
 
 use super::key::Key;
 use super::merge::Merges;
-use super::ranks::NONE;
+use super::ranks::{BITS, NONE};
 
-const ID_BITS: u32 = 21;
 const FREE: u64 = u64::MAX;
 
 /// The tokens of a vocabulary by their bytes, as far as these are words that become the token alone.
@@ -40,7 +39,7 @@ impl Whole {
                 while whole.slots[at] != FREE {
                     at = (at + 1) % size;
                 }
-                whole.slots[at] = hash >> ID_BITS << ID_BITS | id as u64;
+                whole.slots[at] = hash >> BITS << BITS | id as u64;
             }
         }
         whole
@@ -72,8 +71,8 @@ impl Whole {
             if slot == FREE {
                 return None;
             }
-            let id = slot & ((1 << ID_BITS) - 1);
-            if (slot ^ hash) >> ID_BITS == 0 && self.token(id as usize) == word {
+            let id = slot & u64::from(NONE);
+            if (slot ^ hash) >> BITS == 0 && self.token(id as usize) == word {
                 return Some(id as i32);
             }
             at = (at + 1) & (self.slots.len() - 1);
