@@ -1,192 +1,295 @@
 //! The word cache of one thread: which tokens a word gave the last time.
 //!
-//! Same results as no cache at all, in bounded memory: 2^16 places, half of them ever used, for words of at most
-//! [`SHORT`] bytes, and [`LONG_ENTRIES`] words of at most [`LONG`] bytes. Nothing is evicted; a full cache only stops
-//! learning.
+//! Same results as no cache at all, in bounded memory. Words go to the young half; when that is full it becomes the old
+//! half, and the old one is emptied. A word of the old half that comes again goes to the young one. So what has come
+//! lately is known whatever came before it, and a word that keeps coming is never forgotten.
 
-use std::collections::HashMap;
+use super::key::{Key, MODELS};
 
-/// Longest word that is its own key.
-pub(crate) const SHORT: usize = 15;
 /// Longest word that is kept at all.
-pub(crate) const LONG: usize = 256;
-const LONG_ENTRIES: usize = 4096;
-const LONG_BYTES: usize = 1 << 18;
-const BITS: u32 = 16;
+pub(crate) const LONG: usize = 4096;
+/// Places of a half at first and at most, in bits; half of them are ever used.
+const FIRST_BITS: u32 = 14;
+const MOST_BITS: u32 = 17;
+/// What a half holds at most beside its places: bytes of long words, tokens that do not fit beside their word.
+const BYTES: usize = 1 << 20;
+const IDS: usize = 1 << 18;
 const INLINE: usize = 3;
 /// How many places are tried: a crowded neighbourhood is a miss, never a long walk.
-const PROBES: usize = 8;
+const PROBES: usize = 16;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Entry {
-    /// The bytes of the word and its length; 0 is free.
-    key: u128,
-    /// The tokens, or where they start in the arena.
+    key: Key,
+    /// The tokens; or where they start among the half's, and for a long word where its bytes do.
     ids: [i32; INLINE],
     count: u32,
 }
 
 /// Words and their tokens.
 #[derive(Debug, Default)]
-pub(crate) struct WordCache {
+struct Half {
+    /// None, or [`FIRST_BITS`] and `growth` bits of them.
     entries: Vec<Entry>,
+    growth: u32,
     used: usize,
-    long: HashMap<Box<[u8]>, (u32, u32)>,
-    long_bytes: usize,
-    arena: Vec<i32>,
+    ids: Vec<i32>,
+    bytes: Vec<u8>,
 }
 
-/// The key of the word `text[start..end]` of at most [`SHORT`] bytes.
-#[inline]
-pub(crate) fn short_key(text: &[u8], start: usize, end: usize) -> u128 {
-    let len = end - start;
-    let sixteen = match text.get(start..).and_then(|rest| rest.first_chunk::<16>()) {
-        Some(chunk) => *chunk,
-        None => copied(text, start, end),
-    };
-    let bits = len as u32 * 8;
-    u128::from_le_bytes(sixteen) & ((1 << bits) - 1) | (len as u128) << 120
+impl Half {
+    /// The entry of a key that `is_it`, because others may share the key of a long word.
+    #[inline(always)]
+    fn find(&self, key: Key, is_it: impl Fn(&Entry) -> bool) -> Option<&Entry> {
+        let mut at = self.place(key);
+        for _ in 0..PROBES {
+            let entry = self.entries.get(at)?;
+            if entry.key == key && is_it(entry) {
+                return Some(entry);
+            }
+            if entry.key.is_free() {
+                return None;
+            }
+            at = (at + 1) & (self.entries.len() - 1);
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn place(&self, key: Key) -> usize {
+        (key.hash() >> (u64::BITS - FIRST_BITS - self.growth)) as usize
+    }
+
+    #[inline(always)]
+    fn find_short(&self, key: Key) -> Option<&Entry> {
+        self.find(key, |_| true)
+    }
+
+    fn find_long(&self, key: Key, word: &[u8]) -> Option<&Entry> {
+        self.find(key, |entry| {
+            let start = entry.ids[1] as usize;
+            self.bytes.get(start..start + word.len()) == Some(word)
+        })
+    }
+
+    /// The tokens of an entry that are not beside its key.
+    #[inline]
+    fn many<'a>(&'a self, entry: &'a Entry, is_long: bool) -> &'a [i32] {
+        let count = entry.count as usize;
+        if count <= INLINE && !is_long {
+            return &entry.ids[..count];
+        }
+        let from = entry.ids[0] as usize;
+        &self.ids[from..from + count]
+    }
+
+    fn has_room(&self, word: Option<&[u8]>, ids: &[i32]) -> bool {
+        self.used < 1 << (MOST_BITS - 1)
+            && self.ids.len() + ids.len() <= IDS
+            && self.bytes.len() + word.map_or(0, <[u8]>::len) <= BYTES
+    }
+
+    fn put(&mut self, key: Key, word: Option<&[u8]>, ids: &[i32]) {
+        if 2 * self.used >= self.entries.len() {
+            self.grow();
+        }
+        let mut entry = Entry { key, ids: [0; INLINE], count: ids.len() as u32 };
+        if ids.len() <= INLINE && word.is_none() {
+            entry.ids[..ids.len()].copy_from_slice(ids);
+        } else {
+            entry.ids[0] = self.ids.len() as i32;
+            self.ids.extend_from_slice(ids);
+        }
+        if let Some(word) = word {
+            entry.ids[1] = self.bytes.len() as i32;
+            self.bytes.extend_from_slice(word);
+        }
+        self.place_entry(entry);
+    }
+
+    fn place_entry(&mut self, entry: Entry) {
+        let first = self.place(entry.key);
+        let mask = self.entries.len() - 1;
+        let mut places = (0..PROBES).map(|step| (first + step) & mask);
+        let free = places.find(|&at| self.entries[at].key.is_free());
+        // In a crowded neighbourhood the newest word takes the place of another.
+        self.used += usize::from(free.is_some());
+        self.entries[free.unwrap_or(first)] = entry;
+    }
+
+    fn grow(&mut self) {
+        self.growth = if self.entries.is_empty() { 0 } else { self.growth + 1 };
+        let places = 1 << (FIRST_BITS + self.growth);
+        let before = std::mem::replace(&mut self.entries, vec![Entry::default(); places]);
+        self.used = 0;
+        for entry in before {
+            if !entry.key.is_free() {
+                self.place_entry(entry);
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.entries.fill(Entry::default());
+        self.ids.clear();
+        self.bytes.clear();
+        self.used = 0;
+    }
 }
 
-#[cold]
-fn copied(text: &[u8], start: usize, end: usize) -> [u8; 16] {
-    let mut sixteen = [0; 16];
-    sixteen[..end - start].copy_from_slice(&text[start..end]);
-    sixteen
-}
-
-#[inline]
-fn place(key: u128) -> usize {
-    let (low, high) = (key as u64, (key >> 64) as u64);
-    let product =
-        u128::from(low ^ 0x9e37_79b9_7f4a_7c15) * u128::from(high ^ 0xc2b2_ae3d_27d4_eb4f);
-    let folded = (product as u64) ^ (product >> 64) as u64;
-    (folded >> (u64::BITS - BITS)) as usize
+/// Words and their tokens, of up to [`MODELS`] models.
+#[derive(Debug, Default)]
+pub(crate) struct WordCache {
+    young: Half,
+    old: Half,
+    /// Whose words there are; the place of a model is part of its keys.
+    models: Vec<u64>,
+    model: u8,
 }
 
 impl WordCache {
-    /// Appends the tokens of a short word to `out` if it is known.
-    #[inline]
-    pub(crate) fn get_short(&self, key: u128, out: &mut Vec<i32>) -> bool {
-        let mut at = place(key);
-        for _ in 0..PROBES {
-            let Some(entry) = self.entries.get(at) else { return false };
-            if entry.key == key {
-                if entry.count == 1 {
-                    out.push(entry.ids[0]);
-                } else {
-                    self.get_many(entry, out);
-                }
-                return true;
-            }
-            if entry.key == 0 {
-                return false;
-            }
-            at = (at + 1) & ((1 << BITS) - 1);
-        }
-        false
-    }
-
-    #[inline]
-    fn get_many(&self, entry: &Entry, out: &mut Vec<i32>) {
-        let count = entry.count as usize;
-        if count <= INLINE {
-            out.extend_from_slice(&entry.ids[..count]);
-        } else {
-            let from = entry.ids[0] as usize;
-            out.extend_from_slice(&self.arena[from..from + count]);
-        }
-    }
-
-    /// Remembers the tokens of a short word, unless half of the places are taken.
-    pub(crate) fn put_short(&mut self, key: u128, ids: &[i32]) {
-        if self.entries.is_empty() {
-            self.entries.resize(1 << BITS, Entry::default());
-        }
-        if self.used >= 1 << (BITS - 1) {
+    /// Serves another model from now on.
+    pub(crate) fn select(&mut self, model: u64) {
+        if self.models.get(usize::from(self.model)) == Some(&model) {
             return;
         }
-        let mut at = place(key);
-        for _ in 0..PROBES {
-            if self.entries[at].key == 0 {
-                let mut entry = Entry { key, ids: [0; INLINE], count: ids.len() as u32 };
-                if ids.len() <= INLINE {
-                    entry.ids[..ids.len()].copy_from_slice(ids);
-                } else {
-                    entry.ids[0] = self.arena.len() as i32;
-                    self.arena.extend_from_slice(ids);
-                }
-                self.entries[at] = entry;
-                self.used += 1;
-                return;
+        let known = self.models.iter().position(|known| *known == model);
+        let place = known.unwrap_or_else(|| {
+            if self.models.len() == MODELS {
+                self.young.clear();
+                self.old.clear();
+                self.models.clear();
             }
-            at = (at + 1) & ((1 << BITS) - 1);
-        }
+            self.models.push(model);
+            self.models.len() - 1
+        });
+        self.model = place as u8;
     }
 
-    /// Appends the tokens of a long word to `out` if it is known.
-    pub(crate) fn get_long(&self, word: &[u8], out: &mut Vec<i32>) -> bool {
-        let Some(&(from, count)) = self.long.get(word) else { return false };
-        out.extend_from_slice(&self.arena[from as usize..(from + count) as usize]);
+    /// The key here of a word of at most [`super::key::SHORT`] bytes.
+    #[inline]
+    pub(crate) fn key(&self, text: &[u8], start: usize, end: usize) -> Key {
+        Key::short(text, start, end).of_model(self.model)
+    }
+
+    /// Appends the tokens of a short word to `out` if it is known.
+    #[inline]
+    pub(crate) fn get_short(&mut self, key: Key, out: &mut Vec<i32>) -> bool {
+        match self.young.find_short(key) {
+            Some(entry) if entry.count == 1 => out.push(entry.ids[0]),
+            Some(entry) => out.extend_from_slice(self.young.many(entry, false)),
+            None => return self.get_old(key, None, out),
+        }
         true
     }
 
-    /// Remembers the tokens of a long word while there is room.
-    pub(crate) fn put_long(&mut self, word: &[u8], ids: &[i32]) {
-        if self.long.len() < LONG_ENTRIES && self.long_bytes + word.len() <= LONG_BYTES {
-            self.long_bytes += word.len();
-            self.long.insert(word.into(), (self.arena.len() as u32, ids.len() as u32));
-            self.arena.extend_from_slice(ids);
+    /// Appends the tokens of a word of more than [`super::key::SHORT`] bytes to `out` if it is known.
+    pub(crate) fn get_long(&mut self, word: &[u8], out: &mut Vec<i32>) -> bool {
+        let key = Key::long(word).of_model(self.model);
+        match self.young.find_long(key, word) {
+            Some(entry) => out.extend_from_slice(self.young.many(entry, true)),
+            None => return self.get_old(key, Some(word), out),
         }
+        true
     }
 
-    /// Forgets everything, for another model.
-    pub(crate) fn clear(&mut self) {
-        *self = Self::default();
+    #[cold]
+    fn get_old(&mut self, key: Key, word: Option<&[u8]>, out: &mut Vec<i32>) -> bool {
+        let entry = match word {
+            None => self.old.find_short(key),
+            Some(word) => self.old.find_long(key, word),
+        };
+        let Some(entry) = entry else { return false };
+        let before = out.len();
+        out.extend_from_slice(self.old.many(entry, word.is_some()));
+        self.put(key, word, &out[before..]);
+        true
+    }
+
+    /// Remembers the tokens of a short word.
+    pub(crate) fn put_short(&mut self, key: Key, ids: &[i32]) {
+        self.put(key, None, ids);
+    }
+
+    /// Remembers the tokens of a word of more than [`super::key::SHORT`] and at most [`LONG`] bytes.
+    pub(crate) fn put_long(&mut self, word: &[u8], ids: &[i32]) {
+        self.put(Key::long(word).of_model(self.model), Some(word), ids);
+    }
+
+    fn put(&mut self, key: Key, word: Option<&[u8]>, ids: &[i32]) {
+        if !self.young.has_room(word, ids) {
+            std::mem::swap(&mut self.young, &mut self.old);
+            self.young.clear();
+        }
+        self.young.put(key, word, ids);
     }
 
     /// Bytes of memory held.
     #[cfg(test)]
     pub(crate) fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<Entry>()
-            + self.arena.capacity() * size_of::<i32>()
-            + self.long.capacity() * (size_of::<(Box<[u8]>, u64)>() + 1)
-            + self.long_bytes
+        let of = |half: &Half| {
+            half.entries.capacity() * size_of::<Entry>()
+                + half.ids.capacity() * size_of::<i32>()
+                + half.bytes.capacity()
+        };
+        of(&self.young) + of(&self.old)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bpe::key::SHORT;
     use proptest::prelude::*;
+
+    /// What a test's word is made of, in some model.
+    fn ids_of(model: u64, word: &str) -> Vec<i32> {
+        word.bytes().map(|byte| i32::from(byte) + model as i32 * 1000).collect()
+    }
+
+    fn get(cache: &mut WordCache, word: &str, out: &mut Vec<i32>) -> bool {
+        if word.len() > SHORT {
+            return cache.get_long(word.as_bytes(), out);
+        }
+        let key = cache.key(word.as_bytes(), 0, word.len());
+        cache.get_short(key, out)
+    }
+
+    fn put(cache: &mut WordCache, word: &str, ids: &[i32]) {
+        if word.len() > SHORT {
+            return cache.put_long(word.as_bytes(), ids);
+        }
+        let key = cache.key(word.as_bytes(), 0, word.len());
+        cache.put_short(key, ids);
+    }
+
+    /// Puts what is not there; whether it was.
+    fn learn(cache: &mut WordCache, model: u64, word: &str) -> bool {
+        let mut found = Vec::new();
+        let hit = get(cache, word, &mut found);
+        if hit {
+            assert_eq!(found, ids_of(model, word));
+        } else {
+            put(cache, word, &ids_of(model, word));
+        }
+        hit
+    }
 
     proptest! {
         #[test]
-        fn a_cache_gives_what_was_put_or_nothing(words in proptest::collection::vec("[a-c]{1,20}", 1..300)) {
+        fn a_cache_gives_what_the_model_put_or_nothing(
+            words in proptest::collection::vec(("[a-c]{1,20}", 0u64..20, any::<bool>()), 1..300),
+        ) {
             let mut cache = WordCache::default();
-            for word in &words {
-                let ids: Vec<i32> = word.bytes().map(i32::from).collect();
-                let mut found = Vec::new();
-                let hit = if word.len() <= SHORT {
-                    let key = short_key(word.as_bytes(), 0, word.len());
-                    let hit = cache.get_short(key, &mut found);
-                    if !hit { cache.put_short(key, &ids); }
-                    hit
-                } else {
-                    let hit = cache.get_long(word.as_bytes(), &mut found);
-                    if !hit { cache.put_long(word.as_bytes(), &ids); }
-                    hit
-                };
-                prop_assert!(!hit || found == ids);
+            for (word, model, turn) in words {
+                cache.select(model);
+                learn(&mut cache, model, &word);
+                prop_assert!(learn(&mut cache, model, &word));
+                if turn {
+                    std::mem::swap(&mut cache.young, &mut cache.old);
+                    cache.young.clear();
+                }
             }
-        }
-
-        #[test]
-        fn a_key_does_not_depend_on_what_surrounds_the_word(word in "\\PC{0,15}", before in "\\PC{0,5}", after in "\\PC{0,20}") {
-            prop_assume!(word.len() <= SHORT && !word.is_empty());
-            let text = format!("{before}{word}{after}");
-            let alone = short_key(word.as_bytes(), 0, word.len());
-            prop_assert_eq!(short_key(text.as_bytes(), before.len(), before.len() + word.len()), alone);
         }
     }
 
@@ -194,10 +297,42 @@ mod tests {
     fn memory_is_bounded_however_many_words_come() {
         let mut cache = WordCache::default();
         for i in 0..400_000u32 {
-            let word = format!("{i:015}");
-            cache.put_short(short_key(word.as_bytes(), 0, 15), &[7; 15]);
-            cache.put_long(format!("{i:0200}").as_bytes(), &[7; 200]);
+            put(&mut cache, &format!("{i:015}"), &[7; 15]);
+            put(&mut cache, &format!("{i:0200}"), &[7; 200]);
         }
-        assert!(cache.bytes() < 12 << 20, "{}", cache.bytes());
+        assert!(cache.bytes() < 20 << 20, "{}", cache.bytes());
+    }
+
+    /// Other words, however many, make an earlier one unknown once at most, and a word that keeps coming never.
+    #[test]
+    fn what_comes_again_is_known_again() {
+        let mut cache = WordCache::default();
+        let common: Vec<String> =
+            (0..10_000).map(|i| format!("common {i}, and some more")).collect();
+        for round in 0..3 {
+            for i in 0..90_000 {
+                learn(&mut cache, 0, &format!("other {round} {i}"));
+                learn(&mut cache, 0, "kept");
+            }
+            for word in &common {
+                learn(&mut cache, 0, word);
+            }
+            let known = common.iter().filter(|word| learn(&mut cache, 0, word)).count();
+            assert!(known > 9_900, "{known} of 10,000 words known in the second pass");
+            assert!(learn(&mut cache, 0, "kept"));
+        }
+    }
+
+    #[test]
+    fn two_models_in_turn_keep_their_words() {
+        let mut cache = WordCache::default();
+        for round in 0..3 {
+            for model in 0..MODELS as u64 {
+                cache.select(model);
+                let words = (0..1000).map(|i| format!("word {i}"));
+                let known = words.filter(|word| learn(&mut cache, model, word)).count();
+                assert!(round == 0 || known > 990, "{known} of 1,000 words known");
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 use super::added::Match;
 use super::border::{Border, Cut};
 use super::cache::{self, WordCache};
+use super::key;
 use super::merge::MergeScratch;
 use super::model::Bpe;
 use super::normal::Normalised;
@@ -13,10 +14,12 @@ use crate::error::{Error, Place, Result};
 /// Longest text in bytes: offsets inside are 32 bits wide.
 pub const MAX_TEXT_BYTES: usize = i32::MAX as usize;
 
-/// Reused memory of one thread, with its word cache. Made for one [`Bpe`]; given to another it starts anew.
+/// A longer normalised text gives its memory back.
+const KEPT: usize = 1 << 20;
+
+/// Reused memory of one thread, with its word cache, for any [`Bpe`] or several in turn.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    owner: u64,
     cache: WordCache,
     merge: MergeScratch,
     normalised: Normalised,
@@ -70,10 +73,7 @@ impl Walk<'_> {
             return Err(Error::Limit { place, message });
         }
         let bpe = self.bpe;
-        if self.scratch.owner != bpe.owner {
-            self.scratch.cache.clear();
-            self.scratch.owner = bpe.owner;
-        }
+        self.scratch.cache.select(bpe.owner);
         let quick = quick || !bpe.nfc || bpe.classes.is_quick_nfc(&text[from..]);
         let mut start = from;
         if !bpe.raw.is_empty() {
@@ -102,7 +102,9 @@ impl Walk<'_> {
             let mut normalised = std::mem::take(&mut self.scratch.normalised);
             normalised.set(piece, self.bpe.classes);
             self.normal_piece(normalised.text(), false, |i| start + normalised.original(i));
-            self.scratch.normalised = normalised;
+            if normalised.text().len() <= KEPT {
+                self.scratch.normalised = normalised;
+            }
         }
     }
 
@@ -149,7 +151,7 @@ impl Walk<'_> {
         if let Some(ends) = &mut self.ends {
             let mut at = 0;
             ends.extend(self.ids[before..].iter().map(|&id| {
-                at += self.bpe.token_bytes[id as usize] as usize;
+                at += self.bpe.whole.bytes_of(id);
                 original(at) as u32
             }));
         }
@@ -161,7 +163,7 @@ impl Walk<'_> {
             let (mut at, from) = inside.unwrap_or((0, before));
             self.border.pass(original(at), from);
             for (id, count) in self.ids[from..].iter().zip(from + 1..) {
-                at += self.bpe.token_bytes[*id as usize] as usize;
+                at += self.bpe.whole.bytes_of(*id);
                 if !self.border.pass(original(at), count) {
                     break;
                 }
@@ -200,10 +202,13 @@ impl Walk<'_> {
 
     #[inline]
     fn word(&mut self, text: &[u8], start: usize, end: usize) {
-        if end - start > cache::SHORT {
+        if end - start > key::SHORT {
             return self.long_word(&text[start..end]);
         }
-        let key = cache::short_key(text, start, end);
+        if end - start == 1 {
+            return self.ids.push(self.bpe.merges.byte_id(text[start]) as i32);
+        }
+        let key = self.scratch.cache.key(text, start, end);
         if !self.scratch.cache.get_short(key, self.ids) {
             let before = self.ids.len();
             self.new_word(&text[start..end]);
@@ -211,7 +216,6 @@ impl Walk<'_> {
         }
     }
 
-    #[cold]
     fn long_word(&mut self, word: &[u8]) {
         if word.len() > cache::LONG {
             self.new_word(word);
@@ -224,8 +228,8 @@ impl Walk<'_> {
 
     #[cold]
     fn new_word(&mut self, word: &[u8]) {
-        match self.bpe.whole_words.get(word) {
-            Some(&id) => self.ids.push(id),
+        match self.bpe.whole.find(word) {
+            Some(id) => self.ids.push(id),
             None => self.bpe.merges.encode(word, &mut self.scratch.merge, self.ids),
         }
     }

@@ -4,10 +4,11 @@
 //! reports the difference. What it does not do: `SentencePiece`, Unigram, `WordPiece`, dropout, other normalizers, unknown
 //! regexes.
 //!
-//! A text goes through `added` (added tokens), `normal` (NFC, only where needed), `scan` (words), `cache` and `merge`
-//! (tokens of a word); `encode` leads it. `classes` are the character classes, `pair` encodes two texts with a common
-//! beginning, as far as `border` says that they are alike; `file` reads tokenizer.json, `recognise` makes the `model` of
-//! it, `check` is the self-check.
+//! A text goes through `added` (added tokens), `normal` (NFC, only where needed), `scan` (words), `cache` (words that
+//! came before, by their `key`), `whole` (words that are one token) and `merge` with `ranks`, `lowest` and `sweep` (tokens
+//! of a word); `encode` leads it. `classes` are the character classes, `pair` encodes two texts with a common beginning, as
+//! far as `border` says that they are alike; `file` reads tokenizer.json, `recognise` makes the `model` of it, `check` is
+//! the self-check.
 
 mod added;
 mod border;
@@ -16,14 +17,19 @@ mod check;
 mod classes;
 mod encode;
 mod file;
+mod key;
+mod lowest;
 mod merge;
 mod model;
 mod normal;
 mod pair;
+mod ranks;
 mod recognise;
 mod refusal;
 mod scan;
+mod sweep;
 mod symbols;
+mod whole;
 
 #[cfg(test)]
 mod tests;

@@ -1,12 +1,12 @@
 //! The model: what a recognised tokenizer.json holds, in the form that encoding wants.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::added::AddedTokens;
 use super::classes::Classes;
 use super::merge::Merges;
 use super::scan::Family;
+use super::whole::Whole;
 
 /// A byte-level BPE model. Immutable; share it between threads, with one [`Scratch`](super::Scratch) each.
 ///
@@ -22,8 +22,8 @@ pub struct Bpe {
     pub(super) owner: u64,
     pub(super) family: Family,
     pub(super) nfc: bool,
-    /// With `ignore_merges`: words that are tokens without any merge. Empty otherwise.
-    pub(super) whole_words: HashMap<Box<[u8]>, i32>,
+    /// Words that are one token: with `ignore_merges` every token.
+    pub(super) whole: Whole,
     pub(super) merges: Merges,
     /// Added tokens that are sought in the text as given.
     pub(super) raw: AddedTokens,
@@ -32,7 +32,6 @@ pub struct Bpe {
     pub(super) longest_added: usize,
     pub(super) prefix: Vec<i32>,
     pub(super) suffix: Vec<i32>,
-    pub(super) token_bytes: Vec<u32>,
     pub(super) classes: &'static Classes,
     /// Texts of this file's own for the self-check.
     pub(super) sample: Vec<String>,
@@ -51,7 +50,7 @@ impl Bpe {
 
     /// One more than the largest id of the model, without added tokens.
     pub(crate) fn model_size(&self) -> usize {
-        self.token_bytes.len()
+        self.whole.ids()
     }
 
     /// Ids that the post-processor puts before a text.

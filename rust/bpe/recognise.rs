@@ -1,6 +1,6 @@
 //! Is this tokenizer.json one of ours? By structure alone, never by name.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 
 use serde_json::Value;
@@ -11,12 +11,14 @@ use super::file::{File, FileMerge, FileToken, Ids, Model, parse};
 use super::merge::Merges;
 use super::model::{Bpe, next_owner};
 use super::normal;
+use super::ranks;
 use super::refusal::Refusal;
 use super::scan::Family;
 use super::symbols::Symbols;
+use super::whole::{Whole, proven};
 
 /// Ids from here on are not ours: tables are indexed by id.
-const MAX_ID: u32 = 1 << 24;
+const MAX_ID: u32 = ranks::NONE;
 /// Longer added tokens would make every look-ahead as long.
 const MAX_ADDED_BYTES: usize = 4096;
 
@@ -42,34 +44,31 @@ impl File<'_> {
         let vocab = &self.model.vocab.0;
         check_ids(vocab)?;
         let byte_ids = byte_ids(vocab)?;
-        let merges = Merges::new(&byte_ids, &merges(&self.model.merges, vocab)?);
+        let tokens = by_id(vocab);
+        let listed = merges(&self.model.merges, vocab, &tokens)?;
+        let merges = Merges::new(&byte_ids, &listed);
         let (raw, normal) = added_tokens(&self.added_tokens, vocab, nfc)?;
 
         let symbols = Symbols::new();
-        let mut token_bytes = vec![0; vocab.values().max().map_or(0, |&id| id as usize + 1)];
-        let mut whole_words = HashMap::new();
-        for (token, &id) in vocab {
-            // Every symbol is one byte. Tokens of other characters are never made, so their length does not matter.
-            token_bytes[id as usize] = token.chars().count() as u32;
-            if self.model.ignore_merges == Some(true)
-                && let Some(bytes) = symbols.bytes(token)
-            {
-                whole_words.insert(bytes.into(), id as i32);
-            }
-        }
+        let bytes = tokens.iter().map(|token| symbols.bytes(token));
+        let whole = if self.model.ignore_merges == Some(true) {
+            Whole::new(bytes, |_| true)
+        } else {
+            let proven = proven(tokens.len(), &listed, &merges);
+            Whole::new(bytes, |id| proven[id])
+        };
         let longest_added = raw.longest().max(normal.longest());
         Ok(Bpe {
             owner: next_owner(),
             family,
             nfc,
-            whole_words,
+            whole,
             merges,
             raw,
             normal,
             longest_added,
             prefix,
             suffix,
-            token_bytes,
             classes,
             sample: sample(vocab, &symbols, &self.added_tokens),
         })
@@ -230,19 +229,29 @@ fn byte_ids(vocab: &Ids) -> Result<[u32; 256], Refusal> {
     Ok(ids)
 }
 
-fn merges(merges: &[FileMerge], vocab: &Ids) -> Result<Vec<(u32, u32, u32)>, Refusal> {
+/// The tokens by id, empty where an id has none.
+fn by_id<'a>(vocab: &'a Ids) -> Vec<&'a str> {
+    let mut tokens = vec![""; vocab.values().max().map_or(0, |&id| id as usize + 1)];
+    for (token, &id) in vocab {
+        tokens[id as usize] = token;
+    }
+    tokens
+}
+
+fn merges(
+    merges: &[FileMerge],
+    vocab: &Ids,
+    tokens: &[&str],
+) -> Result<Vec<(u32, u32, u32)>, Refusal> {
     let mut joined = String::new();
     let mut out: Vec<(u32, u32, u32)> = Vec::with_capacity(merges.len());
-    let mut tokens = vec![""; vocab.len()];
-    for (token, id) in vocab {
-        if let Some(place) = tokens.get_mut(*id as usize) {
-            *place = token;
-        }
-    }
     // The older form may start with a version line, which has no rank.
     let counted =
         merges.iter().filter(|m| !matches!(m, FileMerge::Joined(s) if s.starts_with("#version")));
     for (rank, merge) in counted.enumerate() {
+        if rank >= MAX_ID as usize {
+            return Err(Refusal::Merge(rank, "is more than any model has".to_owned()));
+        }
         let (left, right) = match merge {
             FileMerge::Pair(left, right) => (&**left, &**right),
             FileMerge::Joined(both) => match both.split_once(' ') {

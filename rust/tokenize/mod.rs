@@ -72,17 +72,24 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
     pub fn new(source: Source) -> Result<Self> {
-        let (mut inner, built) = if let Ok((bpe, oracle)) = both(&source.json) {
-            (oracle, Some(bpe))
-        } else {
+        let read = || {
             let json = source.json.as_bytes();
-            (guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?, None)
+            guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))
         };
-        let beyond = guarded("tokenizer.json", || {
-            inner.with_truncation(None)?;
-            inner.with_padding(None);
-            add_tokens(&mut inner, &source.added)
-        })?;
+        let with_added = |mut inner: tokenizers::Tokenizer| {
+            guarded("tokenizer.json", || {
+                inner.with_truncation(None)?;
+                inner.with_padding(None);
+                let beyond = add_tokens(&mut inner, &source.added)?;
+                Ok((inner, beyond))
+            })
+        };
+        let (inner, built) = match both(&source.json) {
+            Ok((bpe, oracle)) => (oracle, Some(bpe)),
+            Err(_) => (read()?, None),
+        };
+        let is_oracle = built.is_some();
+        let (mut inner, beyond) = with_added(inner)?;
         let fast = match built {
             _ if beyond => {
                 let json = guarded("tokenizer.json", || inner.to_string(false))?;
@@ -91,6 +98,10 @@ impl Tokenizer {
             Some(bpe) => checked(bpe, &inner),
             None => recognised(&source.json).and_then(|bpe| checked(bpe, &inner)),
         };
+        if fast.is_err() && is_oracle {
+            // What encodes wants the cache of words that the oracle lacks.
+            inner = with_added(read()?)?.0;
+        }
         // Behind the self-check, which compares without it.
         inner.set_encode_special_tokens(source.split_special);
         let post = inner.get_post_processor().cloned();

@@ -139,3 +139,43 @@ def test_an_empty_data_set_and_a_bad_argument(world, tmp_path, capsys):
     assert "0 rows read" in capsys.readouterr().out
     with pytest.raises(ValueError, match="`rows` must be at least 0"):
         data_stats(empty, tokenizer, rows=-1)
+
+
+TEXT = "hello the é😀 \N{REPLACEMENT CHARACTER} aa aaé\n"
+
+
+def test_the_texts_of_tokens_are_what_each_adds_to_those_before(tmp_path):
+    row = {"prompt": "say: é", "chosen": TEXT * 4, "rejected": "😀" + TEXT}
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path / "model"))
+    (example,) = data_stats(path, tokenizer, rows=1, show=False)["rows"]
+    pair = PairDataset.from_files(path, tokenizer)[0]
+    prompt = pair["prompt_ids"]
+    for side in ("chosen", "rejected"):
+        ids = np.concatenate([prompt, pair[f"{side}_ids"]])
+        pieces = [*example["prompt"], *example[side]["merged"], *example[side]["rest"]]
+        assert len(pieces) == len(ids)
+        for end in range(1, len(ids) + 1):
+            # Bytes inside a character are no text yet.
+            whole = tokenizer.decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}")
+            assert "".join(pieces[:end]).rstrip("\N{REPLACEMENT CHARACTER}") == whole
+
+
+@pytest.mark.parametrize("unit", ["hello the q ", "é😀", "\N{REPLACEMENT CHARACTER}", "aaaa"])
+def test_twice_the_row_is_twice_the_work(tmp_path, monkeypatch, unit):
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path / "model"))
+    decode, decoded = Tokenizer.decode, []
+
+    def counted(self, ids):
+        decoded.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    work = []
+    for times in (200, 400):
+        row = {"prompt": unit * times, "chosen": " yes" + unit * times, "rejected": " no"}
+        path = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
+        data_stats(path, tokenizer, rows=1, max_length=None, show=False)
+        work.append(sum(decoded))
+        decoded.clear()
+    assert work[0] < work[1] < 2.2 * work[0]

@@ -1,6 +1,7 @@
 """`Tokenizer`: Arrow columns, and its faults: hostile files, ids, blocks, long words, growing caches."""
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -234,6 +235,86 @@ def test_the_word_cache_stays_bounded_over_distinct_rows(tmp_path):
         [sys.executable, "-c", LEAK, folder], capture_output=True, text=True, check=True
     )
     assert float(result.stdout) <= 4.0
+
+
+LOADED = """
+import ctypes, gc, os, pickle, resource, sys
+from dpo_ext import Tokenizer
+path = sys.argv[1]
+def load(times):
+    for _ in range(times):
+        ours = Tokenizer.from_pretrained(path)
+        ours.encode("hello the e\\u0301 q", add_special_tokens=False)
+        pickle.loads(pickle.dumps(ours))
+    del ours
+    gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize()
+before = load(5)
+print((load(20) - before) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_a_tokenizer_that_is_dropped_leaves_nothing_behind(tmp_path):
+    folder = write_folder(tmp_path / "m", normalizer={"type": "NFC"})
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED, folder], capture_output=True, text=True, check=True
+    )
+    # 40 of them; each left 0.9 MB in the thread that loaded it.
+    assert float(result.stdout) <= 5.0
+
+
+LONG = """
+import resource, sys
+from dpo_ext import Tokenizer
+ours = Tokenizer.from_pretrained(sys.argv[1])
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize()
+ours.encode("hello " * 1000)
+before = resident()
+for letter in "abc":
+    ours.encode(letter * 8_000_000)
+ours.encode("e\\u0301" * 3_000_000)
+print((resident() - before) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_a_long_word_gives_its_memory_back(tmp_path):
+    folder = write_folder(tmp_path / "m", normalizer={"type": "NFC"})
+    result = subprocess.run(
+        [sys.executable, "-c", LONG, folder], capture_output=True, text=True, check=True
+    )
+    # Its work alone takes 16 bytes a byte.
+    assert float(result.stdout) <= 20.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("longest", [15, 48, 64, 256, 4096, 65536])
+def test_a_byte_more_makes_no_word_dear(tmp_path, longest):
+    ours = tokenizer(tmp_path / "m", merges=[a + " " + b for a in "abcdefgh" for b in "abcdefgh"])
+    rng = random.Random(0)
+
+    def cost(length):
+        """Seconds for words that were never seen, the best of several."""
+        count = max(2, 400_000 // length)
+        best = float("inf")
+        for _ in range(7):
+            text = " ".join("".join(rng.choices("abcdefgh", k=length - 1)) for _ in range(count))
+            start = time.thread_time()
+            ours.encode_batch([text], threads=1)
+            best = min(best, time.thread_time() - start)
+        return best / count
+
+    cost(longest)
+    tries = [(cost(longest), cost(longest + 1)) for _ in range(3)]
+    assert any(more <= 2 * less for less, more in tries), tries
 
 
 # -- what a path may be --------------------------------------------------------------------------

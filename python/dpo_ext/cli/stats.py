@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0, 25, 50, 75, 90, 99, 100)
 BATCHES = (4, 16, 64)
+WINDOW = 16
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def _examples(
         prompt = pair["prompt_ids"]
         alone = number.get(int(pairs.rows[i]))
         ends = None if alone is None else len(tokenizer.decode(apart.prompt_ids[alone]))
+        seen = len(tokenizer.decode(prompt))
         example: dict[str, Any] = {
             "pair": i,
             "row": int(pairs.rows[i]) + 1,
@@ -161,33 +163,45 @@ def _examples(
         }
         for side in ("chosen", "rejected"):
             ids = pair[f"{side}_ids"]
-            merged = 0 if ends is None else _begin_before(tokenizer, prompt, ids, ends)
             pieces = _pieces(tokenizer, np.concatenate([prompt, ids]), len(prompt))
+            merged = 0 if ends is None else _begin_before(pieces, seen, ends)
             example[side] = {"merged": pieces[:merged], "rest": pieces[merged:]}
         examples.append(example)
     return examples
 
 
 def _pieces(tokenizer: Tokenizer, ids: NDArray[np.int32], start: int) -> list[str]:
-    """The text that each token from ``start`` on adds; one inside a character adds none."""
-    seen = tokenizer.decode(ids[:start])
+    """The text that each token from ``start`` on adds; one inside a character adds none.
+
+    Same as what ``decode(ids[:end])`` has beyond ``decode(ids[: end - 1])``, with a few tokens
+    decoded for each: those since the last border between characters, and one stretch more before
+    them, because decoders treat the beginning of a text in their own ways.
+    """
+    base = max(start - WINDOW, 0)
+    read = start
+    seen = tokenizer.decode(ids[base:start])
     pieces = []
     for end in range(start + 1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = tokenizer.decode(ids[base:end])
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if end - read >= WINDOW:
+            # No character is that long: the text itself has these.
+            whole = text
         pieces.append(whole[len(seen) :] if len(whole) > len(seen) else "")
         seen = max(seen, whole, key=len)
+        if whole == text:
+            base, read = read, end
+            seen = tokenizer.decode(ids[base:read])
     return pieces
 
 
-def _begin_before(
-    tokenizer: Tokenizer, prompt: NDArray[np.int32], ids: NDArray[np.int32], end: int
-) -> int:
-    """How many tokens of a completion begin before character ``end`` of the text."""
-    for k in range(len(ids)):
-        if len(tokenizer.decode(np.concatenate([prompt, ids[:k]]))) >= end:
+def _begin_before(pieces: list[str], seen: int, end: int) -> int:
+    """How many tokens begin before character ``end``; ``seen`` characters stand before them."""
+    for k, piece in enumerate(pieces):
+        if seen >= end:
             return k
-    return len(ids)
+        seen += len(piece)
+    return len(pieces)
 
 
 def _histogram(longest: NDArray[np.int64]) -> dict[str, list[int]]:

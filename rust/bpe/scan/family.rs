@@ -1,5 +1,7 @@
 //! The published pre-tokenizers and their regexes.
 
+use super::pattern::Pattern;
+
 /// Which published pre-tokenizer a file has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -32,7 +34,7 @@ impl Family {
         Self::DeepSeekV3,
     ];
 
-    /// The regexes of its `Split`s in order, character for character as the published files have them.
+    /// The regexes of its `Split`s in order; published files spell them so, or in other ways.
     pub fn regexes(self) -> &'static [&'static str] {
         match self {
             Self::Gpt2 => {
@@ -61,9 +63,18 @@ impl Family {
         }
     }
 
-    /// The family whose regexes are exactly these.
+    /// The family whose regexes match what these do, whichever way they are spelt.
     pub(crate) fn from_regexes(regexes: &[&str]) -> Option<Self> {
-        Self::ALL.into_iter().find(|family| family.regexes() == regexes)
+        let spelt = Self::ALL.into_iter().find(|family| family.regexes() == regexes);
+        spelt.or_else(|| {
+            let parsed = |regexes: &[&str]| -> Option<Vec<Pattern>> {
+                regexes.iter().map(|regex| Pattern::parse(regex)).collect()
+            };
+            let patterns = parsed(regexes)?;
+            Self::ALL
+                .into_iter()
+                .find(|family| parsed(family.regexes()).as_ref() == Some(&patterns))
+        })
     }
 
     /// Whether every character belongs to some alternative, so that `Removed` with `invert` equals `Isolated`.

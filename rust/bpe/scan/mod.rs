@@ -8,6 +8,7 @@ mod deepseek;
 mod family;
 mod gpt2;
 mod o200k;
+mod pattern;
 mod scanner;
 mod text;
 mod word;

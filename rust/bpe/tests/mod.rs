@@ -336,6 +336,30 @@ fn removed_with_invert_is_the_same_where_everything_matches() {
     }
 }
 
+/// A family's regexes as some published files spell them.
+#[test]
+fn published_spellings_are_served() {
+    let real_line_ends = |family: Family| {
+        family.regexes().iter().map(|r| r.replace("\\r\\n", "\r\n")).collect::<Vec<_>>()
+    };
+    let llada = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+    let tiktoken = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+    let mut spelt: Vec<(Family, Vec<String>)> =
+        Family::ALL.into_iter().map(|family| (family, real_line_ends(family))).collect();
+    spelt.push((Family::Qwen2, vec![llada.to_owned()]));
+    spelt.push((Family::Gpt2, vec![tiktoken.to_owned()]));
+    for (family, regexes) in spelt {
+        let mut json = small(family, false, false);
+        let split = |r: &String| json!({"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": false});
+        let last = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let parts: Vec<Value> = regexes.iter().map(split).chain([last]).collect();
+        json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": parts});
+        let (ours, oracle) = both(&json.to_string());
+        assert_eq!(ours.family(), family, "{regexes:?}");
+        ours.self_check(&oracle).unwrap();
+    }
+}
+
 #[test]
 fn older_merges_and_a_version_line_are_read() {
     let mut json = small(Family::Qwen2, false, true);

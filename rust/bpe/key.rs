@@ -1,0 +1,93 @@
+//! What a word is found by.
+
+/// Longest word that is its own key.
+pub(crate) const SHORT: usize = 15;
+/// How many models' keys are told apart by [`Key::of_model`].
+pub(crate) const MODELS: usize = 16;
+
+/// A word of at most [`SHORT`] bytes itself with its length, or the digest of a longer one; never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Key(u128);
+
+impl Key {
+    /// The key of the word `text[start..end]` of 1 to [`SHORT`] bytes.
+    #[inline]
+    pub(crate) fn short(text: &[u8], start: usize, end: usize) -> Self {
+        let len = end - start;
+        let sixteen = match text.get(start..).and_then(|rest| rest.first_chunk::<16>()) {
+            Some(chunk) => *chunk,
+            None => copied(text, start, end),
+        };
+        let bits = len as u32 * 8;
+        Self(u128::from_le_bytes(sixteen) & ((1 << bits) - 1) | (len as u128) << 120)
+    }
+
+    /// The key of a longer word: others may share it.
+    pub(crate) fn long(word: &[u8]) -> Self {
+        // No length in the highest byte, so that no short word has it.
+        Self(u128::from(digest(word)) | (word.len() as u128 & 0xffff_ffff) << 64 | 1 << 112)
+    }
+
+    /// The key of any word.
+    pub(crate) fn new(word: &[u8]) -> Self {
+        if word.len() > SHORT { Self::long(word) } else { Self::short(word, 0, word.len()) }
+    }
+
+    /// The same for one of [`MODELS`] models.
+    #[inline]
+    pub(crate) fn of_model(self, model: u8) -> Self {
+        Self(self.0 | u128::from(model) << 124)
+    }
+
+    #[inline]
+    pub(crate) fn is_free(self) -> bool {
+        self.0 == 0
+    }
+
+    #[inline]
+    pub(crate) fn hash(self) -> u64 {
+        let (low, high) = (self.0 as u64, (self.0 >> 64) as u64);
+        fold(low ^ 0x9e37_79b9_7f4a_7c15, high ^ 0xc2b2_ae3d_27d4_eb4f)
+    }
+}
+
+#[cold]
+fn copied(text: &[u8], start: usize, end: usize) -> [u8; 16] {
+    let mut sixteen = [0; 16];
+    sixteen[..end - start].copy_from_slice(&text[start..end]);
+    sixteen
+}
+
+#[inline]
+fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// 64 bits of more than [`SHORT`] bytes.
+fn digest(word: &[u8]) -> u64 {
+    let mixed = |digest: u64, sixteen: &[u8; 16]| {
+        let both = u128::from_le_bytes(*sixteen);
+        let (low, high) = (both as u64, (both >> 64) as u64);
+        fold(low ^ digest, high ^ 0xc2b2_ae3d_27d4_eb4f)
+    };
+    let digest = word.as_chunks().0.iter().fold(0x9e37_79b9_7f4a_7c15, mixed);
+    word.last_chunk().map_or(digest, |last| mixed(digest.rotate_left(23), last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_key_does_not_depend_on_what_surrounds_the_word(word in "\\PC{0,15}", before in "\\PC{0,5}", after in "\\PC{0,20}") {
+            prop_assume!(word.len() <= SHORT && !word.is_empty());
+            let text = format!("{before}{word}{after}");
+            let alone = Key::new(word.as_bytes());
+            prop_assert_eq!(Key::short(text.as_bytes(), before.len(), before.len() + word.len()), alone);
+            prop_assert!(!alone.is_free() && alone != Key::long(text.repeat(16).as_bytes()));
+        }
+    }
+}
