@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 
 from dpo_ext.extras import need
+from dpo_ext.layout.epoch import EPOCH_SET, of_name
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -209,6 +210,21 @@ class Batch:
         vars(batch).update(arrays, layout=layout)
         return batch
 
+    def sign(self, plan: str, order: tuple[int, int]) -> None:
+        """Says of which plan this is, and of which seed and epoch, for a process that gets it from
+        a worker.
+        """
+        vars(self)[_SIGNED] = (plan, *order)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        plan, *order = state.get(_SIGNED) or (None,)
+        own = None if plan is None else of_name(plan)
+        if own is not None and own.is_past(*order):
+            # Not an error yet: a loader throws away what it had fetched ahead.
+            object.__setattr__(self, "__class__", PastBatch)
+            return
+        vars(self).update((name, value) for name, value in state.items() if name != _SIGNED)
+
     @property
     def n_pairs(self) -> int:
         return len(self.pair_index)
@@ -337,6 +353,17 @@ class Batch:
         return self._map(lambda part: part.pin_memory())
 
 
+class PastBatch:
+    """What comes from a worker when the plan has moved on to another epoch: any use is an error."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        raise RuntimeError(EPOCH_SET)
+
+
+# In a batch that a worker made: its plan, seed and epoch.
+_SIGNED = "_signed"
 _DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}
 
 

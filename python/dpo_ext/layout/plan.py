@@ -13,6 +13,7 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Batch
+from dpo_ext.layout.epoch import EPOCH_SET, Epoch
 from dpo_ext.layout.fill import FILL, SLOTS, factors, padded, weigh
 from dpo_ext.pairs import Ragged
 
@@ -194,14 +195,29 @@ class BatchPlan(Sequence[Batch]):
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.set_epoch(epoch)
+        self._told = Epoch(seed, epoch)
+        self._arrange(epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves to another epoch: another order, and with a token budget another number of
-        batches.
+        batches. Copies in workers of a DataLoader move with it, also in workers that persist.
         """
         if not 0 <= epoch < 2**64:
             raise ValueError(f"`epoch` must be in 0..2**64, found {epoch}")
+        self._arrange(epoch)
+        self._told.set(self.seed, epoch)
+
+    def _follow(self) -> tuple[int, int] | None:
+        """In a worker of a DataLoader: moves to the epoch of the plan that this one is a copy of,
+        and says which it is.
+        """
+        told = self._told.told()
+        if told is not None and told != (self.seed, self.epoch):
+            self.seed = told[0]
+            self._arrange(told[1])
+        return told
+
+    def _arrange(self, epoch: int) -> None:
         self.epoch = epoch
         self._stats: PlanStats | None = None
         n = len(self._pairs)
@@ -244,6 +260,7 @@ class BatchPlan(Sequence[Batch]):
         return items[source].astype(np.int64), begins
 
     def __len__(self) -> int:
+        self._follow()
         return self._steps
 
     def _index(self, batch: int) -> NDArray[np.int64]:
@@ -263,10 +280,14 @@ class BatchPlan(Sequence[Batch]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
+        told = self._follow()
         k = int(i)
         if not -self._steps <= k < self._steps:
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
-        return self.build(k % self._steps, np.empty)
+        batch = self.build(k % self._steps, np.empty)
+        if told is not None:
+            batch.sign(self._told.name, told)
+        return batch
 
     def build(self, i: int, take: Take) -> Batch:
         """Batch ``i``, from 0, in flat arrays that ``take(count, dtype)`` gives, of any content."""
@@ -287,7 +308,13 @@ class BatchPlan(Sequence[Batch]):
         return FILL[self.layout](self._pairs, index, bounds, width, take)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(self._steps))
+        return self._pass(len(self), (self.seed, self.epoch))
+
+    def _pass(self, steps: int, order: tuple[int, int]) -> Iterator[Batch]:
+        for i in range(steps):
+            if (self.seed, self.epoch) != order:
+                raise RuntimeError(EPOCH_SET)
+            yield self[i]
 
     @cached_property
     def digest(self) -> str:
