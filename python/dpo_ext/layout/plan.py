@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, overload
 
 import numpy as np
@@ -226,7 +225,9 @@ class BatchPlan(Sequence[Batch]):
         if self.pairs_per_batch is not None:
             bounds = _every(n, self.pairs_per_batch, self.drop_last)
         elif LAYOUTS[self.layout].bins:
-            self._items, self._bins = self._pack(epoch)
+            self._items, self._bins = _core.epoch_bins(
+                self._lengths, self.bin_length or 0, self.seed, epoch, self.shuffle
+            )
             self._bin_bounds = _every(len(self._bins) - 1, self._rows_per_batch, self.drop_last)
             bounds = self._bins[self._bin_bounds]
         else:
@@ -244,20 +245,6 @@ class BatchPlan(Sequence[Batch]):
         self._steps = (
             batches // self.world_size if self.drop_last else -(-batches // self.world_size)
         )
-
-    def _pack(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The pairs of all bins, and where each bin begins, in the order of this epoch."""
-        # A number that (seed, epoch) choose, and 0 without shuffling: it breaks ties of length.
-        key = _core.epoch_order(1 << 62, self.seed, epoch, self.shuffle, 0, 1)
-        items, starts = _core.pack_lengths(self._lengths, self.bin_length or 0, int(key[0]))
-        # Best-fit-decreasing makes the bins of the longest pairs first.
-        bins = len(starts) - 1
-        order = _core.epoch_order(bins, self.seed, epoch, self.shuffle, 0, bins)
-        sizes = np.diff(starts)[order]
-        begins = np.zeros(bins + 1, np.int64)
-        np.cumsum(sizes, out=begins[1:])
-        source = np.repeat(starts[:-1][order] - begins[:-1], sizes) + np.arange(len(items))
-        return items[source].astype(np.int64), begins
 
     def __len__(self) -> int:
         self._follow()
@@ -316,21 +303,15 @@ class BatchPlan(Sequence[Batch]):
                 raise RuntimeError(EPOCH_SET)
             yield self[i]
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """128 bits in hex of what, besides seed and epoch, makes the batches of a step: every
-        option, the length of every prompt and completion, and the weights of the data set. The same
-        on all ranks.
+        option, and the ids, weights and labels of all examples in their order. The same on all
+        ranks.
         """
         options = {name: getattr(self, name) for name in self.options}
-        made = hashlib.blake2b(repr(options).encode(), digest_size=16)
-        for name in self._pairs.IDS:
-            offsets = getattr(self._pairs, name).offsets
-            made.update(np.ascontiguousarray(offsets, "<i8").data)
-        for name, lists in self._pairs.weights.items():
-            made.update(name.encode())
-            made.update(np.ascontiguousarray(lists.values, "<f4").data)
-        return made.hexdigest()
+        said = f"{options!r} {self._pairs.contents}"
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def state_dict(self, position: int = 0) -> dict[str, Any]:
         """``{seed, epoch, position, digest}``: resuming is ``plan[position]``, ... after
@@ -347,8 +328,9 @@ class BatchPlan(Sequence[Batch]):
         """Takes seed and epoch of a saved state, and returns its position.
 
         Raises:
-            DataError: the state is of other data, another layout, other sizes or another world
-                size, so that its position is somewhere else; the plan is left as it was.
+            DataError: the state is of other data, or the same in another order, of another layout,
+                other sizes or another world size, so that its position is somewhere else; the plan
+                is left as it was.
         """
         missing = sorted({"seed", "epoch", "position", "digest"} - set(state))
         if missing:
@@ -357,7 +339,8 @@ class BatchPlan(Sequence[Batch]):
             raise DataError(
                 "the state was saved for other batches: its `digest` is expected to be "
                 f"{self.digest}, found {state['digest']}\n"
-                "hint: resume with the same data, layout, batch size and world size",
+                "hint: resume with the same data in the same order, layout, batch size and "
+                "world size",
                 reason="bad_state",
             )
         position = int(state["position"])
