@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -243,11 +242,16 @@ class Batch:
         title = f"{type(self).__name__}: {self.n_pairs} {self.noun}s, {self.layout}"
         return table(title, ("field", "dtype", "shape", "values"), rows)
 
-    @cached_property
+    # Not `cached_property`: that of Python 3.11 holds a lock, for which a forked child would wait.
+    @property
     def table(self) -> ScoreTable:
         """The :class:`dpo_ext.torch.ScoreTable` of this batch, which knows the shape of its
         ``input_ids``: logits and hidden states of another are refused. Imports torch.
         """
+        found = vars(self).get("table")
+        return vars(self).setdefault("table", self._table()) if found is None else found
+
+    def _table(self) -> ScoreTable:
         need("torch", "a batch of tensors")
         from dpo_ext.layout.table import ScoreTable
 
@@ -263,7 +267,7 @@ class Batch:
             shape=tuple(self.input_ids.shape),
         )
 
-    @cached_property
+    @property
     def segments(self) -> Segments:
         """Which slots of a packed or shared batch see each other, known without asking its device.
         Imports torch.
@@ -271,7 +275,10 @@ class Batch:
         need("torch", "a batch of tensors")
         from dpo_ext.layout.segments import Segments
 
-        return Segments.of_batch(self)
+        found = vars(self).get("segments")
+        if found is None:
+            found = vars(self).setdefault("segments", Segments.of_batch(self))
+        return found
 
     @property
     def blocks(self) -> dict[str, Any]:
