@@ -361,7 +361,8 @@ def _unlock(fd: int) -> None:
         import fcntl  # which made it
 
         _HELD.discard(fd)
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
