@@ -1,7 +1,7 @@
 //! The Rust half of the Python package `dpo_ext`: from a file of preference pairs to ready batches, and the log-prob
 //! kernels of the CPU path.
 //!
-//! Each module knows those before it alone: [`error`]; [`pool`]; [`read`], [`bpe`], [`layout`] and [`logps`];
+//! Each module knows those before it alone: [`error`]; [`fork`]; [`pool`]; [`read`], [`bpe`], [`layout`] and [`logps`];
 //! [`template`]; [`tokenize`]; [`pair`]; [`encode`]; `py`. `read` turns bytes into rows, `template` and `tokenize` rows
 //! into text and ids, by the engine `bpe` or the `tokenizers` crate; `pair` decides one pair and `encode` a whole data
 //! set; `layout` builds batches, and `logps` reduces rows of logits. Only `py` (feature `python`) knows that Python
@@ -10,6 +10,7 @@
 pub mod bpe;
 pub mod encode;
 pub mod error;
+pub mod fork;
 pub mod layout;
 pub mod logps;
 pub mod pair;

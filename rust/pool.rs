@@ -1,11 +1,13 @@
 //! The thread pool: one per process, built lazily, so that it survives a fork.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::fork;
 
 /// A pool, whose it is, and its number of threads.
 type Entry = (u32, usize, Arc<rayon::ThreadPool>);
@@ -26,7 +28,7 @@ pub fn threads(threads: Option<usize>) -> usize {
 /// The pool of this process with `n` threads. A child of a fork finds its own pid missing and builds its own.
 ///
 /// # Errors
-/// [`Error::Internal`] if the system refuses to start threads.
+/// [`Error::Internal`] if the system refuses to start threads; those of [`fork::section`].
 pub fn pool(n: usize) -> Result<Arc<rayon::ThreadPool>> {
     let pid = std::process::id();
     // A slot that another thread holds is free again in a moment, unless it was copied by a fork.
@@ -39,6 +41,9 @@ pub fn pool(n: usize) -> Result<Arc<rayon::ThreadPool>> {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+    let _whole = fork::section()?;
+    // The threads of every pool share what this makes once.
+    drop(crossbeam_epoch::pin());
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(n)
         .thread_name(|i| format!("dpo_ext-{i}"))
@@ -73,27 +78,52 @@ fn held(slot: &Mutex<Option<Entry>>) -> Option<MutexGuard<'_, Option<Entry>>> {
     }
 }
 
-/// How long the caller of [`run`] waits between two calls of `tick`.
+/// How long who waits for work waits between two calls of `tick`.
 pub const TICK: Duration = Duration::from_millis(40);
 
-/// Runs `work` on the pool of `n` threads while the caller waits and calls `tick` at least every 40 ms.
-///
-/// If `tick` fails, `run` returns its error at once: the work is told by `tick` itself to stop, and whatever it still
-/// returns is thrown away. A panic of `work` becomes [`Error::Internal`].
-///
-/// # Errors
-/// Those of `work` and `tick`, and [`Error::Internal`].
-pub fn run<T: Send + 'static>(
-    n: usize,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-    mut tick: impl FnMut() -> Result<()>,
-) -> Result<T> {
-    let (sender, receiver) = sync_channel(1);
-    pool(n)?.spawn(move || sent(work, &sender));
-    awaited(&receiver, &mut tick)
+/// Work on a pool.
+#[derive(Debug)]
+pub struct Running<T>(Receiver<Result<T>>);
+
+impl<T> Running<T> {
+    /// Waits for the work, and calls `tick` at least every 40 ms; if that fails, no longer.
+    ///
+    /// # Errors
+    /// Those of the work and of `tick`, and [`Error::Internal`].
+    pub fn wait(self, tick: &mut impl FnMut() -> Result<()>) -> Result<T> {
+        awaited(&self.0, tick)
+    }
 }
 
-/// As [`run`], for work that borrows: it is waited for, after a failed `tick` too.
+/// Begins `work` on the pool of `n` threads. After an interrupt the work is told to stop, and whatever it still returns
+/// is thrown away. A panic of it becomes [`Error::Internal`].
+///
+/// # Errors
+/// Those of [`pool`].
+pub fn start<T: Send + 'static>(
+    n: usize,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<Running<T>> {
+    let (sender, receiver) = sync_channel(1);
+    let pool = pool(n)?;
+    WANTED.fetch_add(1, Ordering::Relaxed);
+    pool.spawn(move || {
+        WANTED.fetch_sub(1, Ordering::Relaxed);
+        sent(work, &sender);
+    });
+    Ok(Running(receiver))
+}
+
+/// Calls whose work no thread has begun yet.
+static WANTED: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether some call waits for a thread, so that long work had better yield.
+pub fn is_wanted() -> bool {
+    WANTED.load(Ordering::Relaxed) > 0
+}
+
+/// Runs `work` that borrows on the pool of `n` threads, while the caller waits as in [`Running::wait`], after a failed
+/// `tick` too.
 ///
 /// # Errors
 /// Those of `work` and `tick`, and [`Error::Internal`].
@@ -103,10 +133,53 @@ pub fn run_scoped<T: Send>(
     mut tick: impl FnMut() -> Result<()>,
 ) -> Result<T> {
     let (sender, receiver) = sync_channel(1);
-    pool(n)?.in_place_scope(|scope| {
-        scope.spawn(move |_| sent(work, &sender));
+    let pool = pool(n)?;
+    pool.in_place_scope(|scope| {
+        WANTED.fetch_add(1, Ordering::Relaxed);
+        scope.spawn(move |_| {
+            WANTED.fetch_sub(1, Ordering::Relaxed);
+            sent(work, &sender);
+        });
         awaited(&receiver, &mut tick)
     })
+}
+
+/// Runs `work` on a thread of its own, for what one thread does, while the caller waits as in [`Running::wait`].
+///
+/// # Errors
+/// Those of `work` and `tick`, and [`Error::Internal`].
+pub fn alone<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+    mut tick: impl FnMut() -> Result<()>,
+) -> Result<T> {
+    let (sender, receiver) = sync_channel(1);
+    thread().spawn(move || sent(work, &sender)).map_err(not_started)?;
+    awaited(&receiver, &mut tick)
+}
+
+/// As [`alone`], for work that borrows: it is waited for, after a failed `tick` too.
+///
+/// # Errors
+/// Those of `work` and `tick`, and [`Error::Internal`].
+pub fn alone_scoped<T: Send>(
+    work: impl FnOnce() -> Result<T> + Send,
+    mut tick: impl FnMut() -> Result<()>,
+) -> Result<T> {
+    let (sender, receiver) = sync_channel(1);
+    std::thread::scope(|scope| {
+        thread().spawn_scoped(scope, move || sent(work, &sender)).map_err(not_started)?;
+        awaited(&receiver, &mut tick)
+    })
+}
+
+/// A thread with the stack of a main thread: code of others recurses as it likes.
+fn thread() -> std::thread::Builder {
+    std::thread::Builder::new().name("dpo_ext-alone".to_owned()).stack_size(8 << 20)
+}
+
+#[allow(clippy::needless_pass_by_value)] // as `map_err` gives it
+fn not_started(error: std::io::Error) -> Error {
+    Error::Internal(format!("cannot start a thread: {error}"))
 }
 
 /// Does the work on a thread of the pool.

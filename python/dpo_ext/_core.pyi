@@ -7,10 +7,14 @@ __all__ = [
     "__version__",
     "batch_sizes",
     "batches_by_slots",
+    "begin_section",
     "blocks_into",
     "check_ids",
+    "end_section",
+    "epoch_bins",
     "epoch_order",
     "example_keys",
+    "hash_bytes",
     "logits_grad",
     "logits_grad_",
     "pack_into",
@@ -241,6 +245,11 @@ def blocks_into(
     full_q_num_blocks: NDArray[int32],
     full_q_indices: NDArray[int32],
 ) -> None: ...
+def begin_section() -> None: ...
+def end_section() -> None: ...
+def epoch_bins(
+    lengths: NDArray[int64], capacity: int, seed: int, epoch: int, shuffle: bool
+) -> tuple[NDArray[int64], NDArray[int64]]: ...
 def epoch_order(
     n: int, seed: int, epoch: int, shuffle: bool, start: int, stop: int
 ) -> NDArray[int64]: ...
@@ -251,6 +260,7 @@ def batches_by_slots(
 _Keys = NDArray[uint64]
 _Rows = NDArray[int64]
 
+def hash_bytes(bytes: NDArray[uint8]) -> bytes: ...
 def example_keys(
     prompt: _Ragged, sides: Sequence[tuple[_Ids, _Offsets, _Float | None]], index: _Rows
 ) -> _Keys: ...

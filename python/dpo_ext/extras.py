@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+from dpo_ext import _core
 
 # Top-level module to the extra of pyproject.toml that brings it; where two do, the smaller one.
 EXTRAS = {
@@ -55,6 +58,10 @@ def need(module: str, what: str) -> Any:
         ModuleNotFoundError: it is not installed; the message names ``what`` and the extra. What an
             installed module lacks itself is raised as it is.
     """
+    if (found := sys.modules.get(module)) is not None and not _is_half(found):
+        return found
+    # In a child that is forked in the middle of an import, the module would be locked for ever.
+    _core.begin_section()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -64,6 +71,13 @@ def need(module: str, what: str) -> Any:
         raise ModuleNotFoundError(
             f"{what} needs {top}\nhint: {install(EXTRAS[top])}", name=top
         ) from error
+    finally:
+        _core.end_section()
+
+
+def _is_half(module: Any) -> bool:
+    """Whether another thread is still importing it."""
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def arrow(what: str) -> Any:

@@ -5,14 +5,16 @@ That is all that a plan, a batch and a store need; the ways in and out are `data
 
 from __future__ import annotations
 
+import hashlib
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Self, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_ext import _core
 from dpo_ext.errors import describe
 from dpo_ext.report import Report
 
@@ -22,6 +24,7 @@ WEIGHTS = ("chosen_weights", "rejected_weights")
 IGNORE_INDEX = -100
 """The target of a token that is not scored, as in the labels of Hugging Face."""
 SHOWN = 5  # pairs in a notebook
+PART = 1 << 22  # items of an array that are looked at at once, where it may be mapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +135,41 @@ def weighed(ids: Sequence[Ragged], weights: Sequence[Ragged | None]) -> list[Rag
     return [ones(lists) if own is None else own for lists, own in zip(ids, weights, strict=True)]
 
 
+def contents_of(
+    kind: type[Examples], lists: Mapping[str, Ragged], said: Sequence[NDArray[Any]]
+) -> str:
+    """`Examples.contents` of these lists by name, and of the arrays that ``kind.SAID`` names."""
+    arrays: list[tuple[str, NDArray[Any], str]] = []
+    for name in kind.IDS:
+        arrays += [(name, lists[name].values, "<i4"), (name, lists[name].offsets, "<i8")]
+    weights = [name for name in kind.WEIGHTS.values() if name in lists]
+    if any((part != 1).any() for name in weights for part in _parts(lists[name].values)):
+        arrays += [(name, lists[name].values, "<f4") for name in weights]
+    arrays += zip(kind.SAID, said, "?" * len(said), strict=True)
+    made = hashlib.blake2b(digest_size=16)
+    for name, array, dtype in arrays:
+        made.update(f"{name} {dtype} {len(array)} ".encode())
+        for part in _parts(array):
+            made.update(_core.hash_bytes(np.ascontiguousarray(part, dtype).view(np.uint8)))
+    return made.hexdigest()
+
+
+def _parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """An array some of it at a time; of a mapped file, what was read is let go of."""
+    mapped = map_of(array)
+    for start in range(0, len(array), PART):
+        yield array[start : start + PART]
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def map_of(array: Any) -> mmap.mmap | None:
+    """The file that an array lies over."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
+    return array
+
+
 def _int32(ids: Any) -> NDArray[np.int32]:
     array = np.asarray(ids)
     if array.size == 0:
@@ -162,6 +200,7 @@ class Examples(Sequence):
         WEIGHTS: names of the weights of ids, or None where each is 1, by the name of the ids.
         KNOWN: names of arrays with a value an example, or None: whatever becomes of the examples.
         ALIKE: names of what is one for all examples.
+        SAID: names of arrays that, beside ids and weights, make an example another one.
         COLUMNS: names of the columns that hold an array of an example's numbers, one for each of
             its own, by the name of the array.
         NOUN: what one is called.
@@ -172,6 +211,7 @@ class Examples(Sequence):
     WEIGHTS: ClassVar[Mapping[str, str]] = {}
     KNOWN: ClassVar[tuple[str, ...]]
     ALIKE: ClassVar[tuple[str, ...]] = ("pad_id", "vocab_size")
+    SAID: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, tuple[str, ...]]]
     NOUN: ClassVar[str]
     KIND: ClassVar[str]
@@ -361,6 +401,37 @@ class Examples(Sequence):
         found = {name: getattr(self, name) for name in self.WEIGHTS.values()}
         return {name: lists for name, lists in found.items() if lists is not None}
 
+    def _once(self, name: str, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """What was made before under this name. `cached_property` of Python 3.11 holds a lock
+        meanwhile, which the child of a fork would wait for.
+        """
+        found = vars(self).get(name)
+        return vars(self).setdefault(name, make()) if found is None else found
+
+    @property
+    def contents(self) -> str:
+        """128 bits in hex of all examples in their order: ids, weights, labels. Found when it is
+        first asked for, and kept by what is saved and loaded.
+        """
+        held = self._held()
+        known = vars(self).get("_contents")
+        if known is None or any(a is not b for a, b in zip(known[1], held, strict=True)):
+            said = [getattr(self, name) for name in self.SAID]
+            lists = {name: getattr(self, name) for name in self.IDS} | self.weights
+            self.keep_contents(contents_of(type(self), lists, said))
+        digest: str = vars(self)["_contents"][0]
+        return digest
+
+    def keep_contents(self, digest: str) -> None:
+        """What ``contents`` is, where it is known already."""
+        vars(self)["_contents"] = digest, self._held()
+
+    def _held(self) -> tuple[Any, ...]:
+        """All that ``contents`` is made of."""
+        return tuple(
+            getattr(self, name) for name in (*self.IDS, *self.WEIGHTS.values(), *self.SAID)
+        )
+
     def _weights(self, change: Callable[[Ragged], Ragged]) -> dict[str, Ragged]:
         return {name: change(lists) for name, lists in self.weights.items()}
 
@@ -377,7 +448,11 @@ class Examples(Sequence):
     def _made(self, *ids: Ragged, **changes: Any) -> Any:
         """Examples like these, with other ids."""
         names = ("report", "rows", "columns", *self.ALIKE, *self.KNOWN, *self.WEIGHTS.values())
-        return self._kind(*ids, **({name: getattr(self, name) for name in names} | changes))
+        made = self._kind(*ids, **({name: getattr(self, name) for name in names} | changes))
+        known = vars(self).get("_contents")
+        if known is not None and all(a is b for a, b in zip(known[1], made._held(), strict=True)):  # noqa: SLF001
+            made.keep_contents(known[0])
+        return made
 
     @property
     def _kind(self) -> type[Any]:
@@ -464,17 +539,26 @@ class Pairs(Examples):
             words += f", {self.vocab_size:,} tokens in the vocabulary"
         return table(f"{type(self).__name__}: {words}", ("", *IDS, *reference, *self.columns), rows)
 
-    @cached_property
+    @property
     def longest(self) -> NDArray[np.int64]:
         """(n,) int64: tokens of the longer side of each pair, prompt included."""
-        return self.prompt_ids.lengths + np.maximum(
-            self.chosen_ids.lengths, self.rejected_ids.lengths
+        return self._once(
+            "longest",
+            lambda: (
+                self.prompt_ids.lengths
+                + np.maximum(self.chosen_ids.lengths, self.rejected_ids.lengths)
+            ),
         )
 
-    @cached_property
+    @property
     def tokens(self) -> NDArray[np.int64]:
         """(n,) int64: tokens of both sides of each pair, the prompt counted twice."""
-        return 2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
+        return self._once(
+            "tokens",
+            lambda: (
+                2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
+            ),
+        )
 
 
 class Unpaired(Examples):
@@ -499,6 +583,7 @@ class Unpaired(Examples):
 
     IDS = ("prompt_ids", "completion_ids")
     KNOWN = ("labels", "ref_logps")
+    SAID = ("labels",)
     ALIKE = (*Examples.ALIKE, "max_length", "truncation")
     COLUMNS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "labels": ("label",),
@@ -555,9 +640,12 @@ class Unpaired(Examples):
             return lengths
         return np.minimum(lengths, (self.max_length - self.prompt_ids.lengths[prompts]).clip(0))
 
-    @cached_property
+    @property
     def tokens(self) -> NDArray[np.int64]:
         """(n,) int64: tokens of each example in a batch, prompt included."""
+        return self._once("tokens", self._count)
+
+    def _count(self) -> NDArray[np.int64]:
         every = np.arange(len(self))
         return self.prompt_ids.lengths + self.scored(every, every)
 

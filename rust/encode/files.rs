@@ -1,13 +1,16 @@
 //! Rows of files, all at once or some at a time.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
 
-use super::job::{CHUNK, Job, OnBad, Origin, Progress, encode_chunks};
+use super::desk::{Desk, PIECE_BYTES, PIECE_ROWS, Piece, Source};
+use super::job::{CHUNK, Job, OnBad, Origin, Progress};
 use super::outcome::Encoded;
-use crate::error::{Reason, Result, Warning};
+use crate::error::{Error, Reason, Result, Warning};
 use crate::pair::{Options, Refusal};
 use crate::read::bad::Bad;
 use crate::read::cell::Kind;
@@ -50,14 +53,14 @@ fn line_result<'b>(
 /// [`Error::Interrupted`]: crate::Error::Interrupted
 pub fn encode_files(paths: &[PathBuf], job: &Job<'_>, all: &mut Encoded) -> Result<()> {
     let mut files = FileEncoder::new(paths.to_vec(), job.options);
-    files.blocks.before = job.progress.bytes.load(Ordering::Relaxed);
-    files.fill(u64::MAX, job, all).map(drop)
+    files.desk.source_mut().before = job.progress.bytes.load(Ordering::Relaxed);
+    files.desk.run(job, all, u64::MAX).map(drop)
 }
 
 /// The pairs of files, some at a time, so that they need not fit in memory.
 #[derive(Debug)]
 pub struct FileEncoder {
-    blocks: Blocks,
+    desk: Desk<Blocks>,
     /// Rows read by the calls so far.
     read: u64,
     /// What the extra columns hold.
@@ -68,7 +71,7 @@ impl FileEncoder {
     /// Files that are opened when their turn comes.
     pub fn new(paths: Vec<PathBuf>, options: &Options) -> Self {
         let kinds = vec![None; options.keys.extra.len()];
-        Self { blocks: Blocks::new(paths, options.limits.clone()), read: 0, kinds }
+        Self { desk: Desk::new(Blocks::new(paths, options.limits.clone())), read: 0, kinds }
     }
 
     /// At least `pairs` further pairs, with what became of the rows that gave them; `None` behind the last row.
@@ -79,7 +82,7 @@ impl FileEncoder {
     /// As [`encode_files`]; after one there is nothing to go on with.
     pub fn next(&mut self, pairs: u64, job: &Job<'_>) -> Result<Option<Encoded>> {
         let mut all = Encoded::new(self.kinds.clone());
-        let found = self.fill(pairs, job, &mut all)?;
+        let found = self.desk.run(job, &mut all, pairs)?;
         for row in &mut all.rows {
             *row += self.read as i64;
         }
@@ -87,50 +90,80 @@ impl FileEncoder {
         self.kinds = all.kinds();
         Ok(found.then_some(all))
     }
+}
 
-    /// Appends to `all` until it has `pairs`; whether there was anything to read.
-    fn fill(&mut self, pairs: u64, job: &Job<'_>, all: &mut Encoded) -> Result<bool> {
-        let rules = job.rules();
-        let names = rules.keys.names();
-        let mut found = false;
-        while all.tally.kept < pairs
-            && self.blocks.step(job.progress, |block, path| {
-                let row = |i: usize| {
-                    let line = block.lines.get(i).cloned().unwrap_or_default();
-                    let row = line_result(&block.bytes, &line, &names, &rules);
-                    (Origin::of(&line, path), row.map_err(Refusal::from))
-                };
-                let others = |i: usize| {
-                    let line = block.lines.get(i).cloned().unwrap_or_default();
-                    let bytes = block.bytes.get(line.start..line.end).unwrap_or_default();
-                    let text = text(bytes).unwrap_or_default();
-                    other_texts(text, names.get(..TRLS).unwrap_or_default(), rules.limits)
-                };
-                encode_chunks(job, block.lines.len(), row, others, all)?;
-                let (count, first) = block.blank;
-                if count > 0 {
-                    all.tally.warn(Warning::BlankLine, count, || {
-                        let line = Some(first);
-                        let origin = Origin { path: Some(path), line, row: None, byte: None };
-                        (origin.place(None, None), String::new())
-                    });
-                }
-                all.bytes += block.bytes.len() as u64;
-                Ok(())
-            })?
-        {
-            found = true;
+/// Some lines of a block.
+#[derive(Debug)]
+struct Lines {
+    block: Arc<Block>,
+    path: Arc<Path>,
+    range: Range<usize>,
+}
+
+impl Lines {
+    fn line(&self, i: usize) -> Line {
+        self.block.lines.get(self.range.start + i).cloned().unwrap_or_default()
+    }
+
+    /// A block in pieces, one at least.
+    fn of(block: Block, path: &Arc<Path>) -> Vec<Self> {
+        let (block, mut pieces) = (Arc::new(block), Vec::new());
+        let (mut start, mut bytes) = (0, 0);
+        let mut cut = |range| {
+            pieces.push(Self { block: Arc::clone(&block), path: Arc::clone(path), range });
+        };
+        for (i, line) in block.lines.iter().enumerate() {
+            bytes += line.end - line.start;
+            if bytes >= PIECE_BYTES || i + 1 - start == PIECE_ROWS {
+                cut(start..i + 1);
+                (start, bytes) = (i + 1, 0);
+            }
         }
-        Ok(found)
+        if start < block.lines.len() || start == 0 {
+            cut(start..block.lines.len());
+        }
+        pieces
     }
 }
 
-/// A file that is being read, and its next block.
-#[derive(Debug)]
-struct Open {
-    path: PathBuf,
-    reader: Reader,
-    block: Option<Block>,
+impl Piece for Lines {
+    fn rows(&self) -> usize {
+        self.range.len()
+    }
+
+    fn row(
+        &self,
+        i: usize,
+        names: &[&str],
+        rules: &Rules<'_>,
+    ) -> (Origin<'_>, Result<Row<'_>, Refusal>) {
+        let line = self.line(i);
+        let row = line_result(&self.block.bytes, &line, names, rules);
+        (Origin::of(&line, &self.path), row.map_err(Refusal::from))
+    }
+
+    fn others(&self, i: usize, names: &[&str], rules: &Rules<'_>) -> Vec<String> {
+        let line = self.line(i);
+        let bytes = self.block.bytes.get(line.start..line.end).unwrap_or_default();
+        let text = text(bytes).unwrap_or_default();
+        other_texts(text, names.get(..TRLS).unwrap_or_default(), rules.limits)
+    }
+
+    fn count(&self, out: &mut Encoded) {
+        // What is said of a block, its last piece says.
+        if self.range.end < self.block.lines.len() {
+            return;
+        }
+        let (count, first) = self.block.blank;
+        if count > 0 {
+            out.tally.warn(Warning::BlankLine, count, || {
+                let line = Some(first);
+                let origin = Origin { path: Some(&self.path), line, row: None, byte: None };
+                (origin.place(None, None), String::new())
+            });
+        }
+        out.bytes += self.block.bytes.len() as u64;
+    }
 }
 
 /// The blocks of several files, in order.
@@ -138,57 +171,56 @@ struct Open {
 struct Blocks {
     paths: std::vec::IntoIter<PathBuf>,
     limits: Limits,
-    open: Option<Open>,
+    open: Option<(Arc<Path>, Reader)>,
     /// Bytes of the files done with.
     before: u64,
+    /// What stopped a file, behind the rows that came before.
+    failure: Option<Error>,
 }
 
 impl Blocks {
     fn new(paths: Vec<PathBuf>, limits: Limits) -> Self {
-        Self { paths: paths.into_iter(), limits, open: None, before: 0 }
+        Self { paths: paths.into_iter(), limits, open: None, before: 0, failure: None }
     }
 
-    /// Calls `work` with the next block, while another thread, if there is one, reads the one after; false at the end.
-    fn step(
-        &mut self,
-        progress: &Progress,
-        work: impl FnOnce(&Block, &Path) -> Result<()> + Send,
-    ) -> Result<bool> {
+    /// The next block and its file; `None` at the end.
+    fn block(&mut self, progress: &Progress) -> Result<Option<(Block, Arc<Path>)>> {
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
         loop {
             progress.check()?;
-            let mut open = match self.open.take() {
-                Some(open) => open,
-                None => match self.paths.next() {
-                    Some(path) => {
-                        let mut reader = Reader::open(&path, &self.limits)?;
-                        let block = reader.next_block();
-                        Open { path, reader, block }
-                    }
-                    None => return Ok(false),
-                },
+            let (path, reader) = match &mut self.open {
+                Some((path, reader)) => (path, reader),
+                none => {
+                    let Some(path) = self.paths.next() else { return Ok(None) };
+                    let reader = Reader::open(&path, &self.limits)?;
+                    let (path, reader) = none.insert((Arc::from(path), reader));
+                    (path, reader)
+                }
             };
-            let packed = open.reader.packed_bytes();
-            let Some(block) = open.block.take() else {
+            let next = reader.next_block();
+            let packed = reader.packed_bytes();
+            let Some(mut block) = next else {
                 self.before += packed;
                 progress.bytes.store(self.before, Ordering::Relaxed);
+                self.open = None;
                 continue;
             };
-            let (reader, path) = (&mut open.reader, &open.path);
-            let (done, next) = rayon::join(
-                || work(&block, path),
-                || block.failure.is_none().then(|| reader.next_block()).flatten(),
-            );
-            done?;
-            if let Some(failure) = block.failure {
-                return Err(failure);
-            }
+            self.failure = block.failure.take();
             // Of a packed file only the unpacked position is known; it is at least a bound.
-            let read = self.before + packed.min(open.reader.unpacked_bytes());
+            let read = self.before + packed.min(reader.unpacked_bytes());
             progress.bytes.store(read, Ordering::Relaxed);
-            open.block = next;
-            self.open = Some(open);
-            return Ok(true);
+            return Ok(Some((block, Arc::clone(path))));
         }
+    }
+}
+
+impl Source for Blocks {
+    type Piece = Lines;
+
+    fn next(&mut self, progress: &Progress) -> Result<Option<Vec<Lines>>> {
+        Ok(self.block(progress)?.map(|(block, path)| Lines::of(block, &path)))
     }
 }
 
@@ -208,27 +240,33 @@ pub fn scan_files(
     let mut rows = 0;
     let mut bytes = 0;
     let mut blocks = Blocks::new(paths.to_vec(), options.limits.clone());
-    while blocks.step(progress, |block, path| {
-        let parts: Vec<Result<()>> = block
-            .lines
-            .par_chunks(CHUNK)
-            .map(|lines| {
-                for line in lines {
-                    progress.check()?;
-                    if let Err(bad) = line_result(&block.bytes, line, &names, &rules)
-                        && on_bad == OnBad::Error
-                    {
-                        let place = Origin::of(line, path).place(bad.field.clone(), bad.byte);
-                        return Err(bad.at(place));
+    let mut next = blocks.block(progress)?;
+    while let Some((block, path)) = next {
+        let work = || {
+            let parts: Vec<Result<()>> = block
+                .lines
+                .par_chunks(CHUNK)
+                .map(|lines| {
+                    for line in lines {
+                        progress.check()?;
+                        if let Err(bad) = line_result(&block.bytes, line, &names, &rules)
+                            && on_bad == OnBad::Error
+                        {
+                            let place = Origin::of(line, &path).place(bad.field.clone(), bad.byte);
+                            return Err(bad.at(place));
+                        }
                     }
-                }
-                Ok(())
-            })
-            .collect();
-        parts.into_iter().collect::<Result<()>>()?;
+                    Ok(())
+                })
+                .collect();
+            parts.into_iter().collect::<Result<()>>()
+        };
+        // Another thread, if there is one, reads the next block.
+        let (done, read) = rayon::join(work, || blocks.block(progress));
+        done?;
         rows += block.lines.len() as u64;
         bytes += block.bytes.len() as u64;
-        Ok(())
-    })? {}
+        next = read?;
+    }
     Ok((rows, bytes))
 }

@@ -15,8 +15,8 @@ use crate::read::layouts::Layout;
 use crate::read::row::{Row, Rules};
 use crate::tokenize::Tokenizer;
 
-/// Rows that one task works on.
-pub(super) const CHUNK: usize = 256;
+/// Rows of a table that one task works on.
+pub(super) const CHUNK: usize = 32;
 
 /// Shared by the working threads and the one that waits for them.
 #[derive(Debug, Default)]
@@ -93,7 +93,7 @@ impl Job<'_> {
 }
 
 /// Adds what became of one row.
-fn settle(
+pub(super) fn settle(
     job: &Job<'_>,
     out: &mut Encoded,
     pair: &mut Pair,
@@ -184,8 +184,8 @@ fn elsewhere(reason: Reason, others: &[String]) -> String {
     }
 }
 
-/// Encodes `n` rows in threads and appends them to `all` in order.
-pub(super) fn encode_chunks<'a>(
+/// Encodes `n` rows that are there already, in threads, and appends them to `all` in order.
+pub(super) fn encode_there<'a>(
     job: &Job<'_>,
     n: usize,
     row: impl Fn(usize) -> (Origin<'a>, Result<Row<'a>, Refusal>) + Sync,
@@ -213,10 +213,7 @@ pub(super) fn encode_chunks<'a>(
     for (c, part) in parts.into_iter().enumerate() {
         // The first pair says what an extra column holds. A chunk that did not know it yet may have chosen otherwise.
         let known = all.kinds();
-        let agrees = known == kinds
-            || part.as_ref().is_ok_and(|part| {
-                part.kinds().iter().zip(&known).all(|(a, b)| a.is_none() || b.is_none() || a == b)
-            });
+        let agrees = known == kinds || part.as_ref().is_ok_and(|part| part.agrees(&known));
         all.append(if agrees { part? } else { chunk(c, &known)? });
     }
     Ok(())

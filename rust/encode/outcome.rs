@@ -179,6 +179,11 @@ impl Encoded {
         (0..self.extra.len()).map(|i| self.kind(i)).collect()
     }
 
+    /// Whether the extra columns hold what others found in them, as far as either knows.
+    pub(super) fn agrees(&self, known: &[Option<Kind>]) -> bool {
+        self.kinds().iter().zip(known).all(|(a, b)| a.is_none() || b.is_none() || a == b)
+    }
+
     pub(super) fn push(&mut self, pair: &Pair, extra: Vec<Cell>) {
         for (cells, cell) in self.extra.iter_mut().zip(extra) {
             cells.push(cell);
@@ -219,6 +224,7 @@ impl Encoded {
         self.rejected.append(&other.rejected);
         self.ref_logps.extend(other.ref_logps);
         self.with_ref += other.with_ref;
+        self.bytes += other.bytes;
         self.rows.extend(other.rows.iter().map(|row| before + row));
         self.tally.append(other.tally);
     }

@@ -3,45 +3,94 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use super::job::{Job, Origin, encode_chunks};
+use super::desk::{Desk, Piece, Source};
+use super::feed::Feed;
+use super::job::{Job, Origin, Progress, encode_there};
 use super::outcome::Encoded;
 use crate::error::{Error, Reason, Result};
 use crate::pair::Refusal;
 use crate::read::bad::Bad;
 use crate::read::column::{Column, Fault, fields_at};
 use crate::read::json::{self, Findings};
-use crate::read::row::Row;
+use crate::read::row::{Row, Rules};
 
 /// One row from memory: its named values, or what was wrong with them.
 pub type Fields = Result<(json::Fields<'static>, Findings), Bad>;
 
-/// Encodes rows from memory and appends them to `all`.
+/// Encodes rows from memory, as they are fed, and appends them to `all`.
 ///
 /// # Errors
 /// As [`encode_files`](super::encode_files).
-pub fn encode_rows(rows: Vec<Fields>, job: &Job<'_>, all: &mut Encoded) -> Result<()> {
-    let options = job.options;
-    let rules = job.rules();
-    let before = all.tally.read + 1;
-    let names: Vec<Vec<String>> = rows
-        .iter()
-        .map(|row| row.as_ref().map(|(_, findings)| findings.others.clone()).unwrap_or_default())
-        .collect();
-    let rows: Vec<Mutex<Option<Fields>>> =
-        rows.into_iter().map(|row| Mutex::new(Some(row))).collect();
-    let row = |i: usize| {
-        let mut slot = rows.get(i).map(|row| row.lock().unwrap_or_else(PoisonError::into_inner));
-        let slot = slot.as_deref_mut();
+pub fn encode_fed(feed: &Feed<Vec<Fields>>, job: &Job<'_>, all: &mut Encoded) -> Result<()> {
+    let is_read_once = job.options.keys.extra.is_empty();
+    let source = Fed { feed, first: all.tally.read + 1, is_read_once };
+    Desk::new(source).run(job, all, u64::MAX).map(drop)
+}
+
+struct Fed<'a> {
+    feed: &'a Feed<Vec<Fields>>,
+    /// The number of the next row.
+    first: u64,
+    is_read_once: bool,
+}
+
+impl Source for Fed<'_> {
+    type Piece = Given;
+
+    fn next(&mut self, progress: &Progress) -> Result<Option<Vec<Given>>> {
+        let Some(fed) = self.feed.take(|| progress.check())? else { return Ok(None) };
+        let piece = |rows: Vec<Fields>| {
+            let first = self.first;
+            self.first += rows.len() as u64;
+            let others = |row: &Fields| {
+                row.as_ref().map(|(_, found)| found.others.clone()).unwrap_or_default()
+            };
+            Given {
+                first,
+                others: rows.iter().map(others).collect(),
+                rows: rows.into_iter().map(|row| Mutex::new(Some(row))).collect(),
+                is_read_once: self.is_read_once,
+            }
+        };
+        Ok(Some(fed.into_iter().map(piece).collect()))
+    }
+}
+
+/// Rows from memory.
+struct Given {
+    first: u64,
+    rows: Vec<Mutex<Option<Fields>>>,
+    others: Vec<Vec<String>>,
+    is_read_once: bool,
+}
+
+impl Piece for Given {
+    fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn row(
+        &self,
+        i: usize,
+        _: &[&str],
+        rules: &Rules<'_>,
+    ) -> (Origin<'_>, Result<Row<'_>, Refusal>) {
+        let slot = self.rows.get(i).map(|row| row.lock().unwrap_or_else(PoisonError::into_inner));
         // A row with extra columns may be wanted twice.
-        let once = options.keys.extra.is_empty();
-        let fields = slot.and_then(|slot| if once { slot.take() } else { slot.clone() });
+        let fields =
+            slot.and_then(|mut slot| if self.is_read_once { slot.take() } else { slot.clone() });
         let row = fields.unwrap_or_else(|| Err(Bad::new(Reason::NotAnObject, "", "no row")));
-        let row = row.and_then(|(fields, findings)| Row::from_fields(fields, &findings, &rules));
-        let origin = Origin { path: None, line: None, row: Some(before + i as u64), byte: None };
+        let row = row.and_then(|(fields, findings)| Row::from_fields(fields, &findings, rules));
+        let row_number = Some(self.first + i as u64);
+        let origin = Origin { path: None, line: None, row: row_number, byte: None };
         (origin, row.map_err(Refusal::from))
-    };
-    let others = |i: usize| names.get(i).cloned().unwrap_or_default();
-    encode_chunks(job, rows.len(), row, others, all)
+    }
+
+    fn others(&self, i: usize, _: &[&str], _: &Rules<'_>) -> Vec<String> {
+        self.others.get(i).cloned().unwrap_or_default()
+    }
+
+    fn count(&self, _: &mut Encoded) {}
 }
 
 /// A part of a table, in the order of [`crate::read::keys::Keys::names`].
@@ -83,7 +132,7 @@ pub fn encode_columns(table: Columns<'_>, job: &Job<'_>, all: &mut Encoded) -> R
         });
         (origin, row)
     };
-    encode_chunks(job, rows, row, |_| others.to_vec(), all)?;
+    encode_there(job, rows, row, |_| others.to_vec(), all)?;
     if all.tally.kept > 0 {
         let is_read =
             |name: &&String| names.contains(&name.as_str()) || rules.keys.ignored.contains(name);

@@ -25,6 +25,28 @@ pub struct Side<'a> {
     pub weights: Option<&'a [f32]>,
 }
 
+/// Bytes of one piece of [`digest`].
+const PIECE_BYTES: usize = 1 << 20;
+
+/// XXH3 (128 bits, seed 1) of the XXH3 of each 2^20 bytes, each little-endian.
+///
+/// # Errors
+/// [`Error::Interrupted`] if `cancelled` says so.
+pub fn digest(bytes: &[u8], cancelled: impl Fn() -> bool + Sync) -> Result<[u8; 16]> {
+    let piece = |bytes: &[u8]| {
+        if cancelled() {
+            return Err(Error::Interrupted);
+        }
+        Ok(xxh3_128_with_seed(bytes, VERSION).to_le_bytes())
+    };
+    let pieces: Vec<[u8; 16]> = if bytes.len() <= PIECE_BYTES {
+        bytes.chunks(PIECE_BYTES).map(piece).collect::<Result<_>>()?
+    } else {
+        bytes.par_chunks(PIECE_BYTES).map(piece).collect::<Result<_>>()?
+    };
+    piece(pieces.as_flattened())
+}
+
 /// The keys of the examples `index`, all sides of one after the other.
 ///
 /// Same as XXH3 (128 bits, seed 1) of: numbers of ids of the prompt and of the side, and 1 or 0 for weights (64 bits
@@ -190,9 +212,17 @@ impl KeyTable {
     /// The row of each key, a new one if it was not there.
     ///
     /// # Errors
-    /// Those of [`KeyTable::reserve`].
-    pub fn add(&mut self, keys: &[Key], rows: &mut [i64]) -> Result<()> {
+    /// Those of [`KeyTable::reserve`]; [`Error::Interrupted`] if `cancelled` says so, with some of the keys added.
+    pub fn add(
+        &mut self,
+        keys: &[Key],
+        rows: &mut [i64],
+        cancelled: impl Fn() -> bool,
+    ) -> Result<()> {
         for (keys, rows) in keys.chunks(PIECE).zip(rows.chunks_mut(PIECE)) {
+            if cancelled() {
+                return Err(Error::Interrupted);
+            }
             self.reserve(keys.len())?;
             for (key, row) in keys.iter().zip(rows) {
                 let place = self.place(*key);
@@ -303,6 +333,16 @@ mod tests {
     }
 
     #[test]
+    fn a_digest_is_the_hash_of_the_hashes_of_its_pieces() {
+        let bytes: Vec<u8> = (0..3 * PIECE_BYTES / 2).map(|i| (i * i) as u8).collect();
+        let hash = |bytes: &[u8]| xxh3_128_with_seed(bytes, 1).to_le_bytes();
+        let (first, rest) = bytes.split_at(PIECE_BYTES);
+        let want = hash(&[hash(first), hash(rest)].concat());
+        assert_eq!(digest(&bytes, || false).unwrap(), want);
+        assert!(digest(&bytes, || true).is_err());
+    }
+
+    #[test]
     fn the_border_and_the_weights_count_and_weights_of_one_do_not() {
         let key = keys(&[1, 2], &[3, 4], None);
         assert_eq!(key, keys(&[1, 2], &[3, 4], Some(&[1.0, 1.0])));
@@ -336,7 +376,7 @@ mod tests {
                 let want: Vec<i64> =
                     part.iter().map(|k| map.get(k).copied().unwrap_or(-1)).collect();
                 prop_assert_eq!(&found, &want);
-                table.add(&part, &mut found).unwrap();
+                table.add(&part, &mut found, || false).unwrap();
                 for (key, row) in part.iter().zip(found) {
                     let new = map.len() as i64;
                     prop_assert_eq!(*map.entry(*key).or_insert(new), row);

@@ -9,6 +9,17 @@ pub mod table;
 
 use crate::error::{Error, Place, Result};
 
+/// Whether somebody told long work to stop, which asks after each [`STRIDE`] of items.
+pub type Stop<'a> = &'a dyn Fn() -> bool;
+
+/// Items of long work between two looks at whether to go on.
+const STRIDE: usize = 1 << 16;
+
+/// Whether to go on.
+fn check(stop: Stop<'_>) -> Result<()> {
+    if stop() { Err(Error::Interrupted) } else { Ok(()) }
+}
+
 /// Borrowed variable-length lists.
 #[derive(Debug, Clone, Copy)]
 pub struct Lists<'a> {
@@ -20,11 +31,17 @@ impl<'a> Lists<'a> {
     /// Lists whose offsets start at 0, never fall and end at the number of values.
     ///
     /// # Errors
-    /// [`Error::Tensor`] otherwise.
-    pub fn new(values: &'a [i32], offsets: &'a [i64]) -> Result<Self> {
+    /// [`Error::Tensor`] otherwise; [`Error::Interrupted`] if `stop` says so.
+    pub fn new(values: &'a [i32], offsets: &'a [i64], stop: Stop<'_>) -> Result<Self> {
         let ends = offsets.first() == Some(&0)
             && offsets.last() == i64::try_from(values.len()).ok().as_ref();
-        if !ends || !offsets.is_sorted() {
+        let (mut sorted, mut last) = (true, 0);
+        for part in offsets.chunks(STRIDE) {
+            check(stop)?;
+            sorted &= part.is_sorted() && part.first().is_none_or(|first| *first >= last);
+            last = part.last().copied().unwrap_or(last);
+        }
+        if !ends || !sorted {
             let message = format!(
                 "`offsets` must start at 0, never fall and end at the {} values",
                 values.len()
@@ -37,6 +54,20 @@ impl<'a> Lists<'a> {
     /// Lists known to be good already; [`Lists::get`] still checks what it hands out.
     pub fn trusted(values: &'a [i32], offsets: &'a [i64]) -> Self {
         Self { values, offsets }
+    }
+
+    /// Where the first value stands that is negative or not below `most`.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] if `stop` says so.
+    pub fn outside(&self, most: i64, stop: Stop<'_>) -> Result<Option<usize>> {
+        for (part, start) in self.values.chunks(STRIDE).zip((0..).step_by(STRIDE)) {
+            check(stop)?;
+            if let Some(at) = part.iter().position(|id| *id < 0 || i64::from(*id) >= most) {
+                return Ok(Some(start + at));
+            }
+        }
+        Ok(None)
     }
 
     /// Number of lists.

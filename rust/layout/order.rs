@@ -1,5 +1,10 @@
 //! The order of an epoch: a keyed permutation, so that no index is stored and any position is found at once.
 
+use std::ops::Range;
+
+use super::{STRIDE, Stop, check};
+use crate::error::{Error, Place, Reason, Result};
+
 /// A permutation of `0..n` for one seed and epoch: a Feistel network over the least even number of bits that holds `n`,
 /// walked until it lands inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
 #[derive(Debug, Clone, Copy)]
@@ -67,10 +72,20 @@ impl Epoch {
     }
 }
 
-/// Items `start..stop` of the `n` of an epoch.
-pub fn order(n: u64, epoch: Epoch, start: u64, stop: u64) -> Vec<i64> {
+/// Items `range` of the `n` of an epoch.
+///
+/// # Errors
+/// [`Error::Interrupted`] if `stop` says so.
+pub fn order(n: u64, epoch: Epoch, range: Range<u64>, stop: Stop<'_>) -> Result<Vec<i64>> {
     let item = epoch.of(n);
-    (start..stop.min(n)).map(|position| item(position) as i64).collect()
+    let end = range.end.min(n);
+    let mut out = Vec::with_capacity(end.saturating_sub(range.start) as usize);
+    for start in (range.start..end).step_by(STRIDE) {
+        check(stop)?;
+        let end = end.min(start + STRIDE as u64);
+        out.extend((start..end).map(|position| item(position) as i64));
+    }
+    Ok(out)
 }
 
 /// Cuts an epoch into batches whose padded slots, `2 * pairs * width`, stay within `budget`, greedily in order.
@@ -79,23 +94,27 @@ pub fn order(n: u64, epoch: Epoch, start: u64, stop: u64) -> Vec<i64> {
 /// the end.
 ///
 /// # Errors
-/// The pair and its slots, if one alone passes the budget.
+/// [`Error::Data`] names a pair that alone passes the budget; [`Error::Interrupted`] if `stop` says so.
 pub fn by_slots(
     longest: &[i64],
     budget: u64,
     multiple: u64,
     epoch: Epoch,
-) -> Result<Vec<i64>, (u64, u64)> {
+    stop: Stop<'_>,
+) -> Result<Vec<i64>> {
     let n = longest.len() as u64;
     let item = epoch.of(n);
     let mut bounds = vec![0];
     let (mut pairs, mut width) = (0, 0);
     for position in 0..n {
+        if position as usize % STRIDE == 0 {
+            check(stop)?;
+        }
         let item = item(position);
         let length = longest.get(item as usize).copied().unwrap_or(0).unsigned_abs();
         let own = length.div_ceil(multiple).saturating_mul(multiple);
         if own.saturating_mul(2) > budget {
-            return Err((item, own.saturating_mul(2)));
+            return Err(too_long(item, own.saturating_mul(2), budget));
         }
         let wider = own.max(width);
         if wider.saturating_mul(2 * (pairs + 1)) > budget {
@@ -109,4 +128,15 @@ pub fn by_slots(
         bounds.push(n as i64);
     }
     Ok(bounds)
+}
+
+fn too_long(pair: u64, slots: u64, budget: u64) -> Error {
+    Error::Data {
+        place: Place::default(),
+        reason: Reason::TooLong,
+        message: format!(
+            "pair {pair} needs {slots} slots, more than `tokens_per_batch`={budget}\nhint: use tokens_per_batch={slots} \
+             or more, or a smaller max_length"
+        ),
+    }
 }

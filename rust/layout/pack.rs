@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::order::mix;
+use super::order::{Epoch, mix, order};
 use super::table::Table;
-use super::{Pairs, count, members, part, slots, widen};
+use super::{Pairs, STRIDE, Stop, check, count, members, part, slots, widen};
 use crate::error::{Error, Place, Reason, Result};
 
 /// Packs `lengths` into bins of `capacity`, best fit decreasing. Returns the items of each bin, bins back to back, and
@@ -17,23 +17,32 @@ use crate::error::{Error, Place, Reason, Result};
 /// lengths) sorting and a tree do the same in O(n log n), so that memory follows the number of items.
 ///
 /// # Errors
-/// [`Error::Data`] names the first item that is negative or longer than `capacity`.
+/// [`Error::Data`] names the first item that is negative or longer than `capacity`; [`Error::Interrupted`] if `stop`
+/// says so.
 ///
 /// ```
-/// let (items, starts) = dpo_ext::layout::pack::pack_lengths(&[5, 3, 3, 2], 8, 0)?;
+/// let (items, starts) = dpo_ext::layout::pack::pack_lengths(&[5, 3, 3, 2], 8, 0, &|| false)?;
 /// assert_eq!((items.len(), starts.len() - 1), (4, 2));
 /// # Ok::<(), dpo_ext::Error>(())
 /// ```
-pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<i32>, Vec<i64>)> {
-    check(lengths, capacity)?;
+pub fn pack_lengths(
+    lengths: &[i64],
+    capacity: usize,
+    seed: u64,
+    stop: Stop<'_>,
+) -> Result<(Vec<i32>, Vec<i64>)> {
+    check_lengths(lengths, capacity, stop)?;
     // What all items need is enough for the one bin that then holds them; memory follows this number.
-    let needed =
-        lengths.iter().fold(0_u64, |sum, length| sum.saturating_add(length.unsigned_abs()));
+    let mut needed = 0_u64;
+    for part in lengths.chunks(STRIDE) {
+        check(stop)?;
+        needed = part.iter().fold(needed, |sum, length| sum.saturating_add(length.unsigned_abs()));
+    }
     let capacity = capacity.min(usize::try_from(needed).unwrap_or(usize::MAX)).max(1);
     let (sorted, bin_of, sizes) = if capacity <= DENSE {
-        dense(lengths, capacity, seed)
+        dense(lengths, capacity, seed, stop)?
     } else {
-        sparse(lengths, capacity, seed)
+        sparse(lengths, capacity, seed, stop)?
     };
     let mut starts = vec![0_i64];
     let mut end = 0_i64;
@@ -43,15 +52,47 @@ pub fn pack_lengths(lengths: &[i64], capacity: usize, seed: u64) -> Result<(Vec<
     }
     let mut next = starts.clone();
     let mut items = vec![0_i32; sorted.len()];
-    for (item, bin) in sorted.iter().zip(bin_of) {
-        if let Some(slot) = next.get_mut(bin as usize) {
-            if let Some(place) = items.get_mut(*slot as usize) {
-                *place = *item;
+    for (sorted, bin_of) in sorted.chunks(STRIDE).zip(bin_of.chunks(STRIDE)) {
+        check(stop)?;
+        for (item, bin) in sorted.iter().zip(bin_of) {
+            if let Some(slot) = next.get_mut(*bin as usize) {
+                if let Some(place) = items.get_mut(*slot as usize) {
+                    *place = *item;
+                }
+                *slot += 1;
             }
-            *slot += 1;
         }
     }
     Ok((items, starts))
+}
+
+/// The bins of an epoch in its order, bins back to back, and where each begins and the last one ends.
+///
+/// Same bins as those of [`pack_lengths`] with a number that the epoch chooses, and 0 without shuffling, for `seed`.
+///
+/// # Errors
+/// As [`pack_lengths`].
+pub fn epoch_bins(
+    lengths: &[i64],
+    capacity: usize,
+    epoch: Epoch,
+    stop: Stop<'_>,
+) -> Result<(Vec<i64>, Vec<i64>)> {
+    let ties = order(1 << 62, epoch, 0..1, stop)?.first().copied().unwrap_or_default();
+    let (items, starts) = pack_lengths(lengths, capacity, ties.unsigned_abs(), stop)?;
+    // Best-fit-decreasing makes the bins of the longest pairs first.
+    let bins = starts.len().saturating_sub(1) as u64;
+    let (mut out, mut begins) = (Vec::with_capacity(items.len()), vec![0]);
+    for part in order(bins, epoch, 0..bins, stop)?.chunks(STRIDE) {
+        check(stop)?;
+        for bin in part {
+            let place = |i: i64| starts.get(i as usize).copied().unwrap_or_default() as usize;
+            let bin = items.get(place(*bin)..place(bin + 1)).unwrap_or_default();
+            out.extend(bin.iter().map(|item| i64::from(*item)));
+            begins.push(out.len() as i64);
+        }
+    }
+    Ok((out, begins))
 }
 
 /// The largest capacity for which a place is kept for each amount of free space.
@@ -61,15 +102,18 @@ const DENSE: usize = 1 << 22;
 /// and each bin's number of items.
 type Placed = (Vec<i32>, Vec<u32>, Vec<u32>);
 
-fn dense(lengths: &[i64], capacity: usize, seed: u64) -> Placed {
+fn dense(lengths: &[i64], capacity: usize, seed: u64, stop: Stop<'_>) -> Result<Placed> {
     let longest = lengths.iter().max().map_or(0, |length| *length as usize);
-    let (sorted, ends) = descending(lengths, longest, seed);
+    let (sorted, ends) = descending(lengths, longest, seed, stop)?;
     let mut free = FreeSpace::new(capacity);
     let mut bin_of = Vec::with_capacity(sorted.len());
     let mut sizes: Vec<u32> = Vec::new();
     let mut at = 0;
     for (need, end) in (0..=longest).rev().zip(&ends) {
-        for _ in at..*end {
+        for i in at..*end {
+            if i % STRIDE == 0 {
+                check(stop)?;
+            }
             let (bin, space) = free.take(need).unwrap_or_else(|| {
                 sizes.push(0);
                 (sizes.len() as u32 - 1, capacity)
@@ -82,19 +126,22 @@ fn dense(lengths: &[i64], capacity: usize, seed: u64) -> Placed {
         }
         at = *end;
     }
-    (sorted, bin_of, sizes)
+    Ok((sorted, bin_of, sizes))
 }
 
 /// The same in O(n log n) time and O(n) memory, for lengths of which each may be enormous.
-fn sparse(lengths: &[i64], capacity: usize, seed: u64) -> Placed {
+fn sparse(lengths: &[i64], capacity: usize, seed: u64, stop: Stop<'_>) -> Result<Placed> {
     let length = |item: &i32| lengths.get(*item as usize).map_or(0, |length| *length as usize);
     let mut sorted: Vec<i32> = (0..).zip(lengths).map(|(item, _)| item).collect();
-    shuffle(&mut sorted, seed);
+    shuffle(&mut sorted, seed, stop)?;
     sorted.sort_by_key(|item| std::cmp::Reverse(length(item)));
     let mut free: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
     let mut bin_of = Vec::with_capacity(sorted.len());
     let mut sizes: Vec<u32> = Vec::new();
-    for item in &sorted {
+    for (i, item) in sorted.iter().enumerate() {
+        if i % STRIDE == 0 {
+            check(stop)?;
+        }
         let need = length(item);
         let fitting = free.range_mut(need..).next();
         let found = fitting.and_then(|(space, bins)| Some((bins.pop()?, *space, bins.is_empty())));
@@ -111,16 +158,21 @@ fn sparse(lengths: &[i64], capacity: usize, seed: u64) -> Placed {
         }
         free.entry(space - need).or_default().push(bin);
     }
-    (sorted, bin_of, sizes)
+    Ok((sorted, bin_of, sizes))
 }
 
-fn check(lengths: &[i64], capacity: usize) -> Result<()> {
+fn check_lengths(lengths: &[i64], capacity: usize, stop: Stop<'_>) -> Result<()> {
     if capacity == 0 || i32::try_from(lengths.len()).is_err() || u32::try_from(capacity).is_err() {
         let message = "`capacity` must be in 1..2^32, and there must be fewer than 2^31 lengths";
         return Err(Error::Value(message.to_owned()));
     }
     let fits = |l: &i64| usize::try_from(*l).is_ok_and(|l| l <= capacity);
-    let Some(item) = lengths.iter().position(|l| !fits(l)) else { return Ok(()) };
+    let mut bad = None;
+    for (part, start) in lengths.chunks(STRIDE).zip((0..).step_by(STRIDE)) {
+        check(stop)?;
+        bad = bad.or_else(|| Some(start + part.iter().position(|l| !fits(l))?));
+    }
+    let Some(item) = bad else { return Ok(()) };
     let found = lengths.get(item).copied().unwrap_or_default();
     let message = if found < 0 {
         format!("pair {item} has the negative length {found}")
@@ -136,12 +188,20 @@ fn check(lengths: &[i64], capacity: usize) -> Result<()> {
 
 /// The items from the longest to the shortest, by counting, and where each length from `longest` down to 0 ends; items of
 /// one length in an order that `seed` chooses.
-fn descending(lengths: &[i64], longest: usize, seed: u64) -> (Vec<i32>, Vec<usize>) {
+fn descending(
+    lengths: &[i64],
+    longest: usize,
+    seed: u64,
+    stop: Stop<'_>,
+) -> Result<(Vec<i32>, Vec<usize>)> {
     let key = |length: &i64| longest - *length as usize;
     let mut ends = vec![0_usize; longest + 1];
-    for length in lengths {
-        if let Some(count) = ends.get_mut(key(length)) {
-            *count += 1;
+    for part in lengths.chunks(STRIDE) {
+        check(stop)?;
+        for length in part {
+            if let Some(count) = ends.get_mut(key(length)) {
+                *count += 1;
+            }
         }
     }
     let mut sum = 0;
@@ -151,6 +211,9 @@ fn descending(lengths: &[i64], longest: usize, seed: u64) -> (Vec<i32>, Vec<usiz
     // `ends` are the starts now; each one moves to its end as the places are taken.
     let mut out = vec![0_i32; lengths.len()];
     for (length, item) in lengths.iter().zip(0..) {
+        if item as usize % STRIDE == 0 {
+            check(stop)?;
+        }
         if let Some(end) = ends.get_mut(key(length)) {
             if let Some(slot) = out.get_mut(*end) {
                 *slot = item;
@@ -161,19 +224,23 @@ fn descending(lengths: &[i64], longest: usize, seed: u64) -> (Vec<i32>, Vec<usiz
     let (mut rest, mut start) = (out.as_mut_slice(), 0);
     for (end, need) in ends.iter().zip(0_u64..) {
         let (same, others) = rest.split_at_mut(end - start);
-        shuffle(same, mix(seed ^ mix(need)));
+        shuffle(same, mix(seed ^ mix(need)), stop)?;
         (rest, start) = (others, *end);
     }
-    (out, ends)
+    Ok((out, ends))
 }
 
 /// Puts `items` into an order that `key` chooses (Fisher and Yates; Lemire 2019 for a number below a bound).
-fn shuffle(items: &mut [i32], mut key: u64) {
+fn shuffle(items: &mut [i32], mut key: u64, stop: Stop<'_>) -> Result<()> {
     for i in (1..items.len()).rev() {
+        if i % STRIDE == 0 {
+            check(stop)?;
+        }
         key = key.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let below = u128::from(mix(key)) * (i as u128 + 1);
         items.swap(i, (below >> 64) as usize);
     }
+    Ok(())
 }
 
 const NONE: u32 = u32::MAX;
@@ -357,14 +424,14 @@ mod tests {
             lengths in prop::collection::vec(0_i64..=300, 0..120), more in 0_usize..5000, seed: u64,
         ) {
             let capacity = lengths.iter().max().copied().unwrap_or(1).max(1) as usize + more;
-            let (items, starts) = pack_lengths(&lengths, capacity, seed).unwrap();
+            let (items, starts) = pack_lengths(&lengths, capacity, seed, &|| false).unwrap();
             let mut all = items.clone();
             all.sort_unstable();
             prop_assert_eq!(all, (0..lengths.len() as i32).collect::<Vec<_>>());
             prop_assert!(starts.is_sorted());
             prop_assert_eq!(*starts.last().unwrap(), lengths.len() as i64);
             prop_assert_eq!(used(&lengths, &items, &starts), slowly(&lengths, capacity as i64));
-            prop_assert_eq!(pack_lengths(&lengths, capacity, seed).unwrap(), (items, starts));
+            prop_assert_eq!(pack_lengths(&lengths, capacity, seed, &|| false).unwrap(), (items, starts));
             let bins = |(sorted, bin_of, sizes): Placed| {
                 let mut used = vec![0; sizes.len()];
                 for (item, bin) in sorted.iter().zip(bin_of) {
@@ -374,17 +441,18 @@ mod tests {
                 used
             };
             prop_assert_eq!(
-                bins(sparse(&lengths, capacity, seed)),
-                bins(dense(&lengths, capacity, seed))
+                bins(sparse(&lengths, capacity, seed, &|| false).unwrap()),
+                bins(dense(&lengths, capacity, seed, &|| false).unwrap())
             );
         }
     }
 
     #[test]
     fn enormous_lengths_cost_no_memory() {
-        let (items, starts) = pack_lengths(&[1 << 30, 1 << 30, 1], (1 << 31) - 1, 0).unwrap();
+        let (items, starts) =
+            pack_lengths(&[1 << 30, 1 << 30, 1], (1 << 31) - 1, 0, &|| false).unwrap();
         assert_eq!((items.len(), starts.len()), (3, 3));
-        assert_eq!(pack_lengths(&[3, 4], u32::MAX as usize, 0).unwrap().1, vec![0, 2]);
+        assert_eq!(pack_lengths(&[3, 4], u32::MAX as usize, 0, &|| false).unwrap().1, vec![0, 2]);
     }
 
     #[test]
@@ -393,11 +461,11 @@ mod tests {
             (vec![1, 9, 12], "pair 1 needs 9 tokens, more than a bin of 8"),
             (vec![1, -2], "pair 1 has the negative length -2"),
         ] {
-            let error = pack_lengths(&lengths, 8, 0).unwrap_err().to_string();
+            let error = pack_lengths(&lengths, 8, 0, &|| false).unwrap_err().to_string();
             assert!(error.starts_with(message), "{error}");
         }
-        assert!(pack_lengths(&[], 0, 0).is_err());
-        assert_eq!(pack_lengths(&[], 8, 0).unwrap(), (vec![], vec![0]));
-        assert_eq!(pack_lengths(&[0, 0], 8, 0).unwrap().1, vec![0, 2]);
+        assert!(pack_lengths(&[], 0, 0, &|| false).is_err());
+        assert_eq!(pack_lengths(&[], 8, 0, &|| false).unwrap(), (vec![], vec![0]));
+        assert_eq!(pack_lengths(&[0, 0], 8, 0, &|| false).unwrap().1, vec![0, 2]);
     }
 }

@@ -48,6 +48,11 @@ static FINDER: LazyLock<Option<AhoCorasick>> = LazyLock::new(|| {
     AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(ANSWERS).ok()
 });
 
+/// Makes the table, so that no thread makes it while a fork comes.
+pub(super) fn make_table() {
+    LazyLock::force(&FINDER);
+}
+
 /// Which markers of answers stand in `text`, and where they end.
 fn turns(text: &str) -> impl Iterator<Item = (usize, usize)> + '_ {
     FINDER

@@ -30,6 +30,11 @@ pub use options::{
 };
 pub use outcome::{Pair, Refusal};
 
+/// Makes what is made once for a process.
+pub fn make_tables() {
+    implicit::make_table();
+}
+
 /// Turns one row into the ids of `pair`, whose former content is lost.
 ///
 /// # Errors

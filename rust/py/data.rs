@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use numpy::{IntoPyArray, PyReadonlyArray1};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -19,10 +19,10 @@ use super::column::column;
 use super::options::Settings;
 use super::tokenizer::PyTokenizer;
 use super::value::fields;
-use super::wait::{report, waited, waited_scoped};
+use super::wait::{awaited, report, waited, waited_scoped};
 use crate::encode::{
-    Columns, Encoded, FileEncoder, Job, OnBad, Progress, encode_columns, encode_files, encode_rows,
-    scan_files,
+    Columns, Encoded, Feed, Fields, FileEncoder, Job, Offer, OnBad, PIECE_ROWS, Progress,
+    encode_columns, encode_fed, encode_files, scan_files,
 };
 use crate::error::{Error, Place, Result};
 use crate::pair::Options;
@@ -154,8 +154,13 @@ pub(super) struct PairEncoder {
     encoded: Mutex<Option<Encoded>>,
 }
 
-/// Rows that are taken out of Python at a time.
-const BATCH: usize = 2048;
+/// Why no further rows come out of Python.
+enum Ceased {
+    /// A signal or the progress callback raised.
+    Told(PyErr),
+    /// The rows themselves raised.
+    Raised(PyErr),
+}
 
 impl PairEncoder {
     fn take(&self) -> PyResult<Encoded> {
@@ -178,6 +183,55 @@ impl PairEncoder {
         *told = Instant::now();
         drop(told);
         report(py, &self.encoding.progress, callback)
+    }
+
+    /// Hands rows to the threads that encode them, a piece at a time, until there are no more or somebody has failed.
+    fn feed(
+        &self,
+        py: Python<'_>,
+        rows: &Bound<'_, PyAny>,
+        strip_nulls: bool,
+        feed: &Feed<Vec<Fields>>,
+    ) -> Result<(), Ceased> {
+        let options = &self.encoding.options;
+        let mut iterator = rows.try_iter().map_err(Ceased::Raised)?;
+        loop {
+            let (mut piece, mut raised) = (Vec::with_capacity(PIECE_ROWS), None);
+            for row in iterator.by_ref().take(PIECE_ROWS) {
+                match row.and_then(|row| fields(&row, options)) {
+                    Ok(mut row) => {
+                        if let (Ok((values, _)), true) = (&mut row, strip_nulls) {
+                            values.iter_mut().flatten().for_each(Value::strip_nulls);
+                        }
+                        piece.push(row);
+                    }
+                    Err(error) => {
+                        raised = Some(error);
+                        break;
+                    }
+                }
+            }
+            let is_last = piece.len() < PIECE_ROWS;
+            while !piece.is_empty() {
+                py.check_signals().and_then(|()| self.tell(py)).map_err(Ceased::Told)?;
+                match feed.give(std::mem::take(&mut piece)) {
+                    Offer::Taken => {}
+                    Offer::Left => return Ok(()),
+                    Offer::Full(back) => {
+                        piece = back;
+                        py.detach(|| feed.wait());
+                    }
+                }
+            }
+            match raised {
+                Some(error) if error.is_instance_of::<PyException>(py) => {
+                    return Err(Ceased::Raised(error));
+                }
+                Some(error) => return Err(Ceased::Told(error)),
+                None if is_last => return Ok(()),
+                None => {}
+            }
+        }
     }
 
     fn add(
@@ -223,22 +277,29 @@ impl PairEncoder {
 
     /// Any iterable of dicts; those of tables have keys that are null because other rows have them.
     fn add_rows(&self, py: Python<'_>, rows: Bound<'_, PyAny>, strip_nulls: bool) -> PyResult<()> {
-        let mut iterator = rows.try_iter()?;
-        loop {
-            let mut batch = Vec::with_capacity(BATCH);
-            for row in iterator.by_ref().take(BATCH) {
-                let mut row = fields(&row?, &self.encoding.options)?;
-                if let (Ok((values, _)), true) = (&mut row, strip_nulls) {
-                    values.iter_mut().flatten().for_each(Value::strip_nulls);
-                }
-                batch.push(row);
-            }
-            if batch.is_empty() {
-                return Ok(());
-            }
-            self.add(py, move |job, all| encode_rows(batch, job, all))?;
-            self.tell(py)?;
+        let mut all = self.take()?;
+        let threads = pool::threads(self.encoding.threads);
+        let feed = Arc::new(Feed::new(4 * threads));
+        let (encoding, fed) = (Arc::clone(&self.encoding), Arc::clone(&feed));
+        let running = pool::start(threads, move || {
+            let done = encode_fed(&fed, &encoding.job(), &mut all);
+            fed.leave();
+            done.map(|()| all)
+        })?;
+        let ceased = self.feed(py, &rows, strip_nulls, &feed).err();
+        let progress = &self.encoding.progress;
+        if let Some(Ceased::Told(error)) = ceased {
+            progress.cancel.store(true, Ordering::Relaxed);
+            return Err(error);
         }
+        feed.close();
+        // What is wrong with a row before is raised first.
+        let all = awaited(py, running, progress, self.callback.as_ref())?;
+        match ceased {
+            Some(Ceased::Raised(error)) => return Err(error),
+            _ => self.put(all),
+        }
+        self.tell(py)
     }
 
     /// Arrow columns of `rows` rows, described over `buffers`, in the order of `names`. `first` counts the rows of

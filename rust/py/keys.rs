@@ -7,19 +7,21 @@ use std::sync::atomic::Ordering;
 
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::arrays::{Ids, Offsets};
 use super::wait::{detached, waited_scoped};
 use crate::encode::Progress;
 use crate::error::{Error, Result};
 use crate::layout::Lists;
-use crate::layout::keys::{Key, KeyTable, Side, sequence_keys};
+use crate::layout::keys::{Key, KeyTable, Side, digest, sequence_keys};
 
 /// More sequences than these go to the pool, where a signal stops them.
 const FEW: usize = 4096;
 
 pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(example_keys, m)?)?;
+    m.add_function(wrap_pyfunction!(hash_bytes, m)?)?;
     m.add_class::<Keys>()
 }
 
@@ -34,6 +36,17 @@ fn run<T: Send>(
     }
     let progress = Progress::default();
     waited_scoped(py, None, &progress, None, || work(&|| progress.cancel.load(Ordering::Relaxed)))
+}
+
+/// 16 bytes, a digest of (n,) uint8.
+#[pyfunction]
+fn hash_bytes<'py>(
+    py: Python<'py>,
+    bytes: PyReadonlyArray1<'py, u8>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let bytes = bytes.as_slice()?;
+    let found = run(py, bytes.len() / 256, |stop| digest(bytes, stop))?;
+    Ok(PyBytes::new(py, &found))
 }
 
 type SideIn<'py> = (Ids<'py>, Offsets<'py>, Option<PyReadonlyArray1<'py, f32>>);
@@ -99,7 +112,7 @@ impl Keys {
             let mut lent = out.try_readwrite()?;
             let rows = lent.as_slice_mut()?;
             let table = &mut self.0;
-            detached(py, || table.add(keys, rows))?;
+            run(py, keys.len(), |stop| table.add(keys, rows, stop))?;
         }
         Ok(out)
     }

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::arrays::{Ids, Offsets, Out};
-use super::wait::detached;
+use super::wait::{detached, stoppable};
 use crate::error::{Error, Place, Reason};
 use crate::layout::table::Table;
 use crate::layout::{Lists, Pairs, order, pack, pad, share};
@@ -23,9 +23,13 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(pack_into, m)?)?;
     m.add_function(wrap_pyfunction!(share_into, m)?)?;
     m.add_function(wrap_pyfunction!(blocks_into, m)?)?;
+    m.add_function(wrap_pyfunction!(epoch_bins, m)?)?;
     m.add_function(wrap_pyfunction!(epoch_order, m)?)?;
     m.add_function(wrap_pyfunction!(batches_by_slots, m)?)
 }
+
+/// More items than these take so long that a signal would have to wait.
+const MANY: usize = 1 << 20;
 
 fn lists<'a>(values: &'a Ids<'_>, offsets: &'a Offsets<'_>) -> PyResult<Lists<'a>> {
     Ok(Lists::trusted(values.as_slice()?, offsets.as_slice()?))
@@ -41,10 +45,13 @@ fn check_ids(
     vocab_size: Option<i64>,
 ) -> PyResult<()> {
     let (values, offsets) = (values.as_slice()?, offsets.as_slice()?);
-    detached(py, || {
-        Lists::new(values, offsets).map_err(|e| Error::Tensor(format!("`{name}`: {e}")))?;
+    stoppable(py, values.len() + offsets.len() > MANY, |stop| {
+        let lists = Lists::new(values, offsets, stop).map_err(|error| match error {
+            Error::Interrupted => error,
+            e => Error::Tensor(format!("`{name}`: {e}")),
+        })?;
         let most = vocab_size.unwrap_or(i64::from(i32::MAX) + 1);
-        match values.iter().position(|id| *id < 0 || i64::from(*id) >= most) {
+        match lists.outside(most, stop)? {
             None => Ok(()),
             Some(at) => {
                 let row = offsets.partition_point(|start| *start <= at as i64);
@@ -236,8 +243,28 @@ fn pack_lengths<'py>(
     seed: u64,
 ) -> PyResult<Bound<'py, PyTuple>> {
     let lengths = lengths.as_slice()?;
-    let (items, starts) = detached(py, || pack::pack_lengths(lengths, capacity, seed))?;
+    let (items, starts) = stoppable(py, lengths.len() > MANY, |stop| {
+        pack::pack_lengths(lengths, capacity, seed, stop)
+    })?;
     (items.into_pyarray(py), starts.into_pyarray(py)).into_pyobject(py)
+}
+
+/// The pairs of all bins of an epoch, and where each bin begins.
+#[pyfunction]
+fn epoch_bins<'py>(
+    py: Python<'py>,
+    lengths: PyReadonlyArray1<'py, i64>,
+    capacity: usize,
+    seed: u64,
+    epoch: u64,
+    shuffle: bool,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let lengths = lengths.as_slice()?;
+    let epoch = order::Epoch { seed, number: epoch, shuffle };
+    let (items, begins) = stoppable(py, lengths.len() > MANY, |stop| {
+        pack::epoch_bins(lengths, capacity, epoch, stop)
+    })?;
+    (items.into_pyarray(py), begins.into_pyarray(py)).into_pyobject(py)
 }
 
 #[pyfunction]
@@ -251,7 +278,8 @@ fn epoch_order(
     stop: u64,
 ) -> PyResult<Bound<'_, PyArray1<i64>>> {
     let epoch = order::Epoch { seed, number: epoch, shuffle };
-    let order = detached(py, || Ok(order::order(n, epoch, start, stop)))?;
+    let many = stop.min(n).saturating_sub(start) > MANY as u64;
+    let order = stoppable(py, many, |told| order::order(n, epoch, start..stop, told))?;
     Ok(order.into_pyarray(py))
 }
 
@@ -267,14 +295,8 @@ fn batches_by_slots<'py>(
 ) -> PyResult<Bound<'py, PyArray1<i64>>> {
     let longest = longest.as_slice()?;
     let epoch = order::Epoch { seed, number: epoch, shuffle };
-    let bounds = detached(py, || {
-        order::by_slots(longest, budget, multiple, epoch).map_err(|(pair, slots)| Error::Data {
-            place: Place::default(),
-            reason: Reason::TooLong,
-            message: format!(
-                "pair {pair} needs {slots} slots, more than `tokens_per_batch`={budget}\nhint: use tokens_per_batch={slots} or more, or a smaller max_length"
-            ),
-        })
+    let bounds = stoppable(py, longest.len() > MANY, |stop| {
+        order::by_slots(longest, budget, multiple, epoch, stop)
     })?;
     Ok(bounds.into_pyarray(py))
 }

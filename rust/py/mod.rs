@@ -4,6 +4,7 @@ mod arrays;
 mod column;
 mod data;
 mod file;
+mod fork;
 mod keys;
 mod layout;
 mod logps;
@@ -12,6 +13,7 @@ mod tokenizer;
 mod value;
 mod wait;
 
+use numpy::PyArrayMethods;
 use pyo3::prelude::*;
 
 use crate::error::{Error, Reason};
@@ -64,9 +66,25 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
     })
 }
 
+/// Finds NumPy's functions while the module is loaded: where a signal comes in the middle of that, the `numpy` crate
+/// panics.
+fn lend_arrays(py: Python<'_>) -> PyResult<()> {
+    let found = crate::pool::caught(|| {
+        let array = numpy::PyArray1::<i32>::zeros(py, 0, false);
+        drop(array.try_readonly());
+        Ok(())
+    });
+    if found.is_err() {
+        py.check_signals()?;
+    }
+    Ok(found?)
+}
+
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    lend_arrays(m.py())?;
+    fork::register(m)?;
     tokenizer::register(m)?;
     data::register(m)?;
     file::register(m)?;

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::value::to_value;
+use super::value::{Unusable, to_value};
 use crate::encode::OnBad;
 use crate::pair::{
     Boundary, EmptyThink, Images, Options, SpecialText, TrainOn, Truncation, Useless,
@@ -115,7 +115,10 @@ impl Settings {
 fn kwargs(given: &Bound<'_, PyAny>, limits: &Limits) -> PyResult<Vec<(String, Value<'static>)>> {
     let mut findings = Findings::default();
     let wrong = |message: &str| PyValueError::new_err(format!("`chat_template_kwargs`: {message}"));
-    let value = to_value(given, limits, 1, &mut findings).map_err(|bad| wrong(&bad.message))?;
+    let value = to_value(given, limits, 1, &mut findings).map_err(|why| match why {
+        Unusable::Raised(error) => error,
+        Unusable::Bad(bad) => wrong(&bad.message),
+    })?;
     if let Some((_, message)) = findings.limit {
         return Err(wrong(&message));
     }

@@ -14,10 +14,11 @@ use rayon::prelude::*;
 
 use super::arrays::{Ids, Offsets, ragged_tuple};
 use super::options::{NowTuple, now};
-use super::value::{as_data_error, borrowed, kind_of, to_value};
-use super::wait::{detached, waited};
+use super::value::{Unusable, as_data_error, borrowed, kind_of, to_value};
+use super::wait::{detached, left, waited};
 use crate::encode::{Progress, Ragged};
 use crate::error::{Error, Place, Reason, Result};
+use crate::fork;
 use crate::read::bad::Bad;
 use crate::read::json::{Findings, Value};
 use crate::read::limits::Limits;
@@ -75,7 +76,12 @@ impl PyTokenizer {
         let json = utf8(json)?.to_owned();
         let ids = [ids.0, ids.1, ids.2];
         let source = Source { json, named, added, split_special, ids, template, tool_template };
-        let inner = detached(py, || Tokenizer::new(source))?;
+        let inner = left(py, true, move || {
+            // What is made once for all tokenizers is whole before a fork comes.
+            let _whole = fork::section()?;
+            crate::pair::make_tables();
+            Tokenizer::new(source)
+        })?;
         let inner = match fallback {
             Some(fallback) => inner.with_fallback(|source| elsewhere(&fallback, source)),
             None => inner,
@@ -138,12 +144,21 @@ impl PyTokenizer {
         add_special_tokens: bool,
     ) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let text = borrowed(text).map_err(|bad| as_data_error(bad, None))?;
-        let ids = detached(py, || self.inner.encode(text, add_special_tokens))?;
+        let ids = if self.takes_long(text.len()) {
+            let (inner, text) = (Arc::clone(&self.inner), text.to_owned());
+            left(py, true, move || inner.encode(&text, add_special_tokens))?
+        } else {
+            detached(py, || self.inner.encode(text, add_special_tokens))?
+        };
         Ok(ids.into_pyarray(py))
     }
 
     fn decode(&self, py: Python<'_>, ids: Ids<'_>) -> PyResult<String> {
         let ids = ids.as_slice()?;
+        if self.takes_long(ids.len()) {
+            let (inner, ids) = (Arc::clone(&self.inner), ids.to_owned());
+            return left(py, true, move || inner.decode(&ids));
+        }
         detached(py, || self.inner.decode(ids))
     }
 
@@ -164,6 +179,9 @@ impl PyTokenizer {
                 ))
             })?;
             let row = i as u64 + 1;
+            if row.is_multiple_of(CHUNK as u64) {
+                py.check_signals()?;
+            }
             all.push(borrowed(text).map_err(|bad| as_data_error(bad, Some(row)))?);
         }
         self.encode_texts(py, all, add_special_tokens, threads)
@@ -195,9 +213,12 @@ impl PyTokenizer {
         let limits = Limits::default();
         let convert = |value: &Bound<'_, PyAny>, name: &str| -> PyResult<Value<'static>> {
             let mut findings = Findings::default();
-            let value = to_value(value, &limits, 1, &mut findings).map_err(|mut bad| {
-                bad.field = Some(name.to_owned());
-                as_data_error(bad, None)
+            let value = to_value(value, &limits, 1, &mut findings).map_err(|why| match why {
+                Unusable::Raised(error) => error,
+                Unusable::Bad(mut bad) => {
+                    bad.field = Some(name.to_owned());
+                    as_data_error(bad, None)
+                }
             })?;
             match findings.limit {
                 Some((limit, message)) => {
@@ -215,7 +236,10 @@ impl PyTokenizer {
             context.push((name.clone(), convert(&value, &name)?));
         }
         let tokenizer = Arc::clone(&self.inner);
-        detached(py, move || {
+        // Another renderer is Python, and what a signal raises there would be its error.
+        let is_long =
+            !tokenizer.renders_here() || messages.iter().map(bytes_of).sum::<usize>() > LONG;
+        left(py, is_long, move || {
             let failed = |message: String| Error::Tokenizer(format!("chat template: {message}"));
             let tools = context.iter().find(|(name, _)| name == "tools");
             let template =
@@ -251,7 +275,25 @@ impl PyTokenizer {
     }
 }
 
+/// Bytes of text, or ids, that take so long that a signal would have to wait; fewer where the crate encodes.
+const LONG: usize = 1 << 20;
+const LONG_ELSEWHERE: usize = 1 << 16;
+
+/// Bytes of text in a value.
+fn bytes_of(value: &Value<'_>) -> usize {
+    match value {
+        Value::Str(text) => text.len(),
+        Value::List(items) => items.iter().map(bytes_of).sum(),
+        Value::Object(fields) => fields.iter().map(|(_, value)| bytes_of(value)).sum(),
+        _ => 0,
+    }
+}
+
 impl PyTokenizer {
+    fn takes_long(&self, size: usize) -> bool {
+        size > if self.inner.refusal().is_none() { LONG } else { LONG_ELSEWHERE }
+    }
+
     fn encode_texts<'py>(
         &self,
         py: Python<'py>,

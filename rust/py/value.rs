@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU64;
 
+use pyo3::exceptions::PyException;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyMapping, PyString, PyTuple};
@@ -16,6 +17,29 @@ use crate::read::limits::Limits;
 
 pub(super) fn kind_of(value: &Bound<'_, PyAny>) -> String {
     value.get_type().name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
+}
+
+/// Why a value cannot be used.
+pub(super) enum Unusable {
+    /// It is none that JSON would hold.
+    Bad(Bad),
+    /// What is no error of the value was raised meanwhile, such as `KeyboardInterrupt`.
+    Raised(PyErr),
+}
+
+impl From<Bad> for Unusable {
+    fn from(bad: Bad) -> Self {
+        Self::Bad(bad)
+    }
+}
+
+impl Unusable {
+    fn of(py: Python<'_>, error: PyErr) -> Self {
+        if !error.is_instance_of::<PyException>(py) {
+            return Self::Raised(error);
+        }
+        Self::Bad(Bad::new(Reason::WrongType, "", format!("expected a plain value: {error}")))
+    }
 }
 
 /// The named values of one row.
@@ -42,7 +66,8 @@ pub(super) fn fields(row: &Bound<'_, PyAny>, options: &Options) -> PyResult<Fiel
         }
         match value.map(|value| to_value(&value, &options.limits, 1, &mut findings)).transpose() {
             Ok(value) => out.push(value),
-            Err(mut bad) => {
+            Err(Unusable::Raised(error)) => return Err(error),
+            Err(Unusable::Bad(mut bad)) => {
                 bad.field.get_or_insert_with(|| name.to_owned());
                 return Ok(Err(bad));
             }
@@ -84,8 +109,8 @@ pub(super) fn to_value(
     limits: &Limits,
     depth: usize,
     findings: &mut Findings,
-) -> Result<Value<'static>, Bad> {
-    let failed = |e: PyErr| Bad::new(Reason::WrongType, "", format!("expected a plain value: {e}"));
+) -> Result<Value<'static>, Unusable> {
+    let failed = |error: PyErr| Unusable::of(value.py(), error);
     if depth > limits.max_depth {
         if findings.limit.is_none() {
             let message = format!("a value is nested more than {} deep", limits.max_depth);
@@ -136,7 +161,7 @@ pub(super) fn to_value(
                 item.extract().map_err(failed)?;
             let Ok(key) = key.cast::<PyString>() else {
                 let message = format!("expected strings as keys, found {}", kind_of(&key));
-                return Err(Bad::new(Reason::WrongType, "", message));
+                return Err(Bad::new(Reason::WrongType, "", message).into());
             };
             out.push((
                 borrowed(key)?.to_owned().into(),
@@ -153,5 +178,6 @@ pub(super) fn to_value(
         Reason::WrongType,
         "",
         format!("expected text, a list, a dict or a number, found {}", kind_of(value)),
-    ))
+    )
+    .into())
 }

@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use crate::encode::Progress;
 use crate::error::{Error, Result};
-use crate::pool;
+use crate::pool::{self, Running};
 
 /// Runs `work` without the GIL; a panic becomes an internal error and never reaches Python.
 pub(super) fn detached<T: Send>(
@@ -31,8 +31,18 @@ pub(super) fn waited<T: Send + 'static>(
     callback: Option<&Py<PyAny>>,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> PyResult<T> {
-    let threads = pool::threads(threads);
-    ticking(py, progress, callback, |tick| pool::run(threads, work, tick))
+    let running = pool::start(pool::threads(threads), work)?;
+    awaited(py, running, progress, callback)
+}
+
+/// Waits for work that was started; as [`waited`].
+pub(super) fn awaited<T: Send>(
+    py: Python<'_>,
+    running: Running<T>,
+    progress: &Progress,
+    callback: Option<&Py<PyAny>>,
+) -> PyResult<T> {
+    ticking(py, progress, callback, |mut tick| running.wait(&mut tick))
 }
 
 /// As [`waited`], for work that borrows: an interrupt, too, waits until it stops.
@@ -45,6 +55,35 @@ pub(super) fn waited_scoped<T: Send>(
 ) -> PyResult<T> {
     let threads = pool::threads(threads);
     ticking(py, progress, callback, |tick| pool::run_scoped(threads, work, tick))
+}
+
+/// Whether work was told to stop.
+pub(super) type Stop<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// Work of one thread that borrows, and asks its argument now and then; a signal stops what `is_long`.
+pub(super) fn stoppable<T: Send>(
+    py: Python<'_>,
+    is_long: bool,
+    work: impl FnOnce(Stop<'_>) -> Result<T> + Send,
+) -> PyResult<T> {
+    if !is_long {
+        return detached(py, || work(&|| false));
+    }
+    let progress = Progress::default();
+    let stop = || progress.cancel.load(Ordering::Relaxed);
+    ticking(py, &progress, None, |tick| pool::alone_scoped(|| work(&stop), tick))
+}
+
+/// Work of one thread that owns what it needs; a signal does not wait for what `is_long`.
+pub(super) fn left<T: Send + 'static>(
+    py: Python<'_>,
+    is_long: bool,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> PyResult<T> {
+    if !is_long {
+        return detached(py, work);
+    }
+    ticking(py, &Progress::default(), None, |tick| pool::alone(work, tick))
 }
 
 /// Calls `run` without the GIL, with a function that attaches for signals and the progress callback.

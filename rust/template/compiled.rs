@@ -17,6 +17,7 @@ use super::jinja::{
     MARKS, NAME, environment, is_lacking, mark_generation, one_line, rewrite_generation, syntax,
     to_jinja,
 };
+use crate::fork;
 use crate::read::json::Value;
 
 /// Fuel of the smallest environment; each further one has twice as much, up to [`FUEL_MOST`].
@@ -58,6 +59,13 @@ pub struct Template {
     parts_only: OnceLock<bool>,
     /// The same template with marks around what its training tags enclose, made when it is first asked for.
     tagged: OnceLock<Option<Environment<'static>>>,
+}
+
+/// Keeps what was found, unless another thread was first. Nobody waits for the thread that finds it: in the child of a
+/// fork it may not be there.
+fn keep<T>(cell: &OnceLock<T>, found: T) {
+    let _whole = fork::section();
+    let _ = cell.set(found);
 }
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -110,6 +118,11 @@ impl Template {
         self.checks.as_ref().err().map(String::as_str)
     }
 
+    /// Whether minijinja compiles it.
+    pub fn compiles(&self) -> bool {
+        self.broken.is_none()
+    }
+
     /// The text as it was given.
     pub fn source(&self) -> &str {
         &self.source
@@ -129,7 +142,9 @@ impl Template {
         let listed = count(TEXT, Value::List(vec![Value::part(TEXT.into())]));
         let Some(listed) = listed else { return false };
         let plain = count(TEXT, Value::Str(TEXT.into()));
-        *self.parts_only.get_or_init(|| listed == 2 && plain.unwrap_or(0) == 0)
+        let found = listed == 2 && plain.unwrap_or(0) == 0;
+        keep(&self.parts_only, found);
+        found
     }
 
     /// The variables that the template reads; `None` if only another renderer knows.
@@ -166,14 +181,17 @@ impl Template {
         conversation: &Conversation<'_>,
         text: &str,
     ) -> Option<Vec<Range<usize>>> {
-        let tagged = self.tagged.get_or_init(|| {
+        let make = || {
             let lines = self.source.replace("\r\n", "\n").replace('\r', "\n");
             let mut env = environment();
             env.set_fuel(Some(FUEL_MOST));
             env.add_template_owned(NAME, mark_generation(&lines)?).ok()?;
             Some(env)
-        });
-        let marked = Self::render_in(tagged.as_ref()?, conversation).ok()?;
+        };
+        if self.tagged.get().is_none() {
+            keep(&self.tagged, make());
+        }
+        let marked = Self::render_in(self.tagged.get()?.as_ref()?, conversation).ok()?;
         let (mut bare, mut regions) = (String::with_capacity(text.len()), Vec::new());
         let mut start = None;
         for c in marked.chars() {

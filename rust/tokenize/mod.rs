@@ -7,6 +7,7 @@ mod guard;
 mod outline;
 mod source;
 mod spelling;
+mod warm;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -72,6 +73,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
     pub fn new(source: Source) -> Result<Self> {
+        warm::warm();
         let read = || {
             let json = source.json.as_bytes();
             guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))
@@ -264,6 +266,11 @@ impl Tokenizer {
         self.template = self.template.map(give);
         self.tool_template = self.tool_template.map(give);
         self
+    }
+
+    /// Whether minijinja compiles every chat template.
+    pub fn renders_here(&self) -> bool {
+        [&self.template, &self.tool_template].into_iter().flatten().all(Template::compiles)
     }
 
     /// Control tokens and how to find them in text.

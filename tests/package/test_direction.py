@@ -13,7 +13,8 @@ PACKAGE = ROOT / "python" / "dpo_ext"
 
 # The rooms of `dpo_ext`, from the ground up; two rooms of one floor do not know each other.
 FLOORS = [
-    {"errors", "extras", "pages", "_core"},
+    {"_core"},
+    {"errors", "extras", "pages"},
     {"report"},
     {"pairs"},
     {"layout", "store"},

@@ -17,6 +17,7 @@ RUST = next(folder / "rust" for folder in Path(__file__).parents if (folder / "r
 # Each module knows those of lower floors only.
 FLOORS = [
     {"error"},
+    {"fork"},
     {"pool"},
     {"read", "bpe", "layout", "logps"},
     {"template"},

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_ext.errors import TokenizerError
+from dpo_ext.extras import need
 
 TOOL_USE = "tool_use"
 
@@ -27,12 +28,12 @@ class Fallback:
 
     def __call__(self, template: str, variables: str, construct: str) -> str | None:
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
+            found = need("transformers.utils.chat_template_utils", "this chat template")
         except ImportError:
             return None
         named = json.loads(variables)
         messages = named.pop("messages")
-        answer: Any = render_jinja_template(
+        answer: Any = found.render_jinja_template(
             conversations=[messages], chat_template=template, **named
         )
         if self.construct is None:

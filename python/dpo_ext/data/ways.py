@@ -202,7 +202,8 @@ class Mapped(Ways):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = dict(vars(self))
-        for name in ("longest", "tokens"):  # cheap to count again
+        # Cheap to count again, or in the manifest.
+        for name in ("longest", "tokens", "_contents"):
             state.pop(name, None)
         place, lists = state.pop("_place"), state.pop("_lists")
         names = self._names()

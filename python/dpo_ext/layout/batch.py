@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from dpo_ext.extras import need
+from dpo_ext.layout.epoch import EPOCH_SET, of_name
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -209,6 +209,21 @@ class Batch:
         vars(batch).update(arrays, layout=layout)
         return batch
 
+    def sign(self, plan: str, order: tuple[int, int]) -> None:
+        """Says of which plan this is, and of which seed and epoch, for a process that gets it from
+        a worker.
+        """
+        vars(self)[_SIGNED] = (plan, *order)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        plan, *order = state.get(_SIGNED) or (None,)
+        own = None if plan is None else of_name(plan)
+        if own is not None and own.is_past(*order):
+            # Not an error yet: a loader throws away what it had fetched ahead.
+            object.__setattr__(self, "__class__", PastBatch)
+            return
+        vars(self).update((name, value) for name, value in state.items() if name != _SIGNED)
+
     @property
     def n_pairs(self) -> int:
         return len(self.pair_index)
@@ -227,11 +242,16 @@ class Batch:
         title = f"{type(self).__name__}: {self.n_pairs} {self.noun}s, {self.layout}"
         return table(title, ("field", "dtype", "shape", "values"), rows)
 
-    @cached_property
+    # Not `cached_property`: that of Python 3.11 holds a lock, for which a forked child would wait.
+    @property
     def table(self) -> ScoreTable:
         """The :class:`dpo_ext.torch.ScoreTable` of this batch, which knows the shape of its
         ``input_ids``: logits and hidden states of another are refused. Imports torch.
         """
+        found = vars(self).get("table")
+        return vars(self).setdefault("table", self._table()) if found is None else found
+
+    def _table(self) -> ScoreTable:
         need("torch", "a batch of tensors")
         from dpo_ext.layout.table import ScoreTable
 
@@ -247,7 +267,7 @@ class Batch:
             shape=tuple(self.input_ids.shape),
         )
 
-    @cached_property
+    @property
     def segments(self) -> Segments:
         """Which slots of a packed or shared batch see each other, known without asking its device.
         Imports torch.
@@ -255,7 +275,10 @@ class Batch:
         need("torch", "a batch of tensors")
         from dpo_ext.layout.segments import Segments
 
-        return Segments.of_batch(self)
+        found = vars(self).get("segments")
+        if found is None:
+            found = vars(self).setdefault("segments", Segments.of_batch(self))
+        return found
 
     @property
     def blocks(self) -> dict[str, Any]:
@@ -337,6 +360,17 @@ class Batch:
         return self._map(lambda part: part.pin_memory())
 
 
+class PastBatch:
+    """What comes from a worker when the plan has moved on to another epoch: any use is an error."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        raise RuntimeError(EPOCH_SET)
+
+
+# In a batch that a worker made: its plan, seed and epoch.
+_SIGNED = "_signed"
 _DEFAULTS = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, overload
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from dpo_ext import _core
 from dpo_ext.errors import DataError
 from dpo_ext.layout.batch import LAYOUTS, Batch
+from dpo_ext.layout.epoch import EPOCH_SET, Epoch
 from dpo_ext.layout.fill import FILL, SLOTS, factors, padded, weigh
 from dpo_ext.layout.memory import Block
 from dpo_ext.pairs import Ragged
@@ -196,14 +196,29 @@ class BatchPlan(Sequence[Batch]):
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.set_epoch(epoch)
+        self._told = Epoch(seed, epoch)
+        self._arrange(epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves to another epoch: another order, and with a token budget another number of
-        batches.
+        batches. Copies in workers of a DataLoader move with it, also in workers that persist.
         """
         if not 0 <= epoch < 2**64:
             raise ValueError(f"`epoch` must be in 0..2**64, found {epoch}")
+        self._arrange(epoch)
+        self._told.set(self.seed, epoch)
+
+    def _follow(self) -> tuple[int, int] | None:
+        """In a worker of a DataLoader: moves to the epoch of the plan that this one is a copy of,
+        and says which it is.
+        """
+        told = self._told.told()
+        if told is not None and told != (self.seed, self.epoch):
+            self.seed = told[0]
+            self._arrange(told[1])
+        return told
+
+    def _arrange(self, epoch: int) -> None:
         self.epoch = epoch
         self._stats: PlanStats | None = None
         n = len(self._pairs)
@@ -212,7 +227,9 @@ class BatchPlan(Sequence[Batch]):
         if self.pairs_per_batch is not None:
             bounds = _every(n, self.pairs_per_batch, self.drop_last)
         elif LAYOUTS[self.layout].bins:
-            self._items, self._bins = self._pack(epoch)
+            self._items, self._bins = _core.epoch_bins(
+                self._lengths, self.bin_length or 0, self.seed, epoch, self.shuffle
+            )
             self._bin_bounds = _every(len(self._bins) - 1, self._rows_per_batch, self.drop_last)
             bounds = self._bins[self._bin_bounds]
         else:
@@ -231,21 +248,8 @@ class BatchPlan(Sequence[Batch]):
             batches // self.world_size if self.drop_last else -(-batches // self.world_size)
         )
 
-    def _pack(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The pairs of all bins, and where each bin begins, in the order of this epoch."""
-        # A number that (seed, epoch) choose, and 0 without shuffling: it breaks ties of length.
-        key = _core.epoch_order(1 << 62, self.seed, epoch, self.shuffle, 0, 1)
-        items, starts = _core.pack_lengths(self._lengths, self.bin_length or 0, int(key[0]))
-        # Best-fit-decreasing makes the bins of the longest pairs first.
-        bins = len(starts) - 1
-        order = _core.epoch_order(bins, self.seed, epoch, self.shuffle, 0, bins)
-        sizes = np.diff(starts)[order]
-        begins = np.zeros(bins + 1, np.int64)
-        np.cumsum(sizes, out=begins[1:])
-        source = np.repeat(starts[:-1][order] - begins[:-1], sizes) + np.arange(len(items))
-        return items[source].astype(np.int64), begins
-
     def __len__(self) -> int:
+        self._follow()
         return self._steps
 
     def _index(self, batch: int) -> NDArray[np.int64]:
@@ -265,12 +269,15 @@ class BatchPlan(Sequence[Batch]):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
+        told = self._follow()
         k = int(i)
         if not -self._steps <= k < self._steps:
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
         block = Block(self._block_bytes)
         batch = self.build(k % self._steps, block.take)
         self._block_bytes = max(self._block_bytes, block.asked)
+        if told is not None:
+            batch.sign(self._told.name, told)
         return batch
 
     def build(self, i: int, take: Take) -> Batch:
@@ -292,23 +299,23 @@ class BatchPlan(Sequence[Batch]):
         return FILL[self.layout](self._pairs, index, bounds, width, take)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(self._steps))
+        return self._pass(len(self), (self.seed, self.epoch))
 
-    @cached_property
+    def _pass(self, steps: int, order: tuple[int, int]) -> Iterator[Batch]:
+        for i in range(steps):
+            if (self.seed, self.epoch) != order:
+                raise RuntimeError(EPOCH_SET)
+            yield self[i]
+
+    @property
     def digest(self) -> str:
         """128 bits in hex of what, besides seed and epoch, makes the batches of a step: every
-        option, the length of every prompt and completion, and the weights of the data set. The same
-        on all ranks.
+        option, and the ids, weights and labels of all examples in their order. The same on all
+        ranks.
         """
         options = {name: getattr(self, name) for name in self.options}
-        made = hashlib.blake2b(repr(options).encode(), digest_size=16)
-        for name in self._pairs.IDS:
-            offsets = getattr(self._pairs, name).offsets
-            made.update(np.ascontiguousarray(offsets, "<i8").data)
-        for name, lists in self._pairs.weights.items():
-            made.update(name.encode())
-            made.update(np.ascontiguousarray(lists.values, "<f4").data)
-        return made.hexdigest()
+        said = f"{options!r} {self._pairs.contents}"
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def state_dict(self, position: int = 0) -> dict[str, Any]:
         """``{seed, epoch, position, digest}``: resuming is ``plan[position]``, ... after
@@ -325,8 +332,9 @@ class BatchPlan(Sequence[Batch]):
         """Takes seed and epoch of a saved state, and returns its position.
 
         Raises:
-            DataError: the state is of other data, another layout, other sizes or another world
-                size, so that its position is somewhere else; the plan is left as it was.
+            DataError: the state is of other data, or the same in another order, of another layout,
+                other sizes or another world size, so that its position is somewhere else; the plan
+                is left as it was.
         """
         missing = sorted({"seed", "epoch", "position", "digest"} - set(state))
         if missing:
@@ -335,7 +343,8 @@ class BatchPlan(Sequence[Batch]):
             raise DataError(
                 "the state was saved for other batches: its `digest` is expected to be "
                 f"{self.digest}, found {state['digest']}\n"
-                "hint: resume with the same data, layout, batch size and world size",
+                "hint: resume with the same data in the same order, layout, batch size and "
+                "world size",
                 reason="bad_state",
             )
         position = int(state["position"])

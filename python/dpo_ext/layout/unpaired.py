@@ -81,7 +81,7 @@ class UnpairedPlan(BatchPlan):
     """
 
     sides = 1
-    options = (*BatchPlan.options, "kl", "max_length")
+    options = (*BatchPlan.options, "kl", "max_length", "truncation")
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class UnpairedPlan(BatchPlan):
                 field="tokens_per_batch",
             )
         self.kl = kl
-        self.max_length = examples.max_length
+        self.max_length, self.truncation = examples.max_length, examples.truncation
         self._examples = examples
         super().__init__(
             examples,  # type: ignore[arg-type]

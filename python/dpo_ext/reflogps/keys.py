@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dpo_ext import _core
 from dpo_ext.errors import RefLogpsError, describe
 from dpo_ext.layout.fill import SIDES, factors
-from dpo_ext.pairs import Pairs, Ragged
+from dpo_ext.pairs import Pairs, Ragged, map_of
 
 # Pairs whose keys are worked out at once: so much of a mapped data set is resident meanwhile.
 PART = 1 << 18
@@ -50,7 +50,7 @@ class PairKeys:
         self._maps = {
             id(mapped): mapped
             for values in (self._prompt[0], *(side[0] for side in self._sides))
-            if (mapped := _map_of(values)) is not None
+            if (mapped := map_of(values)) is not None
         }
 
     def __len__(self) -> int:
@@ -147,10 +147,3 @@ def _index(index: Any, n: int) -> NDArray[np.int64]:
 def _columns(ragged: Ragged) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     whole = ragged.contiguous()
     return whole.values, whole.offsets
-
-
-def _map_of(array: Any) -> mmap.mmap | None:
-    """The file that an array lies over."""
-    while array is not None and not isinstance(array, mmap.mmap):
-        array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
-    return array

@@ -131,7 +131,7 @@ def _digests(fd: int, size: int) -> str:
     def one(place: tuple[str, list[int], int, int]) -> tuple[str, list[int], str]:
         dtype, shape, start, stop = place
         digest, room = hashlib.sha256(), bytearray(min(READ_BYTES, stop - start))
-        while start < stop:
+        while start < stop and not left:
             view = memoryview(room)[: stop - start]
             count = os.preadv(fd, [view], start)
             if count == 0:
@@ -140,9 +140,14 @@ def _digests(fd: int, size: int) -> str:
             start += count
         return dtype, shape, digest.hexdigest()
 
-    with ThreadPoolExecutor(cores()) as pool:
+    pool, left = ThreadPoolExecutor(cores()), []
+    try:
         done = pool.map(one, places.values())
         return json.dumps({"tensors": dict(zip(places, done, strict=True))})
+    finally:
+        # After a signal, too, no more than one read a thread is waited for.
+        left.append(True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _places(fd: int, size: int) -> dict[str, tuple[str, list[int], int, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_ext.errors import DataError
-from dpo_ext.pairs import Examples, Pairs, Ragged
+from dpo_ext.pairs import Examples, Pairs, Ragged, contents_of
 from dpo_ext.store.manifest import ROW
 
 # A list column of at most this many ids has 32-bit offsets.
@@ -58,6 +58,13 @@ class Columns:
         for name, values in examples.columns.items():
             columns.add(name, values)
         return columns
+
+    def contents(self) -> str:
+        """`Examples.contents` of what these are the columns of."""
+        names = (name for attribute in self.kind.SAID for name in self.kind.COLUMNS[attribute])
+        return contents_of(
+            self.kind, self.lists, [{**self.numbers, **self.flags}[name] for name in names]
+        )
 
     def put(self, name: str, array: NDArray[Any]) -> None:
         """A column of numbers or booleans."""

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -96,10 +97,13 @@ def digest_of(fd: int, size: int) -> str:
             start += len(piece)
         return digest.digest()
 
-    root = hashlib.sha256()
-    with ThreadPoolExecutor(cores()) as pool:
+    root, pool = hashlib.sha256(), ThreadPoolExecutor(cores())
+    try:
         for digest in pool.map(part, range(0, size, CHUNK_BYTES)):
             root.update(digest)
+    finally:
+        # After a signal, too, no more than one part a thread is waited for.
+        pool.shutdown(cancel_futures=True)
     return root.hexdigest()
 
 
@@ -140,6 +144,8 @@ def typed_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not of the system: a handler of signals may raise what it likes
+            raise
         plain = (FileNotFoundError, PermissionError, FileExistsError)
         if isinstance(error, (*plain, IsADirectoryError, NotADirectoryError, InterruptedError)):
             raise
@@ -213,7 +219,7 @@ class Folder:
         with self._new(temporary) as fd:
             sink = Sink(fd, release)
             write(sink)
-            os.fsync(fd)
+            _written(fd)
             digest = sink.digest.hexdigest()
             name = f"{digest[:32]}{self.kind.suffix}"
             temporary.rename(self.path / name)
@@ -227,7 +233,7 @@ class Folder:
         temporary = self.temporary()
         with self._new(temporary) as fd:
             Sink(fd).write(manifest)
-            os.fsync(fd)
+            _written(fd)
             temporary.replace(self.path / MANIFEST)
         sync(self.path)
         for path in self.path.iterdir() if keep is not None else ():
@@ -266,9 +272,29 @@ def sync(folder: Path) -> None:
     """Makes the renames inside a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        _written(fd)
     finally:
         os.close(fd)
+
+
+def _written(fd: int) -> None:
+    """``os.fsync(fd)``, which a signal does not wait for: the disk may need seconds."""
+    own = os.dup(fd)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            os.fsync(own)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            os.close(own)
+
+    thread = threading.Thread(target=work, name="dpo_ext-fsync", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 @contextmanager
@@ -301,10 +327,11 @@ def writing(path: Path, kind: Kind = PAIRS) -> Iterator[Folder]:
             _refuse_others(path, kind)
             yield Folder(path, kind)
         except BaseException:
-            _remove_if_empty(path, is_new)
+            if fd in _HELD:
+                _remove_if_empty(path, is_new)
             raise
         finally:
-            os.close(fd)
+            _unlock(fd)
 
 
 def _make(path: Path) -> bool:
@@ -322,11 +349,41 @@ def _make(path: Path) -> bool:
     return True
 
 
+# The locks that this process holds, and not the one that it was forked from.
+_HELD: set[int] = set()
+
+
+def _unlock(fd: int) -> None:
+    """Lets a lock go. A child that was forked meanwhile has the file open, too, so that closing it
+    here would free nothing.
+    """
+    if fd in _HELD:
+        import fcntl  # which made it
+
+        _HELD.discard(fd)
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def _forget() -> None:
+    """In the child of a fork: its parent's locks are not its own, and end with the parent."""
+    for fd in _HELD:
+        with suppress(OSError):
+            os.close(fd)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def _locked(path: Path) -> int | None:
     """The lock file, locked; None if a writer that failed took it away while this one waited."""
     fcntl = locks(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path / LOCK, flags, 0o666)
+    _HELD.add(fd)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -337,10 +394,10 @@ def _locked(path: Path) -> int | None:
         except FileNotFoundError:
             is_there = False
     except BaseException:
-        os.close(fd)
+        _unlock(fd)
         raise
     if not is_there:
-        os.close(fd)
+        _unlock(fd)
         return None
     return fd
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import stat
 from collections.abc import Mapping
 from itertools import pairwise
@@ -231,9 +232,15 @@ class Mapped:
         if kind is Unpaired:
             facts |= self._of_completions(known)
         try:
-            return kind(*lists.values(), **facts)
+            examples = kind(*lists.values(), **facts)
         except ValueError as error:
             raise self._wrong(str(error)) from error
+        # What was saved before there was one is read whole when somebody asks.
+        if (contents := self.manifest.get("contents")) is not None:
+            if not isinstance(contents, str) or re.fullmatch("[0-9a-f]{32}", contents) is None:
+                raise self._wrong("`contents`: expected 32 hexadecimal digits")
+            examples.keep_contents(contents)
+        return examples
 
     def _known(self, name: str, columns: list[Any]) -> NDArray[Any] | None:
         """An array of what is known of each example, from its columns, if they are there."""

@@ -35,11 +35,13 @@ def write(
     *,
     report: Report,
     made: Mapping[str, Any] | None = None,
+    contents: str | None = None,
     **alike: Any,
 ) -> None:
     """Replaces what the folder holds.
 
     Args:
+        contents: `Examples.contents`, where it is known.
         alike: what is one for all examples, as the kind of the columns has it in ``ALIKE``.
         made: says how, for the cache.
     """
@@ -62,6 +64,7 @@ def write(
         "package": _core.__version__,
         "file": {"name": name, "bytes": size, "sha256_4mib": digest},
         "n": columns.n,
+        "contents": columns.contents() if contents is None else contents,
         "columns": _places(pa, folder.path / name, columns),
         "report": report.to_dict(),
         "made": dict(made or {}),
@@ -103,5 +106,6 @@ def save(examples: Examples, folder: str | PathLike[str]) -> None:
             opened,
             columns,
             report=examples.report,
+            contents=examples.contents,
             **{name: getattr(examples, name) for name in examples.ALIKE},
         )

@@ -11,13 +11,12 @@ from weakref import WeakSet, finalize
 import torch
 
 from dpo_ext.errors import describe
+from dpo_ext.layout.epoch import EPOCH_SET
 from dpo_ext.pairs import Examples
 from dpo_ext.torch.ring import Loan, Ring
 
 if TYPE_CHECKING:
     from dpo_ext.layout.batch import Batch
-
-_EPOCH_SET = "the epoch of the plan was set while its batches were being read"
 
 
 class Plan(Protocol):
@@ -202,7 +201,7 @@ class _Filler:
     def take(self) -> tuple[Batch, Loan | None]:
         """The next batch and the buffer that it is in; raises what the thread raised."""
         if self._closed:
-            raise RuntimeError(_EPOCH_SET)
+            raise RuntimeError(EPOCH_SET)
         self.taken += 1
         if self._thread is None:
             return self._build(self.taken - 1)
@@ -240,7 +239,7 @@ class _Filler:
             for i in range(self._first, self.length):
                 self._free.acquire()
                 if self._closed:
-                    raise RuntimeError(_EPOCH_SET)
+                    raise RuntimeError(EPOCH_SET)
                 self._done.put((*self._build(i), None))
         except BaseException as error:  # whatever it is: the loop would wait for ever otherwise
             self._done.put((None, None, error))
