@@ -46,7 +46,7 @@ pub(super) trait Source: Send {
 /// A piece that was worked on.
 enum Finished<P> {
     /// What came out, and what the extra columns were taken to hold.
-    Made(P, Vec<Option<Kind>>, Result<Encoded>),
+    Made(P, Vec<Option<Kind>>, Result<Box<Encoded>>),
     /// The source failed behind all pieces before.
     Failed(Error),
 }
@@ -170,7 +170,7 @@ impl<S: Source> Work<'_, S> {
                     }
                 }
                 Task::Encode(number, piece, kinds) => {
-                    let made = self.encode(&piece, &kinds);
+                    let made = self.encode(&piece, &kinds).map(Box::new);
                     let rows = piece.rows() as u64;
                     self.job.progress.rows.fetch_add(rows, std::sync::atomic::Ordering::Relaxed);
                     let made = Finished::Made(piece, kinds, made);
@@ -283,7 +283,7 @@ impl<S: Source> Work<'_, S> {
                 // otherwise.
                 let known = all.kinds();
                 let agrees = known == kinds || made.as_ref().is_ok_and(|made| made.agrees(&known));
-                all.append(if agrees { made? } else { self.encode(&piece, &known)? });
+                all.append(if agrees { *made? } else { self.encode(&piece, &known)? });
                 Ok(())
             }
         }

@@ -107,7 +107,7 @@ pub fn by_slots(
     let mut bounds = vec![0];
     let (mut pairs, mut width) = (0, 0);
     for position in 0..n {
-        if position as usize % STRIDE == 0 {
+        if position.is_multiple_of(STRIDE as u64) {
             check(stop)?;
         }
         let item = item(position);

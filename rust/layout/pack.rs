@@ -211,7 +211,7 @@ fn descending(
     // `ends` are the starts now; each one moves to its end as the places are taken.
     let mut out = vec![0_i32; lengths.len()];
     for (length, item) in lengths.iter().zip(0..) {
-        if item as usize % STRIDE == 0 {
+        if (item as usize).is_multiple_of(STRIDE) {
             check(stop)?;
         }
         if let Some(end) = ends.get_mut(key(length)) {

@@ -66,7 +66,7 @@ fn to_python(py: Python<'_>, error: Error) -> PyResult<PyErr> {
     })
 }
 
-/// Finds NumPy's functions while the module is loaded: where a signal comes in the middle of that, the `numpy` crate
+/// Finds the functions of `numpy` while the module is loaded: where a signal comes in the middle of that, the `numpy` crate
 /// panics.
 fn lend_arrays(py: Python<'_>) -> PyResult<()> {
     let found = crate::pool::caught(|| {
