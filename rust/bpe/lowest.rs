@@ -1,5 +1,7 @@
 //! The lowest of many numbers that change, the leftmost of equals.
 
+#![allow(clippy::inline_always)] // compiled into the caller, once for each set of instructions
+
 /// How many numbers one number above them stands for: one or two registers of the processor.
 const FAN: usize = 16;
 /// Larger than every rank; room for the number of a lane is left above it.

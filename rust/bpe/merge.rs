@@ -4,10 +4,12 @@
 //! a few registers of the processor; for longer ones [`Lowest`] knows the best pair; very long ones go rank by rank
 //! (`sweep`), so that 10 MB of one letter cost linear work.
 
+#![allow(clippy::inline_always)] // compiled into the caller, once for each set of instructions
+
 use multiversion::multiversion;
 
 use super::lowest::{Lowest, NO_RANK};
-use super::ranks::{NONE, Ranks};
+use super::ranks::{Merges, NONE};
 use super::sweep::{self, SweepScratch};
 
 /// Words up to this many bytes have one bit a byte in a register.
@@ -17,20 +19,6 @@ const SHORTER: usize = 16;
 const LONG: usize = 1 << 12;
 /// A longer word gives its memory back.
 const KEPT: usize = 1 << 16;
-
-/// The merges of one model.
-#[derive(Debug)]
-pub(crate) struct Merges {
-    /// Token of every single byte.
-    byte_ids: [u32; 256],
-    /// Rank of the merge of every two bytes: every word begins with these, and the table stays in the cache.
-    byte_ranks: Vec<u32>,
-    ranks: Ranks,
-    /// New id of each rank.
-    result: Vec<u32>,
-    /// Of each rank, [`Self::is_calm`].
-    calm: Vec<bool>,
-}
 
 /// One token of a long word in work, at the position of its first byte.
 #[derive(Debug, Clone, Copy)]
@@ -51,72 +39,20 @@ pub(crate) struct MergeScratch {
 }
 
 impl Merges {
-    /// `merges` holds (left, right, new id) in the order of their ranks; of two with the same pair the later one counts.
-    /// Ids and ranks are below [`NONE`].
-    pub(crate) fn new(byte_ids: &[u32; 256], merges: &[(u32, u32, u32)]) -> Self {
-        let ranks = Ranks::new(merges);
-        let pairs = byte_ids.iter().flat_map(|&left| byte_ids.map(|right| (left, right)));
-        let byte_ranks = pairs.map(|(left, right)| ranks.of(left, right)).collect();
-        let result = merges.iter().map(|m| m.2).collect();
-        let ids = merges.iter().map(|m| m.0.max(m.1).max(m.2) as usize + 1).max().unwrap_or(0);
-        let mut first_use = vec![NONE; ids];
-        for (rank, &(left, right, _)) in merges.iter().enumerate().rev() {
-            first_use[left as usize] = rank as u32;
-            first_use[right as usize] = rank as u32;
-        }
-        let is_calm = |(merge, rank): (&(u32, u32, u32), u32)| first_use[merge.2 as usize] > rank;
-        let calm = merges.iter().zip(0u32..).map(is_calm).collect();
-        Self { byte_ids: *byte_ids, byte_ranks, ranks, result, calm }
-    }
-
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.result.len()
-    }
-
-    /// The token that the merge of a rank makes.
-    #[inline]
-    pub(crate) fn made(&self, rank: u32) -> u32 {
-        self.result[rank as usize]
-    }
-
-    /// Whether every merge that uses the token which the merge of this rank makes has a higher rank.
-    #[inline]
-    pub(crate) fn is_calm(&self, rank: u32) -> bool {
-        self.calm[rank as usize]
-    }
-
-    /// Token of a single byte.
-    #[inline]
-    pub(crate) fn byte_id(&self, byte: u8) -> u32 {
-        self.byte_ids[byte as usize]
-    }
-
-    /// Rank of the merge of two tokens, [`NONE`] if there is none.
-    #[inline]
-    pub(crate) fn rank(&self, left: u32, right: u32) -> u32 {
-        self.ranks.of(left, right)
-    }
-
     /// Appends the tokens of `word` to `out`.
     pub(crate) fn encode(&self, word: &[u8], scratch: &mut MergeScratch, out: &mut Vec<i32>) {
-        match word.len() {
-            0..=SHORTER => encode_shorter(self, word, out),
-            0..=SHORT => encode_short(self, word, out),
-            0..=LONG => encode_long(self, word, scratch, out),
-            _ => {
-                sweep::encode(self, word, &mut scratch.sweep, out);
-                if word.len() > KEPT {
-                    *scratch = MergeScratch::default();
-                }
+        if word.len() <= SHORTER {
+            encode_shorter(self, word, out);
+        } else if word.len() <= SHORT {
+            encode_short(self, word, out);
+        } else if word.len() <= LONG {
+            encode_long(self, word, scratch, out);
+        } else {
+            sweep::encode(self, word, &mut scratch.sweep, out);
+            if word.len() > KEPT {
+                *scratch = MergeScratch::default();
             }
         }
-    }
-
-    /// Rank of the merge of two bytes.
-    #[inline(always)]
-    pub(crate) fn byte_rank(&self, left: u8, right: u8) -> u32 {
-        self.byte_ranks[usize::from(left) << 8 | usize::from(right)]
     }
 
     /// A word of at most `N` bytes. A pair is its rank and below it its position, which is why the least is the best.
@@ -130,7 +66,7 @@ impl Merges {
         let mut pairs = [NO_PAIR; N];
         let n = word.len().min(N);
         for (id, &byte) in ids.iter_mut().zip(word) {
-            *id = self.byte_ids[byte as usize];
+            *id = self.byte_id(byte);
         }
         for (at, (place, two)) in pairs.iter_mut().zip(word.windows(2)).enumerate() {
             *place = pair(self.byte_rank(two[0], two[1]), at);
@@ -151,19 +87,19 @@ impl Merges {
             let at = best as usize % SHORT % N;
             let behind = begins & (u64::MAX << at) << 1;
             let right = behind.trailing_zeros() as usize % N;
-            let id = self.result[(best >> SHORT.trailing_zeros()) as usize];
+            let id = self.made(best >> SHORT.trailing_zeros());
             ids[at] = id;
             pairs[right] = NO_PAIR;
             begins &= !(1 << right);
             let behind = behind & behind.wrapping_sub(1);
             pairs[at] = match behind {
                 0 => NO_PAIR,
-                _ => pair(self.ranks.of(id, ids[behind.trailing_zeros() as usize % N]), at),
+                _ => pair(self.rank(id, ids[behind.trailing_zeros() as usize % N]), at),
             };
             let before = begins & ((1 << at) - 1);
             if before != 0 {
                 let left = before.ilog2() as usize % N;
-                pairs[left] = pair(self.ranks.of(ids[left], id), left);
+                pairs[left] = pair(self.rank(ids[left], id), left);
             }
         }
         while begins != 0 {
@@ -189,7 +125,7 @@ fn encode_long(merges: &Merges, word: &[u8], scratch: &mut MergeScratch, out: &m
     let known = |rank: u32| if rank == NONE { NO_RANK } else { rank };
     symbols.clear();
     symbols.extend(word.iter().zip(0u32..).map(|(&byte, i)| Symbol {
-        id: merges.byte_ids[byte as usize],
+        id: merges.byte_id(byte),
         next: i + 1,
         previous: i.wrapping_sub(1),
     }));
@@ -199,7 +135,7 @@ fn encode_long(merges: &Merges, word: &[u8], scratch: &mut MergeScratch, out: &m
         if rank == NO_RANK {
             break;
         }
-        let id = merges.result[rank as usize];
+        let id = merges.made(rank);
         let Symbol { next: right, previous, .. } = symbols[at];
         let next = symbols[right as usize].next;
         symbols[at] = Symbol { id, next, previous };
@@ -210,12 +146,12 @@ fn encode_long(merges: &Merges, word: &[u8], scratch: &mut MergeScratch, out: &m
             None => NO_RANK,
             Some(after) => {
                 after.previous = at as u32;
-                known(merges.ranks.of(id, after.id))
+                known(merges.rank(id, after.id))
             }
         };
         lowest.set(at, with_next);
         if let Some(before) = symbols.get(previous as usize) {
-            lowest.set(previous as usize, known(merges.ranks.of(before.id, id)));
+            lowest.set(previous as usize, known(merges.rank(before.id, id)));
         }
     }
     let mut i = 0;

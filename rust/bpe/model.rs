@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::added::AddedTokens;
 use super::classes::Classes;
-use super::merge::Merges;
+use super::ranks::Merges;
 use super::scan::Family;
 use super::whole::Whole;
 

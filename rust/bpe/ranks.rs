@@ -1,6 +1,8 @@
-//! Which two tokens merge, and how early.
+//! Which two tokens merge, how early, and into what.
 
-/// No merge. Ids and ranks below this fit a [`Ranks`].
+#![allow(clippy::inline_always)] // compiled into the caller, once for each set of instructions
+
+/// No merge. Ids and ranks are below this.
 pub(crate) const NONE: u32 = (1 << BITS) - 1;
 
 /// Bits of an id or a rank: three of them fit one slot.
@@ -9,7 +11,7 @@ const FREE: u64 = u64::MAX;
 
 /// (left, right) -> rank, by open addressing: one read of memory a look-up, mostly.
 #[derive(Debug)]
-pub(crate) struct Ranks {
+struct Ranks {
     /// left, right and rank, from the highest bits down.
     slots: Vec<u64>,
     shift: u32,
@@ -19,8 +21,8 @@ pub(crate) struct Ranks {
 }
 
 impl Ranks {
-    /// `merges` holds (left, right, new id) in the order of their ranks; of two with the same pair the later one counts.
-    pub(crate) fn new(merges: &[(u32, u32, u32)]) -> Self {
+    /// As [`Merges::new`].
+    fn new(merges: &[(u32, u32, u32)]) -> Self {
         // A quarter is free at least: `seen` keeps away most look-ups of pairs that are not there.
         let size = (merges.len() * 4 / 3).next_power_of_two().max(16);
         let mut ranks = Self {
@@ -57,7 +59,7 @@ impl Ranks {
 
     /// Rank of the merge of two tokens, [`NONE`] if there is none.
     #[inline(always)]
-    pub(crate) fn of(&self, left: u32, right: u32) -> u32 {
+    fn of(&self, left: u32, right: u32) -> u32 {
         let (word, bit) = self.bit(hash(pair(left, right)));
         if self.seen[word] & bit == 0 {
             return NONE;
@@ -75,4 +77,73 @@ fn pair(left: u32, right: u32) -> u64 {
 #[inline(always)]
 fn hash(pair: u64) -> u64 {
     pair.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// The merges of one model.
+#[derive(Debug)]
+pub(crate) struct Merges {
+    /// Token of every single byte.
+    byte_ids: [u32; 256],
+    /// Rank of the merge of every two bytes: every word begins with these, and the table stays in the cache.
+    byte_ranks: Vec<u32>,
+    ranks: Ranks,
+    /// New id of each rank.
+    result: Vec<u32>,
+    /// Of each rank, [`Self::is_calm`].
+    calm: Vec<bool>,
+}
+
+impl Merges {
+    /// `merges` holds (left, right, new id) in the order of their ranks; of two with the same pair the later one counts.
+    /// Ids and ranks are below [`NONE`].
+    pub(crate) fn new(byte_ids: &[u32; 256], merges: &[(u32, u32, u32)]) -> Self {
+        let ranks = Ranks::new(merges);
+        let pairs = byte_ids.iter().flat_map(|&left| byte_ids.map(|right| (left, right)));
+        let byte_ranks = pairs.map(|(left, right)| ranks.of(left, right)).collect();
+        let result = merges.iter().map(|m| m.2).collect();
+        let ids = merges.iter().map(|m| m.0.max(m.1).max(m.2) as usize + 1).max().unwrap_or(0);
+        let mut first_use = vec![NONE; ids];
+        for (rank, &(left, right, _)) in merges.iter().enumerate().rev() {
+            first_use[left as usize] = rank as u32;
+            first_use[right as usize] = rank as u32;
+        }
+        let is_calm = |(merge, rank): (&(u32, u32, u32), u32)| first_use[merge.2 as usize] > rank;
+        let calm = merges.iter().zip(0u32..).map(is_calm).collect();
+        Self { byte_ids: *byte_ids, byte_ranks, ranks, result, calm }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.result.len()
+    }
+
+    /// The token that the merge of a rank makes.
+    #[inline(always)]
+    pub(crate) fn made(&self, rank: u32) -> u32 {
+        self.result[rank as usize]
+    }
+
+    /// Whether every merge that uses the token which the merge of this rank makes has a higher rank.
+    #[inline(always)]
+    pub(crate) fn is_calm(&self, rank: u32) -> bool {
+        self.calm[rank as usize]
+    }
+
+    /// Token of a single byte.
+    #[inline(always)]
+    pub(crate) fn byte_id(&self, byte: u8) -> u32 {
+        self.byte_ids[byte as usize]
+    }
+
+    /// Rank of the merge of two tokens, [`NONE`] if there is none.
+    #[inline(always)]
+    pub(crate) fn rank(&self, left: u32, right: u32) -> u32 {
+        self.ranks.of(left, right)
+    }
+
+    /// Rank of the merge of two bytes.
+    #[inline(always)]
+    pub(crate) fn byte_rank(&self, left: u8, right: u8) -> u32 {
+        self.byte_ranks[usize::from(left) << 8 | usize::from(right)]
+    }
 }

@@ -8,17 +8,16 @@ use serde_json::Value;
 use super::added::{AddedToken, AddedTokens};
 use super::classes::Classes;
 use super::file::{File, FileMerge, FileToken, Ids, Model, parse};
-use super::merge::Merges;
 use super::model::{Bpe, next_owner};
 use super::normal;
-use super::ranks;
+use super::ranks::{Merges, NONE};
 use super::refusal::Refusal;
 use super::scan::Family;
 use super::symbols::Symbols;
 use super::whole::{Whole, proven};
 
 /// Ids from here on are not ours: tables are indexed by id.
-const MAX_ID: u32 = ranks::NONE;
+const MAX_ID: u32 = NONE;
 /// Longer added tokens would make every look-ahead as long.
 const MAX_ADDED_BYTES: usize = 4096;
 

@@ -8,8 +8,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use super::merge::Merges;
-use super::ranks::NONE;
+use super::ranks::{Merges, NONE};
 
 /// No position, no list.
 const NOWHERE: u32 = u32::MAX;

@@ -1,8 +1,7 @@
 //! Words that are one token, found without a merge: most words that nobody has seen before are.
 
 use super::key::Key;
-use super::merge::Merges;
-use super::ranks::{BITS, NONE};
+use super::ranks::{BITS, Merges, NONE};
 
 const FREE: u64 = u64::MAX;
 

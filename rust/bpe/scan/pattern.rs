@@ -56,7 +56,9 @@ impl Pattern {
         let alternatives = parser.choice(false)?;
         parser.rest.next().is_none().then_some(())?;
         let mut alternatives = joined(alternatives)?;
-        alternatives.iter_mut().for_each(|nodes| simplify_whole(nodes));
+        for nodes in &mut alternatives {
+            simplify_whole(nodes);
+        }
         Some(Self(alternatives))
     }
 }
