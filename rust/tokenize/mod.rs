@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::read::chat::RESERVED;
 use crate::template::{Fallback, Template};
 pub use control::Control;
-use engine::{add_tokens, both, checked, recognised, signed, surroundings};
+use engine::{add_tokens, both, check_dropout, checked, recognised, signed, surroundings};
 use guard::guarded;
 pub use outline::outline;
 pub use source::{Added, Source};
@@ -78,6 +78,7 @@ impl Tokenizer {
             let json = source.json.as_bytes();
             (guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?, None)
         };
+        check_dropout(&inner)?;
         let beyond = guarded("tokenizer.json", || {
             inner.with_truncation(None)?;
             inner.with_padding(None);
