@@ -23,11 +23,18 @@ pub(super) fn boundary(
     options: &Options,
     pair: &mut Pair,
 ) -> Result<(), Refusal> {
-    let tails =
-        if texts.are_strings { append_eos(&mut texts, tokenizer, options) } else { [None; 2] };
-    let sides = Sides { texts, tails, tokenizer, options };
+    let endings = if texts.are_strings {
+        append_eos(&mut texts, tokenizer, options)
+    } else {
+        Default::default()
+    };
+    let tails = endings.map(|ending| ending.tail);
+    let mut sides = Sides { texts, tails, tokenizer, options };
     PAIR_IDS.with_borrow_mut(|ids| {
         sides.encode(ids)?;
+        if sides.lacks_eos(&endings, ids, pair) {
+            sides.encode(ids)?;
+        }
         match options.boundary {
             Boundary::Trl => sides.trl(ids, pair)?,
             Boundary::Joint | Boundary::Separate => sides.own(ids, pair)?,
@@ -36,19 +43,27 @@ pub(super) fn boundary(
     })
 }
 
-/// Gives strings EOS, as its text where that is a token, unless the surroundings bring it. Returns what is to be put
-/// behind the ids of each side.
-fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -> [Option<i32>; 2] {
+/// How a text ends.
+#[derive(Clone, Copy, Default)]
+struct Ending {
+    /// What is to be put behind its ids.
+    tail: Option<i32>,
+    /// It ends with the text of EOS, and had so many bytes before that was put there.
+    spelt: Option<usize>,
+}
+
+/// Gives strings EOS, as its text where that is a token, unless the surroundings bring it.
+fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -> [Ending; 2] {
     let (_, behind) = tokenizer.surroundings();
-    let Some(eos) = tokenizer.eos().map(|id| id as i32) else { return [None; 2] };
+    let Some(eos) = tokenizer.eos().map(|id| id as i32) else { return Default::default() };
     let brought = options.boundary != Boundary::Trl && behind.last() == Some(&eos);
-    let tail = (!brought).then_some(eos);
+    let ending = Ending { tail: (!brought).then_some(eos), spelt: None };
     let cut = texts.cut;
     texts.whole.each_mut().map(|whole| {
         // TRL spells EOS even where the tokenizer then splits it.
         let as_trl = options.boundary == Boundary::Trl && options.special_text != SpecialText::Text;
         let spelt = if as_trl { tokenizer.eos_spelling() } else { tokenizer.eos_text() };
-        let Some(spelt) = spelt else { return tail };
+        let Some(spelt) = spelt else { return ending };
         let ends_with_eos = whole.get(cut..).is_some_and(|side| side.ends_with(spelt));
         if options.special_text == SpecialText::Text {
             if ends_with_eos {
@@ -58,12 +73,16 @@ fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -
                     Cow::Owned(text) => text.truncate(end),
                 }
             }
-            return tail;
+            return ending;
         }
-        if !brought && !ends_with_eos {
+        if brought {
+            return Ending::default();
+        }
+        let before = whole.len();
+        if !ends_with_eos {
             whole.to_mut().push_str(spelt);
         }
-        None
+        Ending { tail: None, spelt: Some(before) }
     })
 }
 
@@ -95,6 +114,29 @@ struct Sides<'a> {
 }
 
 impl Sides<'_> {
+    /// Whether a text whose end spells EOS gave other ids, as it may with what stands before it. Our boundaries then
+    /// put the id there, and the texts are to be encoded again; TRL's has no such rule.
+    fn lacks_eos(&mut self, endings: &[Ending; 2], ids: &PairIds, pair: &mut Pair) -> bool {
+        let eos = self.tokenizer.eos().map(|id| id as i32);
+        let mut lacks = false;
+        for (i, (ending, ids)) in endings.iter().zip([&ids.first, &ids.second]).enumerate() {
+            let Some(before) = ending.spelt.filter(|_| ids.last().copied() != eos) else {
+                continue;
+            };
+            if self.options.boundary == Boundary::Trl {
+                pair.warn(Warning::EosAsText);
+                continue;
+            }
+            self.tails[i] = eos;
+            match &mut self.texts.whole[i] {
+                Cow::Borrowed(text) => *text = text.get(..before).unwrap_or_default(),
+                Cow::Owned(text) => text.truncate(before),
+            }
+            lacks = true;
+        }
+        lacks
+    }
+
     /// Whether control tokens that the texts spell stay text wherever they stand.
     fn all_is_text(&self) -> bool {
         self.texts.are_strings && self.options.special_text == SpecialText::Text
