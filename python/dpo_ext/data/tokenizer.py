@@ -161,6 +161,12 @@ class Tokenizer:
         return self._state["template"]
 
     @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """All templates that conversations may be rendered by: with tools another one may serve."""
+        templates = (self._state["template"], self._state["tool_template"])
+        return tuple(text for text in templates if text is not None)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         notes = []
         if self._state["read_by"] is not None:
