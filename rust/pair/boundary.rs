@@ -5,11 +5,13 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::factors::product;
+use super::forged::is_kept;
 use super::options::{Boundary, Options, SpecialText};
 use super::outcome::{Pair, Refusal};
 use super::text::Texts;
 use crate::bpe::{Found, Inside, PairIds};
-use crate::error::{Error, Result, Warning};
+use crate::error::{Error, Reason, Result, Warning};
+use crate::read::bad::Bad;
 use crate::tokenize::Tokenizer;
 
 thread_local! {
@@ -34,6 +36,9 @@ pub(super) fn boundary(
         sides.encode(ids)?;
         if sides.lacks_eos(&endings, ids, pair) {
             sides.encode(ids)?;
+        }
+        if sides.texts.is_suspect {
+            sides.check_strings(ids)?;
         }
         match options.boundary {
             Boundary::Trl => sides.trl(ids, pair)?,
@@ -90,18 +95,16 @@ fn common_ids(a: &[i32], b: &[i32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Encodes text in which the control tokens around the bytes `marks` stay text; `marks` are relative to `start`.
-fn encode_marked(
+/// Encodes the text that begins at the byte `start` of another one, in which control tokens stay text but where they are
+/// `kept`.
+fn encode_kept(
     text: &str,
     start: usize,
-    marks: &[usize],
+    kept: &[Range<usize>],
     tokenizer: &Tokenizer,
 ) -> Result<(Vec<i32>, Vec<u32>)> {
-    tokenizer.encode_as_text(text, &|found: &Found| {
-        let inside = start + found.start..start + found.end;
-        let first = marks.partition_point(|mark| *mark <= inside.start);
-        !marks.get(first).is_some_and(|mark| inside.contains(mark))
-    })
+    let control = tokenizer.control();
+    tokenizer.encode_as_text(text, &|found: &Found| is_kept(found, start, kept, control))
 }
 
 /// Both sides of a row on their way from text to ids.
@@ -137,15 +140,41 @@ impl Sides<'_> {
         lacks
     }
 
-    /// Whether control tokens that the texts spell stay text wherever they stand.
-    fn all_is_text(&self) -> bool {
-        self.texts.are_strings && self.options.special_text == SpecialText::Text
-    }
-
-    /// The ids of `text` and where they end, without any control token.
-    fn encode_as_text(&self, text: &str) -> Result<(Vec<i32>, Vec<u32>)> {
-        let control = self.tokenizer.control();
-        self.tokenizer.encode_as_text(text, &|found: &Found| !control.has(found.id))
+    /// Holds that no words of strings became a control token: by their normal form, across the border, or as a merge.
+    fn check_strings(&self, ids: &PairIds) -> Result<(), Refusal> {
+        let Self { tokenizer, options, .. } = self;
+        let control = tokenizer.control();
+        let eos = tokenizer.eos().map(|id| id as i32);
+        let prompt = match options.boundary {
+            Boundary::Separate => self.separate_prompt()?,
+            Boundary::Joint | Boundary::Trl => Vec::new(),
+        };
+        // A text that ends with EOS, or is given it, has it there.
+        let side = |ids: &'_ [i32]| {
+            let is_eos =
+                |last: &&i32| Some(**last) == eos && options.special_text == SpecialText::Error;
+            control.of(ids
+                .get(..ids.len() - ids.last().filter(is_eos).into_iter().count())
+                .unwrap_or_default())
+        };
+        let keys = &options.keys;
+        let found = [
+            (control.of(&prompt), &keys.prompt),
+            (side(&ids.first), &keys.chosen),
+            (side(&ids.second), &keys.rejected),
+        ];
+        if let Some((_, key)) = found.iter().find(|(found, _)| !found.is_empty()) {
+            let message = match options.special_text {
+                SpecialText::Error => {
+                    "expected plain text, found text that becomes a control token with its prompt"
+                }
+                _ => {
+                    "found a control token that cannot be kept as text: it is an ordinary merge, too"
+                }
+            };
+            return Err(Bad::new(Reason::SpecialTokenInText, key, message).into());
+        }
+        Ok(())
     }
 
     /// Encodes both texts, of which `boundary="separate"` leaves the prompt away.
@@ -155,16 +184,11 @@ impl Sides<'_> {
         let start = if self.options.boundary == Boundary::Separate { cut } else { 0 };
         let both = texts.whole.each_ref().map(|whole| whole.get(start..).unwrap_or_default());
         let [first, second] = both;
-        let ((first, first_ends), (second, second_ends)) = if self.all_is_text() {
-            (self.encode_as_text(first)?, self.encode_as_text(second)?)
-        } else if let Some([marks, rejected_marks]) = &texts.marks {
-            (
-                encode_marked(first, start, marks, tokenizer)?,
-                encode_marked(second, start, rejected_marks, tokenizer)?,
-            )
-        } else {
+        let Some([kept, rejected_kept]) = &texts.kept else {
             return tokenizer.encode_pair(both, cut, ids);
         };
+        let (first, first_ends) = encode_kept(first, start, kept, tokenizer)?;
+        let (second, second_ends) = encode_kept(second, start, rejected_kept, tokenizer)?;
         let inside = [Inside::of(&first_ends, cut), Inside::of(&second_ends, cut)];
         *ids = PairIds { first, second, inside, reused: 0 };
         Ok(())
@@ -272,22 +296,16 @@ impl Sides<'_> {
 
     /// The bytes that each id of `text` covers; it is text `i` from the byte `start` on.
     fn covered(&self, i: usize, text: &str, start: usize) -> Result<Vec<Range<usize>>> {
-        let (ids, ends) = match &self.texts.marks {
-            _ if self.all_is_text() => self.encode_as_text(text)?,
-            Some(marks) => encode_marked(text, start, &marks[i], self.tokenizer)?,
-            None => return self.tokenizer.covered(text),
-        };
+        let Some(kept) = &self.texts.kept else { return self.tokenizer.covered(text) };
+        let (ids, ends) = encode_kept(text, start, &kept[i], self.tokenizer)?;
         self.tokenizer.aligned(text, &ids, &ends)
     }
 
     /// The ids of the prompt alone.
     fn separate_prompt(&self) -> Result<Vec<i32>> {
         let Self { texts, tokenizer, .. } = self;
-        if self.all_is_text() {
-            return Ok(self.encode_as_text(texts.prompt())?.0);
-        }
-        match &texts.marks {
-            Some([marks, _]) => Ok(encode_marked(texts.prompt(), 0, marks, tokenizer)?.0),
+        match &texts.kept {
+            Some([kept, _]) => Ok(encode_kept(texts.prompt(), 0, kept, tokenizer)?.0),
             None => tokenizer.encode_plain(texts.prompt()),
         }
     }
@@ -296,13 +314,8 @@ impl Sides<'_> {
     fn end_of(&self, count: usize) -> Result<usize> {
         let Self { texts, tokenizer, .. } = self;
         let text = &texts.whole[0];
-        let ends = if self.all_is_text() {
-            self.encode_as_text(text)?.1
-        } else if let Some([marks, _]) = &texts.marks {
-            encode_marked(text, 0, marks, tokenizer)?.1
-        } else {
-            return tokenizer.end_of(text, count);
-        };
+        let Some([kept, _]) = &texts.kept else { return tokenizer.end_of(text, count) };
+        let ends = encode_kept(text, 0, kept, tokenizer)?.1;
         Ok(count.checked_sub(1).and_then(|i| ends.get(i)).map_or(0, |end| *end as usize))
     }
 }

@@ -1,54 +1,211 @@
 //! Control tokens, and how to find them in text.
 
-use crate::template::Template;
+use std::collections::BTreeSet;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+
+use crate::template::{Literals, strip};
+
+/// An added token, as far as it matters here.
+pub(super) struct Candidate {
+    pub(super) id: i32,
+    pub(super) text: String,
+    pub(super) special: bool,
+    /// Searched in normalised text, by a tokenizer that normalises.
+    pub(super) normalised: bool,
+}
 
 /// Tokens that steer a model: special ones, and those that the chat template itself writes between turns.
+///
+/// Every spelling of one begins and ends with a *telling* character. A text without any can be in a control token only
+/// where a template writes the beginning and the end of it around the text: at a *seam*.
 #[derive(Default)]
 pub struct Control {
-    finder: Option<aho_corasick::AhoCorasick>,
+    tokens: Vec<Candidate>,
+    finder: Option<AhoCorasick>,
     ids: Vec<i32>,
+    /// The telling characters, and the first byte of each.
+    telling: BTreeSet<char>,
+    leads: Vec<u8>,
+    /// Any character that is not ASCII may become a telling one.
+    wide: bool,
+    /// Any text may become a control token: what the normaliser does is not known.
+    any: bool,
+    /// Control tokens at whose seams a text may stand.
+    seamed: Vec<String>,
+    /// A template may make a control token of texts that are in no seam and have no telling character.
+    makes: bool,
+    /// Control tokens whose spelling gives their id even where it stays text.
+    pub(super) merged: Vec<String>,
+    /// A mark inside a control token makes it text.
+    breaks: bool,
+    /// Characters of private use in the spellings.
+    private: BTreeSet<char>,
 }
 
 impl Control {
-    /// The control tokens of `inner` beside these templates; special ones are none where their spelling stays text.
+    /// The control tokens among `tokens`, by what templates write; `wide` where the normaliser is NFC.
     pub(super) fn new(
-        inner: &tokenizers::Tokenizer,
-        templates: &[&Template],
-        split_special: bool,
+        tokens: Vec<Candidate>,
+        literals: &[Literals],
+        named: &[(String, String)],
+        sources: &[String],
+        wide: bool,
     ) -> Self {
-        let structure =
-            |token: &str| templates.iter().any(|template| template.source().contains(token));
-        let mut texts = Vec::new();
-        let mut ids = Vec::new();
-        for (id, token) in inner.get_added_tokens_decoder() {
-            let written = structure(&token.content);
+        let named: Vec<&str> = named.iter().map(|(_, text)| text.as_str()).collect();
+        let is_seamed = |token: &str| {
+            literals.iter().any(|literals| {
+                let texts =
+                    || literals.texts.iter().map(String::as_str).chain(named.iter().copied());
+                texts().any(|text| begins(text, token)) && texts().any(|text| ends(text, token))
+            })
+        };
+        let is_control = |token: &Candidate| {
             // `<think>` in an answer is the token that training expects, although templates mention it.
-            let reasoning = token.content.contains("think") || token.content.contains("reason");
-            if split_special && token.special {
-                continue;
-            }
-            if !token.content.is_empty() && (token.special || (written && !reasoning)) {
-                texts.push(token.content.clone());
-                ids.push(id as i32);
+            let reasoning = token.text.contains("think") || token.text.contains("reason");
+            let written = || sources.iter().any(|source| source.contains(&token.text));
+            !token.text.is_empty()
+                && (token.special || (!reasoning && (written() || is_seamed(&token.text))))
+        };
+        let tokens: Vec<Candidate> = tokens.into_iter().filter(is_control).collect();
+        let finder = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .build(tokens.iter().map(|token| &token.text))
+            .ok()
+            .filter(|_| !tokens.is_empty());
+        let mut ids: Vec<i32> = tokens.iter().map(|token| token.id).collect();
+        ids.sort_unstable();
+        let mut telling = BTreeSet::new();
+        for token in &tokens {
+            let ends = [token.text.chars().next(), token.text.chars().next_back()];
+            for c in ends.into_iter().flatten() {
+                // A template may write letters large or small.
+                telling.extend(c.to_lowercase().chain(c.to_uppercase()).chain([c]));
             }
         }
-        let finder = aho_corasick::AhoCorasick::builder()
-            .match_kind(aho_corasick::MatchKind::LeftmostLongest)
-            .build(&texts)
-            .ok()
-            .filter(|_| !texts.is_empty());
-        ids.sort_unstable();
-        Self { finder, ids }
+        let mut leads: Vec<u8> =
+            telling.iter().map(|c| c.encode_utf8(&mut [0; 4]).as_bytes()[0]).collect();
+        leads.dedup();
+        let loose = tokens.iter().any(|token| token.normalised);
+        let seamed: Vec<String> = tokens
+            .iter()
+            .map(|token| &token.text)
+            .filter(|text| is_seamed(text))
+            .cloned()
+            .collect();
+        let mut control = Self {
+            private: tokens
+                .iter()
+                .flat_map(|token| token.text.chars())
+                .filter(is_private)
+                .collect(),
+            tokens,
+            finder,
+            ids,
+            telling,
+            leads,
+            wide: loose && wide,
+            any: loose && !wide,
+            seamed,
+            makes: false,
+            merged: Vec::new(),
+            breaks: true,
+        };
+        let is_made = |literals: &Literals| {
+            let replaces = |text: &String| control.is_telling(text) || control.is_part(text);
+            literals.makes
+                || literals.replacements.iter().any(replaces)
+                || (literals.cuts && !control.seamed.is_empty())
+        };
+        control.makes = !control.ids.is_empty() && literals.iter().any(is_made);
+        control
+    }
+
+    /// Notes whether a mark makes a control token text, where the normaliser might take it away.
+    pub(super) fn test_marks(&mut self, encode: impl Fn(&str) -> Vec<i32>) {
+        const MARK: char = '\u{e000}';
+        let stays =
+            |token: &Candidate| encode(&self.broken(&token.text, true, MARK)).contains(&token.id);
+        self.breaks = !(self.wide || self.any) || !self.tokens.iter().any(stays);
+    }
+
+    /// Tokens of some kind whose spelling gives their id where it should stay text, as `as_text` encodes it.
+    pub(super) fn merges(
+        &self,
+        as_text: impl Fn(&str) -> Vec<i32>,
+        kind: impl Fn(&Candidate) -> bool,
+    ) -> Vec<String> {
+        let is_merged = |token: &&Candidate| {
+            let text = &token.text;
+            let beside =
+                [text.clone(), format!(" {text}"), format!("a{text}a"), format!("\n{text}\n")];
+            beside.iter().any(|text| as_text(text).contains(&token.id))
+        };
+        let found = self.tokens.iter().filter(|token| kind(token)).filter(is_merged);
+        found.map(|token| token.text.clone()).collect()
     }
 
     /// Whether `text` spells a control token.
     pub fn occurs_in(&self, text: &str) -> bool {
-        self.finder.as_ref().is_some_and(|finder| finder.is_match(text))
+        self.has_lead(text) && self.finder.as_ref().is_some_and(|finder| finder.is_match(text))
+    }
+
+    fn has_lead(&self, text: &str) -> bool {
+        let bytes = text.as_bytes();
+        match *self.leads {
+            [] => false,
+            [a] => memchr::memchr(a, bytes).is_some(),
+            [a, b] => memchr::memchr2(a, b, bytes).is_some(),
+            [a, b, c] => memchr::memchr3(a, b, c, bytes).is_some(),
+            _ => bytes.iter().any(|byte| self.leads.contains(byte)),
+        }
+    }
+
+    fn tells(&self, c: char) -> bool {
+        self.telling.contains(&c) || (self.wide && !c.is_ascii())
+    }
+
+    /// Whether a text may become a control token by itself, or with another one before or behind it.
+    pub fn is_telling(&self, text: &str) -> bool {
+        self.any && !self.ids.is_empty()
+            || self.wide && !text.is_ascii()
+            || self.has_lead(text) && text.chars().any(|c| self.tells(c))
+    }
+
+    /// Whether a text stands in a control token at whose seams a template may put it.
+    pub fn is_part(&self, text: &str) -> bool {
+        let text = strip(text);
+        !text.is_empty() && self.seamed.iter().any(|token| token.contains(text))
+    }
+
+    /// Whether a template may make a control token of any text.
+    pub fn is_made(&self) -> bool {
+        self.makes
+    }
+
+    /// Whether [`Self::broken`] makes each control token text.
+    pub fn breaks(&self) -> bool {
+        self.breaks
+    }
+
+    /// Control tokens whose spelling gives their id even where it stays text: they are ordinary merges, too.
+    pub fn merged(&self) -> &[String] {
+        &self.merged
     }
 
     /// Whether `id` is a control token.
     pub fn has(&self, id: i32) -> bool {
         self.ids.binary_search(&id).is_ok()
+    }
+
+    /// The control tokens among ids, in their order.
+    pub fn of(&self, ids: &[i32]) -> Vec<i32> {
+        ids.iter().copied().filter(|id| self.has(*id)).collect()
+    }
+
+    /// A character that stands neither in `text` nor in a control token.
+    pub fn mark(&self, text: &str) -> Option<char> {
+        ('\u{e000}'..='\u{f8ff}').find(|c| !self.private.contains(c) && !text.contains(*c))
     }
 
     /// Puts `mark` inside every control token that `text` spells, behind its first character.
@@ -64,5 +221,125 @@ impl Control {
         }
         out.push_str(text.get(done..).unwrap_or_default());
         out
+    }
+
+    /// Puts `mark` on both sides of all that a control token could be made of: every telling character; every text that
+    /// is part of a token with seams; and, where templates may make more of a text and it is `free`, every character.
+    /// White space around a text stays around it.
+    pub fn broken(&self, text: &str, free: bool, mark: char) -> String {
+        let all = self.any || (free && self.makes);
+        let whole = all || self.is_part(text);
+        let inner = strip(text);
+        let start = if inner.is_empty() {
+            text.len()
+        } else {
+            inner.as_ptr() as usize - text.as_ptr() as usize
+        };
+        let end = start + inner.len();
+        let mut out = String::with_capacity(text.len() + 16);
+        let mut last = None;
+        let mut push = |c: char| {
+            if c != mark || last != Some(mark) {
+                out.push(c);
+            }
+            last = Some(c);
+        };
+        for (at, c) in text.char_indices() {
+            let (is_first, is_behind) = (whole && at == start, at + c.len_utf8() == end && whole);
+            let apart = self.tells(c) || (all && (start..end).contains(&at));
+            if apart || is_first {
+                push(mark);
+            }
+            push(c);
+            if apart || is_behind {
+                push(mark);
+            }
+        }
+        out
+    }
+}
+
+fn is_private(c: &char) -> bool {
+    ('\u{e000}'..='\u{f8ff}').contains(c)
+}
+
+/// Whether a control token may begin with the end of `text`, and go on behind it.
+fn begins(text: &str, token: &str) -> bool {
+    let Some(first) = token.chars().next() else { return false };
+    let near = text.len().saturating_sub(token.len());
+    let ends = text.match_indices(first).filter(|(at, _)| *at >= near);
+    let mut ends = ends.filter_map(|(at, _)| text.get(at..));
+    ends.any(|end| end.len() < token.len() && token.starts_with(end)) || is_inside(text, token)
+}
+
+/// Whether a control token may end with the beginning of `text`.
+fn ends(text: &str, token: &str) -> bool {
+    let Some(last) = token.chars().next_back() else { return false };
+    let starts = text.match_indices(last).take_while(|(at, _)| *at < token.len());
+    let mut starts = starts.filter_map(|(at, found)| text.get(..at + found.len()));
+    starts.any(|start| start.len() < token.len() && token.ends_with(start))
+        || is_inside(text, token)
+}
+
+/// Whether `text` is a piece of a token that is written piece by piece; words are what templates compare.
+fn is_inside(text: &str, token: &str) -> bool {
+    text.len() < token.len() && !text.chars().all(char::is_alphanumeric) && token.contains(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control(template: &[&str], tokens: &[&str]) -> Control {
+        let tokens = tokens.iter().enumerate().map(|(id, text)| Candidate {
+            id: id as i32,
+            text: (*text).to_owned(),
+            special: true,
+            normalised: false,
+        });
+        let texts: Vec<String> = template.iter().map(|text| (*text).to_owned()).collect();
+        let literals = [Literals { texts: texts.clone(), ..Literals::default() }];
+        Control::new(tokens.collect(), &literals, &[], &texts, false)
+    }
+
+    #[test]
+    fn a_seam_is_where_a_template_writes_both_ends_of_a_token() {
+        let cases = [
+            (vec!["<|im_start|>", "\n", "<|im_end|>\n"], false),
+            (vec!["<|", "|>"], true),
+            (vec!["<|im_", "|>\n"], true),
+            (vec!["<", "|", ">"], true),
+            (vec!["x <|im_", "\n"], false),
+            (vec!["start", "end", "a b"], false),
+        ];
+        for (template, want) in cases {
+            let control = control(&template, &["<|im_start|>", "<|im_end|>"]);
+            assert_eq!(control.is_part(" end "), want, "{template:?}");
+            assert!(!control.is_part("other"));
+        }
+    }
+
+    #[test]
+    fn marks_stand_around_what_could_be_a_token() {
+        let plain = control(&["<|end|>"], &["<|end|>"]);
+        assert_eq!(plain.broken(" a < b|>", true, '~'), " a ~<~ b|~>~");
+        assert_eq!(plain.broken("end", true, '~'), "end");
+        let seamed = control(&["<|", "|>"], &["<|end|>"]);
+        assert_eq!(seamed.broken("\n end  ", true, '~'), "\n ~end~  ");
+        assert_eq!(seamed.broken("<>", true, '~'), "~<~>~");
+        assert_eq!(plain.broken("  ", true, '~'), "  ");
+        let all = Control { makes: true, ..control(&["<|end|>"], &["<|end|>"]) };
+        assert_eq!(all.broken(" ab ", true, '~'), " ~a~b~ ");
+        assert_eq!(all.broken("ab", false, '~'), "ab");
+    }
+
+    #[test]
+    fn texts_that_tell_nothing_are_known_by_their_bytes() {
+        let control = control(&["<|end|>"], &["<|end|>", "[INST]"]);
+        assert!(!control.is_telling("no sign, and \u{e9}"));
+        for text in ["a <", "x>y", "[", "a]"] {
+            assert!(control.is_telling(text));
+        }
+        assert!(!Control::default().is_telling("<|end|>"));
     }
 }
