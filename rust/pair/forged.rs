@@ -66,7 +66,10 @@ impl Word<'_> {
     pub(super) fn is_suspect(self, control: &Control) -> bool {
         match self {
             Self::Text(text) => {
-                control.is_telling(text) || control.is_made() || control.is_part(text)
+                control.is_telling(text)
+                    || control.is_made()
+                    || control.is_part(text)
+                    || control.has_part(text)
             }
             Self::Key(key) => {
                 control.is_telling(key) || (!KNOWN.contains(&key) && control.is_part(key))

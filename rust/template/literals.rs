@@ -5,7 +5,7 @@ use minijinja::machinery::{self, Token};
 use super::jinja::syntax;
 
 /// Filters and methods that take texts apart.
-const CUTS: [&str; 24] = [
+const CUTS: [&str; 18] = [
     "split",
     "rsplit",
     "splitlines",
@@ -24,13 +24,9 @@ const CUTS: [&str; 24] = [
     "truncate",
     "list",
     "reverse",
-    "upper",
-    "lower",
-    "title",
-    "capitalize",
-    "swapcase",
-    "format",
 ];
+/// Those that write letters large or small.
+const CASES: [&str; 5] = ["upper", "lower", "title", "capitalize", "swapcase"];
 /// Those that write characters which no text of the template has.
 const MAKES: [&str; 4] = ["striptags", "urlize", "xmlattr", "format"];
 
@@ -41,6 +37,8 @@ pub struct Literals {
     pub texts: Vec<String>,
     /// It may take a given text apart.
     pub cuts: bool,
+    /// It may write the letters of a given text large or small.
+    pub cases: bool,
     /// What stands in the place of something that it replaces.
     pub replacements: Vec<String>,
     /// It may write anything.
@@ -63,6 +61,7 @@ impl Literals {
             match token {
                 Token::Ident(name) if matches!(before, Some(Token::Dot | Token::Pipe)) => {
                     found.cuts |= CUTS.contains(name);
+                    found.cases |= CASES.contains(name);
                     found.makes |= MAKES.contains(name);
                     if *name == "replace" {
                         found.replace(tokens.get(i + 1..).unwrap_or_default());

@@ -1,5 +1,6 @@
 //! Control tokens, and how to find them in text.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -31,8 +32,12 @@ pub struct Control {
     wide: bool,
     /// Any text may become a control token: what the normaliser does is not known.
     any: bool,
-    /// Control tokens at whose seams a text may stand.
-    seamed: Vec<String>,
+    /// What a text at a seam must say to become a control token.
+    middles: BTreeSet<String>,
+    /// A template may take a text apart, so that parts of it stand at a seam.
+    cuts: bool,
+    /// A template may write letters large or small.
+    cases: bool,
     /// A template may make a control token of texts that are in no seam and have no telling character.
     makes: bool,
     /// Control tokens whose spelling gives their id even where it stays text.
@@ -53,19 +58,20 @@ impl Control {
         wide: bool,
     ) -> Self {
         let named: Vec<&str> = named.iter().map(|(_, text)| text.as_str()).collect();
-        let is_seamed = |token: &str| {
-            literals.iter().any(|literals| {
-                let texts =
-                    || literals.texts.iter().map(String::as_str).chain(named.iter().copied());
-                texts().any(|text| begins(text, token)) && texts().any(|text| ends(text, token))
-            })
+        let middles_of = |token: &str| {
+            let of = |literals: &Literals| {
+                let texts = literals.texts.iter().map(String::as_str).chain(named.iter().copied());
+                middles(token, &texts.collect::<Vec<_>>())
+            };
+            literals.iter().flat_map(of).collect::<BTreeSet<String>>()
         };
         let is_control = |token: &Candidate| {
             // `<think>` in an answer is the token that training expects, although templates mention it.
             let reasoning = token.text.contains("think") || token.text.contains("reason");
             let written = || sources.iter().any(|source| source.contains(&token.text));
             !token.text.is_empty()
-                && (token.special || (!reasoning && (written() || is_seamed(&token.text))))
+                && (token.special
+                    || (!reasoning && (written() || !middles_of(&token.text).is_empty())))
         };
         let tokens: Vec<Candidate> = tokens.into_iter().filter(is_control).collect();
         let finder = AhoCorasick::builder()
@@ -87,12 +93,7 @@ impl Control {
             telling.iter().map(|c| c.encode_utf8(&mut [0; 4]).as_bytes()[0]).collect();
         leads.dedup();
         let loose = tokens.iter().any(|token| token.normalised);
-        let seamed: Vec<String> = tokens
-            .iter()
-            .map(|token| &token.text)
-            .filter(|text| is_seamed(text))
-            .cloned()
-            .collect();
+        let middles = tokens.iter().flat_map(|token| middles_of(&token.text)).collect();
         let mut control = Self {
             private: tokens
                 .iter()
@@ -106,16 +107,16 @@ impl Control {
             leads,
             wide: loose && wide,
             any: loose && !wide,
-            seamed,
+            middles,
+            cuts: literals.iter().any(|literals| literals.cuts),
+            cases: literals.iter().any(|literals| literals.cases),
             makes: false,
             merged: Vec::new(),
             breaks: true,
         };
         let is_made = |literals: &Literals| {
             let replaces = |text: &String| control.is_telling(text) || control.is_part(text);
-            literals.makes
-                || literals.replacements.iter().any(replaces)
-                || (literals.cuts && !control.seamed.is_empty())
+            literals.makes || literals.replacements.iter().any(replaces)
         };
         control.makes = !control.ids.is_empty() && literals.iter().any(is_made);
         control
@@ -172,10 +173,30 @@ impl Control {
             || self.has_lead(text) && text.chars().any(|c| self.tells(c))
     }
 
-    /// Whether a text stands in a control token at whose seams a template may put it.
+    /// Whether a text at a seam, or with others there, may become a control token.
     pub fn is_part(&self, text: &str) -> bool {
         let text = strip(text);
-        !text.is_empty() && self.seamed.iter().any(|token| token.contains(text))
+        !self.middles.is_empty() && !text.is_empty() && {
+            let text = self.folded(text);
+            self.middles.iter().any(|middle| self.folded(middle).contains(&*text))
+        }
+    }
+
+    /// Whether a template may take a text apart so that its parts are one at a seam.
+    pub fn has_part(&self, text: &str) -> bool {
+        self.cuts && !self.middles.is_empty() && {
+            let text = self.folded(text);
+            let has = |middle: &String| {
+                let mut rest = text.chars();
+                self.folded(middle).chars().all(|c| rest.any(|other| other == c))
+            };
+            self.middles.iter().any(has)
+        }
+    }
+
+    /// A text as it is compared.
+    fn folded<'t>(&self, text: &'t str) -> Cow<'t, str> {
+        if self.cases { text.to_lowercase().into() } else { text.into() }
     }
 
     /// Whether a template may make a control token of any text.
@@ -227,7 +248,7 @@ impl Control {
     /// is part of a token with seams; and, where templates may make more of a text and it is `free`, every character.
     /// White space around a text stays around it.
     pub fn broken(&self, text: &str, free: bool, mark: char) -> String {
-        let all = self.any || (free && self.makes);
+        let all = self.any || (free && (self.makes || self.has_part(text)));
         let whole = all || self.is_part(text);
         let inner = strip(text);
         let start = if inner.is_empty() {
@@ -263,22 +284,30 @@ fn is_private(c: &char) -> bool {
     ('\u{e000}'..='\u{f8ff}').contains(c)
 }
 
-/// Whether a control token may begin with the end of `text`, and go on behind it.
-fn begins(text: &str, token: &str) -> bool {
-    let Some(first) = token.chars().next() else { return false };
-    let near = text.len().saturating_sub(token.len());
-    let ends = text.match_indices(first).filter(|(at, _)| *at >= near);
-    let mut ends = ends.filter_map(|(at, _)| text.get(at..));
-    ends.any(|end| end.len() < token.len() && token.starts_with(end)) || is_inside(text, token)
-}
-
-/// Whether a control token may end with the beginning of `text`.
-fn ends(text: &str, token: &str) -> bool {
-    let Some(last) = token.chars().next_back() else { return false };
-    let starts = text.match_indices(last).take_while(|(at, _)| *at < token.len());
-    let mut starts = starts.filter_map(|(at, found)| text.get(..at + found.len()));
-    starts.any(|start| start.len() < token.len() && token.ends_with(start))
-        || is_inside(text, token)
+/// What must stand between two of `texts`, so that the three are the token.
+fn middles(token: &str, texts: &[&str]) -> Vec<String> {
+    let borders = token.char_indices().map(|(at, _)| at).filter(|at| *at > 0);
+    let (mut begins, mut ends) = (Vec::new(), Vec::new());
+    for at in borders {
+        let (begin, end) = token.split_at(at);
+        let pieces = || texts.iter().filter(|text| is_inside(text, token));
+        if texts.iter().any(|text| text.ends_with(begin))
+            || pieces().any(|text| begin.ends_with(*text))
+        {
+            begins.push(at);
+        }
+        if texts.iter().any(|text| text.starts_with(end))
+            || pieces().any(|text| end.starts_with(*text))
+        {
+            ends.push(at);
+        }
+    }
+    let pairs = begins.iter().flat_map(|begin| ends.iter().map(move |end| (*begin, *end)));
+    pairs
+        .filter_map(|(begin, end)| token.get(begin..end))
+        .filter(|middle| !middle.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Whether `text` is a piece of a token that is written piece by piece; words are what templates compare.
