@@ -149,13 +149,11 @@ impl Sides<'_> {
             Boundary::Separate => self.separate_prompt()?,
             Boundary::Joint | Boundary::Trl => Vec::new(),
         };
-        // A text that ends with EOS, or is given it, has it there.
-        let side = |ids: &'_ [i32]| {
-            let is_eos =
-                |last: &&i32| Some(**last) == eos && options.special_text == SpecialText::Error;
-            control.of(ids
-                .get(..ids.len() - ids.last().filter(is_eos).into_iter().count())
-                .unwrap_or_default())
+        let refuses = options.special_text == SpecialText::Error;
+        let side = |ids: &[i32]| match ids.split_last() {
+            // A text that ends with EOS, or is given it, has it there.
+            Some((last, rest)) if refuses && Some(*last) == eos => control.of(rest),
+            _ => control.of(ids),
         };
         let keys = &options.keys;
         let found = [
@@ -163,18 +161,19 @@ impl Sides<'_> {
             (side(&ids.first), &keys.chosen),
             (side(&ids.second), &keys.rejected),
         ];
-        if let Some((_, key)) = found.iter().find(|(found, _)| !found.is_empty()) {
-            let message = match options.special_text {
-                SpecialText::Error => {
-                    "expected plain text, found text that becomes a control token with its prompt"
-                }
-                _ => {
-                    "found a control token that cannot be kept as text: it is an ordinary merge, too"
-                }
-            };
-            return Err(Bad::new(Reason::SpecialTokenInText, key, message).into());
-        }
-        Ok(())
+        let Some((_, key)) = found.iter().find(|(found, _)| !found.is_empty()) else {
+            return Ok(());
+        };
+        let message = if refuses {
+            "expected plain text, found text that becomes a control token with its prompt"
+        } else {
+            if self.texts.kept.is_none() {
+                // The error says which engine can keep it as text.
+                tokenizer.encode_as_text("", &|_| true)?;
+            }
+            "found a control token that cannot be kept as text: it is an ordinary merge, too"
+        };
+        Err(Bad::new(Reason::SpecialTokenInText, key, message).into())
     }
 
     /// Encodes both texts, of which `boundary="separate"` leaves the prompt away.

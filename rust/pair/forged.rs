@@ -21,7 +21,7 @@ use crate::tokenize::{Control, Tokenizer};
 
 /// Roles that templates know, which may name a control token; others are words of the row.
 const ANSWERING: [&str; 2] = ["assistant", "model"];
-/// Keys that templates ask for, and values of the key `type`. They are in no seam.
+/// Keys that templates ask for, and values of the key `type`: they are no words of a row.
 const KNOWN: [&str; 28] = [
     "role",
     "content",
@@ -72,7 +72,7 @@ impl Word<'_> {
                     || control.has_part(text)
             }
             Self::Key(key) => {
-                control.is_telling(key) || (!KNOWN.contains(&key) && control.is_part(key))
+                !KNOWN.contains(&key) && (control.is_telling(key) || control.is_part(key))
             }
             Self::Number(number) => spelt(number).is_some_and(|text| control.is_part(&text)),
         }
@@ -147,7 +147,7 @@ impl Change {
     fn key(self, key: &str, control: &Control) -> String {
         match self {
             Self::Marked(mark) => control.marked(key, mark),
-            Self::Broken(_) if KNOWN.contains(&key) && !control.is_telling(key) => key.to_owned(),
+            Self::Broken(_) if KNOWN.contains(&key) => key.to_owned(),
             Self::Broken(mark) => control.broken(key, false, mark),
         }
     }
@@ -243,7 +243,11 @@ impl Conversation<'_> {
             let message = "the template changes contents that spell a control token, so they cannot be kept as text";
             Refusal::from(failed(self.key, message.to_owned()))
         };
-        let mark = control.mark(self.text).filter(|_| control.breaks()).ok_or_else(lost)?;
+        let mark = control.mark(self.text).ok_or_else(|| {
+            let message = "expected text in which a control token can be told from others like it, found none that the \
+                           tokenizer's normaliser leaves alone";
+            Bad::new(Reason::TemplateError, self.key, message)
+        })?;
         let neutral = self.changed(Change::Broken(mark));
         let wanted = match &neutral {
             Some(text) => Some(control.of(&tokenizer.encode_plain(text)?)),

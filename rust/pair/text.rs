@@ -101,7 +101,9 @@ pub(super) fn texts<'a>(
         is_suspect |= tokenizer.control().is_telling(text);
     }
     is_suspect &= options.special_text != SpecialText::Special;
-    let as_text = is_suspect && options.special_text == SpecialText::Text;
+    // The engine that cannot keep them as text may find none.
+    let as_text =
+        is_suspect && options.special_text == SpecialText::Text && tokenizer.refusal().is_none();
     let different = || {
         let message = "expected the same prompt on both sides, found texts that part in what is asked\nhint: DPO \
                        compares answers to one prompt; where the prompts differ Z(x) does not cancel";

@@ -2,10 +2,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
 use crate::template::{Literals, strip};
+
+/// Characters to mark texts with: those of private use; and, for normalisers that take these away, Yi syllables.
+const MARKS: [RangeInclusive<char>; 2] = ['\u{e000}'..='\u{f8ff}', '\u{a000}'..='\u{a48c}'];
 
 /// An added token, as far as it matters here.
 pub(super) struct Candidate {
@@ -42,10 +46,10 @@ pub struct Control {
     makes: bool,
     /// Control tokens whose spelling gives their id even where it stays text.
     pub(super) merged: Vec<String>,
-    /// A mark inside a control token makes it text.
-    breaks: bool,
-    /// Characters of private use in the spellings.
-    private: BTreeSet<char>,
+    /// Characters that make a control token text where one stands inside; `None` if none is known.
+    marks: Option<RangeInclusive<char>>,
+    /// Those that stand in the spelling of one.
+    spelling: BTreeSet<char>,
 }
 
 impl Control {
@@ -95,11 +99,7 @@ impl Control {
         let loose = tokens.iter().any(|token| token.normalised);
         let middles = tokens.iter().flat_map(|token| middles_of(&token.text)).collect();
         let mut control = Self {
-            private: tokens
-                .iter()
-                .flat_map(|token| token.text.chars())
-                .filter(is_private)
-                .collect(),
+            spelling: tokens.iter().flat_map(|token| token.text.chars()).collect(),
             tokens,
             finder,
             ids,
@@ -112,7 +112,7 @@ impl Control {
             cases: literals.iter().any(|literals| literals.cases),
             makes: false,
             merged: Vec::new(),
-            breaks: true,
+            marks: MARKS.into_iter().next(),
         };
         let is_made = |literals: &Literals| {
             let replaces = |text: &String| control.is_telling(text) || control.is_part(text);
@@ -122,12 +122,17 @@ impl Control {
         control
     }
 
-    /// Notes whether a mark makes a control token text, where the normaliser might take it away.
+    /// Finds marks that the normaliser does not take away, where that could make a control token.
     pub(super) fn test_marks(&mut self, encode: impl Fn(&str) -> Vec<i32>) {
-        const MARK: char = '\u{e000}';
-        let stays =
-            |token: &Candidate| encode(&self.broken(&token.text, true, MARK)).contains(&token.id);
-        self.breaks = !(self.wide || self.any) || !self.tokens.iter().any(stays);
+        if self.wide || self.any {
+            let stays = |mark: char| {
+                let is_there = |token: &Candidate| {
+                    encode(&self.broken(&token.text, true, mark)).contains(&token.id)
+                };
+                self.tokens.iter().any(is_there)
+            };
+            self.marks = MARKS.into_iter().find(|marks| !stays(*marks.start()));
+        }
     }
 
     /// Tokens of some kind whose spelling gives their id where it should stay text, as `as_text` encodes it.
@@ -204,11 +209,6 @@ impl Control {
         self.makes
     }
 
-    /// Whether [`Self::broken`] makes each control token text.
-    pub fn breaks(&self) -> bool {
-        self.breaks
-    }
-
     /// Control tokens whose spelling gives their id even where it stays text: they are ordinary merges, too.
     pub fn merged(&self) -> &[String] {
         &self.merged
@@ -224,9 +224,9 @@ impl Control {
         ids.iter().copied().filter(|id| self.has(*id)).collect()
     }
 
-    /// A character that stands neither in `text` nor in a control token.
+    /// A mark that stands neither in `text` nor in a control token.
     pub fn mark(&self, text: &str) -> Option<char> {
-        ('\u{e000}'..='\u{f8ff}').find(|c| !self.private.contains(c) && !text.contains(*c))
+        self.marks.clone()?.find(|c| !self.spelling.contains(c) && !text.contains(*c))
     }
 
     /// Puts `mark` inside every control token that `text` spells, behind its first character.
@@ -278,10 +278,6 @@ impl Control {
         }
         out
     }
-}
-
-fn is_private(c: &char) -> bool {
-    ('\u{e000}'..='\u{f8ff}').contains(c)
 }
 
 /// What must stand between two of `texts`, so that the three are the token.
