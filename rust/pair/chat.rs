@@ -37,9 +37,11 @@ impl Guard<'_> {
         all: impl FnOnce(&mut dyn FnMut(Word<'v>)),
     ) -> Result<(), Bad> {
         let Self { tokenizer, options, .. } = *self;
+        let is_guarded = options.special_text != SpecialText::Special;
         let mut result = Ok(());
         all(&mut |word| {
-            self.is_suspect = self.is_suspect || word.is_suspect(tokenizer.control());
+            self.is_suspect =
+                self.is_suspect || (is_guarded && word.is_suspect(tokenizer.control()));
             if let (Word::Text(text) | Word::Key(text), true) = (word, result.is_ok()) {
                 result = check_special(text, name, tokenizer, options, pair);
             }
@@ -100,7 +102,7 @@ pub(super) fn texts(
     for (_, value) in &kwargs {
         guard.see("chat_template_kwargs", pair, |see| words(value, see))?;
     }
-    let is_suspect = guard.is_suspect && options.special_text != SpecialText::Special;
+    let is_suspect = guard.is_suspect;
     let template = tokenizer.template(tools.is_some())?;
     let mut variables: Vec<(&str, &Value<'_>)> = Vec::new();
     variables.extend(tools.as_ref().map(|tools| ("tools", tools)));

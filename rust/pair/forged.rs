@@ -121,7 +121,8 @@ pub(super) fn words_of<'v>(message: &'v Value<'_>, see: &mut dyn FnMut(Word<'v>)
     let Value::Object(items) = message else { return words(message, see) };
     for (key, item) in items {
         see(Word::Key(key));
-        if !(key == "role" && is_role(item, message)) && !is_known(key, item) {
+        let is_role = key == "role" && is_role(item, message);
+        if !is_role && !is_known(key, item) {
             words(item, see);
         }
     }
@@ -249,11 +250,12 @@ impl Conversation<'_> {
             Bad::new(Reason::TemplateError, self.key, message)
         })?;
         let neutral = self.changed(Change::Broken(mark));
-        let wanted = match &neutral {
-            Some(text) => Some(control.of(&tokenizer.encode_plain(text)?)),
-            None => None,
+        let count = |text: &str| match control.spelt(text) {
+            Some(ids) => Ok(ids),
+            None => tokenizer.encode_plain(text).map(|ids| control.of(&ids)),
         };
-        if wanted.is_some() && wanted == Some(control.of(&tokenizer.encode_plain(self.text)?)) {
+        let wanted = neutral.as_deref().map(count).transpose()?;
+        if wanted.is_some() && wanted == Some(count(self.text)?) {
             return Ok(None);
         }
         if rule == SpecialText::Error {

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
+use super::seams::Seams;
 use crate::template::{Literals, strip};
 
 /// Characters to mark texts with: those of private use; and, for normalisers that take these away, Yi syllables.
@@ -18,6 +19,20 @@ pub(super) struct Candidate {
     pub(super) special: bool,
     /// Searched in normalised text, by a tokenizer that normalises.
     pub(super) normalised: bool,
+    /// Searched in the text as it is, whatever stands around it.
+    pub(super) raw: bool,
+}
+
+/// Which texts a normaliser may make a control token of, that have no telling character.
+#[derive(Default, Clone, Copy, PartialEq, Eq)]
+enum Normal {
+    /// None.
+    #[default]
+    Same,
+    /// Those with a character that is not ASCII.
+    Wide,
+    /// All: what it does is not known.
+    Any,
 }
 
 /// Tokens that steer a model: special ones, and those that the chat template itself writes between turns.
@@ -28,14 +43,14 @@ pub(super) struct Candidate {
 pub struct Control {
     tokens: Vec<Candidate>,
     finder: Option<AhoCorasick>,
+    /// Finds all added tokens as the tokenizer does, with the id of each, where no text around them matters.
+    scan: Option<(AhoCorasick, Vec<i32>)>,
     ids: Vec<i32>,
     /// The telling characters, and the first byte of each.
     telling: BTreeSet<char>,
     leads: Vec<u8>,
-    /// Any character that is not ASCII may become a telling one.
-    wide: bool,
-    /// Any text may become a control token: what the normaliser does is not known.
-    any: bool,
+    /// What else may become one.
+    normal: Normal,
     /// What a text at a seam must say to become a control token.
     middles: BTreeSet<String>,
     /// A template may take a text apart, so that parts of it stand at a seam.
@@ -61,28 +76,18 @@ impl Control {
         sources: &[String],
         wide: bool,
     ) -> Self {
-        let named: Vec<&str> = named.iter().map(|(_, text)| text.as_str()).collect();
-        let middles_of = |token: &str| {
-            let of = |literals: &Literals| {
-                let texts = literals.texts.iter().map(String::as_str).chain(named.iter().copied());
-                middles(token, &texts.collect::<Vec<_>>())
-            };
-            literals.iter().flat_map(of).collect::<BTreeSet<String>>()
-        };
+        let seams = Seams::new(literals, named);
         let is_control = |token: &Candidate| {
             // `<think>` in an answer is the token that training expects, although templates mention it.
             let reasoning = token.text.contains("think") || token.text.contains("reason");
             let written = || sources.iter().any(|source| source.contains(&token.text));
             !token.text.is_empty()
                 && (token.special
-                    || (!reasoning && (written() || !middles_of(&token.text).is_empty())))
+                    || (!reasoning && (written() || !seams.middles(&token.text).is_empty())))
         };
+        let scan = scan(&tokens);
         let tokens: Vec<Candidate> = tokens.into_iter().filter(is_control).collect();
-        let finder = AhoCorasick::builder()
-            .match_kind(MatchKind::LeftmostLongest)
-            .build(tokens.iter().map(|token| &token.text))
-            .ok()
-            .filter(|_| !tokens.is_empty());
+        let finder = finder(&tokens);
         let mut ids: Vec<i32> = tokens.iter().map(|token| token.id).collect();
         ids.sort_unstable();
         let mut telling = BTreeSet::new();
@@ -97,16 +102,20 @@ impl Control {
             telling.iter().map(|c| c.encode_utf8(&mut [0; 4]).as_bytes()[0]).collect();
         leads.dedup();
         let loose = tokens.iter().any(|token| token.normalised);
-        let middles = tokens.iter().flat_map(|token| middles_of(&token.text)).collect();
+        let middles = tokens.iter().flat_map(|token| seams.middles(&token.text)).collect();
         let mut control = Self {
             spelling: tokens.iter().flat_map(|token| token.text.chars()).collect(),
             tokens,
             finder,
+            scan,
             ids,
             telling,
             leads,
-            wide: loose && wide,
-            any: loose && !wide,
+            normal: match (loose, wide) {
+                (false, _) => Normal::Same,
+                (true, true) => Normal::Wide,
+                (true, false) => Normal::Any,
+            },
             middles,
             cuts: literals.iter().any(|literals| literals.cuts),
             cases: literals.iter().any(|literals| literals.cases),
@@ -124,7 +133,7 @@ impl Control {
 
     /// Finds marks that the normaliser does not take away, where that could make a control token.
     pub(super) fn test_marks(&mut self, encode: impl Fn(&str) -> Vec<i32>) {
-        if self.wide || self.any {
+        if self.normal != Normal::Same {
             let stays = |mark: char| {
                 let is_there = |token: &Candidate| {
                     encode(&self.broken(&token.text, true, mark)).contains(&token.id)
@@ -168,14 +177,16 @@ impl Control {
     }
 
     fn tells(&self, c: char) -> bool {
-        self.telling.contains(&c) || (self.wide && !c.is_ascii())
+        self.telling.contains(&c) || (self.normal == Normal::Wide && !c.is_ascii())
     }
 
     /// Whether a text may become a control token by itself, or with another one before or behind it.
     pub fn is_telling(&self, text: &str) -> bool {
-        self.any && !self.ids.is_empty()
-            || self.wide && !text.is_ascii()
-            || self.has_lead(text) && text.chars().any(|c| self.tells(c))
+        match self.normal {
+            Normal::Any => true,
+            Normal::Wide if !text.is_ascii() => true,
+            _ => self.has_lead(text) && text.chars().any(|c| self.tells(c)),
+        }
     }
 
     /// Whether a text at a seam, or with others there, may become a control token.
@@ -229,6 +240,14 @@ impl Control {
         self.marks.clone()?.find(|c| !self.spelling.contains(c) && !text.contains(*c))
     }
 
+    /// The control tokens of a text, where they can be told without encoding it.
+    pub fn spelt(&self, text: &str) -> Option<Vec<i32>> {
+        let (finder, ids) = self.scan.as_ref()?;
+        let found = finder.find_iter(text);
+        let ids = found.filter_map(|found| ids.get(found.pattern().as_usize()).copied());
+        Some(ids.filter(|id| self.has(*id)).collect())
+    }
+
     /// Puts `mark` inside every control token that `text` spells, behind its first character.
     pub fn marked(&self, text: &str, mark: char) -> String {
         let mut out = String::with_capacity(text.len() + 16);
@@ -248,7 +267,7 @@ impl Control {
     /// is part of a token with seams; and, where templates may make more of a text and it is `free`, every character.
     /// White space around a text stays around it.
     pub fn broken(&self, text: &str, free: bool, mark: char) -> String {
-        let all = self.any || (free && (self.makes || self.has_part(text)));
+        let all = self.normal == Normal::Any || (free && (self.makes || self.has_part(text)));
         let whole = all || self.is_part(text);
         let inner = strip(text);
         let start = if inner.is_empty() {
@@ -280,35 +299,17 @@ impl Control {
     }
 }
 
-/// What must stand between two of `texts`, so that the three are the token.
-fn middles(token: &str, texts: &[&str]) -> Vec<String> {
-    let borders = token.char_indices().map(|(at, _)| at).filter(|at| *at > 0);
-    let (mut begins, mut ends) = (Vec::new(), Vec::new());
-    for at in borders {
-        let (begin, end) = token.split_at(at);
-        let pieces = || texts.iter().filter(|text| is_inside(text, token));
-        if texts.iter().any(|text| text.ends_with(begin))
-            || pieces().any(|text| begin.ends_with(*text))
-        {
-            begins.push(at);
-        }
-        if texts.iter().any(|text| text.starts_with(end))
-            || pieces().any(|text| end.starts_with(*text))
-        {
-            ends.push(at);
-        }
-    }
-    let pairs = begins.iter().flat_map(|begin| ends.iter().map(move |end| (*begin, *end)));
-    pairs
-        .filter_map(|(begin, end)| token.get(begin..end))
-        .filter(|middle| !middle.is_empty())
-        .map(str::to_owned)
-        .collect()
+fn finder(tokens: &[Candidate]) -> Option<AhoCorasick> {
+    let texts = tokens.iter().map(|token| &token.text).filter(|text| !text.is_empty());
+    let kind = MatchKind::LeftmostLongest;
+    AhoCorasick::builder().match_kind(kind).build(texts).ok().filter(|_| !tokens.is_empty())
 }
 
-/// Whether `text` is a piece of a token that is written piece by piece; words are what templates compare.
-fn is_inside(text: &str, token: &str) -> bool {
-    text.len() < token.len() && !text.chars().all(char::is_alphanumeric) && token.contains(text)
+/// A search for all tokens, if it finds what the tokenizer finds.
+fn scan(tokens: &[Candidate]) -> Option<(AhoCorasick, Vec<i32>)> {
+    let is_plain = |token: &Candidate| token.raw && !token.text.is_empty();
+    let finder = finder(tokens).filter(|_| tokens.iter().all(is_plain))?;
+    Some((finder, tokens.iter().map(|token| token.id).collect()))
 }
 
 #[cfg(test)]
@@ -321,6 +322,7 @@ mod tests {
             text: (*text).to_owned(),
             special: true,
             normalised: false,
+            raw: true,
         });
         let texts: Vec<String> = template.iter().map(|text| (*text).to_owned()).collect();
         let literals = [Literals { texts: texts.clone(), ..Literals::default() }];

@@ -5,6 +5,7 @@ mod control;
 mod engine;
 mod guard;
 mod outline;
+mod seams;
 mod source;
 mod spelling;
 
@@ -186,8 +187,9 @@ impl Tokenizer {
         for (id, token) in self.inner.get_added_tokens_decoder() {
             if !(self.split_special && token.special) {
                 let normalised = normalises && token.normalized;
+                let raw = !token.normalized && !token.single_word && !self.split_special;
                 let (id, text, special) = (id as i32, token.content, token.special);
-                tokens.push(Candidate { id, text, special, normalised });
+                tokens.push(Candidate { id, text, special, normalised, raw });
             }
         }
         tokens.sort_by_key(|token| token.id);
