@@ -66,7 +66,7 @@ with open(folder / f"rows-{n}.jsonl", "w") as file:
 said({}, bytes=0)
 """,
     "encode": """
-from dpo_ext.data.encode import prepare
+from dpo_ext.data.prepare import prepare
 tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
 source, out = folder / f"rows-{n}.jsonl", folder / f"encoded-{n}"
 report, used = timed(lambda: prepare(source, tokenizer, out, max_length=None))

@@ -11,8 +11,8 @@ from typing import Any
 
 from dpo_ext._core import __version__
 from dpo_ext.data.dataset import PairDataset
-from dpo_ext.data.encode import prepare
 from dpo_ext.data.options import Limits
+from dpo_ext.data.prepare import prepare
 from dpo_ext.data.tokenizer import Tokenizer
 from dpo_ext.data.unpaired import UnpairedDataset
 from dpo_ext.errors import (

@@ -38,9 +38,10 @@ class Report:
             ``too_long`` of ``truncation="drop"`` can be here.
         warned: kept rows by what is worth knowing about them:
             ``boundary_merge`` a token straddles the end of the prompt and went to the completion;
-            ``truncated`` a side was cut; ``eos_cut`` EOS was cut away; ``empty_prompt`` the first
-            token of both sides cannot be scored; ``special_token_in_text`` the contents spell a
-            control token; ``bos_in_text`` the text brought its own BOS, so none was added;
+            ``truncated`` a side was cut; ``eos_cut`` EOS was cut away; ``eos_as_text`` EOS, as TRL
+            spells it, became other ids; ``empty_prompt`` the first token of both sides cannot be
+            scored; ``special_token_in_text`` the row spells a control token; ``bos_in_text`` the
+            text brought its own BOS, so none was added;
             ``no_turn_boundary`` the prompt is implicit and does not end at the last turn of both
             sides, or the template renders it differently alone; ``non_finite`` a field that nobody
             reads holds NaN or an infinity; ``blank_line`` counts lines, not rows;

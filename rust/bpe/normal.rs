@@ -27,36 +27,53 @@ pub(crate) struct Normalised {
 impl Normalised {
     /// NFC of `original`.
     ///
-    /// Same text as [`nfc`]; only characters that are not surely in normal form, with the one before them, go through
-    /// the normaliser, because every other character begins a stretch that nothing before it can change.
+    /// Same text as [`nfc`]; only characters that are not surely in normal form, with the one before them if they may
+    /// change it, go through the normaliser, because every other character begins a stretch that nothing before it can
+    /// change.
     pub(crate) fn set(&mut self, original: &str, classes: &Classes) {
         self.text.clear();
         self.changes.clear();
         let quick = |c: char| c.is_ascii() || classes.of(c as u32) & NOT_QUICK == 0;
-        let mut copied = 0;
-        let mut last_quick = 0;
-        let mut chars = original.char_indices().peekable();
-        while let Some((i, c)) = chars.next() {
-            if quick(c) {
-                last_quick = i;
-                continue;
+        // Whether nothing before a character changes it: so it is where its decomposition begins with such a one.
+        let begins =
+            |c: char| quick(c) || std::iter::once(c).nfd().next().is_some_and(|(c, _)| quick(c));
+        // A stretch begins at `start`, and if it is not `sure` it goes through the normaliser.
+        let (mut start, mut sure, mut copied) = (0, true, 0);
+        for (i, c) in original.char_indices() {
+            if begins(c) {
+                if !sure {
+                    self.stretch(original, copied, start, i);
+                    copied = i;
+                }
+                (start, sure) = (i, true);
             }
-            let mut end = i + c.len_utf8();
-            while let Some((j, c)) = chars.next_if(|&(_, c)| !quick(c)) {
-                end = j + c.len_utf8();
-            }
-            let start = last_quick.max(copied);
-            self.text.push_str(&original[copied..start]);
-            let normal_start = self.text.len();
-            self.text.extend(original[start..end].nfc().map(|(c, _)| c));
-            self.changes.push(Change {
-                normal_start,
-                normal_end: self.text.len(),
-                original_end: end,
-            });
-            copied = end;
+            sure = sure && quick(c);
+        }
+        if !sure {
+            self.stretch(original, copied, start, original.len());
+            copied = original.len();
         }
         self.text.push_str(&original[copied..]);
+    }
+
+    /// Appends `original[copied..start]` as it is, and then the stretch behind it as the normaliser changes it.
+    fn stretch(&mut self, original: &str, copied: usize, start: usize, end: usize) {
+        self.text.push_str(&original[copied..start]);
+        let stretch = &original[start..end];
+        let changed = self.text.len();
+        self.text.extend(stretch.nfc().map(|(c, _)| c));
+        let normal = &self.text[changed..];
+        if normal == stretch {
+            return;
+        }
+        // Characters that it begins with and keeps are as sure of their place as others.
+        let same = std::iter::zip(normal.chars(), stretch.chars()).take_while(|(a, b)| a == b);
+        let kept: usize = same.map(|(c, _)| c.len_utf8()).sum();
+        self.changes.push(Change {
+            normal_start: changed + kept,
+            normal_end: self.text.len(),
+            original_end: end,
+        });
     }
 
     pub(crate) fn text(&self) -> &str {
@@ -88,6 +105,25 @@ mod tests {
             (0..=normalised.text().len()).map(|i| normalised.original(i)).collect();
         // The combining accent ends at byte 5, the three jamo at byte 16.
         assert_eq!(borders, [0, 1, 2, 5, 5, 6, 7, 16, 16, 16, 17]);
+    }
+
+    #[test]
+    fn a_character_that_is_left_alone_keeps_its_place() {
+        let cases = [
+            // The sign of an ohm becomes a letter of the same length, and changes nothing before it.
+            ("5\u{2126}", "5\u{3a9}", vec![0, 1, 4, 4]),
+            (":\u{f900}\u{f901}!", ":\u{8c48}\u{66f4}!", vec![0, 1, 4, 4, 4, 7, 7, 7, 8]),
+            // No letter stands for these two, and two marks change places behind a letter that stays.
+            ("q\u{301}!", "q\u{301}!", vec![0, 1, 2, 3, 4]),
+            ("q\u{301}\u{323}!", "q\u{323}\u{301}!", vec![0, 1, 5, 5, 5, 5, 6]),
+        ];
+        let mut normalised = Normalised::default();
+        for (text, normal, places) in cases {
+            normalised.set(text, Classes::linked().unwrap());
+            assert_eq!(normalised.text(), normal);
+            let found: Vec<usize> = (0..=normal.len()).map(|i| normalised.original(i)).collect();
+            assert_eq!(found, places, "{text:?}");
+        }
     }
 
     proptest! {

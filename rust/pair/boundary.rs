@@ -5,11 +5,13 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::factors::product;
+use super::forged::is_kept;
 use super::options::{Boundary, Options, SpecialText};
 use super::outcome::{Pair, Refusal};
 use super::text::Texts;
 use crate::bpe::{Found, Inside, PairIds};
-use crate::error::{Error, Result, Warning};
+use crate::error::{Error, Reason, Result, Warning};
+use crate::read::bad::Bad;
 use crate::tokenize::Tokenizer;
 
 thread_local! {
@@ -23,11 +25,21 @@ pub(super) fn boundary(
     options: &Options,
     pair: &mut Pair,
 ) -> Result<(), Refusal> {
-    let tails =
-        if texts.are_strings { append_eos(&mut texts, tokenizer, options) } else { [None; 2] };
-    let sides = Sides { texts, tails, tokenizer, options };
+    let endings = if texts.are_strings {
+        append_eos(&mut texts, tokenizer, options)
+    } else {
+        Default::default()
+    };
+    let tails = endings.map(|ending| ending.tail);
+    let mut sides = Sides { texts, tails, tokenizer, options };
     PAIR_IDS.with_borrow_mut(|ids| {
         sides.encode(ids)?;
+        if sides.lacks_eos(&endings, ids, pair) {
+            sides.encode(ids)?;
+        }
+        if sides.texts.is_suspect {
+            sides.check_strings(ids)?;
+        }
         match options.boundary {
             Boundary::Trl => sides.trl(ids, pair)?,
             Boundary::Joint | Boundary::Separate => sides.own(ids, pair)?,
@@ -36,19 +48,27 @@ pub(super) fn boundary(
     })
 }
 
-/// Gives strings EOS, as its text where that is a token, unless the surroundings bring it. Returns what is to be put
-/// behind the ids of each side.
-fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -> [Option<i32>; 2] {
+/// How a text ends.
+#[derive(Clone, Copy, Default)]
+struct Ending {
+    /// What is to be put behind its ids.
+    tail: Option<i32>,
+    /// It ends with the text of EOS, and had so many bytes before that was put there.
+    spelt: Option<usize>,
+}
+
+/// Gives strings EOS, as its text where that is a token, unless the surroundings bring it.
+fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -> [Ending; 2] {
     let (_, behind) = tokenizer.surroundings();
-    let Some(eos) = tokenizer.eos().map(|id| id as i32) else { return [None; 2] };
+    let Some(eos) = tokenizer.eos().map(|id| id as i32) else { return Default::default() };
     let brought = options.boundary != Boundary::Trl && behind.last() == Some(&eos);
-    let tail = (!brought).then_some(eos);
+    let ending = Ending { tail: (!brought).then_some(eos), spelt: None };
     let cut = texts.cut;
     texts.whole.each_mut().map(|whole| {
         // TRL spells EOS even where the tokenizer then splits it.
         let as_trl = options.boundary == Boundary::Trl && options.special_text != SpecialText::Text;
         let spelt = if as_trl { tokenizer.eos_spelling() } else { tokenizer.eos_text() };
-        let Some(spelt) = spelt else { return tail };
+        let Some(spelt) = spelt else { return ending };
         let ends_with_eos = whole.get(cut..).is_some_and(|side| side.ends_with(spelt));
         if options.special_text == SpecialText::Text {
             if ends_with_eos {
@@ -58,12 +78,16 @@ fn append_eos(texts: &mut Texts<'_>, tokenizer: &Tokenizer, options: &Options) -
                     Cow::Owned(text) => text.truncate(end),
                 }
             }
-            return tail;
+            return ending;
         }
-        if !brought && !ends_with_eos {
+        if brought {
+            return Ending::default();
+        }
+        let before = whole.len();
+        if !ends_with_eos {
             whole.to_mut().push_str(spelt);
         }
-        None
+        Ending { tail: None, spelt: Some(before) }
     })
 }
 
@@ -71,18 +95,16 @@ fn common_ids(a: &[i32], b: &[i32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Encodes text in which the control tokens around the bytes `marks` stay text; `marks` are relative to `start`.
-fn encode_marked(
+/// Encodes the text that begins at the byte `start` of another one, in which control tokens stay text but where they are
+/// `kept`.
+fn encode_kept(
     text: &str,
     start: usize,
-    marks: &[usize],
+    kept: &[Range<usize>],
     tokenizer: &Tokenizer,
 ) -> Result<(Vec<i32>, Vec<u32>)> {
-    tokenizer.encode_as_text(text, &|found: &Found| {
-        let inside = start + found.start..start + found.end;
-        let first = marks.partition_point(|mark| *mark <= inside.start);
-        !marks.get(first).is_some_and(|mark| inside.contains(mark))
-    })
+    let control = tokenizer.control();
+    tokenizer.encode_as_text(text, &|found: &Found| is_kept(found, start, kept, control))
 }
 
 /// Both sides of a row on their way from text to ids.
@@ -95,15 +117,63 @@ struct Sides<'a> {
 }
 
 impl Sides<'_> {
-    /// Whether control tokens that the texts spell stay text wherever they stand.
-    fn all_is_text(&self) -> bool {
-        self.texts.are_strings && self.options.special_text == SpecialText::Text
+    /// Whether a text whose end spells EOS gave other ids, as it may with what stands before it. Our boundaries then
+    /// put the id there, and the texts are to be encoded again; TRL's has no such rule.
+    fn lacks_eos(&mut self, endings: &[Ending; 2], ids: &PairIds, pair: &mut Pair) -> bool {
+        let eos = self.tokenizer.eos().map(|id| id as i32);
+        let mut lacks = false;
+        for (i, (ending, ids)) in endings.iter().zip([&ids.first, &ids.second]).enumerate() {
+            let Some(before) = ending.spelt.filter(|_| ids.last().copied() != eos) else {
+                continue;
+            };
+            if self.options.boundary == Boundary::Trl {
+                pair.warn(Warning::EosAsText);
+                continue;
+            }
+            self.tails[i] = eos;
+            match &mut self.texts.whole[i] {
+                Cow::Borrowed(text) => *text = text.get(..before).unwrap_or_default(),
+                Cow::Owned(text) => text.truncate(before),
+            }
+            lacks = true;
+        }
+        lacks
     }
 
-    /// The ids of `text` and where they end, without any control token.
-    fn encode_as_text(&self, text: &str) -> Result<(Vec<i32>, Vec<u32>)> {
-        let control = self.tokenizer.control();
-        self.tokenizer.encode_as_text(text, &|found: &Found| !control.has(found.id))
+    /// Holds that no words of strings became a control token: by their normal form, across the border, or as a merge.
+    fn check_strings(&self, ids: &PairIds) -> Result<(), Refusal> {
+        let Self { tokenizer, options, .. } = self;
+        let control = tokenizer.control();
+        let eos = tokenizer.eos().map(|id| id as i32);
+        let prompt = match options.boundary {
+            Boundary::Separate => self.separate_prompt()?,
+            Boundary::Joint | Boundary::Trl => Vec::new(),
+        };
+        let refuses = options.special_text == SpecialText::Error;
+        let side = |ids: &[i32]| match ids.split_last() {
+            // A text that ends with EOS, or is given it, has it there.
+            Some((last, rest)) if refuses && Some(*last) == eos => control.of(rest),
+            _ => control.of(ids),
+        };
+        let keys = &options.keys;
+        let found = [
+            (control.of(&prompt), &keys.prompt),
+            (side(&ids.first), &keys.chosen),
+            (side(&ids.second), &keys.rejected),
+        ];
+        let Some((_, key)) = found.iter().find(|(found, _)| !found.is_empty()) else {
+            return Ok(());
+        };
+        let message = if refuses {
+            "expected plain text, found text that becomes a control token with its prompt"
+        } else {
+            if self.texts.kept.is_none() {
+                // The error says which engine can keep it as text.
+                tokenizer.encode_as_text("", &|_| true)?;
+            }
+            "found a control token that cannot be kept as text: it is an ordinary merge, too"
+        };
+        Err(Bad::new(Reason::SpecialTokenInText, key, message).into())
     }
 
     /// Encodes both texts, of which `boundary="separate"` leaves the prompt away.
@@ -113,16 +183,11 @@ impl Sides<'_> {
         let start = if self.options.boundary == Boundary::Separate { cut } else { 0 };
         let both = texts.whole.each_ref().map(|whole| whole.get(start..).unwrap_or_default());
         let [first, second] = both;
-        let ((first, first_ends), (second, second_ends)) = if self.all_is_text() {
-            (self.encode_as_text(first)?, self.encode_as_text(second)?)
-        } else if let Some([marks, rejected_marks]) = &texts.marks {
-            (
-                encode_marked(first, start, marks, tokenizer)?,
-                encode_marked(second, start, rejected_marks, tokenizer)?,
-            )
-        } else {
+        let Some([kept, rejected_kept]) = &texts.kept else {
             return tokenizer.encode_pair(both, cut, ids);
         };
+        let (first, first_ends) = encode_kept(first, start, kept, tokenizer)?;
+        let (second, second_ends) = encode_kept(second, start, rejected_kept, tokenizer)?;
         let inside = [Inside::of(&first_ends, cut), Inside::of(&second_ends, cut)];
         *ids = PairIds { first, second, inside, reused: 0 };
         Ok(())
@@ -230,22 +295,16 @@ impl Sides<'_> {
 
     /// The bytes that each id of `text` covers; it is text `i` from the byte `start` on.
     fn covered(&self, i: usize, text: &str, start: usize) -> Result<Vec<Range<usize>>> {
-        let (ids, ends) = match &self.texts.marks {
-            _ if self.all_is_text() => self.encode_as_text(text)?,
-            Some(marks) => encode_marked(text, start, &marks[i], self.tokenizer)?,
-            None => return self.tokenizer.covered(text),
-        };
+        let Some(kept) = &self.texts.kept else { return self.tokenizer.covered(text) };
+        let (ids, ends) = encode_kept(text, start, &kept[i], self.tokenizer)?;
         self.tokenizer.aligned(text, &ids, &ends)
     }
 
     /// The ids of the prompt alone.
     fn separate_prompt(&self) -> Result<Vec<i32>> {
         let Self { texts, tokenizer, .. } = self;
-        if self.all_is_text() {
-            return Ok(self.encode_as_text(texts.prompt())?.0);
-        }
-        match &texts.marks {
-            Some([marks, _]) => Ok(encode_marked(texts.prompt(), 0, marks, tokenizer)?.0),
+        match &texts.kept {
+            Some([kept, _]) => Ok(encode_kept(texts.prompt(), 0, kept, tokenizer)?.0),
             None => tokenizer.encode_plain(texts.prompt()),
         }
     }
@@ -254,13 +313,8 @@ impl Sides<'_> {
     fn end_of(&self, count: usize) -> Result<usize> {
         let Self { texts, tokenizer, .. } = self;
         let text = &texts.whole[0];
-        let ends = if self.all_is_text() {
-            self.encode_as_text(text)?.1
-        } else if let Some([marks, _]) = &texts.marks {
-            encode_marked(text, 0, marks, tokenizer)?.1
-        } else {
-            return tokenizer.end_of(text, count);
-        };
+        let Some([kept, _]) = &texts.kept else { return tokenizer.end_of(text, count) };
+        let ends = encode_kept(text, 0, kept, tokenizer)?.1;
         Ok(count.checked_sub(1).and_then(|i| ends.get(i)).map_or(0, |end| *end as usize))
     }
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::content::{Side, check_content, in_parts, joined};
 use super::factors::{Factors, in_bytes};
+use super::forged::{Conversation, Word, all_kept, words, words_of};
 use super::options::{EmptyThink, Options, SpecialText, TrainOn, Useless};
 use super::outcome::{Pair, Refusal};
 use super::places::{ends, places, text_of};
@@ -20,33 +21,32 @@ use crate::read::keys::Field;
 use crate::read::layouts::Layout;
 use crate::tokenize::Tokenizer;
 
-/// Calls `see` with every string of a message but its role.
-fn strings<'v>(value: &'v Value<'_>, see: &mut impl FnMut(&'v str)) {
-    match value {
-        Value::Str(text) => see(text),
-        Value::List(items) => items.iter().for_each(|item| strings(item, see)),
-        Value::Object(items) => {
-            items.iter().filter(|(key, _)| key != "role").for_each(|(_, item)| strings(item, see));
-        }
-        _ => {}
-    }
+/// Looks at the words of a row for what spells a control token, or may become one.
+struct Guard<'g> {
+    tokenizer: &'g Tokenizer,
+    options: &'g Options,
+    is_suspect: bool,
 }
 
-/// The same value with every string but a role changed.
-fn changed<'v>(value: &Value<'v>, change: &impl Fn(&str) -> String) -> Value<'v> {
-    match value {
-        Value::Str(text) => Value::Str(change(text).into()),
-        Value::List(items) => Value::List(items.iter().map(|item| changed(item, change)).collect()),
-        Value::Object(items) => Value::Object(
-            items
-                .iter()
-                .map(|(key, item)| {
-                    let item = if key == "role" { item.clone() } else { changed(item, change) };
-                    (key.clone(), item)
-                })
-                .collect(),
-        ),
-        other => other.clone(),
+impl Guard<'_> {
+    /// Looks at the words that `all` gives, which stand in the field `name`.
+    fn see<'v>(
+        &mut self,
+        name: &str,
+        pair: &mut Pair,
+        all: impl FnOnce(&mut dyn FnMut(Word<'v>)),
+    ) -> Result<(), Bad> {
+        let Self { tokenizer, options, .. } = *self;
+        let is_guarded = options.special_text != SpecialText::Special;
+        let mut result = Ok(());
+        all(&mut |word| {
+            self.is_suspect =
+                self.is_suspect || (is_guarded && word.is_suspect(tokenizer.control()));
+            if let (Word::Text(text) | Word::Key(text), true) = (word, result.is_ok()) {
+                result = check_special(text, name, tokenizer, options, pair);
+            }
+        });
+        result
     }
 }
 
@@ -87,20 +87,22 @@ pub(super) fn texts(
         );
         return Err(failed(name, message).into());
     }
+    let mut guard = Guard { tokenizer, options, is_suspect: false };
     for part in
         [turns.prompt.as_deref(), Some(&turns.chosen), Some(&turns.rejected)].iter().zip(names)
     {
         let (Some(messages), name) = part else { continue };
-        let mut result = Ok(());
         for message in *messages {
-            strings(message, &mut |text| {
-                if result.is_ok() {
-                    result = check_special(text, name, tokenizer, options, pair);
-                }
-            });
+            guard.see(name, pair, |see| words_of(message, see))?;
         }
-        result?;
     }
+    if let Some(value) = &tools {
+        guard.see("tools", pair, |see| words(value, see))?;
+    }
+    for (_, value) in &kwargs {
+        guard.see("chat_template_kwargs", pair, |see| words(value, see))?;
+    }
+    let is_suspect = guard.is_suspect;
     let template = tokenizer.template(tools.is_some())?;
     let mut variables: Vec<(&str, &Value<'_>)> = Vec::new();
     variables.extend(tools.as_ref().map(|tools| ("tools", tools)));
@@ -111,6 +113,8 @@ pub(super) fn texts(
         }
         variables.push((name.as_ref(), value));
     }
+    // What the options say is not the row's.
+    let of_row = variables.len();
     for (name, value) in &options.kwargs {
         if !variables.iter().any(|(known, _)| known == name) {
             variables.push((name.as_str(), value));
@@ -181,16 +185,25 @@ pub(super) fn texts(
     if drops && !is_single && whole_chosen == whole_rejected {
         return Err(identical());
     }
-    let marks = if options.special_text == SpecialText::Text
-        && pair.has(Warning::SpecialTokenInText)
-    {
-        let mark = |side: &[Value<'_>], key: &str, plain: &str| -> Result<Vec<usize>, Refusal> {
-            marks(&renderer, tokenizer, [&prompt, side], key, plain)
+    let mut kept = None;
+    if is_suspect {
+        let find = |side: &[Value<'_>], key: &str, text: &str| {
+            let messages = prompt.iter().chain(side).collect();
+            let conversation = Conversation { renderer: &renderer, of_row, messages, key, text };
+            conversation.kept(options.special_text)
         };
-        Some([mark(&chosen, names[1], &whole_chosen)?, mark(&rejected, names[2], &whole_rejected)?])
-    } else {
-        None
-    };
+        let first = find(&chosen, names[1], &whole_chosen)?;
+        let second =
+            if is_single { first.clone() } else { find(&rejected, names[2], &whole_rejected)? };
+        if first.is_some() || second.is_some() {
+            pair.warn(Warning::SpecialTokenInText);
+            let all = |text: &str| all_kept(text, tokenizer);
+            kept = Some([
+                first.map_or_else(|| all(&whole_chosen), Ok)?,
+                second.map_or_else(|| all(&whole_rejected), Ok)?,
+            ]);
+        }
+    }
     let mut cut = if whole_chosen.starts_with(&alone) && whole_rejected.starts_with(&alone) {
         alone.len()
     } else {
@@ -231,7 +244,7 @@ pub(super) fn texts(
     }
     let factors = factors.iter().any(|factors| !factors.is_empty()).then_some(factors);
     let whole = [Cow::Owned(whole_chosen), Cow::Owned(whole_rejected)];
-    Ok(Texts { whole, cut, alone, marks, are_strings: false, factors })
+    Ok(Texts { whole, cut, alone, kept, are_strings: false, is_suspect: false, factors })
 }
 
 /// What the tokens of a side weigh: by its turns, by the weights in its messages, `own`, and by its field of weights.
@@ -318,38 +331,6 @@ fn unread(name: &str, tokenizer: &Tokenizer) -> Bad {
     let known = tokenizer.variables().join(", ");
     let message = format!("no chat template reads `{name}`\nhint: it reads {known}");
     Bad::new(Reason::BadMessages, "chat_template_kwargs", message)
-}
-
-/// Where in the render `plain` control tokens come from contents: found by rendering contents with a private character
-/// inside each.
-fn marks(
-    renderer: &Renderer<'_>,
-    tokenizer: &Tokenizer,
-    [prompt, side]: [&[Value<'_>]; 2],
-    key: &str,
-    plain: &str,
-) -> Result<Vec<usize>, Refusal> {
-    let lost = || {
-        let message = "the template changes contents that spell a control token, so they cannot be kept as text";
-        Refusal::from(failed(key, message.to_owned()))
-    };
-    let mark = ('\u{e000}'..='\u{f8ff}').find(|mark| !plain.contains(*mark)).ok_or_else(lost)?;
-    let marked = |messages: &[Value<'_>]| -> Vec<Value<'static>> {
-        let change = |text: &str| tokenizer.control().marked(text, mark);
-        messages.iter().map(|message| changed(message, &change).into_owned()).collect()
-    };
-    let text =
-        renderer.render(&marked(prompt), Some(&marked(side)), key, &mut Pair::default())?.text;
-    let mut at = Vec::new();
-    let mut bare = String::with_capacity(plain.len());
-    for c in text.chars() {
-        if c == mark {
-            at.push(bare.len());
-        } else {
-            bare.push(c);
-        }
-    }
-    if bare == plain { Ok(at) } else { Err(lost()) }
 }
 
 fn common_prefix(a: &str, b: &str) -> usize {

@@ -51,6 +51,9 @@ pub(super) fn finish(
             (is_single && options.truncation == Truncation::KeepStart).then(|| pair.chosen.clone());
         truncate(pair, most, options.truncation, tokenizer.eos(), begin);
         pair.warn(Warning::Truncated);
+        if pair.prompt.is_empty() {
+            pair.warn(Warning::EmptyPrompt);
+        }
         let no_tokens = |key: &str| {
             let message =
                 format!("empty after truncation to {most} tokens (the prompt has {before})");

@@ -5,6 +5,7 @@ mod chat;
 mod content;
 mod factors;
 mod finish;
+mod forged;
 mod implicit;
 mod marked;
 mod options;

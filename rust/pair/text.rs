@@ -1,6 +1,7 @@
 //! A row of strings: two texts with a common beginning.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use super::factors::{Factors, in_bytes};
 use super::implicit;
@@ -22,8 +23,10 @@ pub(super) struct Texts<'a> {
     pub(super) cut: usize,
     /// The prompt's own render where it is not the start of both sides; only `boundary="trl"` looks at it.
     pub(super) alone: Option<String>,
-    /// Bytes of both texts that lie inside control tokens that must stay text.
-    pub(super) marks: Option<[Vec<usize>; 2]>,
+    /// Where both texts have the control tokens that may stand, if others must stay text.
+    pub(super) kept: Option<[Vec<Range<usize>>; 2]>,
+    /// Words of strings may become control tokens that the options refuse.
+    pub(super) is_suspect: bool,
     /// Strings get EOS and the surroundings; a template writes its own.
     pub(super) are_strings: bool,
     /// What the tokens of each text weigh, by all factors of each, where some are weighed.
@@ -92,9 +95,15 @@ pub(super) fn texts<'a>(
         (chosen.get(..body(&chosen)).unwrap_or_default(), &keys.chosen),
         (rejected.get(..body(&rejected)).unwrap_or_default(), &keys.rejected),
     ];
+    let mut is_suspect = false;
     for (text, key) in parts {
         check_special(text, key, tokenizer, options, pair)?;
+        is_suspect |= tokenizer.control().is_telling(text);
     }
+    is_suspect &= options.special_text != SpecialText::Special;
+    // The engine that cannot keep them as text may find none.
+    let as_text =
+        is_suspect && options.special_text == SpecialText::Text && tokenizer.refusal().is_none();
     let different = || {
         let message = "expected the same prompt on both sides, found texts that part in what is asked\nhint: DPO \
                        compares answers to one prompt; where the prompts differ Z(x) does not cancel";
@@ -166,7 +175,8 @@ pub(super) fn texts<'a>(
         }
         pair.warn(Warning::EmptyPrompt);
     }
-    Ok(Texts { whole, cut, alone: None, marks: None, are_strings: true, factors })
+    let kept = as_text.then(<[Vec<Range<usize>>; 2]>::default);
+    Ok(Texts { whole, cut, alone: None, kept, are_strings: true, is_suspect, factors })
 }
 
 /// What the tokens of both texts weigh, if the row or the options say so. The row counts the characters of its own

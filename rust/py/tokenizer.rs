@@ -117,6 +117,12 @@ impl PyTokenizer {
         self.inner.variables()
     }
 
+    /// Control tokens whose spelling gives their id even where it stays text.
+    #[getter]
+    fn merged(&self) -> Vec<String> {
+        self.inner.control().merged().to_vec()
+    }
+
     #[getter]
     fn gaps(&self) -> usize {
         self.inner.gaps()

@@ -17,6 +17,7 @@ use super::jinja::{
     MARKS, NAME, environment, is_lacking, mark_generation, one_line, rewrite_generation, syntax,
     to_jinja,
 };
+use super::literals::Literals;
 use crate::fork;
 use crate::read::json::Value;
 
@@ -126,6 +127,11 @@ impl Template {
     /// The text as it was given.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// The texts that it can write by itself, and what it does to those of others.
+    pub fn literals(&self) -> Literals {
+        Literals::of(&self.source.replace("\r\n", "\n").replace('\r', "\n"))
     }
 
     /// Whether the template prints contents that are lists of parts, and none that is a string; `count` renders a

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::clock::NOW;
 use super::jinja::{one_line, to_jinja};
 use super::json;
 use crate::read::json::Value;
@@ -73,6 +74,8 @@ impl Conversation<'_> {
         let messages = self.messages.iter().map(|message| as_seen(message).into_owned()).collect();
         all.push(("messages", Value::List(messages)));
         all.push(("add_generation_prompt", Value::Bool(self.generation)));
+        let time = self.now.time.iter().map(|part| Value::Int((*part).into())).collect();
+        all.push((NOW, Value::List(time)));
         let all = all.into_iter().map(|(name, value)| (name.into(), value)).collect();
         let value = to_jinja(&Value::Object(all))
             .map_err(|e| RenderError::Value("messages".to_owned(), e))?;

@@ -9,6 +9,7 @@ mod conversation;
 mod flow;
 mod jinja;
 mod json;
+mod literals;
 mod probe;
 mod program;
 mod python;
@@ -16,5 +17,6 @@ mod shown;
 
 pub use compiled::{Answer, Fallback, Template};
 pub use conversation::{Conversation, Now, RenderError, Rendered};
+pub use literals::Literals;
 pub(crate) use program::{concatenate, shows_contents};
 pub(crate) use shown::{Places, Shown, strip};

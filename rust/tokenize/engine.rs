@@ -1,6 +1,6 @@
 //! Our own engine, the crate that it is checked against, and what is asked of the crate once.
 
-use tokenizers::{AddedToken, Encoding, PostProcessor, PostProcessorWrapper, Token};
+use tokenizers::{AddedToken, Encoding, ModelWrapper, PostProcessor, PostProcessorWrapper, Token};
 
 use super::guard::guarded;
 use super::source::Added;
@@ -51,6 +51,20 @@ pub(super) fn checked(
         result.map_err(|e| e.to_string())?.map_err(|mismatch| mismatch.to_string())?;
     }
     Ok(bpe)
+}
+
+/// Refuses a model that leaves merges out at random.
+pub(super) fn check_dropout(inner: &tokenizers::Tokenizer) -> Result<()> {
+    match inner.get_model() {
+        ModelWrapper::BPE(bpe) if bpe.dropout.is_some_and(|p| p != 0.0) => {
+            let found = bpe.dropout.unwrap_or_default();
+            Err(Error::Tokenizer(format!(
+                "tokenizer.json, `model.dropout`: expected null or 0, found {found}: a text would have other ids each \
+                 time that it is encoded\nhint: set it to null; it is for training a model, which needs no stored ids"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Adds tokens, or gives those that are there these flags; true if that changed anything.

@@ -5,6 +5,7 @@ mod control;
 mod engine;
 mod guard;
 mod outline;
+mod seams;
 mod source;
 mod spelling;
 mod warm;
@@ -17,9 +18,10 @@ use tokenizers::{Encoding, PostProcessorWrapper};
 use crate::bpe::{Bpe, Found, Inside, Keep, PairIds, Scratch, not_special};
 use crate::error::{Error, Result};
 use crate::read::chat::RESERVED;
-use crate::template::{Fallback, Template};
+use crate::template::{Fallback, Literals, Template};
+use control::Candidate;
 pub use control::Control;
-use engine::{add_tokens, both, checked, recognised, signed, surroundings};
+use engine::{add_tokens, both, check_dropout, checked, recognised, signed, surroundings};
 use guard::guarded;
 pub use outline::outline;
 pub use source::{Added, Source};
@@ -90,6 +92,7 @@ impl Tokenizer {
             Ok((bpe, oracle)) => (oracle, Some(bpe)),
             Err(_) => (read()?, None),
         };
+        check_dropout(&inner)?;
         let is_oracle = built.is_some();
         let (mut inner, beyond) = with_added(inner)?;
         let fast = match built {
@@ -173,7 +176,9 @@ impl Tokenizer {
         });
         let templates = [&tokenizer.template, &tokenizer.tool_template];
         let templates: Vec<&Template> = templates.into_iter().flatten().collect();
-        tokenizer.control = Control::new(&tokenizer.inner, &templates, source.split_special);
+        let literals: Vec<_> = templates.iter().map(|template| template.literals()).collect();
+        let sources: Vec<_> =
+            templates.iter().map(|template| template.source().to_owned()).collect();
         let mut variables = Vec::new();
         for template in templates {
             match template.reads() {
@@ -184,7 +189,41 @@ impl Tokenizer {
         variables.sort();
         variables.dedup();
         (tokenizer.variables, tokenizer.reads_any) = (variables, reads_any);
+        tokenizer.control = tokenizer.control_of(&literals, &sources);
         Ok(tokenizer)
+    }
+
+    /// What steers a model, by what templates write; special tokens do not where their spelling stays text.
+    fn control_of(&mut self, literals: &[Literals], sources: &[String]) -> Control {
+        let normalises = self.inner.get_normalizer().is_some();
+        let mut tokens = Vec::new();
+        for (id, token) in self.inner.get_added_tokens_decoder() {
+            if !(self.split_special && token.special) {
+                let normalised = normalises && token.normalized;
+                let raw = !token.normalized && !token.single_word && !self.split_special;
+                let (id, text, special) = (id as i32, token.content, token.special);
+                tokens.push(Candidate { id, text, special, normalised, raw });
+            }
+        }
+        tokens.sort_by_key(|token| token.id);
+        // The normaliser of our own engine is NFC.
+        let is_ours = self.fast.is_ok();
+        let mut control = Control::new(tokens, literals, &self.named, sources, is_ours);
+        control.test_marks(|text| self.encode_plain(text).unwrap_or_default());
+        if is_ours {
+            let as_text = |text: &str| {
+                let ids = self.encode_as_text(text, &|found: &Found| !control.has(found.id));
+                ids.map(|(ids, _)| ids).unwrap_or_default()
+            };
+            control.merged = control.merges(as_text, |_| true);
+        } else {
+            // The crate can leave special tokens as text, and no others.
+            self.inner.set_encode_special_tokens(true);
+            let as_text = |text: &str| self.encode_plain(text).unwrap_or_default();
+            control.merged = control.merges(as_text, |token| token.special);
+            self.inner.set_encode_special_tokens(self.split_special);
+        }
+        control
     }
 
     /// One more than the largest id.

@@ -61,7 +61,7 @@ def test_the_note_is_of_this_call_and_not_of_the_cache(shards, tok, tmp_path):
 
 
 def test_prepare_says_the_same_of_a_folder(shards, tok, tmp_path):
-    from dpo_ext.data.encode import prepare
+    from dpo_ext.data.prepare import prepare
 
     pytest.importorskip("pyarrow")
     (shards / "README.md").write_text("no data\n")

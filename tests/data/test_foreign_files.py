@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ext import DataError, LimitExceeded, Limits, PairDataset
-from dpo_ext.data.encode import prepare
+from dpo_ext.data.prepare import prepare
 
 pa = pytest.importorskip("pyarrow")
 

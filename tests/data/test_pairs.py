@@ -2,13 +2,24 @@
 
 import itertools
 import json
+import unicodedata
 
 import pytest
-from byte_tokenizer import BOS, END, TEMPLATE, TURN, bos_processor, decode, tokenizer
+from byte_tokenizer import (
+    BOS,
+    END,
+    TEMPLATE,
+    TURN,
+    bos_processor,
+    decode,
+    tokenizer,
+    tokenizer_json,
+    write_folder,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ext import DataError, PairDataset, TokenizerError
+from dpo_ext import DataError, PairDataset, Tokenizer, TokenizerError
 
 TEXT = st.text(st.sampled_from("hello the: aé🙂\n'"), max_size=12)
 
@@ -103,8 +114,6 @@ def test_eos_is_appended_once_to_text(tok, spelt):
 
 
 def test_without_eos_nothing_is_appended_and_the_report_says_so(tok, tmp_path):
-    from dpo_ext import Tokenizer
-
     (tmp_path / "tokenizer.json").write_text(tok.to_json(), encoding="utf-8")
     bare = Tokenizer.from_file(tmp_path / "tokenizer.json")
     assert (bare.bos_id, bare.eos_id, bare.pad_id, bare.chat_template) == (None, None, None, None)
@@ -296,6 +305,75 @@ def test_a_cut_eos_is_counted(tok):
     assert report.warned == {"truncated": 1, "eos_cut": 1}
     *_, report = pair(tok, "abc", "bcd", "e", max_length=5, truncation="keep_end")
     assert report.warned == {"truncated": 1}
+
+
+def test_a_prompt_that_is_cut_away_as_a_whole_is_counted(tok):
+    prompt, chosen, _, report = pair(tok, "abc", "bcd", "e", max_length=3, truncation="keep_end")
+    assert (prompt, len(chosen)) == ([], 3)
+    assert report.warned == {"truncated": 1, "empty_prompt": 1}
+
+
+@pytest.mark.parametrize("boundary", ["joint", "separate"])
+@pytest.mark.parametrize(
+    ("prompt", "chosen"),
+    [
+        ("5", "\u2126"),  # the sign of an ohm becomes the letter
+        ("name:", "\uf900"),  # an ideograph becomes another
+        ("a\uf900", "\uf901"),
+        ("q", "\u0301\u0323"),  # marks that no letter has
+        ("n\u0344", "\u2126"),
+    ],
+)
+def test_what_nfc_leaves_alone_before_the_completion_stays_in_the_prompt(
+    tmp_path, prompt, chosen, boundary
+):
+    nfc = tokenizer(tmp_path / "m", normalizer={"type": "NFC"})
+    assert nfc.engine == "bpe"
+    got, side, _, report = pair(nfc, prompt, chosen, "V", boundary=boundary)
+    normal = [unicodedata.normalize("NFC", text) for text in (prompt, chosen)]
+    assert decode(got) == normal[0]
+    assert decode(side) == normal[1] + "<|end|>"
+    assert report.warned == {}
+
+
+# EOS stands behind what was read as another token, or where it is none beside a letter.
+GREEDY = {"extra_special_tokens": ["b<|e"]}
+
+
+def single_word(folder):
+    made = json.loads(tokenizer_json())
+    for token in made["added_tokens"]:
+        token["single_word"] = token["id"] == END
+    write_folder(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    return Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("boundary", ["joint", "separate", "trl"])
+@pytest.mark.parametrize("kind", ["greedy", "single word"])
+@pytest.mark.parametrize("spelt", ["", "<|end|>"])
+def test_eos_that_is_appended_is_eos_or_counted(tmp_path, boundary, kind, spelt):
+    if kind == "greedy":
+        tok = tokenizer(tmp_path / "m", config=GREEDY)
+    else:
+        tok = single_word(tmp_path / "m")
+    _, chosen, rejected, report = pair(tok, "a ", "b" + spelt, "c ", boundary=boundary)
+    if boundary == "trl":  # as TRL has it
+        assert chosen == tok.encode("b<|end|>").tolist()
+        assert chosen[-1] != END
+        assert report.warned["eos_as_text"] == 1
+    else:
+        assert chosen == [*tok.encode("b" + spelt).tolist(), END]
+        assert "eos_as_text" not in report.warned
+    assert rejected[-1] == END
+
+
+def test_weights_hold_where_eos_is_put_behind(tmp_path):
+    tok = tokenizer(tmp_path / "m", config=GREEDY)
+    row = {"prompt": "a", "chosen": "xb", "rejected": "c", "chosen_weights": [[0, 1, 0.5]]}
+    pairs = PairDataset.from_rows([row], tok)
+    assert pairs[0]["chosen_ids"].tolist() == [ord("x"), ord("b"), END]
+    assert pairs[0]["chosen_weights"].tolist() == [0.5, 1, 1]
 
 
 # -- control tokens in text ---------------------------------------------------------------------

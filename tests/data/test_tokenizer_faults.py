@@ -164,6 +164,29 @@ def test_ids_that_no_vocabulary_reaches_never_come_out(tmp_path):
             Tokenizer.from_file(path)
 
 
+@pytest.mark.parametrize("way", ["file", "folder", "live"])
+@pytest.mark.parametrize("dropout", [0.1, 1.0])
+def test_merges_that_are_left_out_at_random_are_refused(tmp_path, way, dropout):
+    folder = write_folder(tmp_path / "m", dropout=dropout)
+    source = folder
+    if way == "live":
+        transformers = pytest.importorskip("transformers")
+        source = transformers.AutoTokenizer.from_pretrained(folder)
+    load = Tokenizer.from_pretrained
+    if way == "file":
+        load, source = Tokenizer.from_file, folder / "tokenizer.json"
+    with pytest.raises(
+        TokenizerError, match="expected null or 0, found (0.1|1): a text would have"
+    ):
+        load(source)
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0])
+def test_no_dropout_is_none(tmp_path, dropout):
+    ours = tokenizer(tmp_path / "m", dropout=dropout)
+    assert ours.encode("hello").tolist() == tokenizer(tmp_path / "n").encode("hello").tolist()
+
+
 def test_an_id_of_two_tokens_and_gaps_are_noticed(tmp_path):
     path = tmp_path / "tokenizer.json"
     vocab = json.loads(tokenizer_json())["model"]["vocab"]

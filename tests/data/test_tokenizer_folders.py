@@ -544,3 +544,17 @@ def test_junk_is_a_tokenizer_error_or_changes_nothing_that_panics(tmp_path, file
         except TokenizerError:
             continue
         assert ours.encode("the").size
+
+
+@pytest.mark.parametrize("more", [{}, {"tokenizer_class": "GPT2Tokenizer"}])
+def test_rows_of_a_gpt2_folder_that_names_no_token_end_with_eos(tmp_path, more):
+    files = {
+        CONFIG: {"model_max_length": 1024, **more},
+        "config.json": {"model_type": "gpt2"},
+    }
+    tok = Tokenizer.from_pretrained(folders.write(tmp_path / "m", folders.gpt2(), files))
+    (eos,) = tok.encode("<|endoftext|>")
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (eos, eos, None)
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = PairDataset.from_rows([row], tok)
+    assert [ids[-1] for ids in (*pairs.chosen_ids, *pairs.rejected_ids)] == [eos, eos]

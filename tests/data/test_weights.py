@@ -364,6 +364,7 @@ def test_the_cache_and_prepare_carry_them(tok, weighed, tmp_path, monkeypatch, l
     pytest.importorskip("pyarrow")
     from functools import partial
 
+    from dpo_ext import prepare
     from dpo_ext.data import encode
 
     monkeypatch.setattr(encode, "parts", partial(encode.parts, pairs=2))
@@ -374,7 +375,7 @@ def test_the_cache_and_prepare_carry_them(tok, weighed, tmp_path, monkeypatch, l
     for _ in range(2):
         mapped = PairDataset.from_files(path, tok, cache_dir=tmp_path / "c")
         assert both(mapped) == both(whole)
-    encode.prepare(path, tok, tmp_path / "prepared")
+    prepare(path, tok, tmp_path / "prepared")
     whole.save(tmp_path / "saved")
     (ours,), (theirs,) = ((tmp_path / name).glob("*.arrow") for name in ("prepared", "saved"))
     assert ours.read_bytes() == theirs.read_bytes()

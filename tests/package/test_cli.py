@@ -166,11 +166,11 @@ def test_every_data_command_has_the_options_of_a_data_set(command, capsys, monke
     monkeypatch.setenv("COLUMNS", "200")
     assert run(*command, "--help") == 0
     out = capsys.readouterr().out
-    # lists; too many for a command line
-    apart = {"columns": "column", "ignore_columns": "ignore_column", "limits": None}
+    # given once for each
+    apart = {"columns": "column", "ignore_columns": "ignore_column", "limits": "limit"}
     for name in Options.__annotations__:
-        option = apart.get(name, name)
-        assert option is None or f"--{option.replace('_', '-')}" in out, name
+        assert f"--{apart.get(name, name).replace('_', '-')}" in out, name
+    assert ("--cache-dir" in out) == (command == ["prepare"])
     for literal in (Truncation, Boundary, OnBad, SpecialTokensInText):
         assert "|".join(literal.__args__) in out
     assert f"[default: {'error' if command == ['prepare'] else 'skip'}]" in out
@@ -195,6 +195,9 @@ def test_a_shell_is_told_how_to_complete():
         ["bench", "data"],
         ["stats", "a.jsonl", "--tokenizer", "m", "--on-bad", "drop"],
         ["stats", "a.jsonl", "--tokenizer", "m", "--prompt-key", "a", "--chosen-key", "a"],
+        ["stats", "a.jsonl", "--tokenizer", "m", "--limit", "max_rows=4"],
+        ["stats", "a.jsonl", "--tokenizer", "m", "--limit", "max_keys=none"],
+        ["stats", "a.jsonl", "--tokenizer", "m", "--limit", "max_keys=0"],
     ],
 )
 def test_wrong_usage_is_code_two(arguments, capsys):
@@ -259,6 +262,7 @@ def test_a_bad_row_says_which_option_skips_it(tmp_path, data, model, capsys):
         ('images="ignore" keeps', "--images ignore keeps"),
         ("name it by `prompt_key`; or", "name it by `--prompt-key`; or"),
         ("`max_length` may be too small", "`--max-length` may be too small"),
+        ("`limits` sets another limit", "`--limit` sets another limit"),
         ("the field `prompt` is empty", "the field `prompt` is empty"),
     ],
 )
@@ -547,6 +551,14 @@ def test_options_reach_the_data_set(tmp_path, model, capsys):
     pairs = PairDataset.load(tmp_path / "out")
     assert len(pairs) == found["pairs"]
     assert pairs.columns["m"].tolist() == [0.5] * len(pairs)
+    cache = ["--force", "--out", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
+    assert run("prepare", *base, *cache) == 0
+    assert tiny.same_pairs(PairDataset.load(tmp_path / "out"), pairs)
+    assert len(list((tmp_path / "cache").glob("*/*.arrow"))) == 1
+    capsys.readouterr()
+    limits = ["--limit", "max_line_bytes=8", "--limit", "max_depth=3"]
+    assert run("stats", *base, "--on-bad", "error", *limits) == 2
+    assert "more than 8 bytes" in capsys.readouterr().err
 
 
 def test_bench_data_measures_a_file_and_writes_what_was_asked_for(tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_log_probs_and_their_gradient_need_nothing_that_only_posix_has(tmp_path)
 @pytest.mark.slow
 def test_what_needs_file_locks_says_so_where_there_are_none(tmp_path):
     code = """
-    from dpo_ext.data.encode import prepare
+    from dpo_ext.data.prepare import prepare
     calls = {
         "save": lambda: pairs.save("out"),
         "load": lambda: PairDataset.load("."),

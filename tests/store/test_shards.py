@@ -9,18 +9,20 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from datetime import datetime
 from functools import partial
 
 import numpy as np
 import pytest
 import tiny
+from byte_tokenizer import TEMPLATE, decode, write_folder
 from places import child_path
 
 from dpo_ext import DataError, Limits, PairDataset, Tokenizer, _core
 from dpo_ext.data import cache as caching
 from dpo_ext.data import encode
-from dpo_ext.data.encode import prepare
 from dpo_ext.data.options import settings
+from dpo_ext.data.prepare import prepare
 from dpo_ext.data.spool import Spool
 from dpo_ext.store import manifest as manifests
 from dpo_ext.store import read as mapped
@@ -306,7 +308,7 @@ import re, sys
 from pathlib import Path
 import tiny
 from dpo_ext import Tokenizer, PairDataset
-from dpo_ext.data.encode import prepare
+from dpo_ext.data.prepare import prepare
 # Not `ru_maxrss`, which a child process has from its parent.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 tokenizer = Tokenizer.from_file(sys.argv[1], eos_id=2, pad_id=0)
@@ -517,21 +519,50 @@ def test_limits_that_dropped_a_row_are_part_of_the_key(tmp_path, tokenizer, enco
     assert len(encoded) == 2
 
 
+NOW = [2026, 11, 24, 17, 32, 50, 1, 328]
+
+
 @pytest.mark.parametrize(
     ("call", "shown"),
     [
         ("strftime_now('%d %b %Y')", ["24 Nov 2026"]),
         ('strftime_now("%H:%M") + strftime_now("%Y")', ["17:32", "2026"]),
-        ("strftime_now(f)", [2026, 11, 24, 17, 32, 50, 1, 328]),
-        ("strftime_now('%Y' if x else '%d')", [2026, 11, 24, 17, 32, 50, 1, 328]),
+        ("strftime_now(f)", NOW),
+        ("strftime_now('%Y' if x else '%d')", NOW),
+        ("strftime_now('%Y') }}{% set f = strftime_now %}{{ f('%d')", NOW),
+        ("_dpo_ext_now", NOW),
         ("messages", []),
     ],
 )
-def test_the_time_counts_as_far_as_the_template_shows_it(call, shown):
+def test_the_time_counts_as_far_as_the_templates_show_it(call, shown):
     template = "{%- if strftime_now is defined %}{{ " + call + " }}{% endif %}"
-    if call == "messages":
-        template = "{{ messages }}"
-    assert caching._now(template, (2026, 11, 24, 17, 32, 50, 1, 328)) == shown
+    assert caching._now([template], NOW) == shown
+    assert caching._now(["{{ messages }}", template], NOW) == shown
+
+
+@pytest.mark.parametrize("named", ["default", "tool_use"])
+@pytest.mark.parametrize("renderer", ["minijinja", "transformers"])
+def test_another_date_in_any_named_template_is_a_miss(tmp_path, encoded, named, renderer):
+    """The date is the data set's in both renderers, whatever the clock says."""
+    loop = TEMPLATE
+    if renderer == "transformers":
+        pytest.importorskip("transformers")
+        loop = "{{ '%s' % 'x' }}" + TEMPLATE
+    dated = "{{ strftime_now('%Y-%m-%d') }}" + loop
+    templates = {"default": loop, "tool_use": loop, named: dated}
+    config = {"chat_template": [{"name": n, "template": t} for n, t in templates.items()]}
+    tokenizer = Tokenizer.from_pretrained(
+        write_folder(tmp_path / "m", config=config, template=None)
+    )
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    row = {name: [{"role": role, "content": name}] for name, role in roles.items()}
+    row |= {"tools": [{"name": "f"}]} if named == "tool_use" else {}
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", [row])
+    for day, misses in ((1, 1), (2, 2), (1, 2)):
+        now = datetime(2020, 5, day, 10, day)
+        pairs = PairDataset.from_files(file, tokenizer, now=now, cache_dir=tmp_path / "c")
+        assert decode(pairs.prompt_ids[0].tolist()).startswith(f"2020-05-0{day}")
+        assert len(encoded) == misses
 
 
 @pytest.mark.parametrize("what", ["flip", "truncate", "manifest", "missing", "junk"])

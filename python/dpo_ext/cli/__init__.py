@@ -24,8 +24,9 @@ FINE, FAILED, WRONG, CLOSED = 0, 1, 2, 141
 # Options as hints spell them in Python, with a value or alone.
 OPTIONS = (
     "(on_bad|layout_of_rows|ignore_columns|images|prompt_key|chosen_key|rejected_key"
-    "|max_length|chat_template|boundary|truncation)"
+    "|max_length|chat_template|boundary|truncation|limits)"
 )
+SEVERAL = ("ignore_columns", "limits")
 VALUE = re.compile(OPTIONS + r"=\(?\"([^\"]*)\",?\)?")
 NAMED = re.compile(f"`{OPTIONS}=?`")
 
@@ -103,5 +104,5 @@ def _flags(hint: str) -> str:
 
 
 def _flag(name: str) -> str:
-    # Given once for each column, so its name is that of one.
-    return f"--{name.replace('_', '-').replace('-columns', '-column')}"
+    # Given once for each column or limit, so its name is that of one.
+    return "--" + (name.removesuffix("s") if name in SEVERAL else name).replace("_", "-")

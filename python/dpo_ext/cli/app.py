@@ -98,12 +98,19 @@ def prepare(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a data set that stands in --out.")
     ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where encoded files are kept, and found by the next call.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = None,
     *,
     options: Options,
 ) -> None:
     """Encode files into a saved data set, in bounded memory; PairDataset.load maps it."""
-    from dpo_ext.data.encode import prepare as prepare_files
+    from dpo_ext.data.prepare import prepare as prepare_files
     from dpo_ext.data.tokenizer import Tokenizer
 
     if not force:
@@ -113,6 +120,7 @@ def prepare(
             given.files,
             Tokenizer.from_pretrained(tokenizer),
             out,
+            cache_dir=cache_dir,
             progress=True,
             allow_empty=False,
             **options,

@@ -4,6 +4,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo_ext.data.options import (
     EmptyThink,
     Images,
     LayoutOfRows,
+    Limits,
     OnBad,
     OnUseless,
     Options,
@@ -152,6 +154,15 @@ def data_options(
         datetime | None,
         typer.Option(help="The time that chat templates see.", rich_help_panel=PANEL),
     ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A limit of the library by its name, such as max_row_tokens=4096; may be given "
+            "several times.",
+            metavar="NAME=NUMBER",
+            rich_help_panel=PANEL,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="Threads; by default all.", rich_help_panel=PANEL),
@@ -181,10 +192,23 @@ def data_options(
     try:
         if chat_template_kwargs is not None:
             options["chat_template_kwargs"] = json.loads(chat_template_kwargs)
+        if limit:
+            options["limits"] = Limits(**dict(map(_limit, limit)))
         settings(options)
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
     return options
+
+
+def _limit(given: str) -> tuple[str, int]:
+    """A limit and its number."""
+    name, _, number = given.partition("=")
+    known = [field.name for field in fields(Limits)]
+    if name not in known:
+        raise ValueError(f"unknown limit `{name}`: there is {', '.join(known)}")
+    if not number.isdecimal():
+        raise ValueError(f"`{name}` must be a whole number, found {number!r}")
+    return name, int(number)
 
 
 def with_data_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

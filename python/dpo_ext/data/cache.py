@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dpo_ext import _core
 from dpo_ext.data.encode import Job, encode_into
 from dpo_ext.data.nothing import check_pairs
 from dpo_ext.data.options import Limits, Settings
+from dpo_ext.data.templates import HIDDEN_CLOCK
 from dpo_ext.errors import DataError
 from dpo_ext.extras import arrow
 from dpo_ext.report import Report
@@ -26,13 +27,17 @@ from dpo_ext.store.read import Saved, opened
 
 # Of these options the ids do not depend, or only where `_now` and `_limits_allow` say so.
 APART = ("threads", "now", "limits")
+_CLOCK = "strftime_now"
+# Where a template asks only whether there is a clock, and where it says a format.
+_ASKED = re.compile(rf"\b{_CLOCK}\s+is\s+(?:not\s+)?defined\b")
+_FORMATS = re.compile(rf"""\b{_CLOCK}\s*\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
 def cached(job: Job, cache_dir: str | os.PathLike[str]) -> Saved:
     """The examples of files, mapped from a cache that is filled first if need be.
 
     What was encoded counts for the same bytes in files of the same endings, the same tokenizer,
-    template and options; for ``strftime_now`` in the template, the same time as far as it shows.
+    templates and options; for ``strftime_now`` in any of them, the same time as far as it shows.
     It counts whatever the folder of the files, ``threads``, and those limits that dropped no row.
     """
     arrow("`cache_dir`")
@@ -134,7 +139,7 @@ def _facts(job: Job, prints: Sequence[str]) -> dict[str, Any]:
         "format": VERSION,
         "package": _core.__version__,
         "tokenizer": hashlib.sha256(state).hexdigest(),
-        "now": _now(job.tokenizer.chat_template or "", job.settings.now),
+        "now": _now(job.tokenizer.chat_templates, job.settings.now),
         "files": [
             ["".join(Path(name).suffixes[-2:]).lower(), print_]
             for name, print_ in zip(job.files, prints, strict=True)
@@ -150,16 +155,17 @@ def _key(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _now(template: str, now: Sequence[int]) -> list[Any]:
-    """The time as far as a template shows it: all of it, unless its formats can be read."""
-    calls = len(re.findall(r"strftime_now\s*\(", template))
-    formats = re.findall(r"""strftime_now\s*\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""", template)
-    if "strftime_now" not in template:
-        return []
-    if calls == 0 or calls != len(formats):
-        return list(now)
+def _now(templates: Iterable[str], now: Sequence[int]) -> list[Any]:
+    """The time as far as templates show it: all of it, unless all their formats can be read."""
     moment = time.struct_time((*now, -1))
-    return [time.strftime(double or single, moment) for double, single in formats]
+    shown: list[Any] = []
+    for template in templates:
+        text = _ASKED.sub("", template)
+        formats = _FORMATS.findall(text)
+        if text.count(_CLOCK) != len(formats) or HIDDEN_CLOCK in text:
+            return list(now)
+        shown += [time.strftime(double or single, moment) for double, single in formats]
+    return shown
 
 
 def fingerprint(root: Path, name: str) -> str:

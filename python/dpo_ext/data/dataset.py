@@ -103,9 +103,10 @@ class PairDataset(Ways, Pairs):
                 input, such as a damaged gzip file, a page in HTML or an array without its end, is
                 always raised.
             special_tokens_in_text: ``special``: text that spells a control token (a special one, or
-                one that the template writes) is the token, as in transformers; ``text``: inside
-                contents it stays text, so that data cannot forge a turn (engine ``bpe`` only);
-                ``error``: such a row is bad. It is counted whatever the rule.
+                one that the template writes) is the token, as in transformers; ``text``: nothing
+                that a row says becomes one, so that data cannot forge a turn (a row that would
+                needs the engine ``bpe``, and is bad where the template changes what it spells);
+                ``error``: such a row is bad. A spelling is counted whatever the rule.
             prompt_key, chosen_key, rejected_key: other names of the fields. A prompt named here
                 must be in every row.
             columns: further fields to carry: numbers, booleans or strings, of one kind in all rows.

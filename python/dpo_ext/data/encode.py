@@ -10,22 +10,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from dpo_ext import _core
 from dpo_ext.data.files import Kind, by_kind, feed_arrow_file, saved_files, sources
-from dpo_ext.data.nothing import check_prompts, no_pairs
-from dpo_ext.data.options import Options, Paths, Progress, Settings, row_hints, settings
+from dpo_ext.data.options import Paths, Progress, Settings, row_hints
 from dpo_ext.data.progress import Bar, size_of
 from dpo_ext.data.spool import Spool
 from dpo_ext.data.tokenizer import Tokenizer, checked_tokenizer
-from dpo_ext.extras import arrow
 from dpo_ext.pairs import Examples, Pairs, Unpaired
 from dpo_ext.report import Report
-from dpo_ext.store.folder import Folder, writing
-from dpo_ext.store.manifest import current_file
+from dpo_ext.store.folder import Folder
 from dpo_ext.store.write import write
 
 # Pairs that are held in memory at a time, about 40 MB of ids.
@@ -133,48 +128,3 @@ def encode_into(
     finally:
         shutil.rmtree(spooled, ignore_errors=True)
     return report
-
-
-def prepare(
-    files: Paths,
-    tokenizer: Tokenizer,
-    out: str | PathLike[str],
-    *,
-    progress: Progress = False,
-    allow_empty: bool = True,
-    **options: Unpack[Options],
-) -> Report:
-    """Encodes files into a saved data set without holding it in memory.
-
-    Same as ``PairDataset.from_files(files, tokenizer, **options).save(out)``, byte for byte, but
-    what is held at any time are the offsets of the ids and some ten thousand pairs: ten million
-    pairs take less than 2 GB. Ids grow on disk beside ``out`` first, so that it needs twice the
-    room of the result. Stopped at any point, it leaves what ``out`` held before.
-
-    Args:
-        files: as in :meth:`PairDataset.from_files`.
-        tokenizer: encodes text and renders messages.
-        out: the folder, as in :meth:`PairDataset.save`.
-        progress: as in :meth:`PairDataset.from_files`.
-        allow_empty: False refuses to replace what ``out`` holds when no pair is kept.
-        options: those of :meth:`PairDataset.from_files`.
-
-    Returns:
-        Report: what became of the rows; it is saved, too.
-
-    Raises:
-        DataError, LimitExceeded, TokenizerError, OSError: as ``from_files`` and ``save``; with the
-            reason ``no_pairs`` where none is kept and ``allow_empty`` is False.
-        TypeError: an unknown option.  ModuleNotFoundError: pyarrow is not installed.
-    """
-    arrow("preparing a data set")
-    job = Job.of(files, tokenizer, settings(options), progress)
-
-    def check(report: Report) -> None:
-        if report.kept == 0 and not allow_empty:
-            raise no_pairs(job.files, report, f"; `{out}` is left as it was")
-        check_prompts(job.files, report)
-
-    with writing(Path(out)) as folder:
-        folder.sweep(current_file(folder.path))
-        return encode_into(folder, job, {}, check)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from dpo_ext.errors import TokenizerError
 from dpo_ext.extras import need
 
 TOOL_USE = "tool_use"
+# The variable in which Rust tells a renderer the time of the data set.
+HIDDEN_CLOCK = "_dpo_ext_now"
+# In place of transformers' own, which reads the machine's clock; what it is given as a variable
+# becomes plain data. The line end is taken away with the tag before it.
+CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    "{%- if format in _dpo_ext_now -%}{{ _dpo_ext_now[format] }}"
+    "{%- else -%}{{ raise_exception('`strftime_now`: a format that is spelt nowhere') }}"
+    "{%- endif -%}{%- endmacro %}\n"
+)
+_STRINGS = re.compile(r"""'([^'\\\n]*%[^'\\\n]*)'|"([^"\\\n]*%[^"\\\n]*)\"""")
 
 
 class Fallback:
@@ -33,6 +46,10 @@ class Fallback:
             return None
         named = json.loads(variables)
         messages = named.pop("messages")
+        moment = datetime(*named.pop(HIDDEN_CLOCK))
+        if "strftime_now" in template:
+            named[HIDDEN_CLOCK] = _dates(template, moment)
+            template = CLOCK + template
         answer: Any = found.render_jinja_template(
             conversations=[messages], chat_template=template, **named
         )
@@ -49,6 +66,12 @@ class Fallback:
             "the chat template is rendered by transformers where minijinja cannot, many times "
             f"slower and without limits: {self.construct}"
         )
+
+
+def _dates(template: str, moment: datetime) -> dict[str, str]:
+    """What a moment is by every string of a template that may be a format."""
+    formats = {single or double for single, double in _STRINGS.findall(template)}
+    return {text: moment.strftime(text) for text in formats}
 
 
 def choose(templates: Any, name: str | None) -> tuple[str | None, str | None]:

@@ -28,6 +28,8 @@ from dpo_ext.pairs import Ragged
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+MOST_NAMED = 8  # tokens in a note
+
 
 class Tokenizer:
     """Text to token ids, messages to text; immutable, shared by all threads, and picklable to
@@ -161,6 +163,12 @@ class Tokenizer:
         return self._state["template"]
 
     @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """All templates that conversations may be rendered by: with tools another one may serve."""
+        templates = (self._state["template"], self._state["tool_template"])
+        return tuple(text for text in templates if text is not None)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         notes = []
         if self._state["read_by"] is not None:
@@ -172,6 +180,13 @@ class Tokenizer:
         if self._core.gaps:
             notes.append(
                 f"the tokenizer has {self._core.gaps} ids below vocab_size without a token"
+            )
+        if self._core.merged:
+            some = ", ".join(self._core.merged[:MOST_NAMED])
+            more = len(self._core.merged) - MOST_NAMED
+            notes.append(
+                "control tokens that are ordinary merges, too, so that their spelling gives them even "
+                f"as text: {some}" + (f" and {more} more" if more > 0 else "")
             )
         if self.eos_id is None:
             notes.append("the tokenizer names no EOS: none is appended to text rows")
