@@ -24,6 +24,7 @@ WEIGHTS = ("chosen_weights", "rejected_weights")
 IGNORE_INDEX = -100
 """The target of a token that is not scored, as in the labels of Hugging Face."""
 SHOWN = 5  # pairs in a notebook
+AT_ONCE = 1 << 20  # examples that are counted at once
 PART = 1 << 22  # items of an array that are looked at at once, where it may be mapped
 
 
@@ -401,6 +402,17 @@ class Examples(Sequence):
         found = {name: getattr(self, name) for name in self.WEIGHTS.values()}
         return {name: lists for name, lists in found.items() if lists is not None}
 
+    def by_lengths(self, count: Callable[..., NDArray[np.int64]]) -> NDArray[np.int64]:
+        """(n,) int64: ``count`` of the lengths of the lists, prompt first; some examples at a time,
+        so that a signal does not wait.
+        """
+        out = np.empty(len(self), np.int64)
+        lists = [getattr(self, name).offsets for name in self.IDS]
+        for start in range(0, len(self), AT_ONCE):
+            stop = min(start + AT_ONCE, len(self))
+            out[start:stop] = count(*(np.diff(offsets[start : stop + 1]) for offsets in lists))
+        return out
+
     def _once(self, name: str, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
         """What was made before under this name. `cached_property` of Python 3.11 holds a lock
         meanwhile, which the child of a fork would wait for.
@@ -542,23 +554,12 @@ class Pairs(Examples):
     @property
     def longest(self) -> NDArray[np.int64]:
         """(n,) int64: tokens of the longer side of each pair, prompt included."""
-        return self._once(
-            "longest",
-            lambda: (
-                self.prompt_ids.lengths
-                + np.maximum(self.chosen_ids.lengths, self.rejected_ids.lengths)
-            ),
-        )
+        return self._once("longest", lambda: self.by_lengths(lambda p, c, r: p + np.maximum(c, r)))
 
     @property
     def tokens(self) -> NDArray[np.int64]:
         """(n,) int64: tokens of both sides of each pair, the prompt counted twice."""
-        return self._once(
-            "tokens",
-            lambda: (
-                2 * self.prompt_ids.lengths + self.chosen_ids.lengths + self.rejected_ids.lengths
-            ),
-        )
+        return self._once("tokens", lambda: self.by_lengths(lambda p, c, r: 2 * p + c + r))
 
 
 class Unpaired(Examples):

@@ -198,8 +198,9 @@ impl<S: Source> Work<'_, S> {
                     return Task::Append(ready);
                 }
             }
-            let is_low = state.waiting.len() < 2 * self.threads
-                && state.queued - state.turn < 8 * self.threads + 64;
+            // While a block is read, the others take what lies ready.
+            let is_low = state.waiting.len() < 4 * self.threads + 64
+                && state.queued - state.turn < 16 * self.threads + 128;
             if is_low && !state.is_reading && !state.is_ended {
                 state.is_reading = true;
                 return Task::Read;

@@ -11,7 +11,7 @@ import pytest
 from byte_tokenizer import tokenizer, write_folder
 from places import child_path
 
-from dpo_ext import PairDataset, Ragged
+from dpo_ext import PairDataset
 from dpo_ext.store.folder import writing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
@@ -135,15 +135,15 @@ def test_a_section_of_the_thread_that_forks_holds_nothing_up():
 
 def test_a_child_does_not_wait_for_what_a_thread_was_counting(monkeypatch):
     pairs = PairDataset.from_ids([[1]], [[2]], [[3]])
-    begun, slow = threading.Event(), Ragged.lengths
+    begun, count = threading.Event(), PairDataset.by_lengths
 
-    def lengths(ragged):
+    def by_lengths(pairs, how):
         begun.set()
         if threading.current_thread() is not threading.main_thread():
             time.sleep(2)
-        return slow.fget(ragged)
+        return count(pairs, how)
 
-    monkeypatch.setattr(Ragged, "lengths", property(lengths))
+    monkeypatch.setattr(PairDataset, "by_lengths", by_lengths)
     thread = threading.Thread(target=lambda: pairs.tokens)
     thread.start()
     begun.wait()

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 def shared_lengths(pairs: Pairs) -> NDArray[np.int64]:
     """(n,) int64: slots of each pair in a shared row."""
-    return shared_slots(
-        pairs.prompt_ids.lengths, pairs.chosen_ids.lengths, pairs.rejected_ids.lengths
-    )
+    return pairs.by_lengths(shared_slots)
 
 
 def shared_slots(
