@@ -14,8 +14,8 @@ pub(crate) const LONG: usize = 4096;
 const FIRST_BITS: u32 = 14;
 const MOST_BITS: u32 = 17;
 /// What a half holds at most beside its places: bytes of long words, tokens that do not fit beside their word.
-const BYTES: usize = 1 << 20;
-const IDS: usize = 1 << 18;
+const BYTES: usize = 1 << 21;
+const IDS: usize = 1 << 19;
 const INLINE: usize = 3;
 /// How many places are tried: a crowded neighbourhood is a miss, never a long walk.
 const PROBES: usize = 16;
