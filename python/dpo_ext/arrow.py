@@ -33,7 +33,8 @@ def encode_table(table: Any, tokenizer: Tokenizer, **options: Any) -> Any:
     What is not asked for with ``columns`` does not come out of it.
     The tokenizer pickles to stable bytes, so the cache of ``datasets`` is hit by the next run, and
     workers of any kind receive it. That cache knows nothing of the clock: where a template prints
-    the date, give ``now=`` a moment of that day, made outside of the function. Where many workers share a machine, give ``threads=1``.
+    the date, give ``now=`` a moment of that day, made outside of the function. Where many workers
+    share a machine, give ``threads=1``.
 
     Args:
         table: a pyarrow Table or RecordBatch, or anything with ``__arrow_c_stream__`` or

@@ -65,14 +65,12 @@ impl Word<'_> {
     /// Whether a control token may be made of it.
     pub(super) fn is_suspect(self, control: &Control) -> bool {
         match self {
-            Self::Text(text) => {
+            Self::Key(key) if KNOWN.contains(&key) => false,
+            Self::Text(text) | Self::Key(text) => {
                 control.is_telling(text)
                     || control.is_made()
                     || control.is_part(text)
                     || control.has_part(text)
-            }
-            Self::Key(key) => {
-                !KNOWN.contains(&key) && (control.is_telling(key) || control.is_part(key))
             }
             Self::Number(number) => spelt(number).is_some_and(|text| control.is_part(&text)),
         }
@@ -141,16 +139,12 @@ impl Change {
     fn text(self, text: &str, control: &Control) -> String {
         match self {
             Self::Marked(mark) => control.marked(text, mark),
-            Self::Broken(mark) => control.broken(text, true, mark),
+            Self::Broken(mark) => control.broken(text, mark),
         }
     }
 
     fn key(self, key: &str, control: &Control) -> String {
-        match self {
-            Self::Marked(mark) => control.marked(key, mark),
-            Self::Broken(_) if KNOWN.contains(&key) => key.to_owned(),
-            Self::Broken(mark) => control.broken(key, false, mark),
-        }
+        if KNOWN.contains(&key) { key.to_owned() } else { self.text(key, control) }
     }
 
     fn of(self, value: &Value<'_>, control: &Control) -> Value<'static> {

@@ -135,9 +135,8 @@ impl Control {
     pub(super) fn test_marks(&mut self, encode: impl Fn(&str) -> Vec<i32>) {
         if self.normal != Normal::Same {
             let stays = |mark: char| {
-                let is_there = |token: &Candidate| {
-                    encode(&self.broken(&token.text, true, mark)).contains(&token.id)
-                };
+                let is_there =
+                    |token: &Candidate| encode(&self.broken(&token.text, mark)).contains(&token.id);
                 self.tokens.iter().any(is_there)
             };
             self.marks = MARKS.into_iter().find(|marks| !stays(*marks.start()));
@@ -264,10 +263,10 @@ impl Control {
     }
 
     /// Puts `mark` on both sides of all that a control token could be made of: every telling character; every text that
-    /// is part of a token with seams; and, where templates may make more of a text and it is `free`, every character.
+    /// is part of a token with seams; and, where templates may make more of a text, every character.
     /// White space around a text stays around it.
-    pub fn broken(&self, text: &str, free: bool, mark: char) -> String {
-        let all = self.normal == Normal::Any || (free && (self.makes || self.has_part(text)));
+    pub fn broken(&self, text: &str, mark: char) -> String {
+        let all = self.normal == Normal::Any || self.makes || self.has_part(text);
         let whole = all || self.is_part(text);
         let inner = strip(text);
         let start = if inner.is_empty() {
@@ -349,15 +348,14 @@ mod tests {
     #[test]
     fn marks_stand_around_what_could_be_a_token() {
         let plain = control(&["<|end|>"], &["<|end|>"]);
-        assert_eq!(plain.broken(" a < b|>", true, '~'), " a ~<~ b|~>~");
-        assert_eq!(plain.broken("end", true, '~'), "end");
+        assert_eq!(plain.broken(" a < b|>", '~'), " a ~<~ b|~>~");
+        assert_eq!(plain.broken("end", '~'), "end");
         let seamed = control(&["<|", "|>"], &["<|end|>"]);
-        assert_eq!(seamed.broken("\n end  ", true, '~'), "\n ~end~  ");
-        assert_eq!(seamed.broken("<>", true, '~'), "~<~>~");
-        assert_eq!(plain.broken("  ", true, '~'), "  ");
+        assert_eq!(seamed.broken("\n end  ", '~'), "\n ~end~  ");
+        assert_eq!(seamed.broken("<>", '~'), "~<~>~");
+        assert_eq!(plain.broken("  ", '~'), "  ");
         let all = Control { makes: true, ..control(&["<|end|>"], &["<|end|>"]) };
-        assert_eq!(all.broken(" ab ", true, '~'), " ~a~b~ ");
-        assert_eq!(all.broken("ab", false, '~'), "ab");
+        assert_eq!(all.broken(" ab ", '~'), " ~a~b~ ");
     }
 
     #[test]

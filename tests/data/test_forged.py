@@ -280,6 +280,25 @@ def test_harmless_rows_of_published_templates_are_as_they_are(tmp_path, name):
             assert got.report.warned == want.report.warned
 
 
+@pytest.mark.parametrize("word", ["[end]", "<|en~d|>"])
+def test_what_a_template_makes_of_a_key_is_no_token(load, word):
+    printed = "{{ k | replace('[end]', '<|end|>') | replace('~', '') }}"
+    tools = "{% for t in tools or [] %}{% for k in t.function.parameters %}" + printed
+    tok = load(tools + "{% endfor %}{% endfor %}" + TURNS.replace("NAME", "").replace("ROLE", ""))
+    neutral, forged = (row(tools=[tool(**{key: 1})]) for key in ("other", word))
+    want = control(tok, neutral, "special")[0]
+    assert control(tok, forged, "special")[0] != want
+    for rule in ("text", "error"):
+        assert control(tok, neutral, rule)[0] == want
+    with pytest.raises(DataError):
+        control(tok, forged, "error")
+    if "~" in word:
+        assert control(tok, forged, "text")[0] == want
+    else:
+        with pytest.raises(DataError):
+            control(tok, forged, "text")
+
+
 def test_a_seam_of_roles_is_one_of_other_roles_alone(tmp_path):
     text = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     config = {"extra_special_tokens": ["<|user|>", "<|assistant|>"]}

@@ -185,8 +185,8 @@ class Tokenizer:
             some = ", ".join(self._core.merged[:MOST_NAMED])
             more = len(self._core.merged) - MOST_NAMED
             notes.append(
-                "control tokens that are ordinary merges, too, so that their spelling gives them even "
-                f"as text: {some}" + (f" and {more} more" if more > 0 else "")
+                "control tokens that are ordinary merges, too, so that their spelling gives them "
+                f"even as text: {some}" + (f" and {more} more" if more > 0 else "")
             )
         if self.eos_id is None:
             notes.append("the tokenizer names no EOS: none is appended to text rows")
