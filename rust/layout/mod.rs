@@ -9,7 +9,7 @@ pub mod table;
 
 use crate::error::{Error, Place, Result};
 
-/// Whether somebody told long work to stop, which asks after each [`STRIDE`] of items.
+/// Whether somebody told long work to stop, which asks after each `STRIDE` of items.
 pub type Stop<'a> = &'a dyn Fn() -> bool;
 
 /// Items of long work between two looks at whether to go on.
