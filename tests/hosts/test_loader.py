@@ -203,3 +203,17 @@ def test_options_of_loaders_with_workers_are_refused_with_a_word_on_the_thread()
     plan = FakePlan(1)
     with pytest.raises(TypeError, match=r"`num_workers` is no option.*one thread.*\n.*prefetch"):
         PairLoader(plan, num_workers=2)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("row", [([], [1], [2]), ([], [], []), ([3], [], [])])
+def test_batches_of_no_slots_are_those_of_the_plan(layout, prefetch, row):
+    """Arrays of no items at one address would pass for one array."""
+    pairs = PairDataset.from_ids(*([list(ids)] * 3 for ids in row))
+    for size in (1, 3):
+        plan = pairs.plan(layout=layout, pairs_per_batch=size, shuffle=False)
+        for _ in range(2):
+            for batch, expected in zip(PairLoader(plan, prefetch=prefetch), plan, strict=True):
+                assert batch.input_ids.shape == expected.input_ids.shape
+                assert batch.pair_index.tolist() == expected.pair_index.tolist()

@@ -1,6 +1,7 @@
 """Workers that persist build the batches of the epoch that the plan was set to, in every host."""
 
 import copy
+import multiprocessing
 import os
 import pickle
 
@@ -156,6 +157,33 @@ def test_a_child_that_is_no_worker_keeps_its_epoch():
     assert os.read(answered, 1) == b"1"
     os.waitpid(child, 0)
     assert pairs_in(plan) == after  # whatever the child set
+
+
+def child_with_workers(plan, start, epochs, answers):
+    """In a process that has a copy of a plan: what its own workers give, and what it has itself."""
+    loader = loader_of(plan, workers=1, multiprocessing_context=start)
+    for epoch in epochs:
+        if epoch is not None:
+            plan.set_epoch(epoch)
+        answers.put((plan.epoch, pairs_in(loader), pairs_in(plan)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", ["fork", "spawn"])
+@pytest.mark.parametrize("inner", ["fork", "spawn"])
+def test_workers_of_a_copy_follow_the_copy_and_not_what_it_is_a_copy_of(outer, inner):
+    plan = plan_of()
+    context = multiprocessing.get_context(outer)
+    answers = context.Queue()
+    child = context.Process(target=child_with_workers, args=(plan, inner, (None, 2), answers))
+    child.start()
+    plan.set_epoch(3)
+    for epoch in (0, 2):
+        told, of_workers, own = answers.get(timeout=120)
+        assert told == epoch
+        assert of_workers == own == pairs_in(plan_of(epoch=epoch))
+    child.join()
+    assert pairs_in(plan) == pairs_in(plan_of(epoch=3))
 
 
 class Own(Dataset):

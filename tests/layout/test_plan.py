@@ -345,3 +345,58 @@ def root_of(array):
     while array.base is not None:
         array = array.base
     return array
+
+
+def test_a_large_batch_makes_no_later_one_large():
+    short, long = [[1, 2]] * 40, [1] * 2_000_000
+    pairs = PairDataset.from_ids([long, *short[1:]], short, [[3]] * 40)
+    plan = pairs.plan(layout="padded", pairs_per_batch=4, shuffle=False)
+    held = list(plan)
+    assert root_of(held[0].input_ids).nbytes > 10_000_000
+    for batch in held[2:]:
+        assert root_of(batch.input_ids).nbytes < 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", -1, r"`seed` must be in 0\.\.2\*\*64, found -1"),
+        ("seed", 2**64, "`seed` must be in"),
+        ("epoch", -1, "`epoch` must be in"),
+        ("epoch", 2**64, "`epoch` must be in"),
+        ("epoch", 1.5, "`epoch` must be a whole number, found float"),
+        ("seed", None, "`seed` must be a whole number"),
+        ("position", 99, "`position` must be in"),
+        ("position", -1, "`position` must be in"),
+        ("position", "3", "`position` must be a whole number"),
+    ],
+)
+def test_a_state_with_a_wrong_number_leaves_the_plan_as_it_was(name, value, message):
+    plan = random_pairs(8).plan(layout="padded", pairs_per_batch=2, seed=5, epoch=1)
+    before = [batch.pair_index.tolist() for batch in plan]
+    other = random_pairs(8).plan(layout="padded", pairs_per_batch=2, seed=9, epoch=2)
+    with pytest.raises(DataError, match=message) as caught:
+        plan.load_state_dict({**other.state_dict(2), name: value})
+    assert caught.value.reason == "bad_state"
+    assert (plan.seed, plan.epoch) == (5, 1)
+    assert [batch.pair_index.tolist() for batch in plan] == before
+
+
+@pytest.mark.parametrize("value", [1.5, "1", None])
+def test_an_epoch_that_is_no_whole_number_is_a_type_error_and_changes_nothing(value):
+    plan = random_pairs(8).plan(layout="padded", pairs_per_batch=2)
+    with pytest.raises(TypeError, match="`epoch` must be a whole number"):
+        plan.set_epoch(value)
+    assert plan.epoch == 0
+    with pytest.raises(TypeError, match="`pairs_per_batch` must be a whole number"):
+        random_pairs(8).plan(layout="padded", pairs_per_batch=2.5)
+
+
+def test_the_type_of_a_number_does_not_change_the_digest():
+    pairs = random_pairs(8)
+    one = pairs.plan(layout="padded", pairs_per_batch=2, seed=3, drop_last=False)
+    other = pairs.plan(
+        layout="padded", pairs_per_batch=np.int64(2), seed=np.int64(3), drop_last=0, shuffle=1
+    )
+    assert one.digest == other.digest
+    assert other.load_state_dict(one.state_dict(2)) == 2

@@ -15,7 +15,7 @@ import struct
 import sys
 import tempfile
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 EPOCH_SET = (
     "the epoch of the plan was set while its batches were being read\n"
@@ -29,6 +29,8 @@ _RETRIES = 100
 
 # The plans of this process by what names them in their copies.
 _OWN: WeakValueDictionary[str, Epoch] = WeakValueDictionary()
+# Those and the copies that this process has: whichever it forks workers with must be its own.
+_ALL: WeakSet[Epoch] = WeakSet()
 
 
 class Epoch:
@@ -36,11 +38,12 @@ class Epoch:
 
     A copy in a worker of a DataLoader reads what that process has set. Every other copy, of
     ``copy.deepcopy``, of a pickle or of a fork, is on its own, and so is one in a worker once it
-    was set there.
+    was set there. One on its own is what workers that its process starts follow.
     """
 
     def __init__(self, seed: int, epoch: int) -> None:
         self._own(seed, epoch)
+        _ALL.add(self)
 
     def _own(self, seed: int, epoch: int) -> None:
         self.name = secrets.token_hex(8)
@@ -49,6 +52,7 @@ class Epoch:
         self._fd: int | None = None
         # In a worker: what fetches for the loader in this pass, and the order that it began with.
         self._pass: tuple[Any, tuple[int, int]] | None = None
+        self._at = seed, epoch
         _write(self._maps[0], seed, epoch)
         _OWN[self.name] = self
 
@@ -56,8 +60,14 @@ class Epoch:
         """Says it to all copies that follow; a copy that is set is none any more."""
         if not self.is_here:
             self._own(seed, epoch)
+        self._at = seed, epoch
         for shared in self._maps:
             _write(shared, seed, epoch)
+
+    def stand_alone(self) -> None:
+        """In a process that has a copy and is no worker: its own workers follow this one."""
+        if not (self.is_here or _in_worker()):
+            self._own(*self._at)
 
     def told(self) -> tuple[int, int] | None:
         """What this copy follows: seed and epoch; None where it follows nobody.
@@ -84,20 +94,21 @@ class Epoch:
         return _read(self._maps[0]) != (seed, epoch)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self.stand_alone()
         if not _is_spawning():
             return Epoch, _read(self._maps[0])
         if sys.platform == "win32":
-            return Epoch._joined, (self.name, None)
+            return Epoch._joined, (self.name, None, self._at)
         from multiprocessing.reduction import DupFd
 
         if self._fd is None:
             self._fd = _unnamed()
             self._maps.append(mmap.mmap(self._fd, _SIZE))
             _write(self._maps[-1], *_read(self._maps[0]))
-        return Epoch._joined, (self.name, DupFd(self._fd))
+        return Epoch._joined, (self.name, DupFd(self._fd), self._at)
 
     @classmethod
-    def _joined(cls, name: str, descriptor: Any) -> Epoch:
+    def _joined(cls, name: str, descriptor: Any, at: tuple[int, int]) -> Epoch:
         """The copy of a process that was spawned."""
         if descriptor is None:
             shared = _anonymous(name)
@@ -108,12 +119,22 @@ class Epoch:
             finally:
                 os.close(fd)
         made = cls.__new__(cls)
-        vars(made).update(name=name, _pid=0, _maps=[shared], _fd=None, _pass=None)
+        vars(made).update(name=name, _pid=0, _maps=[shared], _fd=None, _pass=None, _at=at)
+        _ALL.add(made)
         return made
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:
             os.close(self._fd)  # type: ignore[arg-type]
+
+
+def _before_fork() -> None:
+    for one in list(_ALL):
+        one.stand_alone()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)
 
 
 def of_name(name: str) -> Epoch | None:

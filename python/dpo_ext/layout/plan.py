@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, overload
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, overload
 import numpy as np
 
 from dpo_ext import _core
-from dpo_ext.errors import DataError
+from dpo_ext.errors import DataError, describe
 from dpo_ext.layout.batch import LAYOUTS, Batch
 from dpo_ext.layout.epoch import EPOCH_SET, Epoch
 from dpo_ext.layout.fill import FILL, SLOTS, factors, padded, weigh
@@ -46,6 +47,22 @@ class PlanStats:
         if name not in {f.name for f in fields(self)}:
             raise KeyError(name)
         return getattr(self, name)
+
+
+def _index_of(name: str, value: Any) -> int:
+    """A whole number, of whatever type."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a whole number, found {describe(value)}") from None
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of 64 bits."""
+    number = _index_of(name, value)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"`{name}` must be in 0..2**64, found {number}")
+    return number
 
 
 def _every(n: int, size: int, drop_last: bool) -> NDArray[np.int64]:
@@ -160,12 +177,17 @@ class BatchPlan(Sequence[Batch]):
             "world_size": world_size,
             "pad_to_multiple_of": pad_to_multiple_of,
         }
-        for name, value in positive.items():
+        sizes: dict[str, Any] = {
+            name: value if value is None else _index_of(name, value)
+            for name, value in positive.items()
+        }
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, found {value}")
-        for name, value in (("seed", seed), ("epoch", epoch)):
-            if not 0 <= value < 2**64:
-                raise ValueError(f"`{name}` must be in 0..2**64, found {value}")
+        pairs_per_batch, tokens_per_batch, bin_length, world_size, pad_to_multiple_of = (
+            sizes.values()
+        )
+        seed, epoch, rank = _whole("seed", seed), _whole("epoch", epoch), _index_of("rank", rank)
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be in 0..{world_size}, found {rank}")
         bins = LAYOUTS[layout].bins
@@ -183,7 +205,7 @@ class BatchPlan(Sequence[Batch]):
                     f"`pad_to_multiple_of`), found {tokens_per_batch}"
                 )
         self._pairs = pairs
-        self._block_bytes = 0  # of the largest batch so far
+        self._block_bytes = 0  # of the next batch, about
         self._weights = factors(pairs, token_weights)
         self._lengths = SLOTS[layout](pairs)
         self.layout = layout
@@ -193,8 +215,8 @@ class BatchPlan(Sequence[Batch]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        self.shuffle = bool(shuffle)
+        self.drop_last = bool(drop_last)
         self.pad_to_multiple_of = pad_to_multiple_of
         self._told = Epoch(seed, epoch)
         self._arrange(epoch)
@@ -203,8 +225,7 @@ class BatchPlan(Sequence[Batch]):
         """Moves to another epoch: another order, and with a token budget another number of
         batches. Copies in workers of a DataLoader move with it, also in workers that persist.
         """
-        if not 0 <= epoch < 2**64:
-            raise ValueError(f"`epoch` must be in 0..2**64, found {epoch}")
+        epoch = _whole("epoch", epoch)
         self._arrange(epoch)
         self._told.set(self.seed, epoch)
 
@@ -275,7 +296,7 @@ class BatchPlan(Sequence[Batch]):
             raise IndexError(f"batch {i} is out of range for {self._steps} batches")
         block = Block(self._block_bytes)
         batch = self.build(k % self._steps, block.take)
-        self._block_bytes = max(self._block_bytes, block.asked)
+        self._block_bytes = block.asked + block.asked // 4  # the next one may be larger
         if told is not None:
             batch.sign(self._told.name, told)
         return batch
@@ -347,10 +368,15 @@ class BatchPlan(Sequence[Batch]):
                 "world size",
                 reason="bad_state",
             )
-        position = int(state["position"])
+        try:
+            seed, epoch, position = (
+                _whole(name, state[name]) for name in ("seed", "epoch", "position")
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the state of a plan: {error}", reason="bad_state") from error
         before = self.seed, self.epoch
-        self.seed = int(state["seed"])
-        self.set_epoch(int(state["epoch"]))
+        self.seed = seed
+        self.set_epoch(epoch)
         if not 0 <= position <= self._steps:
             self.seed = before[0]
             self.set_epoch(before[1])

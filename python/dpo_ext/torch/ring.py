@@ -85,6 +85,8 @@ class Loan:
         allocated alone, and the ring's next buffers are larger.
         """
         size = count * ITEM_BYTES[dtype]
+        if size == 0:  # else all of no items had one address, as if they were one array
+            return np.empty(0, dtype)
         start, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
         if self._used <= len(self._root):
             return self._root[start : start + size].view(dtype)
