@@ -151,7 +151,7 @@ mod tests {
             ("{{ m.content | replace(x, '') }}", (true, true)),
             ("{{ m.content.replace('~', x) }}", (true, true)),
             ("{{ m.content | striptags }}", (false, true)),
-            ("{{ unclosed", (false, true)),
+            ("{{ 'unclosed", (false, true)),
         ];
         for (source, want) in cases {
             let found = Literals::of(source);
