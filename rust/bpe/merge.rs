@@ -109,7 +109,7 @@ impl Merges {
     }
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 fn encode_shorter(merges: &Merges, word: &[u8], out: &mut Vec<i32>) {
     merges.encode_in::<SHORTER>(word, out);
 }

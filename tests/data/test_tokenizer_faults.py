@@ -289,7 +289,7 @@ def test_a_tokenizer_that_is_dropped_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", LOADED, folder], capture_output=True, text=True, check=True
     )
     # 40 of them; each left 0.9 MB in the thread that loaded it.
-    assert float(result.stdout) <= 5.0
+    assert float(result.stdout) <= 10.0
 
 
 LONG = """

@@ -8,7 +8,7 @@ from byte_tokenizer import tokenizer
 from places import GOLDEN
 
 from dpo_ext import PairDataset, Ragged, UnpairedDataset
-from dpo_ext.data.encode import prepare
+from dpo_ext.data.prepare import prepare
 from dpo_ext.errors import DataError
 from dpo_ext.store.manifest import sealed
 
