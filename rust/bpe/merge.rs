@@ -114,12 +114,12 @@ fn encode_shorter(merges: &Merges, word: &[u8], out: &mut Vec<i32>) {
     merges.encode_in::<SHORTER>(word, out);
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 fn encode_short(merges: &Merges, word: &[u8], out: &mut Vec<i32>) {
     merges.encode_in::<SHORT>(word, out);
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2"))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 fn encode_long(merges: &Merges, word: &[u8], scratch: &mut MergeScratch, out: &mut Vec<i32>) {
     let MergeScratch { symbols, lowest, .. } = scratch;
     let known = |rank: u32| if rank == NONE { NO_RANK } else { rank };
