@@ -129,12 +129,47 @@ fn dense(lengths: &[i64], capacity: usize, seed: u64, stop: Stop<'_>) -> Result<
     Ok((sorted, bin_of, sizes))
 }
 
+/// Same as `items.sort_by_key(|item| Reverse(length(item)))`, which asks nobody whether to go on: runs of `run` items
+/// are sorted one by one, then merged two by two.
+fn longest_first(
+    mut items: Vec<i32>,
+    mut run: usize,
+    length: impl Fn(&i32) -> usize,
+    stop: Stop<'_>,
+) -> Result<Vec<i32>> {
+    for part in items.chunks_mut(run) {
+        check(stop)?;
+        part.sort_by_key(|item| std::cmp::Reverse(length(item)));
+    }
+    let mut merged = Vec::with_capacity(items.len());
+    while run < items.len() {
+        merged.clear();
+        for pair in items.chunks(2 * run) {
+            let (first, second) = pair.split_at(run.min(pair.len()));
+            let (mut first, mut second) = (first.iter().peekable(), second.iter().peekable());
+            while let Some(item) = match (first.peek(), second.peek()) {
+                (Some(a), Some(b)) if length(b) > length(a) => second.next(),
+                (None, _) => second.next(),
+                _ => first.next(),
+            } {
+                if merged.len() % STRIDE == 0 {
+                    check(stop)?;
+                }
+                merged.push(*item);
+            }
+        }
+        std::mem::swap(&mut items, &mut merged);
+        run *= 2;
+    }
+    Ok(items)
+}
+
 /// The same in O(n log n) time and O(n) memory, for lengths of which each may be enormous.
 fn sparse(lengths: &[i64], capacity: usize, seed: u64, stop: Stop<'_>) -> Result<Placed> {
     let length = |item: &i32| lengths.get(*item as usize).map_or(0, |length| *length as usize);
     let mut sorted: Vec<i32> = (0..).zip(lengths).map(|(item, _)| item).collect();
     shuffle(&mut sorted, seed, stop)?;
-    sorted.sort_by_key(|item| std::cmp::Reverse(length(item)));
+    let sorted = longest_first(sorted, STRIDE, length, stop)?;
     let mut free: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
     let mut bin_of = Vec::with_capacity(sorted.len());
     let mut sizes: Vec<u32> = Vec::new();
@@ -419,6 +454,14 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn sorting_in_runs_is_the_stable_sort(lengths in prop::collection::vec(0usize..6, 0..60), run in 1usize..9) {
+            let items: Vec<i32> = (0..lengths.len() as i32).rev().collect();
+            let mut want = items.clone();
+            want.sort_by_key(|item| std::cmp::Reverse(lengths[*item as usize]));
+            let found = longest_first(items, run, |item| lengths[*item as usize], &|| false).unwrap();
+            prop_assert_eq!(found, want);
+        }
         #[test]
         fn bins_are_best_fit_decreasing_and_lose_nothing(
             lengths in prop::collection::vec(0_i64..=300, 0..120), more in 0_usize..5000, seed: u64,

@@ -137,8 +137,7 @@ def test_ctrl_c_ends_the_call(tmp_path, name):
     waits = waits_of(name, tmp_path, "KeyboardInterrupt")
     # 200 ms are promised, and machines that run tests are busy.
     assert waits
-    # A capacity beyond 2^22 is sorted for, in one sort that does not stop.
-    assert statistics.median(waits) < (2.0 if name == "sparse" else 0.5), waits
+    assert statistics.median(waits) < 0.5, waits
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,8 @@ def load(times):
         ctypes.CDLL(None).malloc_trim(0)
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * resource.getpagesize()
-before = load(5)
+# The heap comes to rest a tokenizer's size higher or lower: its highest place at rest is the measure.
+before = max(load(5) for _ in range(4))
 print((load(20) - before) / 2**20)
 """
 
@@ -289,7 +290,7 @@ def test_a_tokenizer_that_is_dropped_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", LOADED, folder], capture_output=True, text=True, check=True
     )
     # 40 of them; each left 0.9 MB in the thread that loaded it.
-    assert float(result.stdout) <= 10.0
+    assert float(result.stdout) <= 5.0
 
 
 LONG = """
