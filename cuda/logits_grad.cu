@@ -8,7 +8,8 @@ Shapes    logits (R, V) T, row stride >= V; out (R, V) T, may be logits; logit_r
           targets (M) int32; row_max, row_rest, grad (M) float32; table (R) RowGrad, filled with
           0xff bytes by the caller
 Launch    grad_rows: ceil(M / 256) blocks of 256 threads, one token a thread; then logits_grad: (R,
-          pieces) blocks of 256 threads, one piece of a row a block; no shared memory
+          pieces) blocks of 256 threads, one piece of a row a block, its columns a multiple of 8; no
+          shared memory
 Traffic   reads M*V*sizeof(T) + 28*M + 16*R bytes, writes R*V*sizeof(T) + 16*M; a row that is not
           scored is not read
 Numerics  float32 for every T, rounded once; elementwise, so the bits do not depend on the launch.
@@ -16,7 +17,7 @@ Numerics  float32 for every T, rounded once; elementwise, so the bits do not dep
           done by grad_rows, before the first write: in place, a block could otherwise find another
           block's gradient there
 Source    d log softmax / d z = onehot - softmax, by hand; streaming stores, rows from
-          the last: what the forward pass read last is still in the cache
+          the last: what the forward pass read last, without a hint, may still be in the cache
 */
 #include "reduce.cuh"
 
@@ -50,18 +51,18 @@ __global__ void __launch_bounds__(THREADS)
     table[r] = {target, max, -factor / total, factor * (rest / total) * at.slope};
 }
 
-// 8 columns: the gradient of each, and the target's in its place.
+// A group: the gradient of each, and the target's in its place.
 template <bool CAP, typename T>
-__device__ __forceinline__ void differentiate(Eight<T>& eight, int group, const RowGrad& row,
+__device__ __forceinline__ void differentiate(Group<T>& loaded, int group, const RowGrad& row,
                                               float scale, float cap) {
-    const int at = row.target - 8 * group;
+    const int at = row.target - WIDTH<T> * group;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const Transformed of = transform<CAP>(widen(eight.value[k]), scale, cap);
+    for (int k = 0; k < WIDTH<T>; ++k) {
+        const Transformed of = transform<CAP>(widen(loaded.value[k]), scale, cap);
         float dz = __fmul_rn(row.coefficient, exp_of(of.y - row.shift));
         if (CAP) dz = __fmul_rn(dz, of.slope);
         if (k == at) dz = row.at_target;
-        narrow(dz, eight.value[k]);
+        narrow(dz, loaded.value[k]);
     }
 }
 
@@ -71,43 +72,44 @@ template <bool CAP, typename T>
 __device__ __forceinline__ void write_piece(const T* in, T* out, int first, int last, int columns,
                                             const RowGrad& row, float scale, float cap) {
     const bool aligned = is_aligned(in) && is_aligned(out);
-    const int whole = columns / 8 < last ? columns / 8 : last;
+    const int whole = columns / WIDTH<T> < last ? columns / WIDTH<T> : last;
     int group = first + threadIdx.x;
-    for (; group + (UNROLL - 1) * THREADS < whole; group += UNROLL * THREADS) {
-        Eight<T> eight[UNROLL];
+    for (; group + (UNROLL<T> - 1) * THREADS < whole; group += UNROLL<T> * THREADS) {
+        Group<T> loaded[UNROLL<T>];
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) eight[u] = load_eight(in, group + u * THREADS, aligned);
+        for (int u = 0; u < UNROLL<T>; ++u)
+            loaded[u] = load_group<true>(in, group + u * THREADS, aligned);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            differentiate<CAP>(eight[u], group + u * THREADS, row, scale, cap);
-            store_eight(out, group + u * THREADS, eight[u], aligned);
+        for (int u = 0; u < UNROLL<T>; ++u) {
+            differentiate<CAP>(loaded[u], group + u * THREADS, row, scale, cap);
+            store_group(out, group + u * THREADS, loaded[u], aligned);
         }
     }
     for (; group < last; group += THREADS) {
-        const int count = group < whole ? 8 : columns - 8 * group;
-        Eight<T> eight = {};
+        const int count = group < whole ? WIDTH<T> : columns - WIDTH<T> * group;
+        Group<T> loaded = {};
 #pragma unroll
-        for (int k = 0; k < 8; ++k)
-            if (k < count) eight.value[k] = in[8ll * group + k];
-        differentiate<CAP>(eight, group, row, scale, cap);
+        for (int k = 0; k < WIDTH<T>; ++k)
+            if (k < count) loaded.value[k] = in[(long long)WIDTH<T> * group + k];
+        differentiate<CAP>(loaded, group, row, scale, cap);
 #pragma unroll
-        for (int k = 0; k < 8; ++k)
-            if (k < count) out[8ll * group + k] = eight.value[k];
+        for (int k = 0; k < WIDTH<T>; ++k)
+            if (k < count) out[(long long)WIDTH<T> * group + k] = loaded.value[k];
     }
 }
 
 template <typename T>
 __device__ __forceinline__ void write_zeros(T* out, int first, int last, int columns) {
     const bool aligned = is_aligned(out);
-    const int whole = columns / 8 < last ? columns / 8 : last;
-    Eight<T> zeros;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) narrow(0.f, zeros.value[k]);
+    const int whole = columns / WIDTH<T> < last ? columns / WIDTH<T> : last;
+    Group<T> zeros;
+    zeros.load = {};
     for (int group = first + threadIdx.x; group < last; group += THREADS) {
         if (group < whole) {
-            store_eight(out, group, zeros, aligned);
+            store_group(out, group, zeros, aligned);
         } else {
-            for (int k = 0; k < columns - 8 * group; ++k) out[8ll * group + k] = zeros.value[k];
+            for (int k = 0; k < columns - WIDTH<T> * group; ++k)
+                narrow(0.f, out[(long long)WIDTH<T> * group + k]);
         }
     }
 }
@@ -115,7 +117,7 @@ __device__ __forceinline__ void write_zeros(T* out, int first, int last, int col
 template <typename T, bool CAP>
 __global__ void __launch_bounds__(THREADS)
     logits_grad(const T* logits, T* out, const RowGrad* __restrict__ table, long long rows,
-                long long stride, long long out_stride, int columns, int piece_groups, float scale,
+                long long stride, long long out_stride, int columns, int piece_columns, float scale,
                 float cap) {
     // From the last row: what the forward pass read last may still be in the second-level cache.
     const long long r = rows - 1 - blockIdx.x;
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(THREADS)
     // 64-bit: rows * columns passes 2^31 at everyday sizes.
     const T* const from = logits + r * stride;
     T* const to = out + r * out_stride;
-    const int groups = (int)((columns + 7ll) / 8), first = (int)blockIdx.y * piece_groups;
+    const int groups = (int)((columns + (WIDTH<T> - 1ll)) / WIDTH<T>);
+    const int piece_groups = piece_columns / WIDTH<T>, first = (int)blockIdx.y * piece_groups;
     const int last = blockIdx.y + 1 == gridDim.y ? groups : first + piece_groups;
     if (row.target == ZERO) {
         write_zeros(to, first, last, columns);

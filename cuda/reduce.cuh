@@ -4,9 +4,9 @@ reduce.cuh: what a thread, a warp or a block knows of a row, and how two of them
 Math      part: max m, rest = sum e, a = sum e*(y - m), q = sum e*e, sum = sum y, with e = exp(y -
           m) over the part's columns but the target; merge of 1 and 2: m = max(m1, m2), d = m1 - m,
           k = exp(d), rest = k*rest1 + ..., a = k*(a1 + rest1*d) + ..., q = k*k*q1 + ...
-Shapes    scalars; Eight<T> is 8 neighbouring columns of a row
+Shapes    scalars; Group<T> is 16 bytes of a row: WIDTH<T> neighbouring columns
 Launch    none: nothing here has a thread index, so that a host test can run it
-Traffic   load_eight reads and store_eight writes 8*sizeof(T) bytes
+Traffic   load_group reads and store_group writes 16 bytes
 Numerics  float32; every product that a compiler may fuse is written as it shall be rounded, so
           that a row has the same bits in every instantiation; a part of -inf alone adds nothing;
           NaN passes through the sums, fmaxf drops it
@@ -22,7 +22,6 @@ Source    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3, with the t
 #endif
 
 constexpr int THREADS = 256;
-constexpr int UNROLL = 4;      // groups of 8 columns that a thread has in flight
 constexpr int MAX_TILES = 64;  // tiles of a row, see token_stats.cu
 constexpr int IGNORE = -100;   // the target of a token that is not scored
 constexpr float LOG2E = 1.4426950408889634f;
@@ -61,11 +60,19 @@ __device__ __forceinline__ Transformed transform(float z, float scale, float cap
     return {__fmul_rn(cap, u < 0.f ? -t : t), __fmul_rn(__fmul_rn(4.f, e), __fmul_rn(r, r))};
 }
 
-// 8 neighbouring columns: one 16-byte load of half-width elements, two of float32.
+// Columns of a group, which one load of 16 bytes brings: neighbouring threads read neighbouring
+// groups, so that a request of a warp uses every sector that it touches.
 template <typename T>
-union Eight {
-    uint4 load[sizeof(T) / 2];
-    T value[8];
+constexpr int WIDTH = 16 / (int)sizeof(T);
+
+// Groups that a thread has in flight: 32 columns of any type.
+template <typename T>
+constexpr int UNROLL = 32 / WIDTH<T>;
+
+template <typename T>
+union Group {
+    uint4 load;
+    T value[WIDTH<T>];
 };
 
 template <typename T>
@@ -73,32 +80,32 @@ __device__ __forceinline__ bool is_aligned(const T* row) {
     return reinterpret_cast<unsigned long long>(row) % 16 == 0;
 }
 
-// Columns 8*group .. 8*group + 7, all of which exist. `aligned` is one for the whole row: an
+// Columns WIDTH*group and the following, all of which exist. `aligned` is one for the whole row: an
 // address that is not a multiple of 16 bytes changes how they are loaded, never by which thread.
-template <typename T>
-__device__ __forceinline__ Eight<T> load_eight(const T* row, int group, bool aligned) {
-    Eight<T> eight;
+// `LAST` says that nobody reads them again: without it the second-level cache keeps what was read
+// last.
+template <bool LAST, typename T>
+__device__ __forceinline__ Group<T> load_group(const T* row, int group, bool aligned) {
+    Group<T> loaded;
     if (aligned) {
-        const uint4* const p =
-            reinterpret_cast<const uint4*>(row) + (long long)group * (sizeof(T) / 2);
-#pragma unroll
-        for (int i = 0; i < (int)sizeof(T) / 2; ++i) eight.load[i] = __ldcs(p + i);
+        const uint4* const p = reinterpret_cast<const uint4*>(row) + group;
+        loaded.load = LAST ? __ldcs(p) : *p;
     } else {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) eight.value[k] = row[8ll * group + k];
+        for (int k = 0; k < WIDTH<T>; ++k)
+            loaded.value[k] = row[(long long)WIDTH<T> * group + k];
     }
-    return eight;
+    return loaded;
 }
 
 template <typename T>
-__device__ __forceinline__ void store_eight(T* row, int group, Eight<T> eight, bool aligned) {
+__device__ __forceinline__ void store_group(T* row, int group, Group<T> stored, bool aligned) {
     if (aligned) {
-        uint4* const p = reinterpret_cast<uint4*>(row) + (long long)group * (sizeof(T) / 2);
-#pragma unroll
-        for (int i = 0; i < (int)sizeof(T) / 2; ++i) __stcs(p + i, eight.load[i]);
+        __stcs(reinterpret_cast<uint4*>(row) + group, stored.load);
     } else {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) row[8ll * group + k] = eight.value[k];
+        for (int k = 0; k < WIDTH<T>; ++k)
+            row[(long long)WIDTH<T> * group + k] = stored.value[k];
     }
 }
 

@@ -12,12 +12,12 @@ Shapes    logits (R, V) T, row stride >= V; logit_rows (M) int64; targets (M) in
 Launch    (M, 1) blocks of 256 threads, one row a block; or, for few rows, (M, tiles) blocks, one
           tile a block, then token_stats_finish with ceil(M / 256) blocks of 256 threads; no
           dynamic shared memory
-Traffic   reads M*V*sizeof(T) + 12*M bytes, writes 12*M, with STATS 25*M; a row that is not scored
-          is not read
-Numerics  float32 for every T. A row is cut into tiles by V alone, column j belongs to thread (j/8)
-          mod 256 whatever the alignment, and tiles merge in order: the same bits alone, in a
-          batch, split or not, at any address. NaN in a row that is read, a target outside [0, V)
-          or a row outside [0, R) give NaN; -inf at the target -inf
+Traffic   reads M*V*sizeof(T) + 12*M bytes, the target's logit first, writes 12*M, with
+          STATS 25*M; a row that is not scored is not read
+Numerics  float32 for every T. A row is cut into tiles by V alone, column j belongs to thread (j/W)
+          mod 256 whatever the alignment, W = 8 in half width and 4 in float32, and tiles merge in
+          order: the same bits alone, in a batch, split or not, at any address. NaN in a row that is
+          read, a target outside [0, V) or a row outside [0, R) give NaN; -inf at the target -inf
 Source    Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3; the
           target is left out of the sum, so that 1 - p keeps its digits
 */
@@ -31,32 +31,33 @@ __device__ __forceinline__ Place place(long long row, int target, long long rows
                                                                      : Place::missing;
 }
 
-// One group of 8 columns, of which the first `count` exist: y and its maximum without the target;
+// One group of columns, of which the first `count` exist: y and its maximum without the target;
 // phantoms are -inf.
 template <bool CAP, bool STATS, typename T>
-__device__ __forceinline__ float open_group(const Eight<T>& eight, int group, int count, int target,
-                                            float scale, float cap, Part& part, float* y) {
+__device__ __forceinline__ float open_group(const Group<T>& loaded, int group, int count,
+                                            int target, float scale, float cap, Part& part,
+                                            float* y) {
     float max = -INFINITY;
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
-        y[k] = k < count ? transform<CAP>(widen(eight.value[k]), scale, cap).y : -INFINITY;
+    for (int k = 0; k < WIDTH<T>; ++k)
+        y[k] = k < count ? transform<CAP>(widen(loaded.value[k]), scale, cap).y : -INFINITY;
     if (STATS) {
         float sum[2] = {};
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sum[k % 2] += k < count ? y[k] : 0.f;
+        for (int k = 0; k < WIDTH<T>; ++k) sum[k % 2] += k < count ? y[k] : 0.f;
         part.sum += sum[0] + sum[1];
     }
-    const int at = target - 8 * group;  // the target's place in this group, if it has one
-    if (at >= 0 && at < 8) {
+    const int at = target - WIDTH<T> * group;  // the target's place in this group, if it has one
+    if (at >= 0 && at < WIDTH<T>) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < WIDTH<T>; ++k) {
             if (STATS && k < at) part.before = fmaxf(part.before, y[k]);
             if (k == at) y[k] = -INFINITY;
         }
     }
 #pragma unroll
-    for (int k = 0; k < 8; ++k) max = fmaxf(max, y[k]);
-    if (STATS && at >= 8) part.before = fmaxf(part.before, max);
+    for (int k = 0; k < WIDTH<T>; ++k) max = fmaxf(max, y[k]);
+    if (STATS && at >= WIDTH<T>) part.before = fmaxf(part.before, max);
     return max;
 }
 
@@ -65,32 +66,34 @@ template <bool CAP, bool STATS, typename T>
 __device__ __forceinline__ Part read_tile(const T* row, int first, int last, int columns,
                                           int target, float scale, float cap) {
     const bool aligned = is_aligned(row);
-    const int whole = columns / 8 < last ? columns / 8 : last;  // groups that have all 8 columns
+    const int whole = columns / WIDTH<T> < last ? columns / WIDTH<T> : last;  // groups of WIDTH
     Part part = empty_part();
     int group = first + threadIdx.x;
-    for (; group + (UNROLL - 1) * THREADS < whole; group += UNROLL * THREADS) {
-        Eight<T> eight[UNROLL];
-        float y[8 * UNROLL], max = -INFINITY;
+    for (; group + (UNROLL<T> - 1) * THREADS < whole; group += UNROLL<T> * THREADS) {
+        Group<T> loaded[UNROLL<T>];
+        float y[WIDTH<T> * UNROLL<T>], max = -INFINITY;
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) eight[u] = load_eight(row, group + u * THREADS, aligned);
+        for (int u = 0; u < UNROLL<T>; ++u)
+            loaded[u] = load_group<false>(row, group + u * THREADS, aligned);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            max = fmaxf(max, open_group<CAP, STATS>(eight[u], group + u * THREADS, 8, target, scale,
-                                                    cap, part, y + 8 * u));
+        for (int u = 0; u < UNROLL<T>; ++u)
+            max = fmaxf(max,
+                        open_group<CAP, STATS>(loaded[u], group + u * THREADS, WIDTH<T>, target,
+                                               scale, cap, part, y + WIDTH<T> * u));
         add<STATS>(part, y, max);
     }
     for (; group < last; group += THREADS) {
-        const int count = group < whole ? 8 : columns - 8 * group;
-        Eight<T> eight = {};
-        if (count == 8) {
-            eight = load_eight(row, group, aligned);
+        const int count = group < whole ? WIDTH<T> : columns - WIDTH<T> * group;
+        Group<T> loaded = {};
+        if (count == WIDTH<T>) {
+            loaded = load_group<false>(row, group, aligned);
         } else {
 #pragma unroll
-            for (int k = 0; k < 8; ++k)
-                if (k < count) eight.value[k] = row[8ll * group + k];
+            for (int k = 0; k < WIDTH<T>; ++k)
+                if (k < count) loaded.value[k] = row[(long long)WIDTH<T> * group + k];
         }
-        float y[8];
-        const float max = open_group<CAP, STATS>(eight, group, count, target, scale, cap, part, y);
+        float y[WIDTH<T>];
+        const float max = open_group<CAP, STATS>(loaded, group, count, target, scale, cap, part, y);
         add<STATS>(part, y, max);
     }
     return part;
@@ -154,7 +157,7 @@ __global__ void __launch_bounds__(THREADS, 3)
                 float* __restrict__ entropy, float* __restrict__ mean_logit,
                 float* __restrict__ log_sum_sq, unsigned char* __restrict__ is_top1,
                 Part* __restrict__ parts, long long rows, long long stride, int columns,
-                int tile_groups, int tiles, float scale, float cap) {
+                int tile_columns, int tiles, float scale, float cap) {
     __shared__ Part of_warp[MAX_TILES][THREADS / 32];
     __shared__ Part of_tile[MAX_TILES];
     const Outputs out = {logps, row_max, row_rest, entropy, mean_logit, log_sum_sq, is_top1};
@@ -169,7 +172,10 @@ __global__ void __launch_bounds__(THREADS, 3)
     }
     // 64-bit: rows * columns passes 2^31 at everyday sizes.
     const T* const row = logits + r * stride;
-    const int groups = (int)((columns + 7ll) / 8);
+    // Asked for first: behind the last merge the block would wait for it with nothing else to do.
+    const T z_target = row[target];
+    const int groups = (int)((columns + (WIDTH<T> - 1ll)) / WIDTH<T>);
+    const int tile_groups = tile_columns / WIDTH<T>;
     const int first_tile = split ? blockIdx.y : 0, last_tile = split ? first_tile + 1 : tiles;
     for (int tile = first_tile; tile < last_tile; ++tile) {
         const int first = tile * tile_groups,
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     }
     Part part = of_tile[0];
     for (int tile = 1; tile < tiles; ++tile) part = merge<STATS>(part, of_tile[tile]);
-    out.finish<STATS>(i, part, transform<CAP>(widen(row[target]), scale, cap).y, columns);
+    out.finish<STATS>(i, part, transform<CAP>(widen(z_target), scale, cap).y, columns);
 }
 
 template <typename T, bool CAP, bool STATS>

@@ -38,9 +38,9 @@ template <class T> struct Exact {
 };
 
 template <class T, bool CAP, bool STATS> static void check(int columns, int offset, int gap, double unit) {
-    constexpr int rows = 5, tokens = 5, tile_groups = THREADS;  // short tiles, so that a row has several
+    constexpr int rows = 5, tokens = 5, tile_columns = 8 * THREADS;  // short tiles, so that a row has several
     const long long stride = columns + gap;
-    const int tiles = (columns + 8 * tile_groups - 1) / (8 * tile_groups);
+    const int tiles = (columns + tile_columns - 1) / tile_columns;
     const float scale = CAP ? 0.4f : 1.f, cap = CAP ? 7.f : 1.f;
     Exact<T> memory(offset + (rows - 1) * stride + columns), fresh(rows * (long long)columns);
     T* const logits = memory.data + offset;
@@ -60,14 +60,14 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
     Exact<Part> parts(tokens * tiles);
     emu::launch({tokens}, {THREADS}, 0, seed++, [&] {
         token_stats<T, CAP, STATS>(logits, logit_rows, targets, logps.data, max.data, rest.data, entropy.data,
-                                   mean.data, square.data, top.data, nullptr, rows, stride, columns, tile_groups,
+                                   mean.data, square.data, top.data, nullptr, rows, stride, columns, tile_columns,
                                    tiles, scale, cap);
     });
     if (tiles > 1) {
         emu::launch({tokens, (unsigned)tiles}, {THREADS}, 0, seed++, [&] {
             token_stats<T, CAP, STATS>(logits, logit_rows, targets, again.data, max2.data, rest2.data, entropy.data,
                                        mean.data, square.data, top.data, parts.data, rows, stride, columns,
-                                       tile_groups, tiles, scale, cap);
+                                       tile_columns, tiles, scale, cap);
         });
         emu::launch({1}, {THREADS}, 0, seed++, [&] {
             token_stats_finish<T, CAP, STATS>(logits, logit_rows, targets, again.data, max2.data, rest2.data,
@@ -112,7 +112,7 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
         grad_rows<T, CAP>(logits, logit_rows, targets, max.data, rest.data, grad, table.data, tokens, rows, stride,
                           columns, scale, cap);
     });
-    const int groups = (columns + 7) / 8, piece = (groups + 1) / 2, pieces = (groups + piece - 1) / piece;
+    const int piece = (columns + 15) / 16 * 8, pieces = (columns + piece - 1) / piece;
     emu::launch({rows, (unsigned)pieces}, {THREADS}, 0, seed++, [&] {
         logits_grad<T, CAP>(logits, fresh.data, table.data, rows, stride, columns, columns, piece, scale, cap);
     });
@@ -129,7 +129,7 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
             compare("gradient", columns, offset, gap, r, got, want, unit * std::fabs(want) + 1e-7);
         }
     emu::launch({rows}, {THREADS}, 0, seed++, [&] {
-        logits_grad<T, CAP>(logits, logits, table.data, rows, stride, stride, columns, groups, scale, cap);
+        logits_grad<T, CAP>(logits, logits, table.data, rows, stride, stride, columns, columns + 8, scale, cap);
     });
     for (int r = 0; r < rows; ++r) {
         if (std::memcmp(logits + r * stride, &fresh[r * (long long)columns], columns * sizeof(T)))
@@ -154,7 +154,7 @@ template <class T> struct Mapped {
 };
 static void check_far() {
     using T = __nv_bfloat16;
-    constexpr int columns = 2051, tile_groups = THREADS, tiles = 2;
+    constexpr int columns = 2051, tile_columns = 8 * THREADS, tiles = 2;
     constexpr long long stride = (1ll << 31) + 5, rows = 2, tokens = 2;
     Mapped<T> memory(stride + columns), fresh(stride + columns);
     const long long logit_rows[tokens] = {1, 0};
@@ -168,7 +168,7 @@ static void check_far() {
         emu::launch({tokens, split ? (unsigned)tiles : 1}, {THREADS}, 0, seed++, [&] {
             token_stats<T, false, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr, nullptr,
                                          nullptr, nullptr, split ? parts.data : nullptr, rows, stride, columns,
-                                         tile_groups, tiles, 1, 1);
+                                         tile_columns, tiles, 1, 1);
         });
         if (split)
             emu::launch({1}, {THREADS}, 0, seed++, [&] {
@@ -186,8 +186,7 @@ static void check_far() {
     });
     for (T* out : {fresh.data, memory.data}) {
         emu::launch({rows}, {THREADS}, 0, seed++, [&] {
-            logits_grad<T, false>(memory.data, out, table.data, rows, stride, stride, columns, (columns + 7) / 8, 1,
-                                  1);
+            logits_grad<T, false>(memory.data, out, table.data, rows, stride, stride, columns, columns + 8, 1, 1);
         });
         for (int r = 0; r < rows; ++r)
             for (int c = 0; c < columns; ++c) {

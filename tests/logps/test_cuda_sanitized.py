@@ -54,14 +54,14 @@ FAULTS = {
     ),
     "one element too many": (
         "token_stats.cu",
-        ": columns - 8 * group;",
-        ": columns - 8 * group + 1;",
+        ": columns - WIDTH<T> * group;",
+        ": columns - WIDTH<T> * group + 1;",
         "heap-buffer-overflow",
     ),
     "one zero too many": (
         "logits_grad.cu",
-        "k < columns - 8 * group; ++k) out",
-        "k <= columns - 8 * group; ++k) out",
+        "k < columns - WIDTH<T> * group; ++k)",
+        "k <= columns - WIDTH<T> * group; ++k)",
         "heap-buffer-overflow|gap written|WRONG: gradient",
     ),
     "a wide load of any address": ("reduce.cuh", "% 16 == 0", "% 1 == 0", "misaligned address"),

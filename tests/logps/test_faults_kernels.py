@@ -143,7 +143,7 @@ def short_tiles(emulator, monkeypatch):
     """Tiles of 2048 columns, and a device on which few rows are split over them."""
 
     def tiles(columns):
-        return kernels.Tiles(256, max(1, -(-columns // 2048)))
+        return kernels.Tiles(2048, max(1, -(-columns // 2048)))
 
     monkeypatch.setattr(kernels, "tiles", tiles)
     emulator.processors = 108

@@ -114,7 +114,7 @@ def test_launches_carry_shapes_widths_and_the_current_stream(recorder):
         assert widths(arguments) == kernels.PARAMETERS[kernel]
         assert stream == 77
     assert recorder.launches[0][4][0] == logits.data_ptr()
-    assert recorder.launches[0][4][11:] == (300, 50_257, 50_257, 4096, 2, 1.0, 1.0)
+    assert recorder.launches[0][4][11:] == (300, 50_257, 50_257, 32_768, 2, 1.0, 1.0)
     assert recorder.launches[2][4][:2] == (logits.data_ptr(), logits.data_ptr())
     assert recorder.launches[3][4][1] == 0  # no weights: a null pointer
 
@@ -147,12 +147,11 @@ def test_few_rows_are_split_by_the_vocabulary_alone(recorder):
         kernels.logits_grad(logits, rows, targets, grad, grad, grad, *PLAIN, logits)
         assert recorder.launches[-1][2] == (tokens, 5 if tokens < 264 else 1)
     for columns in (1, 32_768, 32_769, 2_097_152, 2_097_153, 2**31 - 1):
-        groups, number = kernels.tiles(columns)
-        assert (
-            groups % kernels.THREADS == 0
-        )  # column j stays with thread (j / 8) mod 256 in every tile
+        each, number = kernels.tiles(columns)
+        # column j stays with thread (j / W) mod 256 in every tile, for a W of 4 and of 8
+        assert each % (8 * kernels.THREADS) == 0
         assert 1 <= number <= kernels.MAX_TILES
-        assert (number - 1) * groups * 8 < columns <= number * groups * 8
+        assert (number - 1) * each < columns <= number * each
 
 
 @pytest.mark.fault("K2")
@@ -235,7 +234,7 @@ def test_the_source_holds_the_header_with_its_lines():
 def test_an_edit_of_the_header_changes_the_source(tmp_path, monkeypatch):
     before = kernels.source("token_stats.cu")
     for path in CUDA_FILES:
-        (tmp_path / path.name).write_text(path.read_text().replace("UNROLL = 4", "UNROLL = 2"))
+        (tmp_path / path.name).write_text(path.read_text().replace("UNROLL = 32", "UNROLL = 16"))
     monkeypatch.setattr(kernels, "CUDA_FOLDER", tmp_path)
     assert kernels.source("token_stats.cu") != before
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # 64 registers leave room for four blocks of 256 threads on every architecture here, 80 for three.
 REGISTERS = {"token_stats.cu": 80, "logits_grad.cu": 64, "segment_sum.cu": 40}
+WIDE = r"\S*\.(v4\.[a-z]32|v2\.[a-z]64|b128)\b"  # 16 bytes
 BOOLS = ("false", "true")
 TEMPLATES = {
     "token_stats.cu": list(itertools.product(kernels.TYPES.values(), BOOLS, BOOLS)),
@@ -60,6 +61,13 @@ def compile_for(file: str, arch: str, source: str | None = None, only: str = "")
     )
 
 
+def before_loops(body: str) -> str:
+    """The PTX in front of the first label that a later branch goes back to."""
+    labels = {m[1]: m.start() for m in re.finditer(r"^(\$L__BB\w+):", body, re.MULTILINE)}
+    jumps = re.finditer(r"bra(?:\.uni)? \t?(\$L__BB\w+);", body)
+    return body[: min(at for m in jumps if (at := labels[m[1]]) < m.start())]
+
+
 def gate(file: str, arch: str, source: str | None = None, only: str = "") -> int:
     """The most registers of any kernel; raises if a gate is not met."""
     cubin, ptx, log = compile_for(file, arch, source, only)
@@ -76,13 +84,20 @@ def gate(file: str, arch: str, source: str | None = None, only: str = "") -> int
         streaming = {n: b for n, b in bodies.items() if "finish" not in n and "grad_rows" not in n}
         assert len(streaming) == len(expected) // 2
         for name, body in streaming.items():
-            assert re.search(r"ld\.global\S*\.v4\.", body), (
+            assert re.search(r"ld\.global" + WIDE, body), (
                 f"{file}, {arch}, {name}: no 16-byte load"
             )
             if file == "logits_grad.cu":
-                assert re.search(r"st\.global\S*\.v4\.", body), (
+                assert re.search(r"st\.global" + WIDE, body), (
                     f"{file}, {arch}, {name}: no 16-byte store"
                 )
+            else:
+                # Backward begins at what forward read last: no hint may drop that from the cache.
+                assert ".cs." not in body, f"{file}, {arch}, {name}: a streaming load"
+                # its row, its target and the target's logit
+                before = before_loops(body)
+                assert before.count("ld.global") == 3, f"{file}, {arch}, {name}: a late target"
+            assert ".local" not in body, f"{file}, {arch}, {name}: local memory"
     return max(registers)
 
 
@@ -100,6 +115,18 @@ def test_the_gates_can_fail():
     )
     with pytest.raises(AssertionError, match="no 16-byte"):
         gate("logits_grad.cu", "sm_90", narrow, "<float, false")
+    indexed = kernels.source("logits_grad.cu").replace(
+        "narrow(0.f, out[(long long)WIDTH<T> * group + k]);",
+        "out[(long long)WIDTH<T> * group + k] = zeros.value[k];",
+    )
+    with pytest.raises(AssertionError, match="local memory"):
+        gate("logits_grad.cu", "sm_90", indexed, "<float, false")
+    late = kernels.source("token_stats.cu").replace("widen(z_target)", "widen(row[target])")
+    with pytest.raises(AssertionError, match="a late target"):
+        gate("token_stats.cu", "sm_90", late, "<float, false, false>")
+    hinted = kernels.source("token_stats.cu").replace("load_group<false>", "load_group<true>")
+    with pytest.raises(AssertionError, match="a streaming load"):
+        gate("token_stats.cu", "sm_90", hinted, "<float, false, false>")
     starved = kernels.source("token_stats.cu").replace("(THREADS, 3)", "(THREADS, 8)")
     with pytest.raises(AssertionError, match="bytes spilled"):
         gate("token_stats.cu", "sm_90", starved, "<float, true, true")

@@ -201,17 +201,16 @@ def processors(device: torch.device) -> int:
 
 
 class Tiles(NamedTuple):
-    """How a row is cut, by V alone: ``number`` tiles of ``groups`` groups of 8 columns."""
+    """How a row is cut, by V alone: ``number`` tiles of ``columns`` columns."""
 
-    groups: int
+    columns: int
     number: int
 
 
 def tiles(columns: int) -> Tiles:
     """Tiles of 32768 columns; of a multiple of that where there would be more than 64."""
-    groups = -(-columns // 8)
-    per_tile = 4096 * max(1, -(-groups // (4096 * MAX_TILES)))
-    return Tiles(per_tile, max(1, -(-groups // per_tile)))
+    per_tile = 32768 * max(1, -(-columns // (32768 * MAX_TILES)))
+    return Tiles(per_tile, max(1, -(-columns // per_tile)))
 
 
 def transform_arguments(
@@ -268,7 +267,7 @@ def token_stats(
         "token_stats",
         template,
         (tokens, cut.number if few else 1),
-        (*first, rows, stride, columns, cut.groups, cut.number, scale, factor),
+        (*first, rows, stride, columns, cut.columns, cut.number, scale, factor),
         device,
     )
     if few:
@@ -310,13 +309,12 @@ def logits_grad(
         arguments = (logits, *saved, table, tokens, rows, stride, columns, scale, factor)
         launch("grad_rows", template, (-(-tokens // THREADS), 1), arguments, device)
     # Where rows are few, each is cut into pieces of 8192 columns or more.
-    groups = -(-columns // 8)
-    pieces = min(64, -(-groups // 1024)) if rows < 2 * processors(device) else 1
-    piece = -(-groups // pieces)
+    pieces = min(64, -(-columns // 8192)) if rows < 2 * processors(device) else 1
+    piece = -(-columns // (8 * pieces)) * 8
     launch(
         "logits_grad",
         template,
-        (rows, -(-groups // piece)),
+        (rows, -(-columns // piece)),
         (logits, out, table, rows, stride, _stride(out), columns, piece, scale, factor),
         device,
     )
