@@ -28,7 +28,7 @@ struct alignas(16) RowGrad {
     float shift, coefficient, at_target;
 };
 
-template <typename T, bool CAP>
+template <typename T, Map MAP>
 __global__ void __launch_bounds__(THREADS)
     grad_rows(const T* __restrict__ logits, const long long* __restrict__ logit_rows,
               const int* __restrict__ targets, const float* __restrict__ row_max,
@@ -45,68 +45,73 @@ __global__ void __launch_bounds__(THREADS)
         table[r] = {MISSING, NAN, NAN, NAN};
         return;
     }
-    const Transformed at = transform<CAP>(widen(logits[r * stride + target]), scale, cap);
+    const Transformed at = transform<MAP>(widen(logits[r * stride + target]), scale, cap);
     const float max = row_max[i], rest = row_rest[i], total = rest + exp_of(at.y - max);
-    const float factor = __fmul_rn(g, CAP ? __fmul_rn(scale, cap) : scale);
+    const float factor = __fmul_rn(g, MAP == CAPPED ? __fmul_rn(scale, cap) : scale);
     table[r] = {target, max, -factor / total, factor * (rest / total) * at.slope};
 }
 
-// A group: the gradient of each, and the target's in its place.
-template <bool CAP, typename T>
-__device__ __forceinline__ void differentiate(Group<T>& loaded, int group, const RowGrad& row,
-                                              float scale, float cap) {
-    const int at = row.target - WIDTH<T> * group;
+// The gradients in the place of a group, as if the target were elsewhere.
+template <Map MAP, typename T>
+__device__ __forceinline__ void differentiate(Group<T>& group, const RowGrad& row, float scale,
+                                              float cap) {
+    float y[WIDTH<T>], slope[WIDTH<T>], dz[WIDTH<T>];
+#pragma unroll
+    for (int k = 0; k < WIDTH<T>; ++k) y[k] = column(group, k);
+    transform<MAP, true>(y, slope, scale, cap);
 #pragma unroll
     for (int k = 0; k < WIDTH<T>; ++k) {
-        const Transformed of = transform<CAP>(widen(loaded.value[k]), scale, cap);
-        float dz = __fmul_rn(row.coefficient, exp_of(of.y - row.shift));
-        if (CAP) dz = __fmul_rn(dz, of.slope);
-        if (k == at) dz = row.at_target;
-        narrow(dz, loaded.value[k]);
+        dz[k] = __fmul_rn(row.coefficient, exp_of(y[k] - row.shift));
+        if (MAP == CAPPED) dz[k] = __fmul_rn(dz[k], slope[k]);
     }
+    pack(dz, group);
 }
 
-// Groups me, me + THREADS, ... of [first, last). `in` may be `out`: a thread writes only columns
-// that it has read.
-template <bool CAP, typename T>
-__device__ __forceinline__ void write_piece(const T* in, T* out, int first, int last, int columns,
+// Groups me, me + THREADS, ... of a piece. `in` may be `out`: a thread writes only columns that it
+// has read, and the target's twice.
+template <Map MAP, bool ALIGNED, typename T>
+__device__ __forceinline__ void write_piece(const T* in, T* out, Groups groups, int columns,
                                             const RowGrad& row, float scale, float cap) {
-    const bool aligned = is_aligned(in) && is_aligned(out);
-    const int whole = columns / WIDTH<T> < last ? columns / WIDTH<T> : last;
-    int group = first + threadIdx.x;
-    for (; group + (UNROLL<T> - 1) * THREADS < whole; group += UNROLL<T> * THREADS) {
-        Group<T> loaded[UNROLL<T>];
+    constexpr int N = UNROLL<T>;
+    const int me = threadIdx.x, of_target = row.target / WIDTH<T>;
+    int group = groups.first + me;
+    for (; group + (N - 1) * THREADS < groups.whole; group += N * THREADS) {
+        Group<T> loaded[N];
 #pragma unroll
-        for (int u = 0; u < UNROLL<T>; ++u)
-            loaded[u] = load_group<true>(in, group + u * THREADS, aligned);
+        for (int u = 0; u < N; ++u)
+            loaded[u] = load_group<ALIGNED, true>(in, group + u * THREADS);
 #pragma unroll
-        for (int u = 0; u < UNROLL<T>; ++u) {
-            differentiate<CAP>(loaded[u], group + u * THREADS, row, scale, cap);
-            store_group(out, group + u * THREADS, loaded[u], aligned);
+        for (int u = 0; u < N; ++u) {
+            differentiate<MAP>(loaded[u], row, scale, cap);
+            store_group<ALIGNED>(out, group + u * THREADS, loaded[u]);
         }
     }
-    for (; group < last; group += THREADS) {
-        const int count = group < whole ? WIDTH<T> : columns - WIDTH<T> * group;
-        Group<T> loaded = {};
-#pragma unroll
-        for (int k = 0; k < WIDTH<T>; ++k)
-            if (k < count) loaded.value[k] = in[(long long)WIDTH<T> * group + k];
-        differentiate<CAP>(loaded, group, row, scale, cap);
-#pragma unroll
-        for (int k = 0; k < WIDTH<T>; ++k)
-            if (k < count) out[(long long)WIDTH<T> * group + k] = loaded.value[k];
+    for (; group < groups.whole; group += THREADS) {
+        Group<T> loaded = load_group<ALIGNED, true>(in, group);
+        differentiate<MAP>(loaded, row, scale, cap);
+        store_group<ALIGNED>(out, group, loaded);
     }
+    if (group < groups.last) {  // the last group of a row, of fewer columns
+        const int count = columns - WIDTH<T> * group;
+        Group<T> some = load_some(in, group, count);
+        differentiate<MAP>(some, row, scale, cap);
+#pragma unroll
+        for (int k = 0; k < WIDTH<T>; ++k)
+            if (k < count) out[(long long)WIDTH<T> * group + k] = some.value[k];
+    }
+    // By the thread that wrote its group, so behind that.
+    if (row.target >= 0 && of_target >= groups.first && of_target < groups.last &&
+        (of_target - groups.first) % THREADS == me)
+        narrow(row.at_target, out[row.target]);
 }
 
-template <typename T>
-__device__ __forceinline__ void write_zeros(T* out, int first, int last, int columns) {
-    const bool aligned = is_aligned(out);
-    const int whole = columns / WIDTH<T> < last ? columns / WIDTH<T> : last;
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void write_zeros(T* out, Groups groups, int columns) {
     Group<T> zeros;
     zeros.load = {};
-    for (int group = first + threadIdx.x; group < last; group += THREADS) {
-        if (group < whole) {
-            store_group(out, group, zeros, aligned);
+    for (int group = groups.first + threadIdx.x; group < groups.last; group += THREADS) {
+        if (group < groups.whole) {
+            store_group<ALIGNED>(out, group, zeros);
         } else {
             for (int k = 0; k < columns - WIDTH<T> * group; ++k)
                 narrow(0.f, out[(long long)WIDTH<T> * group + k]);
@@ -114,8 +119,8 @@ __device__ __forceinline__ void write_zeros(T* out, int first, int last, int col
     }
 }
 
-template <typename T, bool CAP>
-__global__ void __launch_bounds__(THREADS)
+template <typename T, Map MAP>
+__global__ void __launch_bounds__(THREADS, 4)
     logits_grad(const T* logits, T* out, const RowGrad* __restrict__ table, long long rows,
                 long long stride, long long out_stride, int columns, int piece_columns, float scale,
                 float cap) {
@@ -125,12 +130,14 @@ __global__ void __launch_bounds__(THREADS)
     // 64-bit: rows * columns passes 2^31 at everyday sizes.
     const T* const from = logits + r * stride;
     T* const to = out + r * out_stride;
-    const int groups = (int)((columns + (WIDTH<T> - 1ll)) / WIDTH<T>);
-    const int piece_groups = piece_columns / WIDTH<T>, first = (int)blockIdx.y * piece_groups;
-    const int last = blockIdx.y + 1 == gridDim.y ? groups : first + piece_groups;
-    if (row.target == ZERO) {
-        write_zeros(to, first, last, columns);
+    const Groups groups = Groups::of<T>(columns, blockIdx.y, gridDim.y, piece_columns);
+    if (row.target == ZERO && is_aligned(to)) {
+        write_zeros<true>(to, groups, columns);
+    } else if (row.target == ZERO) {
+        write_zeros<false>(to, groups, columns);
+    } else if (is_aligned(from) && is_aligned(to)) {
+        write_piece<MAP, true>(from, to, groups, columns, row, scale, cap);
     } else {
-        write_piece<CAP>(from, to, first, last, columns, row, scale, cap);
+        write_piece<MAP, false>(from, to, groups, columns, row, scale, cap);
     }
 }

@@ -39,25 +39,56 @@ __device__ __forceinline__ float exp_of(float difference) {
     return exp2f(__fmul_rn(difference, LOG2E));
 }
 
+enum Map { PLAIN, SCALED, CAPPED };  // y = z, scale*z or cap*tanh(scale*z)
+
+// Below it tanh is Cephes' polynomial, 1.5e-7 of its value off at most. Above, with E = exp(-2|u|),
+// it is (1 - E)/(1 + E), which cancels near 0, and off by 3e-7 with a hardware exp2 (2^-22 of its
+// value) and quotient (2 ulp).
+constexpr float NEAR = 0.625f;
+
+// y in the place of N logits; with SLOPE also dy/dz without its constant factors, where it is not
+// 1. Logits of a model lie below NEAR: those beyond it are a branch, which most groups do not take.
+template <Map MAP, bool SLOPE, int N>
+__device__ __forceinline__ void transform(float (&y)[N], float (&slope)[N], float scale,
+                                          float cap) {
+    if (MAP == PLAIN) return;
+    float u[N], largest = 0.f;
+#pragma unroll
+    for (int k = 0; k < N; ++k) y[k] = u[k] = __fmul_rn(scale, y[k]);
+    if (MAP == SCALED) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        const float u2 = __fmul_rn(u[k], u[k]);
+        float p = __fmaf_rn(-5.70498872745e-3f, u2, 2.06390887954e-2f);
+        p = __fmaf_rn(p, u2, -5.37397155531e-2f);
+        p = __fmaf_rn(p, u2, 1.33314422036e-1f);
+        p = __fmaf_rn(p, u2, -3.33332819422e-1f);
+        const float t = __fmaf_rn(__fmul_rn(p, u2), u[k], u[k]);
+        y[k] = __fmul_rn(cap, t);
+        if (SLOPE) slope[k] = __fmaf_rn(-t, t, 1.f);
+        largest = fmaxf(largest, fabsf(u[k]));
+    }
+    if (largest < NEAR) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        const float a = fabsf(u[k]), e = exp2f(__fmul_rn(a, -2.f * LOG2E));
+        const float r = __fdividef(1.f, 1.f + e), t = __fmul_rn(1.f - e, r);
+        if (a >= NEAR) {
+            y[k] = __fmul_rn(cap, copysignf(t, u[k]));
+            if (SLOPE) slope[k] = __fmul_rn(__fmul_rn(4.f, e), __fmul_rn(r, r));  // never cancels
+        }
+    }
+}
+
 struct Transformed {
-    float y, slope;  // y, and dy/dz without its constant factors
+    float y, slope;
 };
 
-// y = scale*z, or cap*tanh(scale*z) with CAP. With E = exp(-2|u|), tanh is (1 - E)/(1 + E), but
-// near 0, where that cancels, Cephes' polynomial; its derivative, 4E/(1 + E)^2, never cancels.
-template <bool CAP>
+template <Map MAP>
 __device__ __forceinline__ Transformed transform(float z, float scale, float cap) {
-    const float u = __fmul_rn(scale, z);
-    if (!CAP) return {u, 1.f};
-    const float a = fabsf(u), e = exp_of(__fmul_rn(-2.f, a)), r = __fdividef(1.f, 1.f + e);
-    const float z2 = __fmul_rn(a, a);
-    float p = __fmaf_rn(-5.70498872745e-3f, z2, 2.06390887954e-2f);
-    p = __fmaf_rn(p, z2, -5.37397155531e-2f);
-    p = __fmaf_rn(p, z2, 1.33314422036e-1f);
-    p = __fmaf_rn(p, z2, -3.33332819422e-1f);
-    const float near = __fmaf_rn(__fmul_rn(p, z2), a, a), far = __fmul_rn(1.f - e, r);
-    const float t = a < 0.625f ? near : far;
-    return {__fmul_rn(cap, u < 0.f ? -t : t), __fmul_rn(__fmul_rn(4.f, e), __fmul_rn(r, r))};
+    float y[1] = {z}, slope[1] = {1.f};
+    transform<MAP, true>(y, slope, scale, cap);
+    return {y[0], slope[0]};
 }
 
 // Columns of a group, which one load of 16 bytes brings: neighbouring threads read neighbouring
@@ -72,22 +103,53 @@ constexpr int UNROLL = 32 / WIDTH<T>;
 template <typename T>
 union Group {
     uint4 load;
+    unsigned word[4];
     T value[WIDTH<T>];
 };
+
+// Column k of a group; of bfloat16, which is the upper half of a float32, by one instruction.
+template <typename T>
+__device__ __forceinline__ float column(const Group<T>& group, int k) {
+    return widen(group.value[k]);
+}
+__device__ __forceinline__ float column(const Group<__nv_bfloat16>& group, int k) {
+    const unsigned pair = group.word[k / 2];
+    return __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16);
+}
+
+// A group of rounded values: two of half width by one instruction.
+__device__ __forceinline__ void pack(const float (&of)[4], Group<float>& group) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) group.value[k] = of[k];
+}
+__device__ __forceinline__ void pack(const float (&of)[8], Group<__half>& group) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const __half2 pair = __floats2half2_rn(of[2 * k], of[2 * k + 1]);
+        group.word[k] = reinterpret_cast<const unsigned&>(pair);
+    }
+}
+__device__ __forceinline__ void pack(const float (&of)[8], Group<__nv_bfloat16>& group) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(of[2 * k], of[2 * k + 1]);
+        group.word[k] = reinterpret_cast<const unsigned&>(pair);
+    }
+}
 
 template <typename T>
 __device__ __forceinline__ bool is_aligned(const T* row) {
     return reinterpret_cast<unsigned long long>(row) % 16 == 0;
 }
 
-// Columns WIDTH*group and the following, all of which exist. `aligned` is one for the whole row: an
+// Columns WIDTH*group and the following, all of which exist. ALIGNED is one for the whole row: an
 // address that is not a multiple of 16 bytes changes how they are loaded, never by which thread.
 // `LAST` says that nobody reads them again: without it the second-level cache keeps what was read
 // last.
-template <bool LAST, typename T>
-__device__ __forceinline__ Group<T> load_group(const T* row, int group, bool aligned) {
+template <bool ALIGNED, bool LAST, typename T>
+__device__ __forceinline__ Group<T> load_group(const T* row, int group) {
     Group<T> loaded;
-    if (aligned) {
+    if (ALIGNED) {
         const uint4* const p = reinterpret_cast<const uint4*>(row) + group;
         loaded.load = LAST ? __ldcs(p) : *p;
     } else {
@@ -98,9 +160,20 @@ __device__ __forceinline__ Group<T> load_group(const T* row, int group, bool ali
     return loaded;
 }
 
+// The first `count` columns of a group, and zeros.
 template <typename T>
-__device__ __forceinline__ void store_group(T* row, int group, Group<T> stored, bool aligned) {
-    if (aligned) {
+__device__ __forceinline__ Group<T> load_some(const T* row, int group, int count) {
+    Group<T> loaded;
+    loaded.load = {};
+#pragma unroll
+    for (int k = 0; k < WIDTH<T>; ++k)
+        if (k < count) loaded.value[k] = row[(long long)WIDTH<T> * group + k];
+    return loaded;
+}
+
+template <bool ALIGNED, typename T>
+__device__ __forceinline__ void store_group(T* row, int group, Group<T> stored) {
+    if (ALIGNED) {
         __stcs(reinterpret_cast<uint4*>(row) + group, stored.load);
     } else {
 #pragma unroll
@@ -108,6 +181,20 @@ __device__ __forceinline__ void store_group(T* row, int group, Group<T> stored, 
             row[(long long)WIDTH<T> * group + k] = stored.value[k];
     }
 }
+
+// The groups of a piece of a row: [first, last), of which those below `whole` have all columns.
+struct Groups {
+    int first, last, whole;
+
+    template <typename T>
+    static __device__ __forceinline__ Groups of(int columns, int piece, int pieces,
+                                                int piece_columns) {
+        const int each = piece_columns / WIDTH<T>, first = piece * each;
+        const int all = (int)((columns + (WIDTH<T> - 1ll)) / WIDTH<T>);
+        const int last = piece + 1 == pieces ? all : first + each;
+        return {first, last, columns / WIDTH<T> < last ? columns / WIDTH<T> : last};
+    }
+};
 
 struct Part {
     float max, rest;  // the target is in neither

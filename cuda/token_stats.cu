@@ -31,70 +31,76 @@ __device__ __forceinline__ Place place(long long row, int target, long long rows
                                                                      : Place::missing;
 }
 
-// One group of columns, of which the first `count` exist: y and its maximum without the target;
-// phantoms are -inf.
-template <bool CAP, bool STATS, typename T>
-__device__ __forceinline__ float open_group(const Group<T>& loaded, int group, int count,
-                                            int target, float scale, float cap, Part& part,
-                                            float* y) {
-    float max = -INFINITY;
-#pragma unroll
-    for (int k = 0; k < WIDTH<T>; ++k)
-        y[k] = k < count ? transform<CAP>(widen(loaded.value[k]), scale, cap).y : -INFINITY;
-    if (STATS) {
-        float sum[2] = {};
-#pragma unroll
-        for (int k = 0; k < WIDTH<T>; ++k) sum[k % 2] += k < count ? y[k] : 0.f;
-        part.sum += sum[0] + sum[1];
+// The target of a row, as a thread sees it.
+struct Target {
+    int group, place;  // the column `place` of `group`
+    int mine;          // `group` if this thread has it, or -1
+
+    template <typename T>
+    static __device__ __forceinline__ Target of(int target) {
+        const int group = target / WIDTH<T>;  // tiles begin with thread 0
+        return {group, target % WIDTH<T>, group % THREADS == (int)threadIdx.x ? group : -1};
     }
-    const int at = target - WIDTH<T> * group;  // the target's place in this group, if it has one
-    if (at >= 0 && at < WIDTH<T>) {
+};
+
+// Adds N groups, `group`, `group + THREADS`, ..., of which the first `count` columns of each exist.
+template <Map MAP, bool STATS, int N, typename T>
+__device__ __forceinline__ void add_groups(Part& part, const Group<T>* loaded, int group,
+                                           int count, Target target, float scale, float cap) {
+    constexpr int W = WIDTH<T>;
+    float y[N * W], largest = -INFINITY;
 #pragma unroll
-        for (int k = 0; k < WIDTH<T>; ++k) {
-            if (STATS && k < at) part.before = fmaxf(part.before, y[k]);
+    for (int u = 0; u < N; ++u) {
+        float of_group[W], slope[W], sum[2] = {};
+#pragma unroll
+        for (int k = 0; k < W; ++k) of_group[k] = column(loaded[u], k);
+        transform<MAP, false>(of_group, slope, scale, cap);
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+            y[W * u + k] = k < count ? of_group[k] : -INFINITY;
+            sum[k % 2] += k < count ? of_group[k] : 0.f;
+        }
+        if (STATS) part.sum += sum[0] + sum[1];
+    }
+    if ((unsigned)(target.mine - group) < (unsigned)(N * THREADS)) {
+        // A branch that one warp of a row takes once.
+        const int at = (target.mine - group) / THREADS * W + target.place;
+#pragma unroll
+        for (int k = 0; k < N * W; ++k) {
+            if (STATS && k < at && k / W == at / W) part.before = fmaxf(part.before, y[k]);
             if (k == at) y[k] = -INFINITY;
         }
     }
 #pragma unroll
-    for (int k = 0; k < WIDTH<T>; ++k) max = fmaxf(max, y[k]);
-    if (STATS && at >= WIDTH<T>) part.before = fmaxf(part.before, max);
-    return max;
+    for (int u = 0; u < N; ++u) {
+        float max = y[W * u];
+#pragma unroll
+        for (int k = 1; k < W; ++k) max = fmaxf(max, y[W * u + k]);
+        if (STATS && group + u * THREADS < target.group) part.before = fmaxf(part.before, max);
+        largest = fmaxf(largest, max);
+    }
+    add<STATS>(part, y, largest);
 }
 
-// This thread's columns of one tile: groups me, me + THREADS, ... of [first, last).
-template <bool CAP, bool STATS, typename T>
-__device__ __forceinline__ Part read_tile(const T* row, int first, int last, int columns,
-                                          int target, float scale, float cap) {
-    const bool aligned = is_aligned(row);
-    const int whole = columns / WIDTH<T> < last ? columns / WIDTH<T> : last;  // groups of WIDTH
+// This thread's columns of one tile: groups me, me + THREADS, ... of it.
+template <Map MAP, bool STATS, bool ALIGNED, typename T>
+__device__ __forceinline__ Part read_tile(const T* row, Groups groups, int columns, Target target,
+                                          float scale, float cap) {
+    constexpr int N = UNROLL<T>, W = WIDTH<T>;
     Part part = empty_part();
-    int group = first + threadIdx.x;
-    for (; group + (UNROLL<T> - 1) * THREADS < whole; group += UNROLL<T> * THREADS) {
-        Group<T> loaded[UNROLL<T>];
-        float y[WIDTH<T> * UNROLL<T>], max = -INFINITY;
+    int group = groups.first + threadIdx.x;
+    for (; group + (N - 1) * THREADS < groups.whole; group += N * THREADS) {
+        Group<T> loaded[N];
 #pragma unroll
-        for (int u = 0; u < UNROLL<T>; ++u)
-            loaded[u] = load_group<false>(row, group + u * THREADS, aligned);
-#pragma unroll
-        for (int u = 0; u < UNROLL<T>; ++u)
-            max = fmaxf(max,
-                        open_group<CAP, STATS>(loaded[u], group + u * THREADS, WIDTH<T>, target,
-                                               scale, cap, part, y + WIDTH<T> * u));
-        add<STATS>(part, y, max);
+        for (int u = 0; u < N; ++u)
+            loaded[u] = load_group<ALIGNED, false>(row, group + u * THREADS);
+        add_groups<MAP, STATS, N>(part, loaded, group, W, target, scale, cap);
     }
-    for (; group < last; group += THREADS) {
-        const int count = group < whole ? WIDTH<T> : columns - WIDTH<T> * group;
-        Group<T> loaded = {};
-        if (count == WIDTH<T>) {
-            loaded = load_group<false>(row, group, aligned);
-        } else {
-#pragma unroll
-            for (int k = 0; k < WIDTH<T>; ++k)
-                if (k < count) loaded.value[k] = row[(long long)WIDTH<T> * group + k];
-        }
-        float y[WIDTH<T>];
-        const float max = open_group<CAP, STATS>(loaded, group, count, target, scale, cap, part, y);
-        add<STATS>(part, y, max);
+    for (; group < groups.last; group += THREADS) {
+        const int count = group < groups.whole ? W : columns - W * group;
+        const Group<T> loaded = count == W ? load_group<ALIGNED, false>(row, group)
+                                           : load_some(row, group, count);
+        add_groups<MAP, STATS, 1>(part, &loaded, group, count, target, scale, cap);
     }
     return part;
 }
@@ -149,7 +155,7 @@ struct Outputs {
     }
 };
 
-template <typename T, bool CAP, bool STATS>
+template <typename T, Map MAP, bool STATS>
 __global__ void __launch_bounds__(THREADS, 3)
     token_stats(const T* __restrict__ logits, const long long* __restrict__ logit_rows,
                 const int* __restrict__ targets, float* __restrict__ logps,
@@ -174,14 +180,17 @@ __global__ void __launch_bounds__(THREADS, 3)
     const T* const row = logits + r * stride;
     // Asked for first: behind the last merge the block would wait for it with nothing else to do.
     const T z_target = row[target];
-    const int groups = (int)((columns + (WIDTH<T> - 1ll)) / WIDTH<T>);
-    const int tile_groups = tile_columns / WIDTH<T>;
+    const bool aligned = is_aligned(row);
+    const Target at = Target::of<T>(target);
     const int first_tile = split ? blockIdx.y : 0, last_tile = split ? first_tile + 1 : tiles;
     for (int tile = first_tile; tile < last_tile; ++tile) {
-        const int first = tile * tile_groups,
-                  last = tile + 1 == tiles ? groups : first + tile_groups;
-        const Part part =
-            merge_warp<STATS>(read_tile<CAP, STATS>(row, first, last, columns, target, scale, cap));
+        const Groups groups = Groups::of<T>(columns, tile, tiles, tile_columns);
+        Part part;
+        if (aligned)
+            part = read_tile<MAP, STATS, true>(row, groups, columns, at, scale, cap);
+        else
+            part = read_tile<MAP, STATS, false>(row, groups, columns, at, scale, cap);
+        part = merge_warp<STATS>(part);
         if (lane == 0) of_warp[tile - first_tile][warp] = part;
     }
     __syncthreads();  // (1) every warp has written before warp 0 reads
@@ -199,10 +208,10 @@ __global__ void __launch_bounds__(THREADS, 3)
     }
     Part part = of_tile[0];
     for (int tile = 1; tile < tiles; ++tile) part = merge<STATS>(part, of_tile[tile]);
-    out.finish<STATS>(i, part, transform<CAP>(widen(z_target), scale, cap).y, columns);
+    out.finish<STATS>(i, part, transform<MAP>(widen(z_target), scale, cap).y, columns);
 }
 
-template <typename T, bool CAP, bool STATS>
+template <typename T, Map MAP, bool STATS>
 __global__ void __launch_bounds__(THREADS, 3)
     token_stats_finish(const T* __restrict__ logits, const long long* __restrict__ logit_rows,
                        const int* __restrict__ targets, float* __restrict__ logps,
@@ -223,6 +232,6 @@ __global__ void __launch_bounds__(THREADS, 3)
     }
     Part part = parts[i * tiles];
     for (int tile = 1; tile < tiles; ++tile) part = merge<STATS>(part, parts[i * tiles + tile]);
-    out.finish<STATS>(i, part, transform<CAP>(widen(logits[r * stride + target]), scale, cap).y,
+    out.finish<STATS>(i, part, transform<MAP>(widen(logits[r * stride + target]), scale, cap).y,
                       columns);
 }

@@ -44,6 +44,8 @@ struct dim3 { unsigned x = 1, y = 1, z = 1; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct __half { uint16_t bits; };
 struct __nv_bfloat16 { uint16_t bits; };
+struct alignas(4) __half2 { __half x, y; };
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 
 template <class To, class From> inline To emu_cast(From from) {
     static_assert(sizeof(To) >= sizeof(From), "no bit is lost");
@@ -52,12 +54,17 @@ template <class To, class From> inline To emu_cast(From from) {
     return to;
 }
 inline float __int_as_float(int i) { return emu_cast<float>(i); }
+inline float __uint_as_float(unsigned u) { return emu_cast<float>(u); }
 inline float __half2float(__half h) { return (float)emu_cast<_Float16>(h); }
 inline __half __float2half_rn(float f) { return emu_cast<__half>((_Float16)f); }
 inline float __bfloat162float(__nv_bfloat16 h) { return emu_cast<float>((uint32_t)h.bits << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float f) {  // to nearest, ties to even; every NaN becomes 0x7fff
     const uint32_t u = emu_cast<uint32_t>(f);
     return {(uint16_t)(f != f ? 0x7fff : (u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
+}
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 template <class T> inline T __ldcs(const T* p) { return *p; }
 template <class T> inline void __stcs(T* p, T v) { *p = v; }

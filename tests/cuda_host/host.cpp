@@ -33,16 +33,15 @@ static const std::map<std::string, Entry>& kernels() {
     static const std::map<std::string, Entry> all = [] {
         std::map<std::string, Entry> m;
         m["segment_sum"] = entry(segment_sum);
-#define GRAD(T, CAP)                                                 \
-    m["grad_rows<" #T ", " #CAP ">"] = entry(grad_rows<T, CAP>);     \
-    m["logits_grad<" #T ", " #CAP ">"] = entry(logits_grad<T, CAP>);
-#define STATS(T, CAP, STATS)                                                             \
-    m["token_stats<" #T ", " #CAP ", " #STATS ">"] = entry(token_stats<T, CAP, STATS>);  \
-    m["token_stats_finish<" #T ", " #CAP ", " #STATS ">"] =                              \
-        entry(token_stats_finish<T, CAP, STATS>);
-#define ALL(T)                                                             \
-    GRAD(T, false) GRAD(T, true) STATS(T, false, false) STATS(T, true, false) \
-    STATS(T, false, true) STATS(T, true, true)
+#define GRAD(T, MAP)                                                 \
+    m["grad_rows<" #T ", " #MAP ">"] = entry(grad_rows<T, MAP>);     \
+    m["logits_grad<" #T ", " #MAP ">"] = entry(logits_grad<T, MAP>);
+#define STATS(T, MAP, STATS)                                                             \
+    m["token_stats<" #T ", " #MAP ", " #STATS ">"] = entry(token_stats<T, MAP, STATS>);  \
+    m["token_stats_finish<" #T ", " #MAP ", " #STATS ">"] =                              \
+        entry(token_stats_finish<T, MAP, STATS>);
+#define MAPPED(T, MAP) GRAD(T, MAP) STATS(T, MAP, false) STATS(T, MAP, true)
+#define ALL(T) MAPPED(T, PLAIN) MAPPED(T, SCALED) MAPPED(T, CAPPED)
         ALL(float) ALL(__half) ALL(__nv_bfloat16)
         return m;
     }();

@@ -37,11 +37,13 @@ template <class T> struct Exact {
     T& operator[](size_t i) { return data[i]; }
 };
 
-template <class T, bool CAP, bool STATS> static void check(int columns, int offset, int gap, double unit) {
-    constexpr int rows = 5, tokens = 5, tile_columns = 8 * THREADS;  // short tiles, so that a row has several
+template <class T, Map MAP, bool STATS> static void check(int columns, int offset, int gap, double unit) {
+    constexpr int rows = 5, tokens = 5;
+    // Short tiles, so that a row has several; of long rows one has all columns that a thread has in flight.
+    const int tile_columns = (columns > 8192 ? 32 : 8) * THREADS;
     const long long stride = columns + gap;
     const int tiles = (columns + tile_columns - 1) / tile_columns;
-    const float scale = CAP ? 0.4f : 1.f, cap = CAP ? 7.f : 1.f;
+    const float scale = MAP == PLAIN ? 1.f : 0.4f, cap = MAP == CAPPED ? 7.f : 1.f;
     Exact<T> memory(offset + (rows - 1) * stride + columns), fresh(rows * (long long)columns);
     T* const logits = memory.data + offset;
     // Token 1 is not scored, and its row stays NaN; row 3 has no token, and is NaN too; token 4 names no row.
@@ -59,18 +61,18 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
     Exact<unsigned char> top(tokens);
     Exact<Part> parts(tokens * tiles);
     emu::launch({tokens}, {THREADS}, 0, seed++, [&] {
-        token_stats<T, CAP, STATS>(logits, logit_rows, targets, logps.data, max.data, rest.data, entropy.data,
+        token_stats<T, MAP, STATS>(logits, logit_rows, targets, logps.data, max.data, rest.data, entropy.data,
                                    mean.data, square.data, top.data, nullptr, rows, stride, columns, tile_columns,
                                    tiles, scale, cap);
     });
     if (tiles > 1) {
         emu::launch({tokens, (unsigned)tiles}, {THREADS}, 0, seed++, [&] {
-            token_stats<T, CAP, STATS>(logits, logit_rows, targets, again.data, max2.data, rest2.data, entropy.data,
+            token_stats<T, MAP, STATS>(logits, logit_rows, targets, again.data, max2.data, rest2.data, entropy.data,
                                        mean.data, square.data, top.data, parts.data, rows, stride, columns,
                                        tile_columns, tiles, scale, cap);
         });
         emu::launch({1}, {THREADS}, 0, seed++, [&] {
-            token_stats_finish<T, CAP, STATS>(logits, logit_rows, targets, again.data, max2.data, rest2.data,
+            token_stats_finish<T, MAP, STATS>(logits, logit_rows, targets, again.data, max2.data, rest2.data,
                                               entropy.data, mean.data, square.data, top.data, parts.data, tokens,
                                               rows, stride, columns, tiles, scale, cap);
         });
@@ -79,7 +81,7 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
     }
     const auto y = [&](int r, int c) {
         const double z = widen(logits[r * stride + c]) * (double)scale;
-        return CAP ? cap * std::tanh(z) : z;
+        return MAP == CAPPED ? cap * std::tanh(z) : z;
     };
     compare("not scored", columns, offset, gap, 1, logps[1], 0, 0);
     compare("missing target", columns, offset, gap, 3, logps[3], NAN, 0);
@@ -109,12 +111,12 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
     const float grad[tokens] = {1.5f, 2.f, -0.25f, 1.f, 1.f};
     Exact<RowGrad> table(rows);  // 0xff: no row has a token yet
     emu::launch({1}, {THREADS}, 0, seed++, [&] {
-        grad_rows<T, CAP>(logits, logit_rows, targets, max.data, rest.data, grad, table.data, tokens, rows, stride,
+        grad_rows<T, MAP>(logits, logit_rows, targets, max.data, rest.data, grad, table.data, tokens, rows, stride,
                           columns, scale, cap);
     });
     const int piece = (columns + 15) / 16 * 8, pieces = (columns + piece - 1) / piece;
     emu::launch({rows, (unsigned)pieces}, {THREADS}, 0, seed++, [&] {
-        logits_grad<T, CAP>(logits, fresh.data, table.data, rows, stride, columns, columns, piece, scale, cap);
+        logits_grad<T, MAP>(logits, fresh.data, table.data, rows, stride, columns, columns, piece, scale, cap);
     });
     const double from[rows] = {0, NAN, grad[0], 0, grad[2]};
     for (int r = 0; r < rows; ++r)
@@ -122,14 +124,14 @@ template <class T, bool CAP, bool STATS> static void check(int columns, int offs
             const double got = widen(fresh[r * (long long)columns + c]);
             double want = from[r];
             if (want == want && want != 0) {
-                const double t = y(r, c) / cap, slope = scale * (CAP ? cap * (1 - t * t) : 1);
+                const double t = y(r, c) / cap, slope = scale * (MAP == CAPPED ? cap * (1 - t * t) : 1);
                 const int target = targets[r == 2 ? 0 : 2];
                 want *= slope * ((c == target) - std::exp(y(r, c) - high[r]) / total[r]);
             }
             compare("gradient", columns, offset, gap, r, got, want, unit * std::fabs(want) + 1e-7);
         }
     emu::launch({rows}, {THREADS}, 0, seed++, [&] {
-        logits_grad<T, CAP>(logits, logits, table.data, rows, stride, stride, columns, columns + 8, scale, cap);
+        logits_grad<T, MAP>(logits, logits, table.data, rows, stride, stride, columns, columns + 8, scale, cap);
     });
     for (int r = 0; r < rows; ++r) {
         if (std::memcmp(logits + r * stride, &fresh[r * (long long)columns], columns * sizeof(T)))
@@ -166,13 +168,13 @@ static void check_far() {
     for (float* out : {logps.data, again.data}) {
         const bool split = out == again.data;
         emu::launch({tokens, split ? (unsigned)tiles : 1}, {THREADS}, 0, seed++, [&] {
-            token_stats<T, false, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr, nullptr,
+            token_stats<T, PLAIN, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr, nullptr,
                                          nullptr, nullptr, split ? parts.data : nullptr, rows, stride, columns,
                                          tile_columns, tiles, 1, 1);
         });
         if (split)
             emu::launch({1}, {THREADS}, 0, seed++, [&] {
-                token_stats_finish<T, false, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr,
+                token_stats_finish<T, PLAIN, false>(memory.data, logit_rows, targets, out, max.data, rest.data, nullptr,
                                                     nullptr, nullptr, nullptr, parts.data, tokens, rows, stride,
                                                     columns, tiles, 1, 1);
             });
@@ -181,12 +183,12 @@ static void check_far() {
     const float grad[tokens] = {2, 1};
     Exact<RowGrad> table(rows);
     emu::launch({1}, {THREADS}, 0, seed++, [&] {
-        grad_rows<T, false>(memory.data, logit_rows, targets, max.data, rest.data, grad, table.data, tokens, rows,
+        grad_rows<T, PLAIN>(memory.data, logit_rows, targets, max.data, rest.data, grad, table.data, tokens, rows,
                             stride, columns, 1, 1);
     });
     for (T* out : {fresh.data, memory.data}) {
         emu::launch({rows}, {THREADS}, 0, seed++, [&] {
-            logits_grad<T, false>(memory.data, out, table.data, rows, stride, stride, columns, columns + 8, 1, 1);
+            logits_grad<T, PLAIN>(memory.data, out, table.data, rows, stride, stride, columns, columns + 8, 1, 1);
         });
         for (int r = 0; r < rows; ++r)
             for (int c = 0; c < columns; ++c) {
@@ -233,11 +235,12 @@ int main() try {
         for (int offset : {0, 1, 5})
             for (int gap : {0, 3}) {
                 if (columns > 3000 && gap != 3 * (offset == 1)) continue;
-                check<__nv_bfloat16, false, true>(columns, offset, gap, 1. / 256);
+                check<__nv_bfloat16, PLAIN, true>(columns, offset, gap, 1. / 256);
 #ifndef QUICK
-                check<float, false, true>(columns, offset, gap, 5e-6);
-                check<float, true, false>(columns, offset, gap, 5e-6);
-                check<__half, true, true>(columns, offset, gap, 1. / 1024);
+                check<float, PLAIN, true>(columns, offset, gap, 5e-6);
+                check<float, CAPPED, false>(columns, offset, gap, 5e-6);
+                check<__half, CAPPED, true>(columns, offset, gap, 1. / 1024);
+                check<__half, SCALED, false>(columns, offset, gap, 1. / 1024);
 #endif
             }
     check_far();

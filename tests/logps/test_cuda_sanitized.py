@@ -54,8 +54,8 @@ FAULTS = {
     ),
     "one element too many": (
         "token_stats.cu",
-        ": columns - WIDTH<T> * group;",
-        ": columns - WIDTH<T> * group + 1;",
+        ": columns - W * group;",
+        ": columns - W * group + 1;",
         "heap-buffer-overflow",
     ),
     "one zero too many": (
@@ -67,8 +67,8 @@ FAULTS = {
     "a wide load of any address": ("reduce.cuh", "% 16 == 0", "% 1 == 0", "misaligned address"),
     "phantom columns that count": (
         "token_stats.cu",
-        "scale, cap).y : -INFINITY",
-        "scale, cap).y : 0.f",
+        "of_group[k] : -INFINITY",
+        "of_group[k] : 0.f",
         "WRONG: log-prob",
     ),
     "the target counted twice": (
@@ -106,6 +106,24 @@ FAULTS = {
         "for (long long t = first + (long long)me;",
         "for (int t = first + me;",
         "signed integer overflow|SEGV",
+    ),
+    "the target of another thread": (
+        "logits_grad.cu",
+        "(of_target - groups.first) % THREADS == me",
+        "(of_target - groups.first + 1) % THREADS == me",
+        "WRONG: gradient|WRONG: in place",
+    ),
+    "the upper column of a pair twice": (
+        "reduce.cuh",
+        "pair & 0xffff0000u : pair << 16",
+        "pair & 0xffff0000u : pair & 0xffff0000u",
+        "WRONG: mean|WRONG: log-prob",
+    ),
+    "a target that is left in its batch": (
+        "token_stats.cu",
+        "< (unsigned)(N * THREADS)",
+        "< (unsigned)THREADS",
+        "WRONG: log-prob",
     ),
     "a tile left out": (
         "token_stats.cu",

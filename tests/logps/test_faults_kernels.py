@@ -76,7 +76,7 @@ def run_rows_of_grad(p: Problem):
     stride = p.logits.stride(0) if height > 1 else p.values.shape[1]
     kernels.launch(
         "grad_rows",
-        (kernels.TYPES[p.logits.dtype], "false"),
+        (kernels.TYPES[p.logits.dtype], "PLAIN"),
         (1, 1),
         (*arguments, height, stride, *more[1:]),
         p.logits.device,

@@ -85,7 +85,7 @@ def test_argument_widths_are_those_that_the_compiler_gives():
     library = Emulator()
     width = {"p": "8", "l": "8", "i": "4", "f": "4"}
     for kernel, types in kernels.PARAMETERS.items():
-        template = {"segment_sum": ()}.get(kernel, ("float", "false"))
+        template = {"segment_sum": ()}.get(kernel, ("float", "PLAIN"))
         template += ("true",) if kernel.startswith("token_stats") else ()
         sizes = library.parameter_bytes(kernels.name_expression(kernel, template))
         assert sizes == "".join(width[t] for t in types), kernel
@@ -96,6 +96,7 @@ def test_constants_match_the_header():
     assert f"THREADS = {kernels.THREADS};" in header
     assert f"MAX_TILES = {kernels.MAX_TILES};" in header
     assert f"IGNORE = {-100};" in header
+    assert f"enum Map {{ {', '.join(kernels.MAPS)} }};" in header
 
 
 @pytest.mark.fault("K10")
@@ -105,9 +106,9 @@ def test_launches_carry_shapes_widths_and_the_current_stream(recorder):
     kernels.logits_grad(logits, rows, targets, grad, grad, grad, *PLAIN, logits)
     kernels.segment_sum(grad, None, torch.tensor([0, 100, 300], dtype=torch.int32))
     assert [(k, t, g, b) for k, t, g, b, *_ in recorder.launches] == [
-        ("token_stats", ("float", "false", "false"), (300, 1), (256,)),
-        ("grad_rows", ("float", "false"), (2, 1), (256,)),
-        ("logits_grad", ("float", "false"), (300, 1), (256,)),
+        ("token_stats", ("float", "PLAIN", "false"), (300, 1), (256,)),
+        ("grad_rows", ("float", "PLAIN"), (2, 1), (256,)),
+        ("logits_grad", ("float", "PLAIN"), (300, 1), (256,)),
         ("segment_sum", (), (2, 1), (256,)),
     ]
     for kernel, _, _, _, arguments, stream in recorder.launches:

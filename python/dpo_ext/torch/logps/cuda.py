@@ -29,6 +29,7 @@ MAX_GRID_X = 2**31 - 1
 PART_FLOATS = 6  # a `Part` of reduce.cuh
 ROW_GRAD_INTS = 4  # a `RowGrad` of logits_grad.cu
 
+MAPS = ("PLAIN", "SCALED", "CAPPED")  # `Map` of reduce.cuh
 TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 # Type of every parameter, in order: p pointer, l long long, i int, f float. CuPy checks nothing: an
@@ -67,7 +68,7 @@ def source(file: str) -> str:
 
 
 def name_expression(kernel: str, template: tuple[str, ...]) -> str:
-    """The instantiation as NVRTC names it, for example ``token_stats<float, false, true>``."""
+    """The instantiation as NVRTC names it, for example ``token_stats<float, PLAIN, true>``."""
     return f"{kernel}<{', '.join(template)}>" if template else kernel
 
 
@@ -215,11 +216,12 @@ def tiles(columns: int) -> Tiles:
 
 def transform_arguments(
     logit_scale: float, softcap: float, temperature: float
-) -> tuple[bool, float, float]:
-    """(CAP, scale, cap): y = scale * z, or cap * tanh(scale * z)."""
-    if softcap == 0:
-        return False, logit_scale / temperature, 1.0
-    return True, logit_scale / softcap, softcap / temperature
+) -> tuple[str, float, float]:
+    """(MAP, scale, cap): y = z, y = scale * z or y = cap * tanh(scale * z)."""
+    if softcap != 0:
+        return "CAPPED", logit_scale / softcap, softcap / temperature
+    scale = logit_scale / temperature
+    return "PLAIN" if scale == 1.0 else "SCALED", scale, 1.0
 
 
 def _bool(value: bool) -> str:
@@ -253,8 +255,8 @@ def token_stats(
     if tokens == 0:
         return out
     _check_grid("logit_rows", tokens)
-    cap, scale, factor = transform_arguments(logit_scale, softcap, temperature)
-    template = (TYPES[logits.dtype], _bool(cap), _bool(stats))
+    how, scale, cap = transform_arguments(logit_scale, softcap, temperature)
+    template = (TYPES[logits.dtype], how, _bool(stats))
     cut = tiles(columns)
     device, stride = logits.device, _stride(logits)
     table = (logit_rows.contiguous(), targets.contiguous())
@@ -267,7 +269,7 @@ def token_stats(
         "token_stats",
         template,
         (tokens, cut.number if few else 1),
-        (*first, rows, stride, columns, cut.columns, cut.number, scale, factor),
+        (*first, rows, stride, columns, cut.columns, cut.number, scale, cap),
         device,
     )
     if few:
@@ -275,7 +277,7 @@ def token_stats(
             "token_stats_finish",
             template,
             (-(-tokens // THREADS), 1),
-            (*first, tokens, rows, stride, columns, cut.number, scale, factor),
+            (*first, tokens, rows, stride, columns, cut.number, scale, cap),
             device,
         )
     return out
@@ -300,13 +302,13 @@ def logits_grad(
     _check_grid("logits", rows)
     _check_grid("logit_rows", tokens)
     device, stride = logits.device, _stride(logits)
-    cap, scale, factor = transform_arguments(logit_scale, softcap, temperature)
-    template = (TYPES[logits.dtype], _bool(cap))
+    how, scale, cap = transform_arguments(logit_scale, softcap, temperature)
+    template = (TYPES[logits.dtype], how)
     # Allocated before the first write: a failure leaves the logits as they were.
     table = torch.full((rows, ROW_GRAD_INTS), -1, dtype=torch.int32, device=device)
     if tokens:
         saved = (t.contiguous() for t in (logit_rows, targets, row_max, row_rest, grad))
-        arguments = (logits, *saved, table, tokens, rows, stride, columns, scale, factor)
+        arguments = (logits, *saved, table, tokens, rows, stride, columns, scale, cap)
         launch("grad_rows", template, (-(-tokens // THREADS), 1), arguments, device)
     # Where rows are few, each is cut into pieces of 8192 columns or more.
     pieces = min(64, -(-columns // 8192)) if rows < 2 * processors(device) else 1
@@ -315,7 +317,7 @@ def logits_grad(
         "logits_grad",
         template,
         (rows, -(-columns // piece)),
-        (logits, out, table, rows, stride, _stride(out), columns, piece, scale, factor),
+        (logits, out, table, rows, stride, _stride(out), columns, piece, scale, cap),
         device,
     )
 
