@@ -7,13 +7,14 @@ process, in its own time; then each once more in a process of its own, for its p
 the inputs. Beside them the products alone: three of 2MHV for a trained head, two for a frozen one.
 `--chunk-rows` cuts the plans into chunks, `--record` appends the rows to benches/RESULTS.md.
 
-With `--gate` many cases run, each in a process of its own: every dtype, one chunk and several, with
-the instructions that this CPU has and with those of smaller ones (`ISAS`). The exit code is 1 if a
-plan takes longer than a peer that runs eagerly, or more memory.
+With `--gate` many cases run, each in a process of its own: every dtype, one chunk and several (of
+rows no fewer than the hidden size, below which a product of few rows costs more than it saves),
+with the instructions that this CPU has and with those of smaller ones. The exit code is 1 if a plan
+takes longer than a peer that runs eagerly, or more memory.
 
     python benches/linear.py [--record] [--rows 256] [--hidden 896] [--vocabulary 151936]
                              [--dtype float32] [--chunk-rows 256]
-    python benches/linear.py --gate [--rows 128] [--vocabulary 32000]
+    python benches/linear.py --gate
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ ISAS = {
     "AVX-512 without bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
 }
+GATE = (
+    {"rows": 128, "hidden": 896, "vocabulary": 32_000, "chunk_rows": None},
+    {"rows": 768, "hidden": 256, "vocabulary": 32_000, "chunk_rows": 256},
+)
 
 
 def preference(tokens: Tensor, table: ScoreTable, ref: Tensor) -> Tensor:
@@ -230,27 +235,27 @@ def told(name: str, found: dict) -> str:
     return line
 
 
-def gate(arguments: argparse.Namespace) -> int:
-    """Every case in a process of its own; the number of plans that a peer beats."""
+def gate() -> int:
+    """Every case in a process of its own; the number of times that a peer beats a plan."""
     lost = 0
-    for isa, dtype, chunks in itertools.product(ISAS, DTYPES, (1, 3)):
-        chunk_rows = None if chunks == 1 else -(-arguments.rows // chunks)
-        case = argparse.Namespace(**{**vars(arguments), "dtype": dtype, "chunk_rows": chunk_rows})
+    for isa, dtype, sizes in itertools.product(ISAS, DTYPES, GATE):
+        case = argparse.Namespace(**sizes, dtype=dtype)
         command = [sys.executable, __file__, "--case", *options(case)]
         done = subprocess.run(
             command, env={**os.environ, **ISAS[isa]}, stdout=subprocess.PIPE, text=True, check=True
         )
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"--- {isa}, {dtype}, {chunks} chunk(s)")
+        named = f"{isa}, {' '.join(options(case))}"
+        print(f"--- {named}")
         for name in WAYS:
             print(told(name, found), flush=True)
         for name in PLANS:
             # Logits a second time are what `recompute` is told to spend where there are chunks.
-            if name == "recompute" and chunks > 1:
+            if name == "recompute" and case.chunk_rows:
                 continue
             for loss in losses(name, found):
                 lost += 1
-                print(f"LOST {isa}, {dtype}, {chunks} chunk(s): {name} {loss}", flush=True)
+                print(f"LOST {named}: {name} {loss}", flush=True)
     return lost
 
 
@@ -310,7 +315,7 @@ def main() -> int:
         one(arguments.one, sizes, DTYPES[arguments.dtype], arguments.chunk_rows)
         return 0
     if arguments.gate:
-        return 1 if gate(arguments) else 0
+        return 1 if gate() else 0
     verify()
     found = measure(arguments)
     if arguments.case:
