@@ -3,8 +3,9 @@
 Peers: `log_softmax(hidden @ W.T)`, `F.cross_entropy` of the same product, and torch's own
 `F.linear_cross_entropy` where it has one. Verifies values and gradients against float64 on a small
 vocabulary first. Then forward + backward of each plan and of each peer, taking turns in one
-process, in its own time; then each once more in a process of its own, for its peak memory beyond
-the inputs. Beside them the products alone: three of 2MHV for a trained head, two for a frozen one.
+process, in its own time, and before that each once in a process of its own, for its peak memory
+beyond the inputs. Beside them the products alone: three of 2MHV for a trained head, two for a
+frozen one.
 `--chunk-rows` cuts the plans into chunks, `--record` appends the rows to benches/RESULTS.md.
 
 With `--gate` many cases run, each in a process of its own: every dtype, one chunk and several (of
@@ -162,20 +163,21 @@ def options(arguments: argparse.Namespace) -> list[str]:
     return [part for name, value in given.items() if value for part in (name, str(value))]
 
 
-def peak_megabytes(name: str, arguments: argparse.Namespace) -> float:
+def peak_megabytes(name: str, given: tuple[Tensor, ...], chunk_rows: int | None) -> float:
     """Peak memory of one pass beyond its inputs, in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, *options(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def one(name: str, sizes: tuple[int, int, int], dtype: torch.dtype, chunk_rows: int | None) -> None:
-    verify()  # loads what there is to load
-    given = inputs(*sizes, dtype)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
-    before = _kilobytes("VmRSS")
-    step(name, *given, chunk_rows)
-    print((_kilobytes("VmHWM") - before) / 1e3)
+    read, write = os.pipe()
+    if not os.fork():
+        step(name, *inputs(64, 32, 501, given[0].dtype))  # its pages of code are no memory of it
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
+        before = _kilobytes("VmRSS")
+        step(name, *given, chunk_rows)
+        os.write(write, str(_kilobytes("VmHWM") - before).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        kilobytes = answer.read()
+    os.wait()
+    return float(kilobytes) / 1e3
 
 
 def _kilobytes(field: str) -> int:
@@ -187,6 +189,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Seconds of each turn of each way, megabytes of each, and the seconds of the products."""
     dtype = DTYPES[arguments.dtype]
     given = inputs(arguments.rows, arguments.hidden, arguments.vocabulary, dtype)
+    peaks = {name: peak_megabytes(name, given, arguments.chunk_rows) for name in WAYS}
     took: dict[str, list[float]] = {name: [] for name in WAYS}
     for repeat in range(REPEATS + WARM_UP):
         for name in WAYS:
@@ -195,7 +198,7 @@ def measure(arguments: argparse.Namespace) -> dict:
                 took[name].append(seconds)
     return {
         "s": took,
-        "MB": {name: peak_megabytes(name, arguments) for name in WAYS},
+        "MB": peaks,
         "products": products(*given[:2]),
     }
 
@@ -223,7 +226,9 @@ def losses(name: str, found: dict) -> list[str]:
 
 def told(name: str, found: dict) -> str:
     middle, peak = statistics.median(found["s"][name]), found["MB"][name]
-    line = f"{name:<34} {middle:6.3f} s ({min(found['s'][name]):.3f} to {max(found['s'][name]):.3f})"
+    line = (
+        f"{name:<34} {middle:6.3f} s ({min(found['s'][name]):.3f} to {max(found['s'][name]):.3f})"
+    )
     line += f"  +{peak:,.0f} MB"
     if name in PLANS:
         ruler = found["products"][0 if name in TRAINED else 1]
@@ -306,14 +311,9 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--chunk-rows", type=int, help="default: one chunk of 1.1 GB")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = (arguments.rows, arguments.hidden, arguments.vocabulary)
-    if arguments.one:
-        one(arguments.one, sizes, DTYPES[arguments.dtype], arguments.chunk_rows)
-        return 0
     if arguments.gate:
         return 1 if gate() else 0
     verify()

@@ -134,10 +134,9 @@ mod tests {
 
     #[test]
     fn what_arithmetic_makes_is_narrowed_in_fewer_instructions() {
-        let mut draw = fastrand::Rng::with_seed(0);
-        let drawn = std::iter::repeat_with(|| f32::from_bits(draw.u32(..))).take(1 << 20);
+        let everywhere = (0..=u32::MAX).step_by(4099).map(f32::from_bits);
         let edges = [0.0, -0.0, 1e-45, f32::MAX, -f32::MAX, f32::INFINITY, f32::NEG_INFINITY];
-        for v in drawn.chain(edges).filter(|v| !v.is_nan()) {
+        for v in everywhere.chain(edges).filter(|v| !v.is_nan()) {
             assert_eq!(BFloat16::narrow_computed(v), BFloat16::narrow(v), "{v}");
             assert_eq!(Float16::narrow_computed(v), Float16::narrow(v), "{v}");
         }

@@ -91,7 +91,8 @@ def test_a_gradient_takes_the_memory_of_the_last_one_and_leaves_what_is_held():
     place = gradient().data_ptr()
     assert place != held.data_ptr()
     again = gradient()
-    assert again.data_ptr() == place and torch.equal(again, expected)
+    assert again.data_ptr() == place
+    assert torch.equal(again, expected)
     assert torch.equal(held, expected)
 
 
