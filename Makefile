@@ -21,7 +21,7 @@ OLDEST := all,cuda12,test,dev
 SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest test-ray deep check format docs bench wheel gpu-check gpu-train clean require
+.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest test-ray ceilings deep check format docs bench wheel gpu-check gpu-train clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ test-oldest: .venv-oldest/.stamp  ## the Python tests with the lower bounds of p
 
 test-ray: .venv-ray/.stamp  ## the tests of the Ray Data job, with Ray in .venv-ray
 	.venv-ray/bin/python -m pytest -q tests/data/test_encode_ray.py
+
+ceilings: setup  ## what the CUDA kernels take of registers and instructions, measured anew without a GPU: the table of tests/logps/test_nvrtc.py
+	PYTHONPATH=tests/support $(BIN)/python tests/logps/test_nvrtc.py
 
 deep: setup flaky  ## the exhaustive tests: every code point for every tokenizer, every sabotage, long fuzzing, 5,000 examples a property
 	DPO_EXT_DEEP=1 cargo test --release --lib bpe
