@@ -15,7 +15,7 @@ LISTING = """
         /*0000*/                   LDG.E.CONSTANT R1, desc[UR4][R2.64] ;
         /*0010*/               @P0 EXIT ;
 .L_x_0:
-        /*0020*/                   IADD3 R4, R4, 0x1, RZ ;
+        /*0020*/                   MUFU.EX2 R4, R4 ;
         /*0030*/              @!P1 BRA `(.L_x_1) ;
         /*0040*/                   LDG.E.U16 R5, desc[UR4][R2.64] ;
         /*0050*/                   BRA `(.L_x_2) ;
@@ -44,13 +44,13 @@ LISTING = """
 def test_a_turn_of_a_loop_is_its_wide_way_and_no_instruction_more():
     fold, other = sass.parse(LISTING).values()
     assert (len(fold.instructions), fold.local) == (18, 1)
-    # IADD3, BRA, the predicated load, two wide ones, BRA over FSEL, the store, ISETP, BRA.U; no NOP.
-    assert fold.loops()[0] == (9, 2, 1, 0)
+    # MUFU, BRA, the predicated load, two wide ones, BRA over FSEL, the store, ISETP, BRA.U; no NOP.
+    assert fold.loops()[0] == (9, 1, 2, 1, 0)
     assert other.loops() == []
-    hot = sass.hot_loop(fold, itemsize=2, unroll=2)
-    assert (hot.columns, hot.per_column) == (16, 9 / 16)
-    with pytest.raises(AssertionError, match="no loop loads 4 groups of 8 columns"):
-        sass.hot_loop(fold, itemsize=2, unroll=4)
+    hot = sass.hot_loop(fold, itemsize=2, bundle=16)
+    assert (hot.columns, hot.instructions, hot.special) == (16, 9 / 16, 1 / 16)
+    with pytest.raises(AssertionError, match="no loop loads 32 columns"):
+        sass.hot_loop(fold, itemsize=2, bundle=32)
 
 
 def test_a_narrow_load_on_the_wide_way_is_counted():
@@ -66,7 +66,7 @@ def test_the_innermost_loop_is_taken():
     ).replace("        /*0000*/                   LDG.E.CONSTANT", ".L_x_5:\n        /*0000*/                   LDG.E.CONSTANT")  # fmt: skip
     fold = sass.parse(outer)["fold"]
     assert [path.loads for path in fold.loops() if path.loads] == [2, 3]
-    assert sass.hot_loop(fold, itemsize=2, unroll=2).columns == 16
+    assert sass.hot_loop(fold, itemsize=2, bundle=16).columns == 16
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ class Turn(NamedTuple):
     """What one turn of a loop executes."""
 
     instructions: int
+    special: int
+    """Of those, exponentials, reciprocals and their like, which a quarter of an SM takes 4 of in a clock."""
     loads: int
     """Of 16 bytes, from global memory."""
     stores: int
@@ -110,7 +112,7 @@ class Kernel:
         while stack:
             at, done = stack.pop()
             if at == last:
-                best[at] = _add(self.instructions[at], Turn(0, 0, 0, 0))
+                best[at] = _add(self.instructions[at], Turn(0, 0, 0, 0, 0))
                 continue
             inside = [to for to in self.successors(at) if head < to <= last]
             if not done:
@@ -130,7 +132,7 @@ class Kernel:
 def _add(one: Instruction, rest: Turn) -> Turn:
     load, store = bool(LOADS_16.match(one.text)), bool(STORES_16.match(one.text))
     narrow = one.text.startswith(("LDG", "STG")) and not (load or store or one.predicate)
-    counts = (one.text != "NOP", load, store, narrow)
+    counts = (one.text != "NOP", one.text.startswith("MUFU"), load, store, narrow)
     return Turn(*(have + more for have, more in zip(rest, counts, strict=True)))
 
 
@@ -162,24 +164,23 @@ def parse(text: str) -> dict[str, Kernel]:
 
 
 class Hot(NamedTuple):
-    """The main loop of a kernel that streams over columns."""
+    """The main loop of a kernel that streams over columns; of a thread, for each of its columns."""
 
-    per_column: float
-    """Instructions that a thread issues for each of its columns."""
+    instructions: float
+    special: float
     columns: int
-    """Columns of one turn."""
-    path: Turn
+    """Of one turn."""
+    turn: Turn
 
 
-def hot_loop(kernel: Kernel, itemsize: int, unroll: int) -> Hot:
-    """The loop that reads the most of a row at a time: whole bundles of ``unroll`` groups of 8
-    columns, 16 bytes a load."""
-    bundle = unroll * 8 * itemsize // 16
-    loops = [path for path in kernel.loops() if path.loads and path.loads % bundle == 0]
-    assert loops, f"no loop loads {unroll} groups of 8 columns by 16 bytes at a time"
-    path = min(loops, key=lambda path: (path.instructions / path.loads, path.narrow))
-    columns = path.loads * 16 // itemsize
-    return Hot(path.instructions / columns, columns, path)
+def hot_loop(kernel: Kernel, itemsize: int, bundle: int) -> Hot:
+    """The loop that reads the most of a row at a time: whole bundles of columns, 16 bytes a load."""
+    loads = bundle * itemsize // 16
+    loops = [turn for turn in kernel.loops() if turn.loads and turn.loads % loads == 0]
+    assert loops, f"no loop loads {bundle} columns by 16 bytes at a time"
+    turn = min(loops, key=lambda turn: (turn.instructions / turn.loads, turn.narrow))
+    columns = turn.loads * 16 // itemsize
+    return Hot(turn.instructions / columns, turn.special / columns, columns, turn)
 
 
 # ---- occupancy --------------------------------------------------------
