@@ -1,8 +1,8 @@
 """The cases of benches/head: inputs, what float64 says of them, and what is held against it.
 
 Letters: R rows of hidden states or logits, M of them scored, S sequences, N pairs, H hidden, V
-vocabulary. In a case of the fused head each sequence ends with 512 scored rows; what comes before
-them, as a prompt would, is not scored.
+vocabulary. In a case of the fused head each sequence ends with 512 scored rows, or with fewer where
+a pair would have more than all; what comes before them, as a prompt would, is not scored.
 """
 
 from __future__ import annotations
@@ -32,6 +32,41 @@ class Model(NamedTuple):
     hidden: int
     vocabulary: int
     softcap: float | None = None
+
+
+class Layout(NamedTuple):
+    """How the rows of a case of the fused head lie."""
+
+    tokens: int
+    """Scored rows of a sequence."""
+    sequences: int
+    length: int
+    """Of a sequence, with what is not scored."""
+
+    @staticmethod
+    def of(scored: int, share: float, tokens: int) -> Layout:
+        tokens = min(tokens, scored // 2)
+        return Layout(tokens, scored // tokens, round(tokens / share))
+
+    @property
+    def scored(self) -> int:
+        return self.sequences * self.tokens
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def offsets(self) -> list[int]:
+        return list(range(0, self.scored + 1, self.tokens))
+
+
+def chunk_rows(model: Model, dtype: torch.dtype, asked: int | None = None) -> int:
+    """Rows of a chunk of the head, as it cuts itself."""
+    x = torch.empty(1, model.hidden, dtype=dtype)
+    weight = torch.empty(1, 1, dtype=dtype).expand(model.vocabulary, model.hidden)
+    options = HeadOptions(Transform.of(1.0, model.softcap, 1.0), chunk_rows=asked)
+    return Head.of(Linear(x, weight, None), options).chunk_rows
 
 
 class WrongError(AssertionError):
@@ -80,9 +115,10 @@ class HeadCase:
             return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
 
         self.model, self.share, self.dtype, self.device = model, share, dtype, device
-        self.tokens, self.M, self.S = tokens, scored, scored // tokens
-        self.length = round(tokens / share)
-        self.R = self.S * self.length
+        self.layout = Layout.of(scored, share, tokens)
+        self.tokens, self.S, self.length = self.layout
+        tokens = self.tokens
+        self.M, self.R = self.layout.scored, self.layout.rows
         H, V = model.hidden, model.vocabulary
         self.hidden = noise(self.R, H)
         self.weight = noise(V, H).mul_(SPREAD / math.sqrt(H))
@@ -95,7 +131,7 @@ class HeadCase:
         self.table = ScoreTable(
             logit_rows=self.rows,
             targets=targets.int(),
-            seq_offsets=torch.arange(0, self.M + 1, tokens, dtype=torch.int32, device=device),
+            seq_offsets=torch.tensor(self.layout.offsets, dtype=torch.int32, device=device),
         )
         self.upstream = noise(self.S // 2, 2, dtype=torch.float32)
         self.how = Transform.of(1.0, model.softcap, 1.0)
@@ -225,8 +261,7 @@ class HeadCase:
         ]
 
     def steps(self, plan: str) -> Any:
-        offsets = self.table.host_offsets.tolist()
-        return steps(plan, self.M, self.head.chunk_rows, offsets)
+        return steps(plan, self.M, self.head.chunk_rows, self.layout.offsets)
 
 
 def _products(part: list) -> list:
