@@ -24,6 +24,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import model as predicted
@@ -58,6 +59,8 @@ MODELS = (
 )
 SCORED = (512, 1024, 4096, 16_384, 65_536)
 GIVEN_ROWS = (1024, 4096, 16_384)
+SPENT = "the time of this run is spent"
+CUT = 3  # exit status where a case was left out for the time alone
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -117,6 +120,13 @@ class Shape(NamedTuple):
     dtype: str
 
 
+def called(shape: Shape) -> str:
+    cap = f", softcap {shape.model.softcap:g}" if shape.model.softcap else ""
+    part = f", {shape.share:.0%} scored" if shape.share < 1 else ""
+    dtype = f", {shape.dtype}" if shape.dtype != "bfloat16" else ""
+    return f"{shape.model.name}{cap}{part}{dtype}"
+
+
 def shapes(size: Size, counts: Iterable[int], quick: bool) -> Iterator[Shape]:
     """Of the fused head; quick: every size whole, the largest but one at 40 %."""
     counts = tuple(counts)
@@ -139,6 +149,9 @@ def given_shapes(size: Size, quick: bool) -> Iterator[Shape]:
             yield shape
 
 
+FIELDS = ("models", "scored", "given_rows", "shares", "dtypes", "seconds")
+
+
 def chosen(arguments: argparse.Namespace) -> Size:
     size = SMOKE if arguments.smoke else QUICK if arguments.quick else FULL
     asked = {
@@ -155,19 +168,29 @@ class Run:
         self.size = chosen(arguments)
         self.quick, self.smoke = arguments.quick, arguments.smoke
         self.ends = time.monotonic() + 60 * arguments.minutes
-        self.report = report.Report(self.device, sys.argv)
+        self.peers, self.cut = not arguments.without_peers, False
+        self.report = report.Report(self.device, sys.argv, arguments.log)
         self.copy = Copy(self.device, self.size.copy_bytes)
         self.facts = predicted.device_called(self.report.facts["device"])
 
     def guarded(self, label: str, measure: Callable[[], None]) -> None:
-        """Runs one case; what does not fit or has no time left is said, and the next one comes."""
-        if time.monotonic() > self.ends:
-            self.report.left_out(label, "the time of this run is spent")
+        """Runs one case that the log does not have; what does not fit or has no time left is said,
+        and the next one comes."""
+        case = f"{label}{'' if self.peers else ', ours alone'}"
+        if case in self.report.finished:
+            self.report.say(f"measured before: {case}")
             return
+        if time.monotonic() > self.ends:
+            self.report.left_out(label, SPENT)
+            self.cut = True
+            return
+        wrong = len(self.report.wrong)
         try:
             measure()
         except torch.OutOfMemoryError as error:
             self.report.left_out(label, reason(error))
+        if len(self.report.wrong) == wrong:  # what was wrong is measured again
+            self.report.done(case)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -190,7 +213,7 @@ class Run:
                     raise
                 self.report.left_out(f"{label}: {candidate.name}", reason(error))
                 if own and isinstance(error, WrongError):
-                    self.report.wrong.append(f"{label}: {candidate.name}")
+                    self.report.say_wrong(f"{label}: {candidate.name}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return kept
@@ -199,7 +222,7 @@ class Run:
 
     def given(self) -> None:
         for model, rows, share, dtype in given_shapes(self.size, self.quick):
-            label = f"given logits, {model.name}, {rows:,} x {model.vocabulary:,}, {share:.0%}"
+            label = f"given logits, {rows:,} rows, {called(Shape(model, rows, share, dtype))}"
             # The logits, a copy, a gradient.
             needs = 3.5 * rows * model.vocabulary * DTYPES[dtype].itemsize
             if needs > free_bytes(self.device):
@@ -214,14 +237,14 @@ class Run:
             case.verify_ours()
         except WrongError as error:
             self.report.left_out(case.label, reason(error))
-            self.report.wrong.append(case.label)
+            self.report.say_wrong(case.label)
             return
         ours = case.ours()
 
         def left_out(name: str, why: str) -> None:
             self.report.left_out(f"{case.label}: {name}", why)
 
-        found = given_peers(case, left_out)
+        found = given_peers(case, left_out) if self.peers else []
         size = case.values.numel() * case.values.element_size()
         peers = self.usable(case.label, found, size, case.verify)
         jobs = [self.copy.job, *(job for job, _ in ours.values()), *map(case.job, peers)]
@@ -247,6 +270,8 @@ class Run:
                 f"copy {rate:,.0f} GB/s",
                 f"{got / rate:.1%} of copy; {predicted.beside(middle.median, expected)}",
             )
+        if not peers:
+            return
         best = sum(Spread.of(times[n].forward).median for n in ("forward", "gradient in place"))
         found = {peer.name: Spread.of(times[peer.name].both) for peer in peers}
         for peer in peers:
@@ -265,7 +290,7 @@ class Run:
 
     def fused(self) -> None:
         for model, scored, share, dtype in shapes(self.size, self.size.scored, self.quick):
-            name = f"fused head, {model.name}, M {scored:,}, {share:.0%}"
+            name = f"fused head, M {scored:,}, {called(Shape(model, scored, share, dtype))}"
             size = DTYPES[dtype].itemsize
             H, V = model.hidden, model.vocabulary
             # The head, hidden states, two chunks of logits, float32 dW of the ruler and of a plan.
@@ -294,7 +319,8 @@ class Run:
         for ruler in rulers.values():
             ruler.backward(ruler.forward())
         ours = self.usable(label, case.ours(), 1, case.verify)
-        peers = self.usable(label, head_peers(case, left_out), 1, case.verify)
+        found = head_peers(case, left_out) if self.peers else []
+        peers = self.usable(label, found, 1, case.verify)
         jobs = {c.name: case.job(c) for c in [*ours, *peers]}
         memory = {name: peaks(job, self.device) for name, job in jobs.items()}
         turns = [self.copy.job, *(rulers[c.plan] for c in ours), *jobs.values()]
@@ -358,6 +384,8 @@ class Run:
         memory: dict,
     ) -> None:
         """One row for all peers; each with its parts on the screen and in the JSON."""
+        if not peers:
+            return
         medians = {c.plan: Spread.of(times[c.name].both).median for c in ours}
         texts, ratios = [], []
         for peer in peers:
@@ -404,11 +432,6 @@ def predict_plan(
 
 def predictions(size: Size, quick: bool, only: str = "") -> str:
     """Every row of ours, on each device that `model` knows by that name, as two tables."""
-
-    def called(shape: Shape) -> str:
-        cap = f", softcap {shape.model.softcap:g}" if shape.model.softcap else ""
-        part = f", {shape.share:.0%} scored" if shape.share < 1 else ""
-        return f"{shape.model.name}{cap}{part}{'' if shape.dtype == 'bfloat16' else shape.dtype}"
 
     fused, given = [], []
     devices = [device for device in predicted.DEVICES if only.lower() in device.name.lower()]
@@ -461,14 +484,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=["fused", "given", "small"])
     parser.add_argument("--model", help="part of a name, for example Llama")
     parser.add_argument("--scored", type=int, nargs="+", help="scored rows of the fused head")
+    parser.add_argument("--given-rows", type=int, nargs="+", help="rows of given logits")
+    parser.add_argument("--shares", type=float, nargs="+", help="of the rows, what is scored")
+    parser.add_argument("--without-peers", action="store_true", help="ours and the rulers alone")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--seconds", type=float, help="of one case, at most")
     parser.add_argument("--minutes", type=float, help="of the run: later cases are left out")
     predict = "without a GPU: what the rows of ours should be, on all devices or on one"
     parser.add_argument("--predict", nargs="?", const="", metavar="DEVICE", help=predict)
+    log = "each row goes here as it is measured; a case that is done there is not measured again"
+    parser.add_argument("--log", type=Path, help=log)
+    blocks = "without a GPU: append the rows of such a log to RESULTS.md"
+    parser.add_argument("--record-log", type=Path, metavar="LOG", help=blocks)
     parser.add_argument("--json", default="dist/head.json", help="raw times go here")
     found = parser.parse_args(arguments)
-    if found.device == "cpu" and not found.smoke and found.predict is None:
+    if found.device == "cpu" and not (found.smoke or found.record_log) and found.predict is None:
         parser.error("--device cpu needs --smoke: this bench measures the kernels of a GPU")
     if found.smoke and found.record:
         parser.error("--smoke is never recorded")
@@ -480,7 +510,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         found.models = tuple(m for m in MODELS if found.model.lower() in m.name.lower())
         if not found.models:
             parser.error(f"--model {found.model}: the names are {[m.name for m in MODELS]}")
-    found.scored = tuple(found.scored) if found.scored else None
+    for field in ("scored", "given_rows", "shares"):
+        setattr(found, field, tuple(getattr(found, field) or ()) or None)
     wrong = [n for n in found.scored or () if n != 512 and (n < 1 or n % 1024)]
     if wrong:
         parser.error(f"--scored: 512, or whole pairs of 2 x 512 rows, found {wrong}")
@@ -494,6 +525,10 @@ def main() -> None:
     if arguments.predict is not None:
         print(predictions(chosen(arguments), arguments.quick, arguments.predict))
         return
+    if arguments.record_log is not None:
+        with report.RESULTS.open("a", encoding="utf-8") as results:
+            results.write(report.block_of(arguments.record_log))
+        return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device: this bench measures the kernels of a GPU")
     run = Run(arguments)
@@ -501,7 +536,7 @@ def main() -> None:
     for part in arguments.only or ("fused", "given", "small"):
         getattr(run, part)()
     run.report.finish(arguments.json, record=arguments.record)
-    sys.exit(bool(run.report.wrong))
+    sys.exit(1 if run.report.wrong else CUT if run.cut else 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from elements import first_wrong
 from rulers import Job, Products, steps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -233,23 +234,23 @@ class HeadCase:
             made = job.forward()
         with backward:
             grads = job.backward(made)
-        got, eps = made[1].detach().double(), max(torch.finfo(self.dtype).eps, 1e-5)
+        got, eps = made[1].detach(), max(torch.finfo(self.dtype).eps, 1e-5)
         of_sequence = 5 * math.sqrt(self.tokens) * eps * candidate.scale
         allowed = 32 * eps if candidate.gives == "tokens" else of_sequence
-        _close(f"{candidate.name}: values", (got - candidate.expected).abs().max(), allowed)
+        off = (got.double() - candidate.expected).abs()
+        _close(f"{candidate.name}: values", off.max(), allowed, got, candidate.expected)
         allowed = max(10 * torch.finfo(self.dtype).eps, 1e-3)
         some = torch.unique(torch.linspace(0, self.M - 1, 5, device=self.device).long())
         want = self.oracle.dx(some, candidate.g)
-        dx = grads[0].double()
-        error = (dx[self.rows[some]] - want).norm() / want.norm()
-        _close(f"{candidate.name}: dX", error, allowed)
+        dx = grads[0]
+        self._close_rows(f"{candidate.name}: dX", dx, self.rows[some], want, allowed)
         if self.M < self.R and dx[~self.mask].any():
-            raise WrongError(f"{candidate.name}: rows that are not scored have a gradient")
+            where = first_wrong(dx * ~self.mask[:, None], torch.zeros_like(dx), 0.0)
+            raise WrongError(f"{candidate.name}: rows that are not scored have a gradient: {where}")
         if candidate.trained:
             ids = self.oracle.some_ids()
             want = self.oracle.dw(ids, candidate.g)
-            error = (grads[1][ids].double() - want).norm() / want.norm()
-            _close(f"{candidate.name}: dW", error, allowed)
+            self._close_rows(f"{candidate.name}: dW", grads[1], ids, want, allowed)
         if candidate.plan is None:
             return []
         planned = self.steps(candidate.plan)
@@ -260,6 +261,14 @@ class HeadCase:
             if count.rows != (rows := sorted(s.rows.stop - s.rows.start for s in _products(part)))
         ]
 
+    @staticmethod
+    def _close_rows(what: str, got: Tensor, ids: Tensor, want: Tensor, allowed: float) -> None:
+        """Some rows of a gradient by their norm."""
+        found = got[ids].double()
+        error = (found - want).norm() / want.norm()
+        per_element = allowed * want.abs().max().item()
+        _close(f"{what}, of rows {ids.tolist()},", error, allowed, found, want, per_element)
+
     def steps(self, plan: str) -> Any:
         return steps(plan, self.M, self.head.chunk_rows, self.layout.offsets)
 
@@ -268,9 +277,17 @@ def _products(part: list) -> list:
     return [step for step in part if step.kind in ("logits", "dx", "dw")]
 
 
-def _close(what: str, error: Tensor, allowed: float) -> None:
+def _close(
+    what: str,
+    error: Tensor,
+    allowed: float,
+    got: Tensor,
+    want: Tensor,
+    per_element: float | None = None,
+) -> None:
     if not error.item() <= allowed:  # NaN is not within anything
-        raise WrongError(f"{what} are off by {error.item():.2e}, allowed {allowed:.2e}")
+        where = first_wrong(got, want, allowed if per_element is None else per_element)
+        raise WrongError(f"{what} are off by {error.item():.2e}, allowed {allowed:.2e}: {where}")
 
 
 class Count(TorchDispatchMode):

@@ -297,7 +297,7 @@ def test_products_are_the_calls_of_the_head_on_its_chunks():
 def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
     import peers
 
-    hidden = ("liger_kernel", "quack", "trl")
+    hidden = ("liger_kernel", "quack", "trl")  # the others ask for a GPU first
     loaded = [name for name in sys.modules if name.split(".")[0] in hidden]
     for name in (*hidden, *loaded):  # another test may have loaded what lies below
         monkeypatch.setitem(sys.modules, name, None)
@@ -309,9 +309,13 @@ def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
         "Liger fused scaled CE",
         "Liger fused linear DPO",
         "QuACK chunked CE",
+        "CCE",
+        "FlashInfer chunked head",
     ]
     assert list(missing) == names
-    assert all("ModuleNotFoundError" in why for why in missing.values())
+    assert all("ModuleNotFoundError" in missing[name] for name in names[:4])
+    assert "needs a GPU" in missing["CCE"]
+    assert "sm_100" in missing["FlashInfer chunked head"]
 
 
 # ---- the whole run ------------------------------------------------------
@@ -415,8 +419,8 @@ def test_shapes_that_differ_are_refused():
     for got, want in ((1.0, 2.0), (math.nan, 1.0), (1.0, math.nan), (-math.inf, 1.0)):
         with pytest.raises(AssertionError, match="it: found"):
             gpu_shapes.near("it", got, want, 0.5)
-    with pytest.raises(AssertionError, match="it: other values"):
-        gpu_shapes.same("it", torch.zeros(2), torch.ones(2))
+    with pytest.raises(AssertionError, match=r"it: element \[1\]: found 0.0, expected 1.0"):
+        gpu_shapes.same("it", torch.zeros(2), torch.tensor([0.0, 1.0]))
     gpu_shapes.near("it", math.nan, math.nan, 0.0)
 
 
