@@ -346,14 +346,14 @@ def stages(check: Check, env: dict[str, str], sanitizers: bool, record: bool) ->
     scored = ("--scored", "512", "1024", "4096", "16384")
     beside = ("--scored", "4096", "16384", "--given-rows", "16384", "--shares", "1")
     found = [
-        Stage("smoke", 60, shapes("smoke")),
-        Stage("kernels", 60, shapes("kernels")),
+        Stage("smoke", 50, shapes("smoke")),
+        Stage("kernels", 50, shapes("kernels")),
         Stage("plans", 40, shapes("plans")),
         Stage("streams", 30, shapes("streams")),
-        Stage("fused", 130, bench("fused", "--only", "fused", *scored, *alone)),
-        Stage("given", 60, bench("given", "--only", "given", *alone)),
+        Stage("fused", 110, bench("fused", "--only", "fused", *scored, *alone)),
+        Stage("given", 50, bench("given", "--only", "given", *alone)),
         Stage("peers", 120, bench("peers", "--only", "fused", "given", *beside)),
-        Stage("memcheck", 70, sanitized("memcheck", "kernels")),
+        Stage("memcheck", 120, sanitized("memcheck", "kernels")),
     ]
     if sanitizers:
         found += [Stage(f"{t}, {group}", 180, sanitized(t, group)) for t, group in SANITIZED]

@@ -154,9 +154,7 @@ FIELDS = ("models", "scored", "given_rows", "shares", "dtypes", "seconds")
 
 def chosen(arguments: argparse.Namespace) -> Size:
     size = SMOKE if arguments.smoke else QUICK if arguments.quick else FULL
-    asked = {
-        field: getattr(arguments, field) for field in ("models", "scored", "dtypes", "seconds")
-    }
+    asked = {field: getattr(arguments, field) for field in FIELDS}
     return size._replace(**{field: value for field, value in asked.items() if value is not None})
 
 
