@@ -1,6 +1,5 @@
 """The GPU benchmark of the head, without a GPU: it runs, its bound is what the plans do, peers are not hidden."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -8,28 +7,9 @@ import sys
 
 import pytest
 import torch
-from places import ROOT
+from head_bench import BENCHES, COPY, LLAMA, RATE, importable, main_of_head, tiny
 
-BENCHES = ROOT / "benches"
-LLAMA = (4096, 128_256)
-COPY, RATE = 4300.0, 790.0  # GB/s and TFLOP/s: the planning figures of one H200
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benches():
-    """The scripts import each other by name, as when one of them is run."""
-    sys.path[:0] = folders = [str(BENCHES), str(BENCHES / "head")]
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
-
-
-def main_of_head():
-    """`benches/head/__main__.py` as a module."""
-    spec = importlib.util.spec_from_file_location("main_of_head", BENCHES / "head" / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+benches = pytest.fixture(scope="module", autouse=True)(importable)
 
 
 def both(planned):
@@ -163,13 +143,6 @@ def test_spread_is_median_and_deciles():
 
 
 # ---- what it verifies ---------------------------------------------------
-
-
-def tiny(**options):
-    from cases import HeadCase, Model
-
-    model = Model("tiny", 16, 300, options.pop("softcap", None))
-    return HeadCase(model, 64, 0.4, torch.float32, torch.device("cpu"), 16, 24, **options)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -9,15 +9,9 @@ import sys
 
 import pytest
 import torch
-from test_bench_head import BENCHES, COPY, LLAMA, RATE, main_of_head
+from head_bench import COPY, LLAMA, RATE, importable, main_of_head
 
-
-@pytest.fixture(scope="module", autouse=True)
-def benches():
-    sys.path[:0] = folders = [str(BENCHES), str(BENCHES / "head")]
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
+benches = pytest.fixture(scope="module", autouse=True)(importable)
 
 
 @pytest.fixture

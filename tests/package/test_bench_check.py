@@ -13,15 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench_head import BENCHES, main_of_head, tiny
+from head_bench import importable, main_of_head, tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def benches():
-    sys.path[:0] = folders = [str(BENCHES), str(BENCHES / "head")]
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
+benches = pytest.fixture(scope="module", autouse=True)(importable)
 
 
 class Device:
@@ -180,6 +174,7 @@ def test_the_rest_of_the_sanitizers_come_when_they_are_asked_for(check_with, mon
     assert dict(check.results)["memcheck"].startswith("did not run: compute-sanitizer is not found")
 
 
+@pytest.mark.slow
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
     import gpu_check
 
@@ -195,6 +190,7 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
     assert gpu_check.verdict(3) == "left out in part: the time is spent"
 
 
+@pytest.mark.slow
 def test_wheels_of_peers_are_unpacked_where_nothing_is_installed(tmp_path, monkeypatch):
     import gpu_check
 
