@@ -424,7 +424,7 @@ def predict_plan(
     layout = Layout.of(shape.rows, shape.share, size.tokens)
     cut = chunk_rows(model, dtype, size.chunk_rows)
     planned = steps(plan, layout.scored, cut, layout.offsets)
-    of = predicted.Shape(model.hidden, model.vocabulary, dtype, model.softcap)
+    of = predicted.Projection(model.hidden, model.vocabulary, dtype, model.softcap)
     return predicted.plan_ms(device, plan, planned, of, layout.scored, layout.rows)
 
 

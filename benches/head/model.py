@@ -214,7 +214,7 @@ def gradient_ms(device: Device, of: Logits) -> float:
 # ---- products and plans -----------------------------------------------
 
 
-class Shape(NamedTuple):
+class Projection(NamedTuple):
     """A head, and what of it is computed."""
 
     hidden: int
@@ -223,7 +223,7 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
 
-def product_ms(device: Device, step: Step, of: Shape, first: bool = True) -> float:
+def product_ms(device: Device, step: Step, of: Projection, first: bool = True) -> float:
     """``x W^T``, ``dz W`` or ``dz^T x``, which adds to a float32 (V, H) unless it is the first."""
     rows, size = step.rows.stop - step.rows.start, of.dtype.itemsize
     logits, states, weight = rows * of.vocabulary, rows * of.hidden, of.vocabulary * of.hidden
@@ -246,7 +246,7 @@ class Prediction(NamedTuple):
 
 
 def plan_ms(
-    device: Device, plan: str, planned: Steps, of: Shape, tokens: int, rows: int
+    device: Device, plan: str, planned: Steps, of: Projection, tokens: int, rows: int
 ) -> Prediction:
     """A plan, forward and backward: ``tokens`` of ``rows`` hidden states are scored."""
     size = of.dtype.itemsize

@@ -68,7 +68,7 @@ def test_a_product_is_bound_by_its_flops_or_by_its_weight(h200):
     import model
     from rulers import Step
 
-    of = model.Shape(*LLAMA)
+    of = model.Projection(*LLAMA)
     device = h200._replace(copy_gbps=COPY, tflops=RATE, share=1.0)
     many, one = slice(0, 16_384), slice(0, 1)
     assert model.product_ms(device, Step("logits", many), of) == pytest.approx(21.79, abs=0.01)
@@ -88,7 +88,7 @@ def test_the_bound_and_the_other_bytes_of_llama_3_8b(h200):
     device = h200._replace(copy_gbps=COPY, tflops=RATE, share=1.0)
     layout = Layout.of(16_384, 1.0, 512)
     planned = steps("frozen", 16_384, 4096, layout.offsets)
-    found = model.plan_ms(device, "frozen", planned, model.Shape(*LLAMA), 16_384, 16_384)
+    found = model.plan_ms(device, "frozen", planned, model.Projection(*LLAMA), 16_384, 16_384)
     assert found.bound == pytest.approx(46.5, abs=0.06)
     kernels = sum(
         model.fold_ms(device, model.Logits(4096, LLAMA[1]))
