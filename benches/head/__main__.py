@@ -13,9 +13,9 @@ turns in each round of one process:
 
 Beside each row of ours stands what `model` predicts for this device; `--predict` prints that for
 all devices it knows, and measures nothing. A result of ours that float64 contradicts is not timed,
-and the exit status is 1. `--device cpu
---smoke` runs the same code on tiny shapes without a GPU, to see that it runs; its
-times mean nothing and are never recorded.
+and the exit status is 1; it is 3 where time alone left a case out. `--device cpu --smoke` runs the
+same code on tiny shapes without a GPU, to see that it runs; its times mean nothing and are never
+recorded.
 """
 
 from __future__ import annotations
@@ -430,7 +430,6 @@ def predict_plan(
 
 def predictions(size: Size, quick: bool, only: str = "") -> str:
     """Every row of ours, on each device that `model` knows by that name, as two tables."""
-
     fused, given = [], []
     devices = [device for device in predicted.DEVICES if only.lower() in device.name.lower()]
     for device in devices:

@@ -8,7 +8,8 @@ plan is the sum of its steps (`rulers.steps`), its other bytes, and a gap a laun
 
 Instructions and blocks an SM are those of `CEILINGS` in tests/logps/test_nvrtc.py, measured in the
 machine code; grids and templates are those that the launch layer asks for when it is recorded on
-tensors without memory. Time of the host, heat and the power limit are left out.
+tensors without memory. Time of the host, heat and the power limit are left out, and so are pipes
+that take less than an instruction a clock (an A100 has 64 lanes of float32, not 128).
 
     python benches/head --predict [H200] [--model Llama] [--scored 512]
 """

@@ -89,7 +89,11 @@ def test_the_benches_take_what_they_are_told(check_with, tmp_path):
     assert all(
         one.record and one.log == tmp_path / "out" / "rows.jsonl" for one in (fused, given, peers)
     )
-    assert [one.only for one in (fused, given, peers)] == [["fused"], ["given"], ["fused", "given"]]
+    assert [one.only for one in (fused, given, peers)] == [
+        ["fused"],
+        ["given"],
+        ["fused", "given", "small"],
+    ]
     assert head.chosen(fused).scored == (512, 1024, 4096, 16_384)
     assert head.chosen(given).shares == (1.0,)
     assert head.chosen(peers).given_rows == (16_384,)
@@ -172,6 +176,7 @@ def test_the_rest_of_the_sanitizers_come_when_they_are_asked_for(check_with, mon
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda env: None)
     check = check_with(Device(), fingerprint="two")
     assert dict(check.results)["memcheck"].startswith("did not run: compute-sanitizer is not found")
+    assert check.status() == 3
 
 
 @pytest.mark.slow
@@ -229,6 +234,29 @@ def test_the_fetch_asks_for_wheels_of_the_other_machine(monkeypatch, capsys, tmp
     assert "not fetched: trl==1.16.0" in capsys.readouterr().out
     assert len(asked) == len(gpu_peers.LIGHT)
     assert all({"--no-deps", "3.13", "manylinux_2_28_x86_64"} <= set(one) for one in asked)
+
+
+@pytest.mark.slow
+def test_real_processes_on_the_cpu_pass_and_are_not_run_again(tmp_path):
+    import gpu_check
+
+    began = []
+
+    def on_cpu(title, command, env, limit):
+        began.append(title)
+        here = [word.replace("--quick", "--smoke") for word in command]
+        return gpu_check.run_process(title, [*here, "--device", "cpu"], env, limit)
+
+    env = gpu_check.environment(tmp_path)
+    for _ in range(2):
+        check = gpu_check.Check(tmp_path / "out", 570.0, "one", on_cpu)
+        for stage in gpu_check.stages(check, env, sanitizers=False, record=False):
+            if stage.name in ("plans", "given"):
+                check.stage(stage)
+        assert [text.split(",")[0] for _, text in check.results] == ["passed", "passed"]
+    assert began == ["shapes, plans", "benches/head, given"]
+    assert lines_of(check.rows, "done") == ["given logits, 64 rows, tiny, float32, ours alone"]
+    assert len(lines_of(check.rows, "row")) == 4
 
 
 # ---- rows as they come --------------------------------------------------
