@@ -178,8 +178,11 @@ class Shapes:
                 continue
             near(f"special row {row}", got, expected, 1e-4)
         dz = OPS.logits_grad(logits, rows, t, *scores[1:3], torch.ones_like(scores[0]), *PLAIN)
-        if not (torch.isfinite(dz[2]).all() and torch.isfinite(dz[5]).all()):
-            raise AssertionError("NaN or infinity has left its row")
+        for row in (2, 5):
+            if not torch.isfinite(dz[row]).all():
+                column = int((~torch.isfinite(dz[row])).int().argmax())
+                found = f"element [{row}, {column}]: found {dz[row, column].item()}"
+                raise AssertionError(f"NaN or infinity has left its row: {found}")
         self.count += 1
 
     def plans(self) -> None:
@@ -212,9 +215,15 @@ class Shapes:
             value.backward()
             found.append([value.detach(), x.grad, *([] if w.grad is None else [w.grad])])
         allowed = 1e-4 if dtype == torch.float32 else 0.1
-        for ours, want in zip(*found, strict=True):
-            error = (ours.double() - want).norm() / want.norm()
-            near(f"{plan}, {dtype}, V {columns}", error.item(), 0.0, allowed)
+        parts = ("value", "dX", "dW")
+        for part, ours, want in zip(parts, *found, strict=False):
+            error = ((ours.double() - want).norm() / want.norm()).item()
+            if not error <= allowed:
+                where = first_wrong(ours, want, allowed * want.abs().max().item())
+                raise AssertionError(
+                    f"{part} of {plan}, {dtype}, V {columns}: off by {error}, "
+                    f"allowed {allowed}: {where}"
+                )
         self.count += 1
 
     def streams(self) -> None:

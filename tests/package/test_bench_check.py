@@ -354,6 +354,55 @@ def test_a_wrong_gradient_names_its_element():
         case.verify(honest._replace(run=run, plan=None))
 
 
+class Off:
+    """The operators, some of which are off by a hundredth in the first element of row 2, or in the first log-prob."""
+
+    def __init__(self, *names):
+        self.own, self.names = torch.ops.dpo_ext, names
+
+    def __getattr__(self, name):
+        def call(logits, *rest):
+            out = getattr(self.own, name)(logits, *rest)
+            if name == "token_stats" and len(out[0]):
+                out[0][0] += 0.01
+            elif name != "token_stats" and len(logits) > 2:
+                (logits if out is None else out)[2, 0] += 0.01
+            return out
+
+        return call if name in self.names else getattr(self.own, name)
+
+
+@pytest.mark.parametrize(
+    ("operators", "said"),
+    [
+        (["logits_grad_"], r"in place: element \[2, 0\]: found .*, expected "),
+        (["logits_grad_", "logits_grad"], r"gradient of row 2, off by .*: element \[0\]: found "),
+        (["token_stats"], r"log-prob of token 0: found .*, expected 0.0"),
+    ],
+    ids=lambda found: " and ".join(found) if isinstance(found, list) else "",
+)
+def test_a_kernel_that_is_off_is_named_with_its_element(monkeypatch, operators, said):
+    import gpu_shapes
+
+    monkeypatch.setattr(gpu_shapes, "OPS", Off(*operators))
+    with pytest.raises(AssertionError, match=said):
+        gpu_shapes.Shapes("cpu").kernels()
+
+
+def test_a_plan_that_is_off_is_named_with_its_element(monkeypatch):
+    import gpu_shapes
+
+    honest = gpu_shapes.linear_sequence_logps
+
+    def wrong(x, *arguments, impl, **options):
+        y = honest(x, *arguments, impl=impl, **options)
+        return y if impl == "torch" else y + (x - x.detach())[5, 7]
+
+    monkeypatch.setattr(gpu_shapes, "linear_sequence_logps", wrong)
+    with pytest.raises(AssertionError, match=r"dX of frozen, .*: element \[5, 7\]: found "):
+        gpu_shapes.Shapes("cpu").plans()
+
+
 @pytest.mark.slow
 def test_the_smoke_of_the_launches_runs_every_kernel_and_type(emulator):
     import gpu_shapes
