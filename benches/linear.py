@@ -46,9 +46,12 @@ ISAS = {
     "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
 }
 GATE = (
-    {"rows": 128, "hidden": 896, "vocabulary": 32_000, "chunk_rows": None},
-    {"rows": 768, "hidden": 256, "vocabulary": 32_000, "chunk_rows": 256},
+    {"rows": 128, "hidden": 896, "chunk_rows": None},
+    {"rows": 768, "hidden": 256, "chunk_rows": 256},
 )
+SLOW = 4_096  # the vocabulary where torch needs seconds for what takes it milliseconds in float32
+TILE_MB = 10
+"""What a plan may take beyond a peer: a tile of the weight that is widened, whatever V is."""
 
 
 def preference(tokens: Tensor, table: ScoreTable, ref: Tensor) -> Tensor:
@@ -218,7 +221,7 @@ def losses(name: str, found: dict) -> list[str]:
         if sum(theirs < ours for theirs, ours in turns) >= 0.8 * REPEATS:
             theirs, ours = (statistics.median(found["s"][n]) for n in (peer, name))
             lost.append(f"slower than {peer}, {ours:.3f} and {theirs:.3f} s")
-        if found["MB"][name] > 1.02 * found["MB"][peer] + 4:
+        if found["MB"][name] > 1.02 * found["MB"][peer] + TILE_MB:
             theirs, ours = (found["MB"][n] for n in (peer, name))
             lost.append(f"takes more than {peer}, {ours:.0f} and {theirs:.0f} MB")
     return lost
@@ -244,7 +247,8 @@ def gate() -> int:
     """Every case in a process of its own; the number of times that a peer beats a plan."""
     lost = 0
     for isa, dtype, sizes in itertools.product(ISAS, DTYPES, GATE):
-        case = argparse.Namespace(**sizes, dtype=dtype)
+        is_slow = dtype == "float16" or (dtype == "bfloat16" and isa != "native")
+        case = argparse.Namespace(**sizes, vocabulary=SLOW if is_slow else 32_000, dtype=dtype)
         command = [sys.executable, __file__, "--case", *options(case)]
         done = subprocess.run(
             command, env={**os.environ, **ISAS[isa]}, stdout=subprocess.PIPE, text=True, check=True
