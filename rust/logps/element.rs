@@ -17,7 +17,7 @@ pub trait Element: Send + Sync + 'static {
     fn narrow(value: f32) -> Self::Bits;
 
     /// [`Self::narrow`] in fewer instructions, where the lower half of a NaN's bits is 0: so it is of a NaN that
-    /// arithmetic makes, or hands on from an element or from [`plain_nan`].
+    /// arithmetic makes, or hands on from an element or from `plain_nan`.
     #[inline(always)]
     fn narrow_computed(value: f32) -> Self::Bits {
         Self::narrow(value)
