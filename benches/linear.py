@@ -51,7 +51,7 @@ GATE = (
 )
 SLOW = 4_096  # the vocabulary where torch needs seconds for what takes it milliseconds in float32
 TILE_MB = 16
-"""What a plan may take beyond a peer: widened tiles of the weight and of its products, whatever V is."""
+"""What a plan may take beyond a peer: widened tiles of weight and products, whatever V is."""
 
 
 def preference(tokens: Tensor, table: ScoreTable, ref: Tensor) -> Tensor:
