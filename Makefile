@@ -21,7 +21,7 @@ OLDEST := all,cuda12,test,dev
 SOURCE := pyproject.toml $(RUST) $(wildcard cuda/*) $(shell find python -name '*.py' -o -name '*.pyi')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest test-ray deep check format docs bench wheel gpu-check gpu-train clean require
+.PHONY: help setup demo test test-rust test-python test-fast test-slowest flaky test-newest test-oldest test-ray ceilings deep check format docs bench wheel gpu-check gpu-peers gpu-train clean require
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -95,6 +95,9 @@ test-oldest: .venv-oldest/.stamp  ## the Python tests with the lower bounds of p
 test-ray: .venv-ray/.stamp  ## the tests of the Ray Data job, with Ray in .venv-ray
 	.venv-ray/bin/python -m pytest -q tests/data/test_encode_ray.py
 
+ceilings: setup  ## what the CUDA kernels take of registers and instructions, measured anew without a GPU: the table of tests/logps/test_nvrtc.py
+	PYTHONPATH=tests/support $(BIN)/python tests/logps/test_nvrtc.py
+
 deep: setup flaky  ## the exhaustive tests: every code point for every tokenizer, every sabotage, long fuzzing, 5,000 examples a property
 	DPO_EXT_DEEP=1 cargo test --release --lib bpe
 	DPO_EXT_DEEP=1 cargo test --release --test fuzz
@@ -133,8 +136,11 @@ bench: setup  ## the CPU benchmarks, each verified before it is timed
 wheel: setup  ## the abi3 wheel, in dist/
 	$(BIN)/maturin build --release --out dist
 
-gpu-check: wheel  ## on a machine with a GPU: kernel correctness, compute-sanitizer, GPU rows of the benches
-	$(BIN)/python benches/gpu_check.py
+gpu-check: wheel  ## on a machine with a GPU, under 10 minutes: launches, correctness, the benches, memcheck; again, it goes on
+	$(BIN)/python benches/gpu_check.py $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-peers: setup  ## wheels of the peers and of compute-sanitizer into dist/peers, for a machine with a GPU and no net
+	$(BIN)/python benches/gpu_peers.py
 
 gpu-train: setup  ## on a machine with a GPU: steps of a 1B model beside stock TRL, under 10 minutes; MODEL=8b another
 	$(BIN)/python benches/train.py --device cuda --model $(or $(MODEL),1b)

@@ -1,24 +1,30 @@
 """Small shapes for compute-sanitizer, each compared with float64: run by benches/gpu_check.py.
 
+- `smoke`: one launch of every kernel in every form, few rows and many, over dtypes and caps;
 - `kernels`: every kernel over dtypes, caps, widths, strides and alignments (K4, K5), targets and
   rows out of range (K1), nothing to do (K3), special values (K6), NaN in rows that are not scored
   (K7); more than 2^31 elements (K2) are in tests/test_gpu.py: a sanitizer has no room for them;
 - `plans`: each plan of the fused head, in chunks, with a pair longer than a chunk;
 - `streams`: two streams at a time give the bits of one (K10).
 
-    python benches/gpu_shapes.py {kernels,plans,streams} [--device cpu]
+    python benches/gpu_shapes.py {smoke,kernels,plans,streams} [--device cpu]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dpo_ext.torch import ScoreTable, linear_preference_loss, linear_sequence_logps
-from dpo_ext.torch.logps import ops
+from dpo_ext.torch.logps import cuda, ops
+
+sys.path.append(str(Path(__file__).parent / "head"))
+from elements import first_wrong
 
 assert ops.DTYPES  # importing registers the operators
 OPS = torch.ops.dpo_ext
@@ -66,7 +72,12 @@ class Shapes:
                 logp.backward()
                 want, eps = logp.item(), max(torch.finfo(before.dtype).eps, 1e-5)
                 error = (fresh[row].double() - leaf.grad).norm().item()
-                near(f"gradient of row {row}", error, 0.0, eps * leaf.grad.norm().item() + 1e-6)
+                allowed = eps * leaf.grad.norm().item() + 1e-6
+                if not error <= allowed:
+                    where = first_wrong(fresh[row], leaf.grad, eps * leaf.grad.abs().max().item())
+                    raise AssertionError(
+                        f"gradient of row {row}, off by {error}, allowed {allowed}: {where}"
+                    )
             near(f"log-prob of token {token}", got, want, 1e-5 * max(1.0, abs(want)))
         unscored = [r for r in range(height) if r not in rows or targets[rows.index(r)] == -100]
         same("rows that are not scored", fresh[unscored], torch.zeros_like(fresh[unscored]))
@@ -77,6 +88,39 @@ class Shapes:
         near("sum of two", sums[1], scores[0][:2].double().sum().item(), 1e-5)
         for wrong in sums[3:]:
             near("sum of what does not exist", wrong, NAN, 0.0)
+        self.count += 1
+
+    def smoke(self) -> None:
+        """Every kernel in every form: asked of the launch layer, whatever the operators choose."""
+        torch.manual_seed(0)
+        many = 8 * cuda.processors(torch.device(self.device))
+        for dtype in DTYPES:
+            for softcap in (0.0, 5.0):
+                for stats in (False, True):
+                    for count in (3, many):
+                        self.launch(dtype, softcap, stats, count)
+
+    def launch(self, dtype: torch.dtype, softcap: float, stats: bool, count: int) -> None:
+        columns, how = 32_800, (1.0, softcap, 1.0)
+        logits = torch.randn(count, columns, device=self.device).to(dtype)
+        rows = torch.arange(count, device=self.device)
+        targets = torch.randint(0, columns, (count,), device=self.device).int()
+        logps, row_max, row_rest, *_ = cuda.token_stats(logits, rows, targets, *how, stats)
+        dz, grad = torch.empty_like(logits), torch.ones_like(logps)
+        cuda.logits_grad(logits, rows, targets, row_max, row_rest, grad, *how, dz)
+        sums = cuda.segment_sum(logps, None, self.tensor([0, count], torch.int32))
+        y = logits.double()
+        y = softcap * torch.tanh(y / softcap) if softcap else y
+        want = y.log_softmax(-1).gather(1, targets.long()[:, None])[:, 0]
+        what = f"{dtype}, softcap {softcap}, stats {stats}, {count} rows"
+        if not ((logps - want).abs() <= 1e-4).all():
+            raise AssertionError(f"log-probs, {what}: {first_wrong(logps, want, 1e-4)}")
+        # A row of gradients adds up to 0, but for its roundings and the slope of a cap.
+        total = dz.double().sum(-1)
+        if not softcap and not (total.abs() <= 0.02).all():
+            where = first_wrong(total, torch.zeros_like(total), 0.02)
+            raise AssertionError(f"sums of gradients, {what}: {where}")
+        near(f"sum of log-probs, {what}", sums.item(), want.sum().item(), 1e-4 * count)
         self.count += 1
 
     def kernels(self) -> None:
@@ -134,8 +178,11 @@ class Shapes:
                 continue
             near(f"special row {row}", got, expected, 1e-4)
         dz = OPS.logits_grad(logits, rows, t, *scores[1:3], torch.ones_like(scores[0]), *PLAIN)
-        if not (torch.isfinite(dz[2]).all() and torch.isfinite(dz[5]).all()):
-            raise AssertionError("NaN or infinity has left its row")
+        for row in (2, 5):
+            if not torch.isfinite(dz[row]).all():
+                column = int((~torch.isfinite(dz[row])).int().argmax())
+                found = f"element [{row}, {column}]: found {dz[row, column].item()}"
+                raise AssertionError(f"NaN or infinity has left its row: {found}")
         self.count += 1
 
     def plans(self) -> None:
@@ -168,9 +215,15 @@ class Shapes:
             value.backward()
             found.append([value.detach(), x.grad, *([] if w.grad is None else [w.grad])])
         allowed = 1e-4 if dtype == torch.float32 else 0.1
-        for ours, want in zip(*found, strict=True):
-            error = (ours.double() - want).norm() / want.norm()
-            near(f"{plan}, {dtype}, V {columns}", error.item(), 0.0, allowed)
+        parts = ("value", "dX", "dW")
+        for part, ours, want in zip(parts, *found, strict=False):
+            error = ((ours.double() - want).norm() / want.norm()).item()
+            if not error <= allowed:
+                where = first_wrong(ours, want, allowed * want.abs().max().item())
+                raise AssertionError(
+                    f"{part} of {plan}, {dtype}, V {columns}: off by {error}, "
+                    f"allowed {allowed}: {where}"
+                )
         self.count += 1
 
     def streams(self) -> None:
@@ -216,12 +269,12 @@ def near(what: str, got: float, want: float, allowed: float) -> None:
 
 def same(what: str, got: Tensor, want: Tensor) -> None:
     if not torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)):
-        raise AssertionError(f"{what}: other values")
+        raise AssertionError(f"{what}: {first_wrong(got, want, 0.0)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("group", choices=["kernels", "plans", "streams"])
+    parser.add_argument("group", choices=["smoke", "kernels", "plans", "streams"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     arguments = parser.parse_args()
     shapes = Shapes(arguments.device)

@@ -1,10 +1,10 @@
 //! The Rust half of the Python package `dpo_ext`: from a file of preference pairs to ready batches, and the log-prob
 //! kernels of the CPU path.
 //!
-//! Each module knows those before it alone: [`error`]; [`fork`]; [`pool`]; [`read`], [`bpe`], [`layout`] and [`logps`];
+//! Each module knows those before it alone: [`error`]; [`fork`]; [`pool`]; [`read`], [`bpe`], [`layout`], [`logps`] and [`loss`];
 //! [`template`]; [`tokenize`]; [`pair`]; [`encode`]; `py`. `read` turns bytes into rows, `template` and `tokenize` rows
 //! into text and ids, by the engine `bpe` or the `tokenizers` crate; `pair` decides one pair and `encode` a whole data
-//! set; `layout` builds batches, and `logps` reduces rows of logits. Only `py` (feature `python`) knows that Python
+//! set; `layout` builds batches, `logps` reduces rows of logits and `loss` the log-probs of pairs. Only `py` (feature `python`) knows that Python
 //! exists. `tests/package/test_rust_direction.py` holds the direction, of folders and of files.
 
 pub mod bpe;
@@ -13,6 +13,7 @@ pub mod error;
 pub mod fork;
 pub mod layout;
 pub mod logps;
+pub mod loss;
 pub mod pair;
 pub mod pool;
 #[cfg(feature = "python")]

@@ -3,16 +3,19 @@
 Three questions, each verified against float64 before it is timed, rulers and candidates taking
 turns in each round of one process:
 
-- `given`: our operators on given logits, in GB/s beside the device's own copy, and peers;
 - `fused`: each plan of the head inside beside its bound (its own products at the same chunks and
   buffers, plus its elementwise bytes at the rate of the copy), its peak memory, and peers;
+- `given`: our operators on given logits, in GB/s beside the device's own copy, and peers;
 - `small`: what a call costs the host for few tokens, eager and as a CUDA graph.
 
-    python benches/head [--quick] [--record] [--only given fused small] [--json times.json]
+    python benches/head [--quick] [--record] [--only fused given small] [--json times.json]
+    python benches/head --predict
 
-A result of ours that float64 contradicts is not timed, and the exit status is 1. `--device cpu
---smoke` runs the same code on tiny shapes without a GPU, to see that it runs; its
-times mean nothing and are never recorded.
+Beside each row of ours stands what `model` predicts for this device; `--predict` prints that for
+all devices it knows, and measures nothing. A result of ours that float64 contradicts is not timed,
+and the exit status is 1; it is 3 where time alone left a case out. `--device cpu --smoke` runs the
+same code on tiny shapes without a GPU, to see that it runs; its times mean nothing and are never
+recorded.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import model as predicted
 import report
 import torch
-from cases import PLANS, Candidate, HeadCase, Model, WrongError
+from cases import PLANS, Candidate, HeadCase, Layout, Model, WrongError, chunk_rows
 from given import GivenCase
 from peers import given_peers, head_peers, reason
 from rulers import (
@@ -40,6 +45,7 @@ from rulers import (
     logit_bytes,
     other_bytes,
     peaks,
+    steps,
     take_turns,
 )
 from small import small
@@ -51,8 +57,10 @@ MODELS = (
     Model("Gemma-2-9B", 3584, 256_000, softcap=30.0),
     Model("Qwen2.5-0.5B", 896, 151_936),
 )
-SCORED = (1024, 4096, 16_384, 65_536)
+SCORED = (512, 1024, 4096, 16_384, 65_536)
 GIVEN_ROWS = (1024, 4096, 16_384)
+SPENT = "the time of this run is spent"
+CUT = 3  # exit status where a case was left out for the time alone
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -102,41 +110,85 @@ SMOKE = Size(
 )
 
 
+class Shape(NamedTuple):
+    """What one case is of."""
+
+    model: Model
+    rows: int
+    """Scored ones of the fused head, all of given logits."""
+    share: float
+    dtype: str
+
+
+def called(shape: Shape) -> str:
+    cap = f", softcap {shape.model.softcap:g}" if shape.model.softcap else ""
+    part = f", {shape.share:.0%} scored" if shape.share < 1 else ""
+    dtype = f", {shape.dtype}" if shape.dtype != "bfloat16" else ""
+    return f"{shape.model.name}{cap}{part}{dtype}"
+
+
+def shapes(size: Size, counts: Iterable[int], quick: bool) -> Iterator[Shape]:
+    """Of the fused head; quick: every size whole, the largest but one at 40 %."""
+    counts = tuple(counts)
+    for model in size.models:
+        for dtype in size.dtypes:
+            for share in size.shares:
+                for count in counts:
+                    partly = share < 1 and quick and count != counts[-2:][0]
+                    if not partly:
+                        yield Shape(model, count, share, dtype)
+
+
+def given_shapes(size: Size, quick: bool) -> Iterator[Shape]:
+    """Of given logits: a softcap is the same bytes."""
+    seen = set()
+    for shape in shapes(size, size.given_rows, quick):
+        what = (shape.model.vocabulary, *shape[1:])
+        if what not in seen:
+            seen.add(what)
+            yield shape
+
+
+FIELDS = ("models", "scored", "given_rows", "shares", "dtypes", "seconds")
+
+
+def chosen(arguments: argparse.Namespace) -> Size:
+    size = SMOKE if arguments.smoke else QUICK if arguments.quick else FULL
+    asked = {field: getattr(arguments, field) for field in FIELDS}
+    return size._replace(**{field: value for field, value in asked.items() if value is not None})
+
+
 class Run:
     """One run: where it measures, how much, what it found."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
-        self.size = SMOKE if arguments.smoke else QUICK if arguments.quick else FULL
+        self.size = chosen(arguments)
         self.quick, self.smoke = arguments.quick, arguments.smoke
-        for field in ("models", "scored", "dtypes", "seconds"):
-            asked = getattr(arguments, field)
-            if asked is not None:
-                self.size = self.size._replace(**{field: asked})
         self.ends = time.monotonic() + 60 * arguments.minutes
-        self.report = report.Report(self.device, sys.argv)
+        self.peers, self.cut = not arguments.without_peers, False
+        self.report = report.Report(self.device, sys.argv, arguments.log)
         self.copy = Copy(self.device, self.size.copy_bytes)
-
-    def cases(self, scored: Iterable[int]) -> Iterator[tuple[Model, int, float, str]]:
-        """Model, rows, share and dtype; quick: every size whole, the largest but one at 40 %."""
-        scored = tuple(scored)
-        for model in self.size.models:
-            for dtype in self.size.dtypes:
-                for share in self.size.shares:
-                    for count in scored:
-                        partly = share < 1 and self.quick and count != scored[-2:][0]
-                        if not partly:
-                            yield model, count, share, dtype
+        self.facts = predicted.device_called(self.report.facts["device"])
 
     def guarded(self, label: str, measure: Callable[[], None]) -> None:
-        """Runs one case; what does not fit or has no time left is said, and the next one comes."""
-        if time.monotonic() > self.ends:
-            self.report.left_out(label, "the time of this run is spent")
+        """Runs one case that the log does not have; what does not fit or has no time left is said,
+        and the next one comes."""
+        case = f"{label}{'' if self.peers else ', ours alone'}"
+        if case in self.report.finished:
+            self.report.say(f"measured before: {case}")
             return
+        if time.monotonic() > self.ends:
+            self.report.left_out(label, SPENT)
+            self.cut = True
+            return
+        wrong = len(self.report.wrong)
         try:
             measure()
         except torch.OutOfMemoryError as error:
             self.report.left_out(label, reason(error))
+        if len(self.report.wrong) == wrong:  # what was wrong is measured again
+            self.report.done(case)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -159,7 +211,7 @@ class Run:
                     raise
                 self.report.left_out(f"{label}: {candidate.name}", reason(error))
                 if own and isinstance(error, WrongError):
-                    self.report.wrong.append(f"{label}: {candidate.name}")
+                    self.report.say_wrong(f"{label}: {candidate.name}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return kept
@@ -167,13 +219,8 @@ class Run:
     # ---- given logits -------------------------------------------------
 
     def given(self) -> None:
-        seen = set()
-        for model, rows, share, dtype in self.cases(self.size.given_rows):
-            shape = (model.vocabulary, rows, share, dtype)
-            if shape in seen:  # a softcap is the same bytes
-                continue
-            seen.add(shape)
-            label = f"given logits, {model.name}, {rows:,} x {model.vocabulary:,}, {share:.0%}"
+        for model, rows, share, dtype in given_shapes(self.size, self.quick):
+            label = f"given logits, {rows:,} rows, {called(Shape(model, rows, share, dtype))}"
             # The logits, a copy, a gradient.
             needs = 3.5 * rows * model.vocabulary * DTYPES[dtype].itemsize
             if needs > free_bytes(self.device):
@@ -188,14 +235,14 @@ class Run:
             case.verify_ours()
         except WrongError as error:
             self.report.left_out(case.label, reason(error))
-            self.report.wrong.append(case.label)
+            self.report.say_wrong(case.label)
             return
         ours = case.ours()
 
         def left_out(name: str, why: str) -> None:
             self.report.left_out(f"{case.label}: {name}", why)
 
-        found = given_peers(case, left_out)
+        found = given_peers(case, left_out) if self.peers else []
         size = case.values.numel() * case.values.element_size()
         peers = self.usable(case.label, found, size, case.verify)
         jobs = [self.copy.job, *(job for job, _ in ours.values()), *map(case.job, peers)]
@@ -210,15 +257,19 @@ class Run:
             copy_gbps=rate,
             bytes={n: b for n, (_, b) in ours.items()},
         )
+        of = predicted.Logits(*case.values.shape, case.values.dtype, None, int(case.mask.sum()))
         for name, (_, count) in ours.items():
+            expected = predicted.GIVEN[name](self.facts, of) if self.facts else None
             middle = Spread.of(times[name].forward)
             got = count / middle.median / 1e6
             self.report.row(
                 f"{case.label}: {name}",
                 f"{report.ms(middle)}, {got:,.0f} GB/s, {report.peak(memory[name])}",
                 f"copy {rate:,.0f} GB/s",
-                f"{got / rate:.1%} of copy",
+                f"{got / rate:.1%} of copy; {predicted.beside(middle.median, expected)}",
             )
+        if not peers:
+            return
         best = sum(Spread.of(times[n].forward).median for n in ("forward", "gradient in place"))
         found = {peer.name: Spread.of(times[peer.name].both) for peer in peers}
         for peer in peers:
@@ -236,8 +287,8 @@ class Run:
     # ---- the head inside ----------------------------------------------
 
     def fused(self) -> None:
-        for model, scored, share, dtype in self.cases(self.size.scored):
-            name = f"fused head, {model.name}, M {scored:,}, {share:.0%}"
+        for model, scored, share, dtype in shapes(self.size, self.size.scored, self.quick):
+            name = f"fused head, M {scored:,}, {called(Shape(model, scored, share, dtype))}"
             size = DTYPES[dtype].itemsize
             H, V = model.hidden, model.vocabulary
             # The head, hidden states, two chunks of logits, float32 dW of the ruler and of a plan.
@@ -266,7 +317,8 @@ class Run:
         for ruler in rulers.values():
             ruler.backward(ruler.forward())
         ours = self.usable(label, case.ours(), 1, case.verify)
-        peers = self.usable(label, head_peers(case, left_out), 1, case.verify)
+        found = head_peers(case, left_out) if self.peers else []
+        peers = self.usable(label, found, 1, case.verify)
         jobs = {c.name: case.job(c) for c in [*ours, *peers]}
         memory = {name: peaks(job, self.device) for name, job in jobs.items()}
         turns = [self.copy.job, *(rulers[c.plan] for c in ours), *jobs.values()]
@@ -292,6 +344,8 @@ class Run:
         H, V, size = case.model.hidden, case.model.vocabulary, case.dtype.itemsize
         plan, M = candidate.plan, case.M
         planned, parts = case.steps(plan), {}
+        short = str(case.dtype).removeprefix("torch.")
+        shape = Shape(case.model, M, case.share, short)
         for part in ("forward", "backward", "both"):
             of = planned.forward + planned.backward if part == "both" else getattr(planned, part)
             own = Spread.of(getattr(times[candidate.name], part))
@@ -305,6 +359,9 @@ class Run:
         )
         allowed = documented_bytes(plan, M, case.head.chunk_rows, H, V, size)
         also = other_bytes(plan, M, case.R, H, V, size) / rate / 1e6
+        expected = predict_plan(self.facts, shape, plan, self.size) if self.facts else None
+        beside = predicted.beside(own.median, expected and expected.total)
+        of_products = f"products {alone.median / own.median:.1%}"
         self.report.bound(label, plan, own.median, floor, alone.median, work)
         self.report.row(
             f"{label}: plan {plan}, chunks of {case.head.chunk_rows:,} rows",
@@ -312,7 +369,7 @@ class Run:
             f"bound {floor:.3f} ms = products {report.ms(alone)} ({work / (M * H * V):.2f}MHV, "
             f"{work / alone.median / 1e9:,.0f} TFLOP/s) + elementwise at {rate:,.0f} GB/s; "
             f"other bytes {also:.3f} ms",
-            f"{own.median / floor:.3f}x its bound, products {alone.median / own.median:.1%}",
+            f"{own.median / floor:.3f}x its bound, {of_products}; {beside}",
         )
 
     def peers_row(
@@ -325,6 +382,8 @@ class Run:
         memory: dict,
     ) -> None:
         """One row for all peers; each with its parts on the screen and in the JSON."""
+        if not peers:
+            return
         medians = {c.plan: Spread.of(times[c.name].both).median for c in ours}
         texts, ratios = [], []
         for peer in peers:
@@ -354,6 +413,58 @@ class Run:
             self.guarded(f"small, {tokens} tokens", lambda case=case: small(case, self.report))
 
 
+# ---- without a device -------------------------------------------------
+
+
+def predict_plan(
+    device: predicted.Device, shape: Shape, plan: str, size: Size
+) -> predicted.Prediction:
+    """What a plan should take in one case of the fused head."""
+    model, dtype = shape.model, DTYPES[shape.dtype]
+    layout = Layout.of(shape.rows, shape.share, size.tokens)
+    cut = chunk_rows(model, dtype, size.chunk_rows)
+    planned = steps(plan, layout.scored, cut, layout.offsets)
+    of = predicted.Projection(model.hidden, model.vocabulary, dtype, model.softcap)
+    return predicted.plan_ms(device, plan, planned, of, layout.scored, layout.rows)
+
+
+def predictions(size: Size, quick: bool, only: str = "") -> str:
+    """Every row of ours, on each device that `model` knows by that name, as two tables."""
+    fused, given = [], []
+    devices = [device for device in predicted.DEVICES if only.lower() in device.name.lower()]
+    for device in devices:
+        cells: dict[tuple[str, str], dict[int, str]] = {}
+        for shape in shapes(size, size.scored, quick):
+            for plan in PLANS:
+                of = predict_plan(device, shape, plan, size)
+                text = f"{of.total:.2f} ({of.total / of.bound:.3f})"
+                cells.setdefault((called(shape), plan), {})[shape.rows] = text
+        for (name, plan), row in cells.items():
+            fused.append((device.name, name, plan, *(row.get(n, "") for n in size.scored)))
+        for model, rows, share, dtype in given_shapes(size, quick):
+            of = predicted.Logits(rows, model.vocabulary, DTYPES[dtype], None, round(rows * share))
+            texts = []
+            for name, call in predicted.GIVEN.items():
+                took = call(device, of)
+                rate = predicted.given_bytes(name, of) / took / 1e6
+                texts.append(f"{took:.3f} ({rate / device.copy_gbps:.0%})")
+            given.append(
+                (device.name, called(Shape(model, rows, share, dtype)), f"{rows:,}", *texts)
+            )
+    counts = [f"M {count:,}" for count in size.scored]
+    facts = "; ".join(
+        f"{d.name}: {d.sms} SMs at {d.ghz:g} GHz, copy {d.copy_gbps:,g} GB/s, "
+        f"products {d.share:.0%} of {d.tflops:,g} TFLOP/s"
+        for d in devices
+    )
+    return (
+        f"{facts}.\n\nHead inside, forward + backward, ms (over its bound):\n\n"
+        + predicted.markdown(("device", "model", "plan", *counts), fused)
+        + "\nLogits given, ms (share of a copy):\n\n"
+        + predicted.markdown(("device", "model", "rows", *predicted.GIVEN), given)
+    )
+
+
 def product_job(plan: str, products: Any, planned: Steps) -> Job:
     def backward(_: Any) -> None:
         products.run(planned.backward)
@@ -367,27 +478,40 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one model; 8 minutes on an H100")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing recorded")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--only", nargs="+", choices=["given", "fused", "small"])
+    parser.add_argument("--only", nargs="+", choices=["fused", "given", "small"])
     parser.add_argument("--model", help="part of a name, for example Llama")
     parser.add_argument("--scored", type=int, nargs="+", help="scored rows of the fused head")
+    parser.add_argument("--given-rows", type=int, nargs="+", help="rows of given logits")
+    parser.add_argument("--shares", type=float, nargs="+", help="of the rows, what is scored")
+    parser.add_argument("--without-peers", action="store_true", help="ours and the rulers alone")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--seconds", type=float, help="of one case, at most")
     parser.add_argument("--minutes", type=float, help="of the run: later cases are left out")
+    predict = "without a GPU: what the rows of ours should be, on all devices or on one"
+    parser.add_argument("--predict", nargs="?", const="", metavar="DEVICE", help=predict)
+    log = "each row goes here as it is measured; a case that is done there is not measured again"
+    parser.add_argument("--log", type=Path, help=log)
+    blocks = "without a GPU: append the rows of such a log to RESULTS.md"
+    parser.add_argument("--record-log", type=Path, metavar="LOG", help=blocks)
     parser.add_argument("--json", default="dist/head.json", help="raw times go here")
     found = parser.parse_args(arguments)
-    if found.device == "cpu" and not found.smoke:
+    if found.device == "cpu" and not (found.smoke or found.record_log) and found.predict is None:
         parser.error("--device cpu needs --smoke: this bench measures the kernels of a GPU")
     if found.smoke and found.record:
         parser.error("--smoke is never recorded")
+    known = [device.name for device in predicted.DEVICES]
+    if found.predict and not any(found.predict.lower() in name.lower() for name in known):
+        parser.error(f"--predict {found.predict}: the devices are {known}")
     found.models = None
     if found.model:
         found.models = tuple(m for m in MODELS if found.model.lower() in m.name.lower())
         if not found.models:
             parser.error(f"--model {found.model}: the names are {[m.name for m in MODELS]}")
-    found.scored = tuple(found.scored) if found.scored else None
-    wrong = [n for n in found.scored or () if n < 1 or n % 1024]
+    for field in ("scored", "given_rows", "shares"):
+        setattr(found, field, tuple(getattr(found, field) or ()) or None)
+    wrong = [n for n in found.scored or () if n != 512 and (n < 1 or n % 1024)]
     if wrong:
-        parser.error(f"--scored: whole pairs of 2 x 512 rows, found {wrong}")
+        parser.error(f"--scored: 512, or whole pairs of 2 x 512 rows, found {wrong}")
     if found.minutes is None:
         found.minutes = 8.0 if found.quick else float("inf")
     return found
@@ -395,14 +519,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    if arguments.predict is not None:
+        print(predictions(chosen(arguments), arguments.quick, arguments.predict))
+        return
+    if arguments.record_log is not None:
+        with report.RESULTS.open("a", encoding="utf-8") as results:
+            results.write(report.block_of(arguments.record_log))
+        return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device: this bench measures the kernels of a GPU")
     run = Run(arguments)
     print(run.report.header(), flush=True)
-    for part in arguments.only or ("given", "fused", "small"):
+    for part in arguments.only or ("fused", "given", "small"):
         getattr(run, part)()
     run.report.finish(arguments.json, record=arguments.record)
-    sys.exit(bool(run.report.wrong))
+    sys.exit(1 if run.report.wrong else CUT if run.cut else 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The cases of benches/head: inputs, what float64 says of them, and what is held against it.
 
 Letters: R rows of hidden states or logits, M of them scored, S sequences, N pairs, H hidden, V
-vocabulary. In a case of the fused head each sequence ends with 512 scored rows; what comes before
-them, as a prompt would, is not scored.
+vocabulary. In a case of the fused head each sequence ends with 512 scored rows, or with fewer where
+a pair would have more than all; what comes before them, as a prompt would, is not scored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from elements import first_wrong
 from rulers import Job, Products, steps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,41 @@ class Model(NamedTuple):
     hidden: int
     vocabulary: int
     softcap: float | None = None
+
+
+class Layout(NamedTuple):
+    """How the rows of a case of the fused head lie."""
+
+    tokens: int
+    """Scored rows of a sequence."""
+    sequences: int
+    length: int
+    """Of a sequence, with what is not scored."""
+
+    @staticmethod
+    def of(scored: int, share: float, tokens: int) -> Layout:
+        tokens = min(tokens, scored // 2)
+        return Layout(tokens, scored // tokens, round(tokens / share))
+
+    @property
+    def scored(self) -> int:
+        return self.sequences * self.tokens
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def offsets(self) -> list[int]:
+        return list(range(0, self.scored + 1, self.tokens))
+
+
+def chunk_rows(model: Model, dtype: torch.dtype, asked: int | None = None) -> int:
+    """Rows of a chunk of the head, as it cuts itself."""
+    x = torch.empty(1, model.hidden, dtype=dtype)
+    weight = torch.empty(1, 1, dtype=dtype).expand(model.vocabulary, model.hidden)
+    options = HeadOptions(Transform.of(1.0, model.softcap, 1.0), chunk_rows=asked)
+    return Head.of(Linear(x, weight, None), options).chunk_rows
 
 
 class WrongError(AssertionError):
@@ -80,9 +116,10 @@ class HeadCase:
             return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
 
         self.model, self.share, self.dtype, self.device = model, share, dtype, device
-        self.tokens, self.M, self.S = tokens, scored, scored // tokens
-        self.length = round(tokens / share)
-        self.R = self.S * self.length
+        self.layout = Layout.of(scored, share, tokens)
+        self.tokens, self.S, self.length = self.layout
+        tokens = self.tokens
+        self.M, self.R = self.layout.scored, self.layout.rows
         H, V = model.hidden, model.vocabulary
         self.hidden = noise(self.R, H)
         self.weight = noise(V, H).mul_(SPREAD / math.sqrt(H))
@@ -95,7 +132,7 @@ class HeadCase:
         self.table = ScoreTable(
             logit_rows=self.rows,
             targets=targets.int(),
-            seq_offsets=torch.arange(0, self.M + 1, tokens, dtype=torch.int32, device=device),
+            seq_offsets=torch.tensor(self.layout.offsets, dtype=torch.int32, device=device),
         )
         self.upstream = noise(self.S // 2, 2, dtype=torch.float32)
         self.how = Transform.of(1.0, model.softcap, 1.0)
@@ -197,23 +234,23 @@ class HeadCase:
             made = job.forward()
         with backward:
             grads = job.backward(made)
-        got, eps = made[1].detach().double(), max(torch.finfo(self.dtype).eps, 1e-5)
+        got, eps = made[1].detach(), max(torch.finfo(self.dtype).eps, 1e-5)
         of_sequence = 5 * math.sqrt(self.tokens) * eps * candidate.scale
         allowed = 32 * eps if candidate.gives == "tokens" else of_sequence
-        _close(f"{candidate.name}: values", (got - candidate.expected).abs().max(), allowed)
+        off = (got.double() - candidate.expected).abs()
+        _close(f"{candidate.name}: values", off.max(), allowed, got, candidate.expected)
         allowed = max(10 * torch.finfo(self.dtype).eps, 1e-3)
         some = torch.unique(torch.linspace(0, self.M - 1, 5, device=self.device).long())
         want = self.oracle.dx(some, candidate.g)
-        dx = grads[0].double()
-        error = (dx[self.rows[some]] - want).norm() / want.norm()
-        _close(f"{candidate.name}: dX", error, allowed)
+        dx = grads[0]
+        self._close_rows(f"{candidate.name}: dX", dx, self.rows[some], want, allowed)
         if self.M < self.R and dx[~self.mask].any():
-            raise WrongError(f"{candidate.name}: rows that are not scored have a gradient")
+            where = first_wrong(dx * ~self.mask[:, None], torch.zeros_like(dx), 0.0)
+            raise WrongError(f"{candidate.name}: rows that are not scored have a gradient: {where}")
         if candidate.trained:
             ids = self.oracle.some_ids()
             want = self.oracle.dw(ids, candidate.g)
-            error = (grads[1][ids].double() - want).norm() / want.norm()
-            _close(f"{candidate.name}: dW", error, allowed)
+            self._close_rows(f"{candidate.name}: dW", grads[1], ids, want, allowed)
         if candidate.plan is None:
             return []
         planned = self.steps(candidate.plan)
@@ -224,18 +261,33 @@ class HeadCase:
             if count.rows != (rows := sorted(s.rows.stop - s.rows.start for s in _products(part)))
         ]
 
+    @staticmethod
+    def _close_rows(what: str, got: Tensor, ids: Tensor, want: Tensor, allowed: float) -> None:
+        """Some rows of a gradient by their norm."""
+        found = got[ids].double()
+        error = (found - want).norm() / want.norm()
+        per_element = allowed * want.abs().max().item()
+        _close(f"{what}, of rows {ids.tolist()},", error, allowed, found, want, per_element)
+
     def steps(self, plan: str) -> Any:
-        offsets = self.table.host_offsets.tolist()
-        return steps(plan, self.M, self.head.chunk_rows, offsets)
+        return steps(plan, self.M, self.head.chunk_rows, self.layout.offsets)
 
 
 def _products(part: list) -> list:
     return [step for step in part if step.kind in ("logits", "dx", "dw")]
 
 
-def _close(what: str, error: Tensor, allowed: float) -> None:
+def _close(
+    what: str,
+    error: Tensor,
+    allowed: float,
+    got: Tensor,
+    want: Tensor,
+    per_element: float | None = None,
+) -> None:
     if not error.item() <= allowed:  # NaN is not within anything
-        raise WrongError(f"{what} are off by {error.item():.2e}, allowed {allowed:.2e}")
+        where = first_wrong(got, want, allowed if per_element is None else per_element)
+        raise WrongError(f"{what} are off by {error.item():.2e}, allowed {allowed:.2e}: {where}")
 
 
 class Count(TorchDispatchMode):

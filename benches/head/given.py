@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from cases import SPREAD, WrongError
+from elements import first_wrong
 from rulers import Job
 from torch import Tensor
 
@@ -85,7 +86,8 @@ class GivenCase:
         self._compare("ours", self.scores[0], expected, 4e-6)
         self.backward(in_place=True)
         if not torch.equal(self.scratch, expected):
-            raise WrongError("in place the gradient has other bits")
+            where = first_wrong(self.scratch, expected, 0.0)
+            raise WrongError(f"in place the gradient has other bits: {where}")
 
     def job(self, peer: GivenPeer) -> Job:
         def forward() -> tuple[Tensor, Tensor]:
@@ -120,7 +122,12 @@ class GivenCase:
             logp.backward(self.grad[r].double())
             off = abs(logps[r].item() - logp.item())
             if not off <= allowed:
-                raise WrongError(f"{name}: row {r} is off by {off:.2e}, allowed {allowed:.2e}")
+                found = f"found {logps[r].item()}, expected {logp.item()}"
+                raise WrongError(
+                    f"{name}: row {r} is off by {off:.2e}, allowed {allowed:.2e}: {found}"
+                )
             error = ((dz[r].double() - leaf.grad).norm() / leaf.grad.norm()).item()
-            if not error <= max(4 * torch.finfo(self.values.dtype).eps, 1e-5):
-                raise WrongError(f"{name}: the gradient of row {r} is off by {error:.2e}")
+            most = max(4 * torch.finfo(self.values.dtype).eps, 1e-5)
+            if not error <= most:
+                where = first_wrong(dz[r], leaf.grad, most * leaf.grad.abs().max().item())
+                raise WrongError(f"{name}: the gradient of row {r} is off by {error:.2e}: {where}")

@@ -242,6 +242,32 @@ def head_peers(case: HeadCase, left_out: Callable[[str, str], None]) -> Iterator
         ones, tiles = torch.ones_like(g), 2 * 4096 * V * size
         yield from scalar(name, run, -ones, value, tiles, note, case.S**0.5)
 
+    def by_cce() -> Iterator[Candidate]:
+        if case.device.type != "cuda":
+            raise RuntimeError("a Triton kernel needs a GPU")
+        from cut_cross_entropy import linear_cross_entropy
+
+        def run(x: Tensor, w: Tensor, filter_eps: str | None = "high") -> Tensor:
+            options = {"softcap": model.softcap, "reduction": "none", "filter_eps": filter_eps}
+            return -linear_cross_entropy(x, w, labels, **options)
+
+        name, note = f"CCE {version('cut-cross-entropy')}", "no logits in memory"
+        yield from tokens(name, run, 0, f"{note}, small probabilities left out of the gradient")
+        exact = lambda x, w: run(x, w, None)  # noqa: E731
+        yield from tokens(f"{name}, nothing left out", exact, 0, note)
+
+    def by_flashinfer() -> Iterator[Candidate]:
+        no_softcap("it")
+        if case.device.type != "cuda" or torch.cuda.get_device_capability(case.device)[0] != 10:
+            raise RuntimeError("its kernels are for sm_100 and its kin alone")
+        from flashinfer.chunked_lm_head import chunked_lm_head_logprob
+
+        def run(x: Tensor, w: Tensor) -> Tensor:
+            return chunked_lm_head_logprob(x, w, labels)
+
+        name = f"FlashInfer {version('flashinfer-python')} chunked head"
+        yield from tokens(name, run, 4096 * V * size, "experimental there")
+
     makers = (
         ("torch", by_torch),
         ("torch.compile", by_compile),
@@ -249,5 +275,7 @@ def head_peers(case: HeadCase, left_out: Callable[[str, str], None]) -> Iterator
         ("Liger fused scaled CE", by_liger),
         ("Liger fused linear DPO", by_liger_dpo),
         ("QuACK chunked CE", by_quack),
+        ("CCE", by_cce),
+        ("FlashInfer chunked head", by_flashinfer),
     )
     yield from attempt(makers, left_out)

@@ -19,6 +19,7 @@ COLUMNS = (
     "| date | commit | device and versions | what | ours, median (p10 to p90) "
     "| ruler or peer | ratio | command |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
+PEERS = ("trl", "liger-kernel", "quack-kernels", "cut-cross-entropy", "flashinfer-python")
 TARGET = 1.03  # head time over its bound
 
 
@@ -70,9 +71,13 @@ def commit() -> str:
 
 
 class Report:
-    """Collects rows and raw times; prints each row as it comes, so that a cut run keeps them."""
+    """Collects rows and raw times; prints each row as it comes, so that a cut run keeps them.
 
-    def __init__(self, device: torch.device, command: list[str]) -> None:
+    With ``log`` each row is also a line of JSON in that file as soon as it is there, and a case
+    that the file calls done need not be measured again.
+    """
+
+    def __init__(self, device: torch.device, command: list[str], log: Path | None = None) -> None:
         gpu = device.type == "cuda"
         self.facts: dict[str, Any] = {
             "date": str(date.today()),
@@ -87,7 +92,7 @@ class Report:
             "cupy": cupy_version(),
             "nvrtc": nvrtc_version(),
             "python": sys.version.split()[0],
-            "peers": {name: version(name) for name in ("trl", "liger-kernel", "quack-kernels")},
+            "peers": {name: version(name) for name in PEERS},
         }
         self.gpu = gpu
         self.cases: list[dict[str, Any]] = []
@@ -97,17 +102,26 @@ class Report:
         self.wrong: list[str] = []
         """What of ours float64 contradicts."""
         self.bounds: list[tuple[str, float]] = []
+        self.log = log
+        self.finished = {line["done"] for line in lines(log) if "done" in line}
+        self._append(facts=self.facts)
+
+    def _append(self, **line: Any) -> None:
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def done(self, case: str) -> None:
+        """All rows of a case are there."""
+        self._append(done=case)
+
+    def say_wrong(self, what: str) -> None:
+        self.wrong.append(what)
+        self._append(wrong=what)
 
     def header(self) -> str:
         return "\n".join(f"{name}: {value}" for name, value in self.facts.items())
-
-    def where(self) -> str:
-        facts = self.facts
-        return (
-            f"{facts['device']}, driver {facts['driver']}, {facts['power_limit']}, "
-            f"torch {facts['torch']}, CUDA {facts['cuda']}, CuPy {facts['cupy']}, "
-            f"NVRTC {facts['nvrtc']}, Python {facts['python']}"
-        )
 
     def case(
         self, part: str, label: str, times: dict[str, Times], memory: dict, **facts: Any
@@ -118,6 +132,7 @@ class Report:
 
     def row(self, what: str, ours: str, other: str, ratio: str) -> None:
         self.rows.append((what, ours, other, ratio))
+        self._append(row=self.rows[-1])
         print(f"  {what}\n    {ours}\n    {other}\n    {ratio}", flush=True)
 
     def say(self, text: str) -> None:
@@ -132,10 +147,12 @@ class Report:
 
     def left_out(self, what: str, why: str) -> None:
         self.missing.append((what, why))
+        self._append(left_out=self.missing[-1])
         print(f"left out, {what}: {why}", flush=True)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+        self._append(warning=text)
         print(f"WARNING, {text}", flush=True)
 
     def finish(self, file: str, record: bool) -> None:
@@ -168,16 +185,50 @@ class Report:
 
     def block(self) -> str:
         """The run as RESULTS.md keeps it."""
-        facts = self.facts
-        first = (facts["date"], facts["commit"], self.where())
-        lines = [
-            f"| {' | '.join((*first, *row, '`' + facts['command'] + '`'))} |\n" for row in self.rows
-        ]
-        missing = "".join(f"- left out, {what}: {why}\n" for what, why in self.missing)
-        warnings = "".join(f"- warning, {text}\n" for text in self.warnings)
-        warnings += "".join(f"- WRONG, not timed: {what}\n" for what in self.wrong)
-        clocks = f"clocks before {facts['clocks_before']}, after {facts['clocks_after']}"
-        head = (
-            f"\n{facts['date']}, GPU run at {facts['commit']}, {clocks}; peers {facts['peers']}:\n"
-        )
-        return f"{head}\n{missing}{warnings}\n{COLUMNS}{''.join(lines)}"
+        return block(self.facts, self.rows, self.missing, self.warnings, self.wrong)
+
+
+def lines(log: Path | None) -> list[dict[str, Any]]:
+    """What a log holds; a last line that was cut off while it was written is taken away."""
+    if log is None or not log.exists():
+        return []
+    whole = log.read_text(encoding="utf-8")
+    end = whole.rfind("\n") + 1
+    if end < len(whole):
+        log.write_text(whole[:end], encoding="utf-8")
+    return [json.loads(line) for line in whole[:end].splitlines()]
+
+
+def block_of(log: Path) -> str:
+    """The rows of a log as RESULTS.md keeps them, a block for each run that wrote some."""
+    runs: list[dict[str, Any]] = []
+    for line in lines(log):
+        if "facts" in line:
+            runs.append({"facts": line["facts"]})
+        for kind in ("row", "left_out", "warning", "wrong"):
+            if kind in line:
+                runs[-1].setdefault(kind, []).append(line[kind])
+    return "".join(
+        block(*(run.get(key, []) for key in ("facts", "row", "left_out", "warning", "wrong")))
+        for run in runs
+        if len(run) > 1
+    )
+
+
+def where(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['device']}, driver {facts['driver']}, {facts['power_limit']}, "
+        f"torch {facts['torch']}, CUDA {facts['cuda']}, CuPy {facts['cupy']}, "
+        f"NVRTC {facts['nvrtc']}, Python {facts['python']}"
+    )
+
+
+def block(facts: Any, rows: list, missing: list, warnings: list, wrong: list) -> str:
+    first = (facts["date"], facts["commit"], where(facts))
+    table = [f"| {' | '.join((*first, *row, '`' + facts['command'] + '`'))} |\n" for row in rows]
+    said = "".join(f"- left out, {what}: {why}\n" for what, why in missing)
+    said += "".join(f"- warning, {text}\n" for text in warnings)
+    said += "".join(f"- WRONG, not timed: {what}\n" for what in wrong)
+    clocks = f"clocks before {facts['clocks_before']}, after {facts.get('clocks_after')}"
+    head = f"\n{facts['date']}, GPU run at {facts['commit']}, {clocks}; peers {facts['peers']}:\n"
+    return f"{head}\n{said}\n{COLUMNS}{''.join(table)}"

@@ -10,6 +10,7 @@ __all__ = [
     "begin_section",
     "blocks_into",
     "check_ids",
+    "dpo_loss",
     "end_section",
     "epoch_bins",
     "epoch_order",
@@ -20,6 +21,7 @@ __all__ = [
     "pack_into",
     "pack_lengths",
     "pad_into",
+    "pair_means",
     "scan",
     "segment_grad",
     "segment_sum",
@@ -30,9 +32,9 @@ __all__ = [
 __version__: str
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
-from numpy import bool_, float32, int32, int64, uint8, uint64
+from numpy import bool_, float32, float64, int32, int64, uint8, uint64
 from numpy.typing import NDArray
 
 _Float = NDArray[float32]
@@ -79,6 +81,17 @@ def segment_grad(
     grad: _Float, weights: _Float | None, seq_offsets: NDArray[int32], tokens: int
 ) -> _Float: ...
 def segment_sum(values: _Float, weights: _Float | None, seq_offsets: NDArray[int32]) -> _Float: ...
+
+_Pairs = TypeVar("_Pairs", NDArray[float32], NDArray[float64])
+
+def dpo_loss(
+    logps: _Pairs,
+    ref_logps: _Pairs,
+    beta: float,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[_Pairs, _Pairs, _Pairs]: ...
+def pair_means(logps: _Pairs, ref_logps: _Pairs | None, scale: float) -> _Pairs: ...
 
 _Ids = NDArray[int32]
 _Offsets = NDArray[int64]

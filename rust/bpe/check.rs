@@ -179,6 +179,12 @@ fn every_byte() -> impl Iterator<Item = String> {
     chars.chunks(8).map(|chunk| chunk.iter().collect()).collect::<Vec<String>>().into_iter()
 }
 
+/// The texts whose ids are compared, with a file's own `sample`.
+pub(super) fn check_texts(sample: &[String]) -> impl Iterator<Item = String> {
+    let few = ["a", " b\n"].map(str::to_owned);
+    every_byte().chain(sample.iter().cloned()).chain(nasty(0, 12, &[]).take(1200)).chain(few)
+}
+
 impl Bpe {
     /// Compares this engine with the `tokenizers` crate on a few thousand texts: both sides of every border between
     /// character classes (by words), every byte, the file's added tokens, a sample of its vocabulary, white space,
@@ -196,9 +202,7 @@ impl Bpe {
     /// The half of [`Self::self_check`] that compares ids.
     pub(crate) fn check_texts(&self, oracle: &Tokenizer) -> Result<(), Mismatch> {
         let mut scratch = Scratch::default();
-        for text in
-            every_byte().chain(self.sample.iter().cloned()).chain(nasty(0, 12, &[]).take(1200))
-        {
+        for text in check_texts(&self.sample) {
             self.check_ids(&text, oracle, false, &mut scratch)?;
         }
         for text in ["", "a", " b\n"] {

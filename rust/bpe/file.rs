@@ -126,6 +126,9 @@ impl<'de: 'a, 'a> Deserialize<'de> for FileMerge<'a> {
     }
 }
 
+/// What is left of a vocabulary: whether it has a token with this id.
+pub(crate) type Keeps<'a> = &'a dyn Fn(&str, u32) -> bool;
+
 /// Reads the file, or says why it is not even the shape of a tokenizer.json.
 pub(crate) fn parse(tokenizer_json: &str) -> Result<File<'_>, Refusal> {
     let file: File =
@@ -137,28 +140,50 @@ pub(crate) fn parse(tokenizer_json: &str) -> Result<File<'_>, Refusal> {
 }
 
 impl File<'_> {
+    /// The number of ids, for files that `File::engine` takes.
+    pub(crate) fn count(&self) -> usize {
+        let vocab = &self.model.vocab.0;
+        let new = |token: &&FileToken| !vocab.contains_key(token.content.as_str());
+        vocab.len() + self.added_tokens.iter().filter(new).count()
+    }
+
     /// The same file in the `tokenizers` crate, with truncation and padding off and without a cache of words; for files
-    /// that `File::engine` takes.
+    /// that `File::engine` takes. With `keeps` only what that says of token and id, and the added tokens.
     ///
     /// Same as `tokenizer_json.parse()`, which builds the whole model as a tree of JSON values first and needs four
     /// times as long.
-    pub(crate) fn oracle(&self) -> tokenizers::Result<Tokenizer> {
+    pub(crate) fn oracle(&self, keeps: Option<Keeps<'_>>) -> tokenizers::Result<Tokenizer> {
         fn part<T: serde::de::DeserializeOwned>(
             value: Option<&Value>,
         ) -> serde_json::Result<Option<T>> {
             value.map_or(Ok(None), |value| serde_json::from_value(value.clone()))
         }
-        let vocab: CrateVocab =
-            self.model.vocab.0.iter().map(|(token, id)| (token.to_string(), *id)).collect();
-        let merges = self.model.merges.iter().filter_map(|merge| match merge {
-            FileMerge::Pair(left, right) => Some((left.to_string(), right.to_string())),
-            FileMerge::Joined(both) if both.starts_with("#version") => None,
-            FileMerge::Joined(both) => {
-                both.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()))
-            }
+        let whole = &self.model.vocab.0;
+        let mut vocab: CrateVocab = whole
+            .iter()
+            .filter(|&(token, &id)| keeps.is_none_or(|keeps| keeps(token, id)))
+            .map(|(token, &id)| (token.to_string(), id))
+            .collect();
+        let mut joined = String::new();
+        let merges = self.model.merges.iter().filter_map(|merge| {
+            let (left, right): (&str, &str) = match merge {
+                FileMerge::Pair(left, right) => (left, right),
+                FileMerge::Joined(both) if both.starts_with("#version") => return None,
+                FileMerge::Joined(both) => both.split_once(' ')?,
+            };
+            joined.clear();
+            joined.extend([left, right]);
+            let has = |token: &str| vocab.contains_key(token);
+            (keeps.is_none() || (has(left) && has(right) && has(&joined)))
+                .then(|| (left.to_owned(), right.to_owned()))
         });
+        let merges = merges.collect();
+        if keeps.is_some() {
+            // The crate numbers what it does not know behind the vocabulary, whose size is another one here.
+            vocab.extend(self.added_tokens.iter().map(|token| (token.content.clone(), token.id)));
+        }
         let model = BpeBuilder::new()
-            .vocab_and_merges(vocab, merges.collect())
+            .vocab_and_merges(vocab, merges)
             // Its cache belongs to the thread and outlives the tokenizer: 0.9 MB for each that was ever loaded.
             .cache_capacity(0)
             .fuse_unk(self.model.fuse_unk.unwrap_or(false))

@@ -8,7 +8,7 @@
 //! came before, by their `key`), `whole` (words that are one token) and `merge` with `ranks`, `lowest` and `sweep` (tokens
 //! of a word); `encode` leads it. `classes` are the character classes, `pair` encodes two texts with a common beginning, as
 //! far as `border` says that they are alike; `file` reads tokenizer.json, `recognise` makes the `model` of it, `check` is
-//! the self-check.
+//! the self-check, against an `excerpt` of the file in the crate.
 
 mod added;
 mod border;
@@ -16,6 +16,7 @@ mod cache;
 mod check;
 mod classes;
 mod encode;
+mod excerpt;
 mod file;
 mod key;
 mod lowest;
@@ -37,6 +38,7 @@ mod tests;
 pub use border::Inside;
 pub use check::Mismatch;
 pub use encode::{Found, Keep, MAX_TEXT_BYTES, Scratch, not_special};
+pub(crate) use excerpt::Excerpt;
 pub(crate) use file::parse;
 pub use model::Bpe;
 pub use pair::PairIds;

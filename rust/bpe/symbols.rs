@@ -25,6 +25,11 @@ impl Symbols {
 
     /// The bytes of a token, if it is made of symbols.
     pub(super) fn bytes(&self, token: &str) -> Option<Vec<u8>> {
-        token.chars().map(|c| self.byte_of.get(c as usize).copied().flatten()).collect()
+        token.chars().map(|c| self.byte(c)).collect()
+    }
+
+    /// The byte that a character stands for.
+    pub(super) fn byte(&self, c: char) -> Option<u8> {
+        self.byte_of.get(c as usize).copied().flatten()
     }
 }

@@ -170,7 +170,8 @@ pub(super) fn sum_stats(y: &[f32], shift: f32) -> [f32; 3] {
     [s, a, q].map(|lanes| tree(lanes, |a, b| a + b))
 }
 
-/// What the gradient of a row needs: `dz = coefficient * exp(y - shift) * y'(z)` for every column but the target.
+/// What the gradient of a row needs: `dz = coefficient * exp(y - shift) * y'(z)` for every column but the target. A NaN
+/// among them has zeros for lower bits.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slope {
     pub(super) map: Map,
@@ -182,7 +183,7 @@ impl Slope {
     #[inline(always)]
     fn at<E: Element, const KIND: u8>(self, z: E::Bits) -> E::Bits {
         let z = E::widen(z);
-        E::narrow(match KIND {
+        E::narrow_computed(match KIND {
             PLAIN => self.coefficient * exp(z - self.shift),
             SCALED => self.coefficient * exp(self.map.scale * z - self.shift),
             _ => {

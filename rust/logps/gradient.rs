@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::block::{self, CAPPED, Map, PLAIN, SCALED, Slope};
-use super::element::Element;
+use super::element::{Element, plain_nan};
 use super::scoring::{Scoring, Shape, Tokens, rows_a_piece};
 use crate::error::{Error, Result};
 use crate::pool::pool;
@@ -146,7 +146,7 @@ fn slope<E: Element>(map: Map, z_target: E::Bits, max: f32, rest: f32, g: f32) -
     };
     let total = f64::from(rest) + (f64::from(y) - f64::from(max)).exp();
     let g = f64::from(g) * f64::from(map.scale) * f64::from(map.cap);
-    let slope = Slope { map, shift: max, coefficient: (-g / total) as f32 };
+    let slope = Slope { map, shift: plain_nan(max), coefficient: plain_nan((-g / total) as f32) };
     let dz = g * (f64::from(rest) / total) * f64::from(slope.inner(z));
     (slope, E::narrow(dz as f32))
 }

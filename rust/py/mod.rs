@@ -8,6 +8,7 @@ mod fork;
 mod keys;
 mod layout;
 mod logps;
+mod loss;
 mod options;
 mod tokenizer;
 mod value;
@@ -90,6 +91,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     file::register(m)?;
     layout::register(m)?;
     keys::register(m)?;
+    loss::register(m)?;
     logps::register(m)?;
     Ok(())
 }

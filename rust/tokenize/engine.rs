@@ -1,10 +1,11 @@
 //! Our own engine, the crate that it is checked against, and what is asked of the crate once.
 
+use once_cell::race::OnceBox;
 use tokenizers::{AddedToken, Encoding, ModelWrapper, PostProcessor, PostProcessorWrapper, Token};
 
 use super::guard::guarded;
 use super::source::Added;
-use crate::bpe::{self, Bpe};
+use crate::bpe::{self, Bpe, Excerpt};
 use crate::error::{Error, Result};
 
 /// Ids below a vocabulary's size, which is below 2^31.
@@ -26,11 +27,27 @@ fn beside<A: Send, B>(aside: impl Fn() -> A + Sync, here: impl FnOnce() -> B) ->
     })
 }
 
-/// Our own engine and the same file in the crate, from one reading of the text.
-pub(super) fn both(json: &str) -> std::result::Result<(Bpe, tokenizers::Tokenizer), String> {
+/// Our own engine, what the crate needs of the same file to be compared with it and to answer for the tokens that
+/// `wanted` names, and the number of ids.
+pub(super) fn excerpt(
+    json: &str,
+    wanted: impl Fn(&str, u32) -> bool,
+) -> std::result::Result<(Bpe, tokenizers::Tokenizer, usize), String> {
     let file = bpe::parse(json).map_err(|e| e.to_string())?;
-    let (oracle, bpe) = beside(|| guarded("tokenizer.json", || file.oracle()), || file.engine());
-    Ok((bpe.map_err(|e| e.to_string())?, oracle.map_err(|e| e.to_string())?))
+    let bpe = file.engine().map_err(|e| e.to_string())?;
+    let excerpt = Excerpt::of(&bpe);
+    let keeps = |token: &str, id: u32| excerpt.may_hold(token) || wanted(token, id);
+    let part =
+        guarded("tokenizer.json", || file.oracle(Some(&keeps))).map_err(|e| e.to_string())?;
+    Ok((bpe, part, file.count()))
+}
+
+/// A file in the crate: without its cache of words if our own engine takes it.
+pub(super) fn whole(json: &str, is_ours: bool) -> Result<tokenizers::Tokenizer> {
+    guarded("tokenizer.json", || match bpe::parse(json) {
+        Ok(file) if is_ours => file.oracle(None),
+        _ => tokenizers::Tokenizer::from_bytes(json.as_bytes()),
+    })
 }
 
 pub(super) fn recognised(json: &str) -> std::result::Result<Bpe, String> {
@@ -67,11 +84,14 @@ pub(super) fn check_dropout(inner: &tokenizers::Tokenizer) -> Result<()> {
     }
 }
 
-/// Adds tokens, or gives those that are there these flags; true if that changed anything.
-pub(super) fn add_tokens(
+/// Switches off what cuts and fills texts, and adds tokens, or gives those that are there these flags; true if that
+/// changed anything.
+pub(super) fn prepare(
     inner: &mut tokenizers::Tokenizer,
     tokens: &[Added],
 ) -> tokenizers::Result<bool> {
+    inner.with_truncation(None)?;
+    inner.with_padding(None);
     let tokens = tokens.iter().map(|added| {
         AddedToken::from(added.content.clone(), added.special)
             .lstrip(added.lstrip)
@@ -80,6 +100,41 @@ pub(super) fn add_tokens(
             .normalized(added.normalized)
     });
     Ok(inner.add_tokens(tokens.collect::<Vec<_>>())? > 0)
+}
+
+/// For encoding: nothing around a text, and special tokens as they are wanted.
+pub(super) fn finish(inner: &mut tokenizers::Tokenizer, split_special: bool) {
+    inner.set_encode_special_tokens(split_special);
+    inner.with_post_processor(None::<PostProcessorWrapper>);
+}
+
+/// A tokenizer in the crate.
+pub(super) enum InCrate {
+    /// Encodes.
+    Here(Box<tokenizers::Tokenizer>),
+    /// Is made where our own engine encodes and somebody decodes.
+    Later { json: String, added: Vec<Added>, made: OnceBox<tokenizers::Tokenizer> },
+}
+
+impl InCrate {
+    pub(super) fn get(&self, split_special: bool) -> Result<&tokenizers::Tokenizer> {
+        match self {
+            Self::Here(inner) => Ok(inner),
+            Self::Later { json, added, made } => made.get_or_try_init(|| {
+                let mut inner = whole(json, true)?;
+                guarded("tokenizer.json", || prepare(&mut inner, added))?;
+                finish(&mut inner, split_special);
+                Ok(Box::new(inner))
+            }),
+        }
+    }
+
+    /// Whether special tokens stay text, of what encodes.
+    pub(super) fn split_special(&mut self, split: bool) {
+        if let Self::Here(inner) = self {
+            inner.set_encode_special_tokens(split);
+        }
+    }
 }
 
 /// What the post-processor puts before and behind one sequence.

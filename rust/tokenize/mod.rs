@@ -13,7 +13,8 @@ mod warm;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use tokenizers::{Encoding, PostProcessorWrapper};
+use once_cell::race::OnceBox;
+use tokenizers::Encoding;
 
 use crate::bpe::{Bpe, Found, Inside, Keep, PairIds, Scratch, not_special};
 use crate::error::{Error, Result};
@@ -21,7 +22,10 @@ use crate::read::chat::RESERVED;
 use crate::template::{Fallback, Literals, Template};
 use control::Candidate;
 pub use control::Control;
-use engine::{add_tokens, both, check_dropout, checked, recognised, signed, surroundings};
+use engine::{
+    InCrate, check_dropout, checked, excerpt, finish, prepare, recognised, signed, surroundings,
+    whole,
+};
 use guard::guarded;
 pub use outline::outline;
 pub use source::{Added, Source};
@@ -33,7 +37,7 @@ thread_local! {
 
 /// Encodes text and renders conversations. Immutable, shared by all threads.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: InCrate,
     fast: std::result::Result<Bpe, String>,
     prefix: Vec<i32>,
     suffix: Vec<i32>,
@@ -76,48 +80,49 @@ impl Tokenizer {
     /// [`Error::Tokenizer`]: the crate refuses `tokenizer.json`, an id is out of bounds, a named token is unknown.
     pub fn new(source: Source) -> Result<Self> {
         warm::warm();
-        let read = || {
-            let json = source.json.as_bytes();
-            guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))
-        };
         let with_added = |mut inner: tokenizers::Tokenizer| {
-            guarded("tokenizer.json", || {
-                inner.with_truncation(None)?;
-                inner.with_padding(None);
-                let beyond = add_tokens(&mut inner, &source.added)?;
-                Ok((inner, beyond))
-            })
+            let beyond = guarded("tokenizer.json", || prepare(&mut inner, &source.added))?;
+            Ok::<_, Error>((inner, beyond))
         };
-        let (inner, built) = match both(&source.json) {
-            Ok((bpe, oracle)) => (oracle, Some(bpe)),
-            Err(_) => (read()?, None),
+        let wanted = |token: &str, id: u32| {
+            source.ids.contains(&Some(id))
+                || source.named.iter().any(|(_, named)| named == token)
+                || source.added.iter().any(|added| added.content == token)
         };
-        check_dropout(&inner)?;
-        let is_oracle = built.is_some();
-        let (mut inner, beyond) = with_added(inner)?;
-        let fast = match built {
-            _ if beyond => {
-                let json = guarded("tokenizer.json", || inner.to_string(false))?;
-                recognised(&json).and_then(|bpe| checked(bpe, &inner))
+        let mut ours = None;
+        if let Ok((bpe, part, count)) = excerpt(&source.json, wanted) {
+            let (part, beyond) = with_added(part)?;
+            if !beyond && let Ok(bpe) = checked(bpe, &part) {
+                ours = Some((bpe, part, count));
             }
-            Some(bpe) => checked(bpe, &inner),
-            None => recognised(&source.json).and_then(|bpe| checked(bpe, &inner)),
-        };
-        if fast.is_err() && is_oracle {
-            // What encodes wants the cache of words that the oracle lacks.
-            inner = with_added(read()?)?.0;
         }
-        // Behind the self-check, which compares without it.
-        inner.set_encode_special_tokens(source.split_special);
-        let post = inner.get_post_processor().cloned();
-        inner.with_post_processor(None::<PostProcessorWrapper>);
-
-        let (count, vocab_size) = if let Ok(bpe) = &fast {
-            let decoder = inner.get_added_tokens_decoder();
-            let added = decoder.keys().max().map_or(0, |id| *id as usize + 1);
-            (inner.get_vocab_size(true), bpe.model_size().max(added))
+        let is_part = ours.is_some();
+        let (fast, mut facts, count) = if let Some((bpe, part, count)) = ours {
+            (Ok(bpe), part, count)
         } else {
-            let vocab = inner.get_vocab(true);
+            let bpe = recognised(&source.json);
+            let is_oracle = bpe.is_ok();
+            let (mut all, beyond) = with_added(whole(&source.json, is_oracle)?)?;
+            check_dropout(&all)?;
+            let bpe = if beyond {
+                recognised(&guarded("tokenizer.json", || all.to_string(false))?)
+            } else {
+                bpe
+            };
+            let fast = bpe.and_then(|bpe| checked(bpe, &all));
+            if fast.is_err() && is_oracle {
+                // What encodes wants the cache of words that the oracle lacks.
+                all = with_added(whole(&source.json, false)?)?.0;
+            }
+            let count = all.get_vocab_size(true);
+            (fast, all, count)
+        };
+        let decoder = facts.get_added_tokens_decoder();
+        let (count, vocab_size) = if let Ok(bpe) = &fast {
+            let added = decoder.keys().max().map_or(0, |id| *id as usize + 1);
+            (count, bpe.model_size().max(added))
+        } else {
+            let vocab = facts.get_vocab(true);
             (vocab.len(), vocab.values().max().map_or(0, |id| *id as usize + 1))
         };
         if vocab_size > i32::MAX as usize || vocab_size > 2 * count + GAP_SLACK {
@@ -136,20 +141,33 @@ impl Tokenizer {
                 }
                 return Ok(Some(id));
             }
-            Ok(source.named.iter().find(|(n, _)| n == name).and_then(|(_, t)| inner.token_to_id(t)))
+            Ok(source.named.iter().find(|(n, _)| n == name).and_then(|(_, t)| facts.token_to_id(t)))
         };
         let [bos, eos, pad] = source.ids;
         let bos = named_id("bos_token", bos)?;
         let eos = named_id("eos_token", eos)?;
         let pad = named_id("pad_token", pad)?;
-        let (prefix, suffix) = surroundings(post.as_ref())?;
+        let (prefix, suffix) = surroundings(facts.get_post_processor())?;
         let template = source.template.as_deref().map(Template::new);
         let tool_template = source.tool_template.as_deref().map(Template::new);
         let mut reads_any = false;
+        let eos_token = eos.and_then(|id| Some((facts.id_to_token(id)?, decoder.get(&id)?)));
+        let eos_is_split =
+            eos_token.as_ref().is_some_and(|(_, t)| source.split_special && t.special);
+        let eos_text = eos_token.map(|(text, _)| text);
+        let normalises = facts.get_normalizer().is_some();
+        let spelling = if fast.is_err() { Spelling::of(&facts, vocab_size) } else { None };
+        let inner = if is_part {
+            InCrate::Later { json: source.json, added: source.added, made: OnceBox::new() }
+        } else {
+            // Behind the self-check, which compares without it.
+            finish(&mut facts, source.split_special);
+            InCrate::Here(Box::new(facts))
+        };
         let mut tokenizer = Self {
             variables: Vec::new(),
             reads_any,
-            spelling: if fast.is_err() { Spelling::of(&inner, vocab_size) } else { None },
+            spelling,
             control: Control::default(),
             fast,
             inner,
@@ -161,19 +179,12 @@ impl Tokenizer {
             bos,
             eos,
             pad,
-            eos_text: None,
-            eos_is_split: false,
+            eos_text,
+            eos_is_split,
             template,
             tool_template,
             split_special: source.split_special,
         };
-        tokenizer.eos_text = eos.and_then(|id| {
-            let text = tokenizer.inner.id_to_token(id)?;
-            let decoder = tokenizer.inner.get_added_tokens_decoder();
-            let token = decoder.get(&id)?;
-            tokenizer.eos_is_split = source.split_special && token.special;
-            Some(text)
-        });
         let templates = [&tokenizer.template, &tokenizer.tool_template];
         let templates: Vec<&Template> = templates.into_iter().flatten().collect();
         let literals: Vec<_> = templates.iter().map(|template| template.literals()).collect();
@@ -189,15 +200,20 @@ impl Tokenizer {
         variables.sort();
         variables.dedup();
         (tokenizer.variables, tokenizer.reads_any) = (variables, reads_any);
-        tokenizer.control = tokenizer.control_of(&literals, &sources);
+        tokenizer.control = tokenizer.control_of(decoder, normalises, &literals, &sources);
         Ok(tokenizer)
     }
 
     /// What steers a model, by what templates write; special tokens do not where their spelling stays text.
-    fn control_of(&mut self, literals: &[Literals], sources: &[String]) -> Control {
-        let normalises = self.inner.get_normalizer().is_some();
+    fn control_of(
+        &mut self,
+        added: impl IntoIterator<Item = (u32, tokenizers::AddedToken)>,
+        normalises: bool,
+        literals: &[Literals],
+        sources: &[String],
+    ) -> Control {
         let mut tokens = Vec::new();
-        for (id, token) in self.inner.get_added_tokens_decoder() {
+        for (id, token) in added {
             if !(self.split_special && token.special) {
                 let normalised = normalises && token.normalized;
                 let raw = !token.normalized && !token.single_word && !self.split_special;
@@ -218,10 +234,10 @@ impl Tokenizer {
             control.merged = control.merges(as_text, |_| true);
         } else {
             // The crate can leave special tokens as text, and no others.
-            self.inner.set_encode_special_tokens(true);
+            self.inner.split_special(true);
             let as_text = |text: &str| self.encode_plain(text).unwrap_or_default();
             control.merged = control.merges(as_text, |token| token.special);
-            self.inner.set_encode_special_tokens(self.split_special);
+            self.inner.split_special(self.split_special);
         }
         control
     }
@@ -329,7 +345,8 @@ impl Tokenizer {
             let message = format!("decode: expected ids in 0..{}", self.vocab_size);
             return Err(Error::Tokenizer(message));
         };
-        guarded("decode", || self.inner.decode(&ids, false))
+        let inner = self.inner.get(self.split_special)?;
+        guarded("decode", || inner.decode(&ids, false))
     }
 
     /// Which added tokens text may spell, where not all.
@@ -390,7 +407,8 @@ impl Tokenizer {
         if text.is_empty() {
             return Ok(Vec::new());
         }
-        guarded("encode", || self.ids_of(&self.inner.encode_fast(text, false)?))
+        let inner = self.inner.get(self.split_special)?;
+        guarded("encode", || self.ids_of(&inner.encode_fast(text, false)?))
     }
 
     /// The ids of an encoding by the crate.
@@ -454,8 +472,8 @@ impl Tokenizer {
         if text.is_empty() {
             return Ok(Vec::new());
         }
-        let offsets =
-            guarded("encode", || Ok(self.inner.encode(text, false)?.get_offsets().to_vec()))?;
+        let inner = self.inner.get(self.split_special)?;
+        let offsets = guarded("encode", || Ok(inner.encode(text, false)?.get_offsets().to_vec()))?;
         // An id of no byte, such as the space that some put before a text, belongs to what comes behind it.
         Ok(offsets.into_iter().map(|(start, end)| start..end.max(start + 1)).collect())
     }
@@ -469,7 +487,8 @@ impl Tokenizer {
         if self.fast.as_ref().is_ok_and(|bpe| bpe.leaves(text)) {
             return Ok(between(ends));
         }
-        let found = guarded("encode", || self.inner.encode(text, false))?;
+        let inner = self.inner.get(self.split_special)?;
+        let found = guarded("encode", || inner.encode(text, false))?;
         if found.get_ids().iter().map(|id| i64::from(*id)).eq(ids.iter().map(|id| i64::from(*id))) {
             return Ok(found.get_offsets().iter().map(|&(a, b)| a..b.max(a + 1)).collect());
         }
@@ -518,8 +537,9 @@ impl Tokenizer {
         if text.is_empty() {
             return Ok((Vec::new(), Vec::new()));
         }
+        let inner = self.inner.get(self.split_special)?;
         guarded("encode", || {
-            let encoding = self.inner.encode(text, false)?;
+            let encoding = inner.encode(text, false)?;
             let mut last = 0;
             let ends = encoding.get_offsets().iter().map(|(_, end)| {
                 last = last.max(*end);

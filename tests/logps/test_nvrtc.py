@@ -1,15 +1,21 @@
 """NVRTC compiles every kernel x dtype x architecture with no GPU, and what comes out is gated.
 
 The options are CuPy's own (``cupy/cuda/compiler.py`` adds all but the first and the last), or the gate would look at
-another kernel than the one that runs.
+another kernel than the one that runs. The machine code is read too, where NVIDIA's disassembler is found: `CEILINGS` is what each
+kernel may take of it, and `make ceilings` measures that table again.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import sass
 
 from dpo_ext.torch.logps import cuda as kernels
 
@@ -37,7 +43,16 @@ def names(file: str) -> list[str]:
     return [kernels.name_expression(k, t) for t in TEMPLATES[file] for k in family]
 
 
-def compile_for(file: str, arch: str, source: str | None = None, only: str = ""):
+class Compiled(NamedTuple):
+    cubin: bytes
+    ptx: str
+    log: str
+    mangled: dict[str, str]
+    """Name of each kernel in the cubin to what it is called here."""
+
+
+@functools.cache
+def compile_for(file: str, arch: str, source: str | None = None, only: str = "") -> Compiled:
     options = (
         *kernels.OPTIONS,
         "-ftz=true",
@@ -54,10 +69,11 @@ def compile_for(file: str, arch: str, source: str | None = None, only: str = "")
     except nvrtc.NVRTCError:
         pytest.fail(f"{arch}: {nvrtc.getProgramLog(program)}")
     # CuPy strips the last byte of a cubin, which belongs to the file.
-    return (
+    return Compiled(
         nvrtc.getCUBIN(program) + b"\0",
         nvrtc.getPTX(program).decode(),
         nvrtc.getProgramLog(program),
+        {nvrtc.getLoweredName(program, name): name for name in names(file) if only in name},
     )
 
 
@@ -70,7 +86,7 @@ def before_loops(body: str) -> str:
 
 def gate(file: str, arch: str, source: str | None = None, only: str = "") -> int:
     """The most registers of any kernel; raises if a gate is not met."""
-    cubin, ptx, log = compile_for(file, arch, source, only)
+    cubin, ptx, log, _ = compile_for(file, arch, source, only)
     expected = [name for name in names(file) if only in name]
     bodies = {entry.split("(")[0].strip(): entry for entry in ptx.split(".entry ")[1:]}
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
@@ -99,10 +115,201 @@ def gate(file: str, arch: str, source: str | None = None, only: str = "") -> int
     return max(registers)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("file", sorted(TEMPLATES))
-def test_every_kernel_compiles_without_spills_with_wide_loads(file, arch):
-    assert gate(file, arch) > 0
+@pytest.fixture(
+    scope="module",
+    params=list(itertools.product(sorted(TEMPLATES), ARCHITECTURES)),
+    ids=lambda param: "-".join(param),
+)
+def built(request):
+    """File and architecture: of one module, so that both tests of a pair follow each other and it is compiled once."""
+    return request.param
+
+
+def test_every_kernel_compiles_without_spills_with_wide_loads(built):
+    assert gate(*built) > 0
+
+
+# ---- the machine code -------------------------------------------------
+
+needs_nvdisasm = pytest.mark.skipif(sass.find_nvdisasm() is None, reason=sass.NO_NVDISASM)
+MEASURED = (13, 0)
+measured_here = pytest.mark.skipif(
+    nvrtc.getVersion() != MEASURED,
+    reason="the ceilings are those of NVRTC {}.{}, this is {}.{}".format(
+        *MEASURED, *nvrtc.getVersion()
+    ),
+)
+# Instructions a column by which a ceiling may be passed: it is rounded, and 8 instructions for 32 columns may come and go.
+SLACK = 0.25
+BUNDLE = 32  # columns that a thread has in flight
+SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
+
+# Of each kernel and architecture, on the main loop's aligned path: instructions a column, special functions (MUFU) a column,
+# - where there is no such loop; then registers, blocks an SM, accesses of local memory. benches/head predicts times from it.
+# By `make ceilings`, under NVRTC `MEASURED`: another one allocates other registers for the same source.
+CEILINGS = """
+kernel                                          | sm_80              | sm_86              | sm_89              | sm_90              | sm_100             | sm_120
+token_stats<float, false, false>                | 8.94 1.03 64 4 0   | 8.94 1.03 64 4 0   | 8.94 1.03 64 4 0   | 8.94 1.03 64 4 0   | 8.41 1.03 67 3 0   | 8.94 1.03 67 3 0
+token_stats_finish<float, false, false>         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 40 6 0         | - - 40 6 0
+token_stats<float, false, true>                 | 14.44 1.03 72 3 0  | 14.34 1.03 72 3 0  | 14.34 1.03 72 3 0  | 14.47 1.03 72 3 0  | 13.69 1.03 75 3 0  | 14.31 1.03 79 3 0
+token_stats_finish<float, false, true>          | - - 55 4 0         | - - 56 4 0         | - - 56 4 0         | - - 56 4 0         | - - 54 4 0         | - - 55 4 0
+token_stats<float, true, false>                 | 26.97 3.03 75 3 0  | 26.97 3.03 75 3 0  | 26.97 3.03 75 3 0  | 27.00 3.03 75 3 0  | 26.47 3.03 79 3 0  | 27.00 3.03 77 3 0
+token_stats_finish<float, true, false>          | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 40 6 0         | - - 40 6 0
+token_stats<float, true, true>                  | 32.31 3.03 80 3 0  | 32.34 3.03 80 3 0  | 32.34 3.03 80 3 0  | 32.81 3.03 80 3 0  | 32.00 3.03 79 3 0  | 32.31 3.03 78 3 0
+token_stats_finish<float, true, true>           | - - 54 4 0         | - - 54 4 0         | - - 54 4 0         | - - 56 4 0         | - - 54 4 0         | - - 55 4 0
+token_stats<__half, false, false>               | 9.44 1.03 64 4 0   | 9.44 1.03 64 4 0   | 9.44 1.03 64 4 0   | 9.41 1.03 64 4 0   | 10.69 1.03 72 3 0  | 11.38 1.03 64 4 0
+token_stats_finish<__half, false, false>        | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 40 6 0         | - - 40 6 0
+token_stats<__half, false, true>                | 14.66 1.03 72 3 0  | 14.62 1.03 72 3 0  | 14.62 1.03 72 3 0  | 14.94 1.03 79 3 0  | 16.19 1.03 78 3 0  | 16.91 1.03 80 3 0
+token_stats_finish<__half, false, true>         | - - 55 4 0         | - - 56 4 0         | - - 56 4 0         | - - 56 4 0         | - - 54 4 0         | - - 55 4 0
+token_stats<__half, true, false>                | 27.47 3.03 75 3 0  | 27.47 3.03 75 3 0  | 27.47 3.03 75 3 0  | 27.50 3.03 79 3 0  | 28.78 3.03 73 3 0  | 29.56 3.03 77 3 0
+token_stats_finish<__half, true, false>         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 40 6 0         | - - 40 6 0
+token_stats<__half, true, true>                 | 33.22 3.03 80 3 0  | 33.12 3.03 80 3 0  | 33.12 3.03 80 3 0  | 32.97 3.03 80 3 0  | 34.19 3.03 76 3 0  | 35.06 3.03 79 3 0
+token_stats_finish<__half, true, true>          | - - 54 4 0         | - - 54 4 0         | - - 54 4 0         | - - 56 4 0         | - - 54 4 0         | - - 55 4 0
+token_stats<__nv_bfloat16, false, false>        | 9.44 1.03 64 4 0   | 9.44 1.03 64 4 0   | 9.44 1.03 64 4 0   | 9.41 1.03 64 4 0   | 10.69 1.03 72 3 0  | 11.59 1.03 64 4 0
+token_stats_finish<__nv_bfloat16, false, false> | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 40 6 0         | - - 40 6 0
+token_stats<__nv_bfloat16, false, true>         | 14.66 1.03 72 3 0  | 14.62 1.03 72 3 0  | 14.62 1.03 72 3 0  | 14.94 1.03 79 3 0  | 16.19 1.03 78 3 0  | 17.09 1.03 80 3 0
+token_stats_finish<__nv_bfloat16, false, true>  | - - 55 4 0         | - - 56 4 0         | - - 56 4 0         | - - 56 4 0         | - - 54 4 0         | - - 55 4 0
+token_stats<__nv_bfloat16, true, false>         | 27.50 3.03 76 3 0  | 27.50 3.03 76 3 0  | 27.50 3.03 76 3 0  | 27.50 3.03 79 3 0  | 28.78 3.03 73 3 0  | 29.50 3.03 76 3 0
+token_stats_finish<__nv_bfloat16, true, false>  | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 38 6 0         | - - 40 6 0         | - - 40 6 0
+token_stats<__nv_bfloat16, true, true>          | 33.22 3.03 80 3 0  | 33.12 3.03 80 3 0  | 33.12 3.03 80 3 0  | 32.97 3.03 80 3 0  | 34.19 3.03 76 3 0  | 35.25 3.03 79 3 0
+token_stats_finish<__nv_bfloat16, true, true>   | - - 54 4 0         | - - 54 4 0         | - - 54 4 0         | - - 56 4 0         | - - 54 4 0         | - - 55 4 0
+grad_rows<float, false>                         | - - 21 8 0         | - - 22 6 0         | - - 22 6 0         | - - 22 8 0         | - - 22 8 0         | - - 22 6 0
+logits_grad<float, false>                       | 9.34 1.00 64 4 0   | 9.53 1.00 55 4 0   | 9.53 1.00 55 4 0   | 9.41 1.00 57 4 0   | 10.84 1.00 48 5 0  | 10.78 1.00 48 5 0
+grad_rows<float, true>                          | - - 21 8 0         | - - 22 6 0         | - - 22 6 0         | - - 22 8 0         | - - 22 8 0         | - - 22 6 0
+logits_grad<float, true>                        | 31.31 3.00 64 4 0  | 31.50 3.00 59 4 0  | 31.50 3.00 59 4 0  | 31.38 3.00 62 4 0  | 32.88 3.00 48 5 0  | 32.75 3.00 48 5 0
+grad_rows<__half, false>                        | - - 21 8 0         | - - 22 6 0         | - - 22 6 0         | - - 22 8 0         | - - 22 8 0         | - - 22 6 0
+logits_grad<__half, false>                      | 12.62 1.00 60 4 13 | 12.94 1.00 40 6 13 | 12.94 1.00 40 6 13 | 12.94 1.00 40 6 13 | 14.75 1.00 38 6 11 | 15.03 1.00 40 6 11
+grad_rows<__half, true>                         | - - 21 8 0         | - - 22 6 0         | - - 22 6 0         | - - 22 8 0         | - - 22 8 0         | - - 22 6 0
+logits_grad<__half, true>                       | 34.44 3.00 56 4 13 | 35.06 3.00 48 5 13 | 35.06 3.00 48 5 13 | 34.84 3.00 48 5 13 | 35.78 3.00 46 5 11 | 36.84 3.00 43 5 11
+grad_rows<__nv_bfloat16, false>                 | - - 21 8 0         | - - 22 6 0         | - - 22 6 0         | - - 22 8 0         | - - 22 8 0         | - - 22 6 0
+logits_grad<__nv_bfloat16, false>               | 12.75 1.00 60 4 13 | 12.88 1.00 40 6 13 | 12.88 1.00 40 6 13 | 12.94 1.00 40 6 13 | 14.75 1.00 32 8 11 | 15.03 1.00 48 5 11
+grad_rows<__nv_bfloat16, true>                  | - - 21 8 0         | - - 22 6 0         | - - 22 6 0         | - - 22 8 0         | - - 22 8 0         | - - 22 6 0
+logits_grad<__nv_bfloat16, true>                | 34.41 3.00 58 4 13 | 35.03 3.00 48 5 13 | 35.03 3.00 48 5 13 | 34.84 3.00 48 5 13 | 35.78 3.00 46 5 11 | 36.81 3.00 51 4 11
+segment_sum                                     | - - 32 8 0         | - - 40 6 0         | - - 40 6 0         | - - 32 8 0         | - - 32 8 0         | - - 40 6 0
+"""
+
+
+class Figures(NamedTuple):
+    """What machine code takes."""
+
+    instructions: float | None
+    special: float | None
+    registers: int
+    blocks: int
+    local: int
+
+    def __str__(self) -> str:
+        loop = ("-" if n is None else f"{n:.2f}" for n in (self.instructions, self.special))
+        return " ".join((*loop, *map(str, self[2:])))
+
+    @classmethod
+    def of(cls, text: str) -> Figures:
+        loop, counts = text.split()[:2], text.split()[2:]
+        return cls(*(None if n == "-" else float(n) for n in loop), *map(int, counts))
+
+    def above(self, ceiling: Figures) -> str:
+        """What is worse than the ceiling; empty where nothing is."""
+        parts = []
+        for what, have, most in zip(
+            ("instructions", "special functions"), self, ceiling, strict=False
+        ):
+            if (have is None) != (most is None) or (have or 0) > (most or 0) + SLACK:
+                parts.append(f"{what} a column")
+        parts += ["registers"] * (self.registers > ceiling.registers)
+        parts += ["blocks an SM"] * (self.blocks < ceiling.blocks)
+        parts += ["accesses of local memory"] * (self.local > ceiling.local)
+        return ", ".join(parts)
+
+
+def ceilings() -> dict[tuple[str, str], Figures]:
+    """The table by kernel and architecture."""
+    head, *rows = (re.split(r"\s*\|\s*", line) for line in CEILINGS.strip().splitlines())
+    return {
+        (name, arch): Figures.of(cell)
+        for name, *cells in rows
+        for arch, cell in zip(head[1:], cells, strict=True)
+    }
+
+
+def measure(file: str, arch: str, source: str | None = None, only: str = "") -> dict[str, Figures]:
+    """The figures of each kernel of a file."""
+    compiled = compile_for(file, arch, source, only)
+    told = {}
+    for entry in compiled.log.split("Compiling entry function '")[1:]:
+        registers = re.search(r"Used (\d+) registers", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        told[entry.split("'")[0]] = int(registers[1]), int(shared[1]) if shared else 0
+    with tempfile.TemporaryDirectory() as folder:
+        code = sass.disassemble(compiled.cubin, Path(folder))
+    found = {}
+    for mangled, name in compiled.mangled.items():
+        registers, shared = told[mangled]
+        blocks = sass.blocks_of(arch, registers, shared, kernels.THREADS)
+        instructions = special = None
+        if name.startswith(("token_stats<", "logits_grad<")):
+            hot = sass.hot_loop(code[mangled], SIZES[re.findall(r"\w+", name)[1]], BUNDLE)
+            assert not hot.turn.narrow, (
+                f"{name}, {arch}: an aligned row is read or written narrowly"
+            )
+            instructions, special = hot.instructions, hot.special
+        local = code[mangled].local
+        found[name] = Figures(instructions, special, registers, blocks, local)
+    return found
+
+
+def gate_code(file: str, arch: str, source: str | None = None, only: str = "") -> None:
+    table = ceilings()
+    for name, figures in measure(file, arch, source, only).items():
+        assert (name, arch) in table, f"{name} has no ceiling for {arch}: `make ceilings`"
+        ceiling = table[name, arch]
+        above = figures.above(ceiling)
+        assert not above, f"{name}, {arch}: found {figures}, at most {ceiling}: {above}"
+
+
+@needs_nvdisasm
+@measured_here
+def test_no_kernel_takes_more_instructions_registers_or_local_memory_than_it_did(built):
+    gate_code(*built)
+
+
+def test_the_table_has_the_kernels_that_there_are():
+    every = {(name, arch) for file in TEMPLATES for name in names(file) for arch in ARCHITECTURES}
+    assert set(ceilings()) == every
+
+
+PLAINEST = next(n for n in names("token_stats.cu") if n.startswith("token_stats<__nv_bfloat16, "))
+
+
+@needs_nvdisasm
+@measured_here
+@pytest.mark.parametrize(
+    ("old", "new", "arch", "said"),
+    [
+        ("exp2f(__fmul_rn(difference", "exp2f(__fmul_rn(__fadd_rn(difference, 1e-3f)", "sm_90", "instructions a column"),
+        ("(THREADS, 3)", "(THREADS, 8)", "sm_90", "accesses of local memory"),
+        ("Part of_tile[MAX_TILES]", "Part of_tile[16 * MAX_TILES]", "sm_86", "blocks an SM"),
+        ("bool aligned = is_aligned(row);", "bool aligned = false;", "sm_90", "no loop loads 32 columns"),
+    ],
+    ids=["an instruction a column", "spills", "shared memory", "narrow loads"],
+)  # fmt: skip
+def test_a_kernel_that_got_worse_is_refused(old, new, arch, said):
+    worse = kernels.source("token_stats.cu").replace(old, new)
+    assert worse != kernels.source("token_stats.cu")
+    with pytest.raises(AssertionError, match=said):
+        gate_code("token_stats.cu", arch, worse, PLAINEST)
+
+
+def test_each_figure_has_its_ceiling():
+    ceiling = Figures.of("9.41 1.03 64 4 0")
+    assert Figures.of(str(ceiling)) == ceiling
+    assert not ceiling.above(ceiling)
+    assert not Figures(9.6, 1.0, 40, 6, 0).above(ceiling)
+    assert Figures(9.7, 1.03, 64, 4, 0).above(ceiling) == "instructions a column"
+    assert Figures(9.41, 2.03, 64, 4, 0).above(ceiling) == "special functions a column"
+    assert Figures(None, 1.03, 64, 4, 0).above(ceiling) == "instructions a column"
+    worse = Figures(9.41, 1.03, 65, 3, 1)
+    assert worse.above(ceiling) == "registers, blocks an SM, accesses of local memory"
+    assert not Figures.of("- - 38 6 0").above(Figures.of("- - 38 6 0"))
 
 
 def test_the_gates_can_fail():
@@ -141,3 +348,29 @@ def test_compile_errors_name_the_file_and_line():
         "\n"
     ) + 1
     assert f"segment_sum.cu({line})" in nvrtc.getProgramLog(program)
+
+
+def table() -> str:
+    """`CEILINGS` as it is measured here."""
+    found = {
+        (name, arch): figures
+        for file in TEMPLATES
+        for arch in ARCHITECTURES
+        for name, figures in measure(file, arch).items()
+    }
+    rows = [["kernel", *ARCHITECTURES]]
+    for file in TEMPLATES:
+        rows += [
+            [name, *(str(found[name, arch]) for arch in ARCHITECTURES)] for name in names(file)
+        ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("MEASURED =", nvrtc.getVersion())
+    print(f'CEILINGS = """\n{table()}\n"""')

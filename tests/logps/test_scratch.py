@@ -1,12 +1,14 @@
 """Memory of chunks of logits: lent again once nobody holds it, and never before."""
 
+import mmap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_ext.torch.logps.ops import HUGE_BYTES
-from dpo_ext.torch.logps.scratch import KEPT, lent
+from dpo_ext.torch import ScoreTable, sequence_logps
+from dpo_ext.torch.logps.scratch import HUGE_BYTES, KEPT, lent
 
 CPU = torch.device("cpu")
 LARGE = (16, HUGE_BYTES // 32)
@@ -69,3 +71,38 @@ def test_threads_never_share():
         thread.join()
     for at in range(0, len(held), 4):
         assert len(set(held[at : at + 4])) == 4
+
+
+def test_a_gradient_takes_the_memory_of_the_last_one_and_leaves_what_is_held():
+    R, V = LARGE
+    logits = torch.randn(R, V, requires_grad=True)
+    table = ScoreTable(
+        logit_rows=torch.arange(R),
+        targets=torch.arange(R, dtype=torch.int32),
+        seq_offsets=torch.arange(0, R + 1, R // 2, dtype=torch.int32),
+    )
+
+    def gradient():
+        (grad,) = torch.autograd.grad(sequence_logps(logits, table).sum(), logits)
+        return grad
+
+    held = gradient()
+    expected = held.clone()
+    place = gradient().data_ptr()
+    assert place != held.data_ptr()
+    again = gradient()
+    assert again.data_ptr() == place
+    assert torch.equal(again, expected)
+    assert torch.equal(held, expected)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system has no MADV_FREE")
+def test_free_memory_is_the_systems_to_take():
+    whole = large().fill_(1.0)
+    del whole
+    lazily = sum(
+        int(line.split()[1])
+        for line in Path("/proc/self/smaps").read_text().splitlines()
+        if line.startswith("LazyFree")
+    )
+    assert lazily >= HUGE_BYTES * 2 // 1024 * 0.9

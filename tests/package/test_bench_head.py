@@ -1,6 +1,5 @@
 """The GPU benchmark of the head, without a GPU: it runs, its bound is what the plans do, peers are not hidden."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -8,28 +7,9 @@ import sys
 
 import pytest
 import torch
-from places import ROOT
+from head_bench import BENCHES, COPY, LLAMA, RATE, importable, main_of_head, tiny
 
-BENCHES = ROOT / "benches"
-LLAMA = (4096, 128_256)
-COPY, RATE = 4300.0, 790.0  # GB/s and TFLOP/s: the planning figures of one H200
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benches():
-    """The scripts import each other by name, as when one of them is run."""
-    sys.path[:0] = folders = [str(BENCHES), str(BENCHES / "head")]
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
-
-
-def main_of_head():
-    """`benches/head/__main__.py` as a module."""
-    spec = importlib.util.spec_from_file_location("main_of_head", BENCHES / "head" / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+benches = pytest.fixture(scope="module", autouse=True)(importable)
 
 
 def both(planned):
@@ -165,13 +145,6 @@ def test_spread_is_median_and_deciles():
 # ---- what it verifies ---------------------------------------------------
 
 
-def tiny(**options):
-    from cases import HeadCase, Model
-
-    model = Model("tiny", 16, 300, options.pop("softcap", None))
-    return HeadCase(model, 64, 0.4, torch.float32, torch.device("cpu"), 16, 24, **options)
-
-
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_oracle_is_autograd_in_float64(softcap):
     case = tiny(softcap=softcap)
@@ -297,7 +270,7 @@ def test_products_are_the_calls_of_the_head_on_its_chunks():
 def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
     import peers
 
-    hidden = ("liger_kernel", "quack", "trl")
+    hidden = ("liger_kernel", "quack", "trl")  # the others ask for a GPU first
     loaded = [name for name in sys.modules if name.split(".")[0] in hidden]
     for name in (*hidden, *loaded):  # another test may have loaded what lies below
         monkeypatch.setitem(sys.modules, name, None)
@@ -309,9 +282,13 @@ def test_a_peer_that_cannot_be_had_is_named_with_its_reason(monkeypatch):
         "Liger fused scaled CE",
         "Liger fused linear DPO",
         "QuACK chunked CE",
+        "CCE",
+        "FlashInfer chunked head",
     ]
     assert list(missing) == names
-    assert all("ModuleNotFoundError" in why for why in missing.values())
+    assert all("ModuleNotFoundError" in missing[name] for name in names[:4])
+    assert "needs a GPU" in missing["CCE"]
+    assert "sm_100" in missing["FlashInfer chunked head"]
 
 
 # ---- the whole run ------------------------------------------------------
@@ -415,8 +392,8 @@ def test_shapes_that_differ_are_refused():
     for got, want in ((1.0, 2.0), (math.nan, 1.0), (1.0, math.nan), (-math.inf, 1.0)):
         with pytest.raises(AssertionError, match="it: found"):
             gpu_shapes.near("it", got, want, 0.5)
-    with pytest.raises(AssertionError, match="it: other values"):
-        gpu_shapes.same("it", torch.zeros(2), torch.ones(2))
+    with pytest.raises(AssertionError, match=r"it: element \[1\]: found 0.0, expected 1.0"):
+        gpu_shapes.same("it", torch.zeros(2), torch.tensor([0.0, 1.0]))
     gpu_shapes.near("it", math.nan, math.nan, 0.0)
 
 

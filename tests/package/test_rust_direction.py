@@ -19,7 +19,7 @@ FLOORS = [
     {"error"},
     {"fork"},
     {"pool"},
-    {"read", "bpe", "layout", "logps"},
+    {"read", "bpe", "layout", "logps", "loss"},
     {"template"},
     {"tokenize"},
     {"pair"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 REQUIREMENT = re.compile(
-    r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?>=(?P<bound>[0-9.]+)(?:,<[0-9.]+)?"
+    r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?>=(?P<bound>[0-9.]+)(?:,<[0-9.]+)?(?:; .*)?"
 )
 ITSELF = re.compile(r"dpo_ext\[[^]]*\]")
 

@@ -6,8 +6,8 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::check::nasty;
-use super::{Bpe, Family, Inside, Keep, PairIds, Refusal, Scratch, not_special};
+use super::check::{check_texts, nasty};
+use super::{Bpe, Excerpt, Family, Inside, Keep, PairIds, Refusal, Scratch, not_special, parse};
 use models::{ADDED, TEXT, both, built, models, shipped, small};
 
 /// Seconds that this thread has had a processor: other tests run beside it.
@@ -392,6 +392,48 @@ fn the_self_check_sees_planted_errors() {
     let mut bos = small(Family::Llama3, false, false);
     bos["post_processor"] = Value::Null;
     Bpe::recognise(&bos.to_string()).unwrap().self_check(&json.parse().unwrap()).unwrap_err();
+}
+
+/// The files as text.
+fn files() -> impl Iterator<Item = String> {
+    let built = Family::ALL.into_iter().flat_map(|family| {
+        [(false, true), (true, false)].map(|(ignore, nfc)| small(family, ignore, nfc).to_string())
+    });
+    built.chain(models::shipped_files().into_iter().map(|(_, json)| json))
+}
+
+#[test]
+fn an_excerpt_of_a_file_gives_the_ids_of_the_whole_one() {
+    for json in files() {
+        let file = parse(&json).unwrap();
+        let ours = file.engine().unwrap();
+        let excerpt = Excerpt::of(&ours);
+        let part = file.oracle(Some(&|token, _| excerpt.may_hold(token))).unwrap();
+        let whole: Tokenizer = json.parse().unwrap();
+        assert_eq!(file.count(), whole.get_vocab_size(true));
+        assert_eq!(part.get_added_tokens_decoder(), whole.get_added_tokens_decoder());
+        let ids = |tokenizer: &Tokenizer, text: &str| {
+            tokenizer.encode_fast(text, true).unwrap().get_ids().to_vec()
+        };
+        for text in check_texts(&ours.sample) {
+            assert_eq!(ids(&part, &text), ids(&whole, &text), "{text:?}");
+        }
+        let (few, all) = (part.get_vocab_size(true), whole.get_vocab_size(true));
+        assert!(all < 10_000 || 2 * few < all, "{few} of {all}");
+    }
+}
+
+#[test]
+fn an_excerpt_shows_merges_that_are_wrong() {
+    for json in files() {
+        let file = parse(&json).unwrap();
+        let excerpt = Excerpt::of(&file.engine().unwrap());
+        let part = file.oracle(Some(&|token, _| excerpt.may_hold(token))).unwrap();
+        let mut value: Value = serde_json::from_str(&json).unwrap();
+        let merges = value["model"]["merges"].as_array_mut().unwrap();
+        merges.reverse();
+        Bpe::recognise(&value.to_string()).unwrap().self_check(&part).unwrap_err();
+    }
 }
 
 #[test]

@@ -126,19 +126,25 @@ pub(super) fn built() -> impl Iterator<Item = (String, Bpe, Tokenizer)> {
 }
 
 /// The files beside the repository, where it has them.
-pub(super) fn shipped() -> Vec<(String, Bpe, Tokenizer)> {
+pub(super) fn shipped_files() -> Vec<(String, String)> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/tokenizers");
-    let mut found = Vec::new();
-    for name in ["gpt2", "neox20b", "qwen2.5"] {
-        if let Ok(json) = std::fs::read_to_string(root.join(name).join("tokenizer.json")) {
-            let (ours, oracle) = both(&json);
-            found.push((name.to_owned(), ours, oracle));
-        }
-    }
+    let read = |name: &str| {
+        let json = std::fs::read_to_string(root.join(name).join("tokenizer.json")).ok()?;
+        Some((name.to_owned(), json))
+    };
+    let found: Vec<_> = ["gpt2", "neox20b", "qwen2.5"].into_iter().filter_map(read).collect();
     if found.is_empty() {
         eprintln!("skipped: no ../shared/tokenizers, so the shipped files are not compared");
     }
     found
+}
+
+pub(super) fn shipped() -> Vec<(String, Bpe, Tokenizer)> {
+    let model = |(name, json): (String, String)| {
+        let (ours, oracle) = both(&json);
+        (name, ours, oracle)
+    };
+    shipped_files().into_iter().map(model).collect()
 }
 
 /// All of them, or in a deep run those whose name holds `DPO_EXT_ONLY`.

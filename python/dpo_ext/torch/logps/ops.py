@@ -12,7 +12,6 @@ here looks at shapes, dtypes and devices alone, so that nothing waits for a devi
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +22,11 @@ from dpo_ext import _core
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.graphs import outside_graphs
 from dpo_ext.torch.logps import cuda as kernels
+from dpo_ext.torch.logps.scratch import lent
 from dpo_ext.torch.numbers import transformed
 
 # What the kernels read. The torch twin (`impl="torch"`) also takes float64.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-HUGE_BYTES = 1 << 24  # from which a gradient asks for huge pages
 
 # What stands for the statistics that nobody asked for: four tensors less to make a call.
 _NO_STATS = tuple(
@@ -243,27 +241,12 @@ def _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transf
     return (_flat(logits), DTYPES[logits.dtype], _shape_of(logits), *table, transform)
 
 
-def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Contiguous memory that holds anything. On the CPU the first touch of its pages costs more
-    than computing a gradient, so large ones ask for huge pages."""
-    size = math.prod(shape) * dtype.itemsize
-    plain = device.type != "cpu" or size < HUGE_BYTES or torch.compiler.is_compiling()
-    if not plain and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=dtype).view(shape)
-        except OSError:
-            pass  # a kernel without huge pages, or too little memory: torch's allocator answers
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def _logits_grad_cpu(
     logits, logit_rows, targets, row_max, row_rest, grad, logit_scale, softcap, temperature
 ):
     transform = (logit_scale, softcap, temperature)
     arguments = _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform)
-    out = fresh(logits.shape, logits.dtype, logits.device)
+    out = lent(logits.shape, logits.dtype, logits.device)
     _core.logits_grad(*arguments, _flat(out), torch.get_num_threads())
     return out
 

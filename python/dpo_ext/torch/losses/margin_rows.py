@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpo_ext import _core
 from dpo_ext.torch.losses.forms import (
     Number,
     ds,
@@ -57,6 +58,7 @@ ROWS: dict[str, LossRow] = {}
     "2305.18290, eq. 7",
     needs="reference",
     shape="only_margin falls_in_chosen rises_in_rejected convex",
+    on_cpu=_core.dpo_loss,
     beta=positive(0.1),
 )
 def dpo(x, beta):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_ext.torch.logps.ops import called_plainly
 from dpo_ext.torch.losses.forms import Number, Symbols, over
 from dpo_ext.torch.losses.ranks import Gathered
 from dpo_ext.torch.losses.row import LossRow
@@ -39,6 +40,9 @@ class Pairs(NamedTuple):
         """Loss of each pair, and what it is differentiated by: ``dL/dc, dL/dr`` side by side (N, 2)
         and those of the parameters that ask for it. No graph.
         """
+        made = self._in_one_pass(logps, bound)
+        if made is not None:
+            return made[1], made[2:]
         row, params = bound
         if self.whole is not None:
             whole = self.whole
@@ -54,6 +58,30 @@ class Pairs(NamedTuple):
             return per_pair, (slopes,)
         asked = [n for n in row.differentiable if isinstance(params[n], Tensor)]
         return per_pair, (slopes, *(others[0][name] for name in asked))
+
+    def mean(self, logps: Tensor, bound: Bound) -> tuple[Tensor, ...]:
+        """The batch loss before what `evaluate` gives."""
+        made = None if self.weight is not None else self._in_one_pass(logps, bound)
+        if made is not None:
+            total, *others = made
+        else:
+            per_pair, slopes = self.evaluate(logps, bound)
+            total, others = weighted_sum(per_pair, self.weight), [per_pair, *slopes]
+        return over(total, self.divisor), *others
+
+    def _in_one_pass(self, logps: Tensor, bound: Bound) -> tuple[Tensor, ...] | None:
+        """Sum, loss of each pair and slopes by one call, where a row has one and can be given it:
+        numbers of the CPU that nobody watches.
+        """
+        row, params = bound
+        if row.on_cpu is None or self.ref_logps is None or not called_plainly(logps):
+            return None
+        if type(self.ref_logps) is not Tensor or any(
+            isinstance(value, Tensor) for value in params.values()
+        ):
+            return None
+        arrays = (logps.detach().contiguous().numpy(), self.ref_logps.contiguous().numpy())
+        return tuple(torch.from_numpy(a) for a in row.on_cpu(*arrays, **params))
 
 
 class PairLoss(torch.autograd.Function):
@@ -78,8 +106,7 @@ class PairLoss(torch.autograd.Function):
                 for name, value in bound.params.items()
             }
             bound = Bound(bound.row, params)
-        per_pair, slopes = pairs.evaluate(logps, bound)
-        return over(weighted_sum(per_pair, pairs.weight), pairs.divisor), per_pair, *slopes
+        return pairs.mean(logps, bound)
 
     @staticmethod
     def setup_context(

@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_ext import _core
 from dpo_ext.errors import TensorError
+from dpo_ext.torch.logps.ops import called_plainly
 from dpo_ext.torch.losses.forms import Number, over, times
 from dpo_ext.torch.losses.ranks import check_parts, sum_over
+
+METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected",
+)  # fmt: skip
+"""Of a `PreferenceLoss`: TRL's keys."""
 
 
 class PreferenceLoss:
@@ -82,13 +90,20 @@ class PreferenceLoss:
 
     @property
     def metrics(self) -> dict[str, Tensor]:
+        return dict(zip(METRICS, self._means().unbind(), strict=True))
+
+    def _means(self) -> Tensor:
+        """(6,), in the order of `METRICS`."""
+        logps, ref_logps = self._logps, self._ref_logps
+        scale = 1.0 if self.scale is None else self.scale
+        plain = ref_logps is None or type(ref_logps) is Tensor
+        if plain and not isinstance(scale, Tensor) and called_plainly(logps):
+            beside = None if ref_logps is None else ref_logps.contiguous().numpy()
+            return torch.from_numpy(_core.pair_means(logps.contiguous().numpy(), beside, scale))
         chosen, rejected = self._rewards()
-        logps = self._logps
         above = (chosen > rejected).to(logps.dtype)
         columns = torch.stack((chosen, rejected, above, chosen - rejected, *logps.unbind(1)))
-        means = over(columns.sum(1), float(max(logps.shape[0], 1))).unbind()
-        keys = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-        return dict(zip((*keys, "logps/chosen", "logps/rejected"), means, strict=True))
+        return over(columns.sum(1), float(max(logps.shape[0], 1)))
 
     def _rewards(self) -> tuple[Tensor, Tensor]:
         ratios = self._logps

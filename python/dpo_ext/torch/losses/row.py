@@ -58,6 +58,8 @@ class LossRow:
         differentiable: parameters through which the gradient also flows when they are tensors that
             ask for it.
         autograd: a user's function of ``(logps, ref_logps)``, differentiated by autograd.
+        on_cpu: the formula in one pass over arrays (N, 2): ``(logps, ref_logps, **parameters)``,
+            numbers all, to the sum of L, L and its two derivatives side by side.
     """
 
     name: str
@@ -76,6 +78,7 @@ class LossRow:
     convex: bool = False
     differentiable: tuple[str, ...] = ()
     autograd: bool = False
+    on_cpu: Callable[..., Any] | None = None
 
 
 def finite(default: float | None = None) -> Parameter:
@@ -171,6 +174,7 @@ def u_row(
     needs: str = "",
     shape: str = "",
     differentiable: tuple[str, ...] = (),
+    on_cpu: Formula | None = None,
     **parameters: Parameter,
 ) -> Callable[[Formula], Formula]:
     """A row ``L = sp(-v) + label_smoothing*v``, ``v = u - margin``, from a formula of ``u, du/dc,
@@ -193,7 +197,9 @@ def u_row(
             return loss, slope * -uc, slope * -ur, {k: slope * -du for k, du in others[0].items()}
 
         all_parameters = {**parameters, "margin": MARGIN, "label_smoothing": SMOOTHING}
-        more = {"parameters": all_parameters, "differentiable": differentiable}
+        more = {
+            "parameters": all_parameters, "differentiable": differentiable, "on_cpu": on_cpu
+        }  # fmt: skip
         add(u_formula, formula, more)
         return u_formula
 
