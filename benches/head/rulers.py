@@ -106,7 +106,7 @@ def other_bytes(
 
     Rows of hidden states read and written by each gather, float32 dX to the hidden dtype and to its
     rows, zeros of the rows that are not scored, float32 dW rounded to the weight's dtype, and what
-    was made before its factor was known multiplied by it.
+    was made before its factor was known multiplied by it: dW of half width while it is rounded.
     """
     gathers = {"no gradient": 1, "frozen": 1, "pairwise": 1, "recompute": 2}[plan]
     total = gathers * 2 * tokens * hidden * itemsize
@@ -115,7 +115,7 @@ def other_bytes(
     total += tokens * hidden * (4 + itemsize) + (rows - tokens) * hidden * itemsize
     if plan in ("frozen", "pairwise"):  # kept unscaled, then scaled and put in place
         total += 2 * 2 * tokens * hidden * itemsize
-    if plan == "pairwise":
+    if plan == "pairwise" and itemsize == 4:
         total += 2 * 4 * vocabulary * hidden
     if plan != "frozen" and itemsize < 4:
         total += vocabulary * hidden * (4 + itemsize)
