@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_launches_carry_shapes_widths_and_the_current_stream(recorder):
     assert [(k, t, g, b) for k, t, g, b, *_ in recorder.launches] == [
         ("token_stats", ("float", "PLAIN", "false"), (300, 1), (256,)),
         ("grad_rows", ("float", "PLAIN"), (2, 1), (256,)),
-        ("logits_grad", ("float", "PLAIN"), (300, 1), (256,)),
+        ("logits_grad", ("float", "PLAIN"), (300, 5), (256,)),
         ("segment_sum", (), (2, 1), (256,)),
     ]
     for kernel, _, _, _, arguments, stream in recorder.launches:
@@ -132,27 +133,42 @@ def test_a_kernel_is_looked_up_once_a_device(recorder):
 
 
 @pytest.mark.fault("K13")
-def test_few_rows_are_split_by_the_vocabulary_alone(recorder):
-    for tokens in (1, 263, 264):
+def test_rows_are_split_by_the_vocabulary_alone_where_that_keeps_more_blocks_busy(recorder):
+    # 132 multiprocessors hold 396 blocks of a fold with statistics and 528 of a gradient
+    for tokens, tiles, pieces in ((1, 2, 5), (264, 1, 2), (396, 1, 4), (450, 2, 1), (528, 2, 1)):
         recorder.launches.clear()
         logits, rows, targets, grad = table(tokens, 40_000)
         kernels.token_stats(logits, rows, targets, *PLAIN, True)
-        names = [(kernel, grid) for kernel, _, grid, *_ in recorder.launches]
-        if tokens < 264:
-            assert names == [
-                ("token_stats", (tokens, 2)),
-                ("token_stats_finish", (-(-tokens // 256), 1)),
-            ]
-        else:
-            assert names == [("token_stats", (264, 1))]
         kernels.logits_grad(logits, rows, targets, grad, grad, grad, *PLAIN, logits)
-        assert recorder.launches[-1][2] == (tokens, 5 if tokens < 264 else 1)
+        finish = [("token_stats_finish", (-(-tokens // 256), 1))] if tiles == 2 else []
+        assert [(kernel, grid) for kernel, _, grid, *_ in recorder.launches] == [
+            ("token_stats", (tokens, tiles)),
+            *finish,
+            ("grad_rows", (-(-tokens // 256), 1)),
+            ("logits_grad", (tokens, pieces)),
+        ]
     for columns in (1, 32_768, 32_769, 2_097_152, 2_097_153, 2**31 - 1):
         each, number = kernels.tiles(columns)
         # column j stays with thread (j / W) mod 256 in every tile, for a W of 4 and of 8
         assert each % (8 * kernels.THREADS) == 0
         assert 1 <= number <= kernels.MAX_TILES
         assert (number - 1) * each < columns <= number * each
+
+
+@pytest.mark.parametrize("processors", [108, 132, 148])
+@pytest.mark.parametrize("blocks", [3, 4])
+def test_the_last_wave_is_full_where_a_row_can_be_cut(processors, blocks):
+    slots = processors * blocks
+
+    def busy(rows, pieces):
+        return rows * pieces / (math.ceil(rows * pieces / slots) * slots)
+
+    for rows in range(300, 16_385):
+        folds = kernels.cut(rows, (1, kernels.tiles(128_256).number), slots)
+        assert busy(rows, folds) >= max(busy(rows, 1), busy(rows, 4)) / 1.1
+        gradients = kernels.cut(rows, range(1, 17), slots)
+        assert busy(rows, gradients) >= 0.82
+    assert kernels.cut(slots, (1, 4), slots) == kernels.cut(10 * slots, range(1, 17), slots) == 1
 
 
 @pytest.mark.fault("K2")

@@ -16,8 +16,8 @@ from dpo_ext.torch import (
     pairwise,
     preference_loss,
 )
-from dpo_ext.torch.logps import linear, products
-from dpo_ext.torch.logps.head import SCRATCH_BYTES, Head, HeadOptions, Linear
+from dpo_ext.torch.logps import head, linear, products
+from dpo_ext.torch.logps.head import SCRATCH_BYTES, Head, HeadOptions, Linear, row_width
 from dpo_ext.torch.logps.scores import Transform
 
 
@@ -53,6 +53,43 @@ def test_products_and_memory_are_those_of_the_plan(plan, forward, backward):
         with off(), Watch() as watch:
             linear_sequence_logps(hidden, weight.detach(), table, plan=plan, chunk_rows=C)
         assert watch.products == R // C
+
+
+def test_rows_of_scratch_begin_at_whole_lines_on_a_gpu_alone():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [row_width(V, gpu) for V in (1, 64, 50_257, 128_256)] == [64, 64, 50_304, 128_256]
+    assert row_width(50_257, cpu) == 50_257
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [3, None])
+def test_scratch_with_gaps_between_its_rows_gives_the_same_bits(monkeypatch, dtype, chunk_rows):
+    R, H, V = 8, 16, 101
+    table = ScoreTable(
+        logit_rows=torch.arange(R),
+        targets=torch.randint(0, V, (R,), dtype=torch.int32),
+        seq_offsets=torch.tensor([0, 3, R], dtype=torch.int32),
+    )
+    ref = torch.zeros(1, 2)
+    x, w = torch.randn(R, H).to(dtype), torch.randn(V, H).to(dtype)
+
+    def gradients(plan):
+        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_(plan != "frozen")
+        if plan == "pairwise":
+            how = {"plan": plan, "chunk_rows": chunk_rows}
+            linear_preference_loss(hidden, weight, table, ref, **how).loss.backward()
+        else:
+            linear_sequence_logps(
+                hidden, weight, table, plan=plan, chunk_rows=chunk_rows
+            ).sum().backward()
+        return [t.grad for t in (hidden, weight) if t.grad is not None]
+
+    plans = ("frozen", "recompute", "pairwise")
+    dense = [gradients(plan) for plan in plans]
+    monkeypatch.setattr(head, "row_width", lambda vocabulary, device: -(-vocabulary // 64) * 64)
+    for plan, expected in zip(plans, dense, strict=True):
+        for found, other in zip(gradients(plan), expected, strict=True):
+            assert torch.equal(found, other)
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 5, None])

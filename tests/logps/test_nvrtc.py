@@ -295,6 +295,15 @@ def test_the_table_has_the_kernels_that_there_are():
     assert set(ceilings()) == every
 
 
+def test_the_launch_layer_knows_how_many_blocks_there_are():
+    for (name, arch), figures in ceilings().items():
+        kernel, _, inside = name.partition("<")
+        if kernel in ("token_stats", "logits_grad"):
+            template = inside.rstrip(">").split(", ")
+            known = kernels.blocks_at_once(kernel, template[1], template[-1] == "true")
+            assert figures.blocks == known, (name, arch)
+
+
 PLAINEST = next(n for n in names("token_stats.cu") if n.startswith("token_stats<__nv_bfloat16, "))
 
 

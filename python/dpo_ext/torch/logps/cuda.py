@@ -11,6 +11,7 @@ Shapes: R rows of V logits, M tokens, S sequences. Callers have checked shapes, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,6 +202,32 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def blocks_at_once(kernel: str, how: str, stats: bool = False) -> int:
+    """Blocks that a multiprocessor holds: what registers leave room for, as the tests hold it."""
+    return 3 if kernel == "token_stats" and (stats or how == "CAPPED") else 4
+
+
+def cut(rows: int, choices: Iterable[int], slots: int) -> int:
+    """Into how many blocks to cut each row, so that the device is busy.
+
+    A wave of blocks fills all slots, and the last one takes as long as a full one however few it
+    has. The first of the choices, unless a later one keeps a tenth more of the slots at work.
+
+    >>> cut(400, (1, 4), 528), cut(600, (1, 4), 528), cut(4096, (1, 4), 528)
+    (1, 4, 1)
+    """
+
+    def busy(pieces: int) -> float:
+        blocks = rows * pieces
+        return blocks / (-(-blocks // slots) * slots)
+
+    best, *others = choices
+    for pieces in others:
+        if busy(pieces) > 1.1 * busy(best):
+            best = pieces
+    return best
+
+
 class Tiles(NamedTuple):
     """How a row is cut, by V alone: ``number`` tiles of ``columns`` columns."""
 
@@ -246,7 +273,7 @@ def token_stats(
     temperature: float,
     stats: bool,
 ) -> tuple[Tensor, ...]:
-    """``dpo_ext::token_stats``: one block a row, or one a tile where the rows are few."""
+    """``dpo_ext::token_stats``: one block a row, or one a tile where that keeps more busy."""
     tokens, (rows, columns) = logit_rows.shape[0], logits.shape
     three = [logits.new_empty(tokens, dtype=torch.float32) for _ in range(3)]
     kept = tokens if stats else 0
@@ -257,27 +284,28 @@ def token_stats(
     _check_grid("logit_rows", tokens)
     how, scale, cap = transform_arguments(logit_scale, softcap, temperature)
     template = (TYPES[logits.dtype], how, _bool(stats))
-    cut = tiles(columns)
+    tile = tiles(columns)
     device, stride = logits.device, _stride(logits)
     table = (logit_rows.contiguous(), targets.contiguous())
-    few = cut.number > 1 and tokens < 2 * processors(device)
+    slots = processors(device) * blocks_at_once("token_stats", how, stats)
+    pieces = cut(tokens, (1, tile.number), slots)
     parts = (
-        logits.new_empty(tokens * cut.number * PART_FLOATS, dtype=torch.float32) if few else None
+        logits.new_empty(tokens * pieces * PART_FLOATS, dtype=torch.float32) if pieces > 1 else None
     )
     first = (logits, *table, *out, parts)
     launch(
         "token_stats",
         template,
-        (tokens, cut.number if few else 1),
-        (*first, rows, stride, columns, cut.columns, cut.number, scale, cap),
+        (tokens, pieces),
+        (*first, rows, stride, columns, tile.columns, tile.number, scale, cap),
         device,
     )
-    if few:
+    if pieces > 1:
         launch(
             "token_stats_finish",
             template,
             (-(-tokens // THREADS), 1),
-            (*first, tokens, rows, stride, columns, cut.number, scale, cap),
+            (*first, tokens, rows, stride, columns, tile.number, scale, cap),
             device,
         )
     return out
@@ -310,8 +338,10 @@ def logits_grad(
         saved = (t.contiguous() for t in (logit_rows, targets, row_max, row_rest, grad))
         arguments = (logits, *saved, table, tokens, rows, stride, columns, scale, cap)
         launch("grad_rows", template, (-(-tokens // THREADS), 1), arguments, device)
-    # Where rows are few, each is cut into pieces of 8192 columns or more.
-    pieces = min(64, -(-columns // 8192)) if rows < 2 * processors(device) else 1
+    # Pieces of 8192 columns or more.
+    most = min(64, -(-columns // 8192))
+    slots = processors(device) * blocks_at_once("logits_grad", how)
+    pieces = cut(rows, range(1, most + 1), slots)
     piece = -(-columns // (8 * pieces)) * 8
     launch(
         "logits_grad",

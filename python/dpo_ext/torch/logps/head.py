@@ -119,6 +119,16 @@ def check_chunk_rows(chunk_rows: int | None, row_bytes: int, budget: int) -> int
     return rows
 
 
+def row_width(vocabulary: int, device: torch.device) -> int:
+    """Elements from one row of scratch to the next: on a GPU a multiple of 64, so that every row of
+    an odd vocabulary (GPT-2: 50,257) begins where 16 bytes can be loaded, by us and by cuBLAS. A
+    compiled graph takes no ``out=`` with gaps between its rows.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return vocabulary
+    return -(-vocabulary // 64) * 64
+
+
 class Head(NamedTuple):
     """How one call computes: what does not change from chunk to chunk."""
 
@@ -158,8 +168,10 @@ class Head(NamedTuple):
 
     def scratch(self, weight: Tensor, tokens: int) -> Tensor:
         """(C, V) that every chunk's logits are written into."""
-        rows = min(self.chunk_rows, tokens)
-        return lent((rows, weight.shape[0]), self.dtype, weight.device)
+        rows, V = min(self.chunk_rows, tokens), weight.shape[0]
+        width = row_width(V, weight.device)
+        whole = lent((rows, width), self.dtype, weight.device)
+        return whole if width == V else whole[:, :V]
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
         return logits_into(part(scratch, slice(0, x.shape[0])), x, weight, bias)
