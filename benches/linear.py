@@ -33,6 +33,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from logps import commit, device
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
@@ -269,19 +270,6 @@ def gate() -> int:
                 lost += 1
                 print(f"LOST {named}: {name} {loss}", flush=True)
     return lost
-
-
-def device() -> str:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    named = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-    known = ("avx512_bf16", "amx_bf16", "avx512f", "avx2")
-    flags = [flag for flag in known if f" {flag}" in info]
-    return f"{(named or ['unknown CPU'])[0]} ({' '.join(flags)}), {os.cpu_count()} CPUs"
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def rows_of(found: dict, arguments: argparse.Namespace) -> list[str]:

@@ -11,6 +11,7 @@ mod spelling;
 mod warm;
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::ops::Range;
 
 use once_cell::race::OnceBox;
@@ -84,11 +85,10 @@ impl Tokenizer {
             let beyond = guarded("tokenizer.json", || prepare(&mut inner, &source.added))?;
             Ok::<_, Error>((inner, beyond))
         };
-        let wanted = |token: &str, id: u32| {
-            source.ids.contains(&Some(id))
-                || source.named.iter().any(|(_, named)| named == token)
-                || source.added.iter().any(|added| added.content == token)
-        };
+        let named = source.named.iter().map(|(_, token)| token.as_str());
+        let names: HashSet<&str> =
+            named.chain(source.added.iter().map(|added| added.content.as_str())).collect();
+        let wanted = |token: &str, id: u32| source.ids.contains(&Some(id)) || names.contains(token);
         let mut ours = None;
         if let Ok((bpe, part, count)) = excerpt(&source.json, wanted) {
             let (part, beyond) = with_added(part)?;
