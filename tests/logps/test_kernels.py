@@ -15,6 +15,7 @@ import torch
 from cuda_host.emulator import Emulator
 
 from dpo_ext import KernelCompileError, KernelUnavailable, TensorError
+from dpo_ext.torch import warm_up
 from dpo_ext.torch.logps import cuda as kernels
 
 KEYS = ["Math", "Shapes", "Launch", "Traffic", "Numerics", "Source"]
@@ -130,6 +131,42 @@ def test_a_kernel_is_looked_up_once_a_device(recorder):
     kernels.launch("segment_sum", (), (1, 1), (0, 0, 0, 0, 0), torch.device("cuda", 1))
     kernels.launch("segment_sum", (), (1, 1), (0, 0, 0, 0, 0), torch.device("cuda", 0))
     assert recorder.looked_up == ["token_stats", "segment_sum", "segment_sum"]
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_warm_up_loads_what_the_calls_launch(recorder, monkeypatch, stats, softcap):
+    monkeypatch.setattr(kernels, "require", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where CPU tensors are
+    logits, rows, targets, grad = table(3, 40_000)
+    how = (1.0, softcap or 0.0, 1.0)
+    warm_up(torch.float32, stats=stats, softcap=softcap)
+    loaded = list(recorder.looked_up)
+    assert sorted(loaded) == sorted(kernels.FILES)
+    kernels.token_stats(logits, rows, targets, *how, stats)
+    kernels.logits_grad(logits, rows, targets, grad, grad, grad, *how, logits)
+    kernels.segment_sum(grad, None, torch.tensor([0, 3], dtype=torch.int32))
+    assert len(recorder.launches) == 5
+    assert recorder.looked_up == loaded
+
+
+def test_warm_up_refuses_what_has_no_kernels():
+    with pytest.raises(TensorError, match="`dtype` must be one of float32, bfloat16, float16"):
+        warm_up(torch.float64)
+    with pytest.raises(ValueError, match="`device` must be a CUDA device, found cpu"):
+        warm_up(torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="`softcap` must be finite and above 0"):
+        warm_up(torch.float32, softcap=-1.0)
+    if not torch.cuda.is_available():
+        with pytest.raises(KernelUnavailable, match="no CUDA device"):
+            warm_up(torch.float32)
+
+
+def test_a_kernel_that_is_first_asked_for_inside_a_capture_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "require", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(KernelUnavailable, match=r"segment_sum was not loaded(.|\n)*warm_up"):
+        kernels._function("segment_sum", ())
 
 
 @pytest.mark.fault("K13")

@@ -12,7 +12,7 @@ from dpo_ext.torch.interface import use_segment_attention
 from dpo_ext.torch.loader import PairLoader
 from dpo_ext.torch.logps.kl import linear_token_kl, token_kl
 from dpo_ext.torch.logps.linear import linear_sequence_logps, linear_token_scores
-from dpo_ext.torch.logps.logits import sequence_logps, token_scores
+from dpo_ext.torch.logps.logits import sequence_logps, token_scores, warm_up
 from dpo_ext.torch.logps.lowrank import LowRank
 from dpo_ext.torch.logps.scores import TokenScores
 from dpo_ext.torch.losses.lists import list_loss
@@ -54,5 +54,6 @@ __all__ = [
     "token_scores",
     "unpaired_loss",
     "use_segment_attention",
+    "warm_up",
     "wpo_averages",
 ]

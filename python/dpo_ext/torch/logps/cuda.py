@@ -133,6 +133,11 @@ def _module(file: str, expressions: tuple[str, ...]) -> Any:
 def _function(kernel: str, template: tuple[str, ...]) -> Any:
     """The kernel for the current device: compiled, or loaded from CuPy's cache, at first use."""
     cupy = require()
+    if torch.cuda.is_current_stream_capturing():  # a module cannot be loaded inside a capture
+        raise KernelUnavailable(
+            f"{name_expression(kernel, template)} was not loaded before this CUDA graph was begun"
+            "\nhint: call dpo_ext.torch.warm_up(dtype, ...) or run one step before the capture"
+        )
     family = [name for name, file in FILES.items() if file == FILES[kernel]]
     # The kernels of one file share their last template arguments; `grad_rows` and `logits_grad`,
     # `token_stats` and `token_stats_finish` always run together.
@@ -170,6 +175,16 @@ def _on_device(kernel: str, template: tuple[str, ...], index: int | None) -> Any
     """The kernel of device ``index``, the current one: found once, since looking costs more than
     launching."""
     return _function(kernel, template)
+
+
+def load(dtype: torch.dtype, how: str, stats: bool, device: torch.device) -> None:
+    """All that scoring logits of one kind launches, ready on ``device``."""
+    with torch.cuda.device(device):
+        for kernel in FILES:
+            template = (TYPES[dtype], how) if kernel != "segment_sum" else ()
+            if kernel.startswith("token_stats"):
+                template = (*template, _bool(stats))
+            _on_device(kernel, template, device.index)
 
 
 def launch(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_ext.errors import TensorError, describe
 from dpo_ext.layout.table import ScoreTable
-from dpo_ext.torch.logps import ops, twin
+from dpo_ext.torch.logps import cuda, ops, twin
 from dpo_ext.torch.logps.scores import (
     Impl,
     TokenScores,
@@ -147,6 +147,50 @@ def token_scores(
     check_is_table(table)
     rows, kernels = _rows(logits, table, impl, inplace_grad)
     return only(_score(rows, table, _Call(how, bool(names), inplace_grad, kernels)), names)
+
+
+def warm_up(
+    dtype: torch.dtype,
+    *,
+    stats: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    device: torch.device | int | str = "cuda",
+) -> None:
+    """Compiles and loads the CUDA kernels that scoring logits of this kind launches.
+
+    Otherwise the first call does, which takes seconds where CuPy has no compiled kernel in its
+    cache, and cannot be captured: `torch.cuda.graph` allows no module to be loaded inside it. The
+    kernels are those of given logits and of the linear heads, forward and backward.
+
+    Args:
+        dtype: of the logits: float32, bfloat16 or float16.
+        stats: whether statistics are asked for (`token_scores`); kernels with and without them are
+            two.
+        temperature, softcap, logit_scale: as in the calls that follow; only whether there is a
+            factor and a cap matters.
+        device: a CUDA device; by default the current one.
+
+    Raises:
+        KernelUnavailable: without CuPy, a device or a compiler of kernels.
+        TensorError: ``dtype`` has no kernels. ValueError: ``device`` is no CUDA device, or a scalar
+            is out of its range.
+
+    >>> if torch.cuda.is_available():
+    ...     warm_up(torch.bfloat16, softcap=30.0)
+    """
+    how = Transform.of(logit_scale, softcap, temperature)
+    if dtype not in ops.DTYPES:
+        names = ", ".join(ops.DTYPES.values())
+        raise TensorError(f"`dtype` must be one of {names}, found {describe(dtype)}")
+    where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if where.type != "cuda":
+        raise ValueError(f"`device` must be a CUDA device, found {where}")
+    cuda.require()
+    if where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    cuda.load(dtype, cuda.transform_arguments(*how)[0], stats, where)
 
 
 class _Call(NamedTuple):
