@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_ext.torch import preference_loss
 from dpo_ext.torch.losses import registry
@@ -130,6 +131,35 @@ def test_what_the_call_cannot_be_given_goes_to_the_formula(without_formula):
     for given in ((logps.as_subclass(Watched), ref), (logps, ref.as_subclass(Watched))):
         with pytest.raises(AssertionError, match="the formula was asked"):
             preference_loss(*given)
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whoever_watches_the_call_sees_the_same_bits(dtype, without_formula):
+    logps, ref = drawn(dtype)
+    alone = computed(logps, ref)[:3]
+    with Watching() as watching:
+        watched = computed(logps, ref)[:3]
+    assert "dpo_ext.dpo_loss.default" in watching.seen
+    with torch.profiler.profile() as profile:
+        profiled = computed(logps, ref)[:3]
+    assert "dpo_ext::dpo_loss" in {event.name for event in profile.events()}
+    for found in (watched, profiled):
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_the_operator_keeps_what_it_promises():
+    logps, ref = drawn(torch.float32)
+    torch.library.opcheck(torch.ops.dpo_ext.dpo_loss.default, (logps, ref, 0.1, 0.0, 0.0))
 
 
 def test_memory_with_gaps_is_read_in_its_order(without_formula):

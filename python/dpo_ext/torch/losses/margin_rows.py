@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_ext import _core
 from dpo_ext.torch.losses.forms import (
     Number,
     ds,
@@ -29,6 +28,7 @@ from dpo_ext.torch.losses.forms import (
     scaled_exp,
     sp,
 )
+from dpo_ext.torch.losses.one_pass import dpo_loss
 from dpo_ext.torch.losses.row import (
     MARGIN,
     SMOOTHING,
@@ -58,7 +58,7 @@ ROWS: dict[str, LossRow] = {}
     "2305.18290, eq. 7",
     needs="reference",
     shape="only_margin falls_in_chosen rises_in_rejected convex",
-    on_cpu=_core.dpo_loss,
+    on_cpu=dpo_loss,
     beta=positive(0.1),
 )
 def dpo(x, beta):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_ext.torch.logps.ops import called_plainly
 from dpo_ext.torch.losses.forms import Number, Symbols, over
 from dpo_ext.torch.losses.ranks import Gathered
 from dpo_ext.torch.losses.row import LossRow
+from dpo_ext.torch.numbers import transformed
 from dpo_ext.torch.once import differentiable_once, node
 
 ONCE = (
@@ -71,17 +71,17 @@ class Pairs(NamedTuple):
 
     def _in_one_pass(self, logps: Tensor, bound: Bound) -> tuple[Tensor, ...] | None:
         """Sum, loss of each pair and slopes by one call, where a row has one and can be given it:
-        numbers of the CPU that nobody watches.
+        tensors of the CPU and numbers.
         """
         row, params = bound
-        if row.on_cpu is None or self.ref_logps is None or not called_plainly(logps):
+        if row.on_cpu is None or torch.compiler.is_compiling() or transformed():
             return None
-        if type(self.ref_logps) is not Tensor or any(
-            isinstance(value, Tensor) for value in params.values()
-        ):
+        tensors = (logps, self.ref_logps)
+        if any(type(t) is not Tensor or t.device.type != "cpu" for t in tensors):
             return None
-        arrays = (logps.detach().contiguous().numpy(), self.ref_logps.contiguous().numpy())
-        return tuple(torch.from_numpy(a) for a in row.on_cpu(*arrays, **params))
+        if any(isinstance(value, Tensor) for value in params.values()):
+            return None
+        return row.on_cpu(*tensors, **params)
 
 
 class PairLoss(torch.autograd.Function):

@@ -58,8 +58,8 @@ class LossRow:
         differentiable: parameters through which the gradient also flows when they are tensors that
             ask for it.
         autograd: a user's function of ``(logps, ref_logps)``, differentiated by autograd.
-        on_cpu: the formula in one pass over arrays (N, 2): ``(logps, ref_logps, **parameters)``,
-            numbers all, to the sum of L, L and its two derivatives side by side.
+        on_cpu: the formula in one pass over tensors (N, 2) of the CPU: ``(logps, ref_logps,
+            **parameters)``, numbers all, to the sum of L, L and its two derivatives side by side.
     """
 
     name: str
