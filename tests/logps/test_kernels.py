@@ -164,6 +164,7 @@ def test_warm_up_refuses_what_has_no_kernels():
 
 def test_a_kernel_that_is_first_asked_for_inside_a_capture_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "require", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(KernelUnavailable, match=r"segment_sum was not loaded(.|\n)*warm_up"):
         kernels._function("segment_sum", ())

@@ -133,7 +133,8 @@ def _module(file: str, expressions: tuple[str, ...]) -> Any:
 def _function(kernel: str, template: tuple[str, ...]) -> Any:
     """The kernel for the current device: compiled, or loaded from CuPy's cache, at first use."""
     cupy = require()
-    if torch.cuda.is_current_stream_capturing():  # a module cannot be loaded inside a capture
+    # A module cannot be loaded inside a capture, and who asks without a driver gets an error.
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise KernelUnavailable(
             f"{name_expression(kernel, template)} was not loaded before this CUDA graph was begun"
             "\nhint: call dpo_ext.torch.warm_up(dtype, ...) or run one step before the capture"
