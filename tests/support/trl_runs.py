@@ -48,7 +48,8 @@ BOUNDS = {
     "grad_norm": 1e-5,
     "logps/": LOGPS_BOUND,
     "accuracies": 1e-7,  # our ratios are float64, TRL's float32
-    # A difference of two rewards: stock itself moved by 4.5e-6 between AVX-512 and AVX2 on one CPU.
+    # What the bounds of its two rewards allow, from which `differences` lets it stray by 1e-6: stock itself moved by 4.5e-6
+    # between AVX-512 and AVX2 on one CPU.
     "rewards/margins": 2 * BETA * LOGPS_BOUND,
     "rewards/": BETA * LOGPS_BOUND,
     "logits/": 2e-7,
@@ -241,6 +242,16 @@ def differences(
     for index, (want, got) in enumerate(zip(expected, found, strict=True)):
         if want.keys() != got.keys():
             lines.append(f"row {index}: keys differ by {sorted(want.keys() ^ got.keys())}")
+        for key in (key for key in got if key.endswith("rewards/margins")):
+            chosen, rejected = (
+                got[key.replace("margins", side)] for side in ("chosen", "rejected")
+            )
+            if not abs(got[key] - (chosen - rejected)) <= 1e-6 * max(
+                1.0, abs(chosen), abs(rejected)
+            ):
+                lines.append(
+                    f"row {index}, {key}: {got[key]:.9g} of {chosen:.9g} and {rejected:.9g}"
+                )
         for key in sorted(want.keys() & got.keys()):
             if any(name in key for name in skip):
                 continue
