@@ -37,6 +37,8 @@ struct Half {
     used: usize,
     ids: Vec<i32>,
     bytes: Vec<u8>,
+    /// A bit for each model that has a word here.
+    models: u16,
 }
 
 impl Half {
@@ -136,6 +138,7 @@ impl Half {
         self.ids.clear();
         self.bytes.clear();
         self.used = 0;
+        self.models = 0;
     }
 }
 
@@ -168,15 +171,10 @@ impl WordCache {
         self.model = place as u8;
     }
 
-    /// The key here of a word of at most [`super::key::SHORT`] bytes.
-    #[inline]
-    pub(crate) fn key(&self, text: &[u8], start: usize, end: usize) -> Key {
-        Key::short(text, start, end).of_model(self.model)
-    }
-
     /// Appends the tokens of a short word to `out` if it is known.
     #[inline]
     pub(crate) fn get_short(&mut self, key: Key, out: &mut Vec<i32>) -> bool {
+        let key = key.of_model(self.model);
         match self.young.find_short(key) {
             Some(entry) if entry.count == 1 => out.push(entry.ids[0]),
             Some(entry) => out.extend_from_slice(self.young.many(entry, false)),
@@ -186,8 +184,8 @@ impl WordCache {
     }
 
     /// Appends the tokens of a word of more than [`super::key::SHORT`] bytes to `out` if it is known.
-    pub(crate) fn get_long(&mut self, word: &[u8], out: &mut Vec<i32>) -> bool {
-        let key = Key::long(word).of_model(self.model);
+    pub(crate) fn get_long(&mut self, key: Key, word: &[u8], out: &mut Vec<i32>) -> bool {
+        let key = key.of_model(self.model);
         match self.young.find_long(key, word) {
             Some(entry) => out.extend_from_slice(self.young.many(entry, true)),
             None => return self.get_old(key, Some(word), out),
@@ -197,6 +195,9 @@ impl WordCache {
 
     #[cold]
     fn get_old(&mut self, key: Key, word: Option<&[u8]>, out: &mut Vec<i32>) -> bool {
+        if self.old.models & 1 << self.model == 0 {
+            return false;
+        }
         let entry = match word {
             None => self.old.find_short(key),
             Some(word) => self.old.find_long(key, word),
@@ -210,12 +211,12 @@ impl WordCache {
 
     /// Remembers the tokens of a short word.
     pub(crate) fn put_short(&mut self, key: Key, ids: &[i32]) {
-        self.put(key, None, ids);
+        self.put(key.of_model(self.model), None, ids);
     }
 
     /// Remembers the tokens of a word of more than [`super::key::SHORT`] and at most [`LONG`] bytes.
-    pub(crate) fn put_long(&mut self, word: &[u8], ids: &[i32]) {
-        self.put(Key::long(word).of_model(self.model), Some(word), ids);
+    pub(crate) fn put_long(&mut self, key: Key, word: &[u8], ids: &[i32]) {
+        self.put(key.of_model(self.model), Some(word), ids);
     }
 
     fn put(&mut self, key: Key, word: Option<&[u8]>, ids: &[i32]) {
@@ -224,6 +225,7 @@ impl WordCache {
             self.young.clear();
         }
         self.young.put(key, word, ids);
+        self.young.models |= 1 << self.model;
     }
 
     /// Bytes of memory held.
@@ -251,18 +253,16 @@ mod tests {
 
     fn get(cache: &mut WordCache, word: &str, out: &mut Vec<i32>) -> bool {
         if word.len() > SHORT {
-            return cache.get_long(word.as_bytes(), out);
+            return cache.get_long(Key::new(word.as_bytes()), word.as_bytes(), out);
         }
-        let key = cache.key(word.as_bytes(), 0, word.len());
-        cache.get_short(key, out)
+        cache.get_short(Key::new(word.as_bytes()), out)
     }
 
     fn put(cache: &mut WordCache, word: &str, ids: &[i32]) {
         if word.len() > SHORT {
-            return cache.put_long(word.as_bytes(), ids);
+            return cache.put_long(Key::new(word.as_bytes()), word.as_bytes(), ids);
         }
-        let key = cache.key(word.as_bytes(), 0, word.len());
-        cache.put_short(key, ids);
+        cache.put_short(Key::new(word.as_bytes()), ids);
     }
 
     /// Puts what is not there; whether it was.

@@ -2,6 +2,11 @@
 
 /// Longest word that is its own key.
 pub(crate) const SHORT: usize = 15;
+/// Longest word whose key has room for an id beside it.
+pub(crate) const TINY: usize = 12;
+/// Where such an id is: behind the bytes of the word, before its length.
+const ID_SHIFT: u32 = 8 * TINY as u32;
+const ID_BITS: u128 = (1 << 21) - 1;
 /// How many models' keys are told apart by [`Key::of_model`].
 pub(crate) const MODELS: usize = 16;
 
@@ -37,6 +42,18 @@ impl Key {
     #[inline]
     pub(crate) fn of_model(self, model: u8) -> Self {
         Self(self.0 | u128::from(model) << 124)
+    }
+
+    /// The key of a word of at most [`TINY`] bytes with an id, never 0.
+    pub(crate) fn beside(self, id: u32) -> u128 {
+        self.0 | u128::from(id) << ID_SHIFT
+    }
+
+    /// The id that [`Self::beside`] put beside this key.
+    #[inline]
+    pub(crate) fn id_in(self, slot: u128) -> Option<u32> {
+        let is_mine = (slot ^ self.0) & !(ID_BITS << ID_SHIFT) == 0;
+        is_mine.then_some((slot >> ID_SHIFT & ID_BITS) as u32)
     }
 
     #[inline]

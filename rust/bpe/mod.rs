@@ -42,5 +42,6 @@ pub(crate) use excerpt::Excerpt;
 pub(crate) use file::parse;
 pub use model::Bpe;
 pub use pair::PairIds;
+pub(crate) use pair::common_prefix;
 pub use refusal::Refusal;
 pub use scan::Family;

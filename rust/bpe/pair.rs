@@ -82,7 +82,7 @@ impl Bpe {
 }
 
 /// Bytes of the longest common prefix that ends between characters.
-fn common_prefix(first: &str, second: &str) -> usize {
+pub(crate) fn common_prefix(first: &str, second: &str) -> usize {
     const CHUNK: usize = 16;
     let (a, b) = (first.as_bytes(), second.as_bytes());
     let equal = std::iter::zip(a.chunks_exact(CHUNK), b.chunks_exact(CHUNK))

@@ -87,8 +87,9 @@ pub(crate) struct Merges {
     /// Rank of the merge of every two bytes: every word begins with these, and the table stays in the cache.
     byte_ranks: Vec<u32>,
     ranks: Ranks,
-    /// New id of each rank.
+    /// New id of each rank; where these count up, as in most files, their distance alone.
     result: Vec<u32>,
+    distance: Option<u32>,
     /// Of each rank, [`Self::is_calm`].
     calm: Vec<bool>,
 }
@@ -100,7 +101,11 @@ impl Merges {
         let ranks = Ranks::new(merges);
         let pairs = byte_ids.iter().flat_map(|&left| byte_ids.map(|right| (left, right)));
         let byte_ranks = pairs.map(|(left, right)| ranks.of(left, right)).collect();
-        let result = merges.iter().map(|m| m.2).collect();
+        let result: Vec<u32> = merges.iter().map(|m| m.2).collect();
+        let distance = result
+            .first()
+            .copied()
+            .filter(|&first| (first..).take(result.len()).eq(result.iter().copied()));
         let ids = merges.iter().map(|m| m.0.max(m.1).max(m.2) as usize + 1).max().unwrap_or(0);
         let mut first_use = vec![NONE; ids];
         for (rank, &(left, right, _)) in merges.iter().enumerate().rev() {
@@ -109,7 +114,7 @@ impl Merges {
         }
         let is_calm = |(merge, rank): (&(u32, u32, u32), u32)| first_use[merge.2 as usize] > rank;
         let calm = merges.iter().zip(0u32..).map(is_calm).collect();
-        Self { byte_ids: *byte_ids, byte_ranks, ranks, result, calm }
+        Self { byte_ids: *byte_ids, byte_ranks, ranks, result, distance, calm }
     }
 
     /// How many there are.
@@ -120,7 +125,10 @@ impl Merges {
     /// The token that the merge of a rank makes.
     #[inline(always)]
     pub(crate) fn made(&self, rank: u32) -> u32 {
-        self.result[rank as usize]
+        match self.distance {
+            Some(distance) => rank + distance,
+            None => self.result[rank as usize],
+        }
     }
 
     /// Whether every merge that uses the token which the merge of this rank makes has a higher rank.

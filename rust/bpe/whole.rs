@@ -1,6 +1,6 @@
 //! Words that are one token, found without a merge: most words that nobody has seen before are.
 
-use super::key::Key;
+use super::key::{Key, TINY};
 use super::ranks::{BITS, Merges, NONE};
 
 const FREE: u64 = u64::MAX;
@@ -11,7 +11,10 @@ pub(crate) struct Whole {
     /// The bytes of all tokens by id, and where each begins; of those that no bytes make, none.
     bytes: Vec<u8>,
     starts: Vec<u32>,
-    /// The high bits of a hash, and below them the id.
+    /// Words of at most [`TINY`] bytes with their ids: one read of memory each.
+    tiny: Vec<u128>,
+    tiny_shift: u32,
+    /// Of longer ones the high bits of a hash, and below them the id.
     slots: Vec<u64>,
     shift: u32,
 }
@@ -27,19 +30,28 @@ impl Whole {
             bytes.extend(token.unwrap_or_default());
             starts.push(bytes.len() as u32);
         }
-        let size = (starts.len() * 3 / 2).next_power_of_two().max(16);
-        let shift = u64::BITS - size.trailing_zeros();
-        let mut whole = Self { bytes, starts, slots: vec![FREE; size], shift };
-        for id in 0..whole.ids() {
-            let token = whole.token(id);
-            if !token.is_empty() && is_whole(id) {
-                let hash = Key::new(token).hash();
-                let mut at = (hash >> shift) as usize;
-                while whole.slots[at] != FREE {
-                    at = (at + 1) % size;
-                }
-                whole.slots[at] = hash >> BITS << BITS | id as u64;
+        let mut whole =
+            Self { bytes, starts, tiny: vec![], tiny_shift: 0, slots: vec![], shift: 0 };
+        let counts = |&id: &usize| !whole.token(id).is_empty() && is_whole(id);
+        let (tiny, longer): (Vec<usize>, Vec<usize>) =
+            (0..whole.ids()).filter(counts).partition(|&id| whole.token(id).len() <= TINY);
+        (whole.tiny, whole.tiny_shift) = (vec![0; places(tiny.len())], shift(tiny.len()));
+        for id in tiny {
+            let key = Key::new(whole.token(id));
+            let mut at = (key.hash() >> whole.tiny_shift) as usize;
+            while whole.tiny[at] != 0 {
+                at = (at + 1) % whole.tiny.len();
             }
+            whole.tiny[at] = key.beside(id as u32);
+        }
+        (whole.slots, whole.shift) = (vec![FREE; places(longer.len())], shift(longer.len()));
+        for id in longer {
+            let hash = Key::new(whole.token(id)).hash();
+            let mut at = (hash >> whole.shift) as usize;
+            while whole.slots[at] != FREE {
+                at = (at + 1) % whole.slots.len();
+            }
+            whole.slots[at] = hash >> BITS << BITS | id as u64;
         }
         whole
     }
@@ -60,10 +72,30 @@ impl Whole {
         (self.starts[id + 1] - self.starts[id]) as usize
     }
 
-    /// The token that `word` is.
+    /// The token that `word` of this key is.
     #[inline]
-    pub(crate) fn find(&self, word: &[u8]) -> Option<i32> {
-        let hash = Key::new(word).hash();
+    pub(crate) fn find(&self, key: Key, word: &[u8]) -> Option<i32> {
+        if word.len() > TINY { self.find_longer(key, word) } else { self.find_tiny(key) }
+    }
+
+    /// [`Self::find`] for a word of at most [`TINY`] bytes.
+    #[inline]
+    pub(crate) fn find_tiny(&self, key: Key) -> Option<i32> {
+        let mut at = (key.hash() >> self.tiny_shift) as usize;
+        loop {
+            let slot = *self.tiny.get(at)?;
+            if slot == 0 {
+                return None;
+            }
+            if let Some(id) = key.id_in(slot) {
+                return Some(id as i32);
+            }
+            at = (at + 1) & (self.tiny.len() - 1);
+        }
+    }
+
+    fn find_longer(&self, key: Key, word: &[u8]) -> Option<i32> {
+        let hash = key.hash();
         let mut at = (hash >> self.shift) as usize;
         loop {
             let slot = *self.slots.get(at)?;
@@ -77,6 +109,15 @@ impl Whole {
             at = (at + 1) & (self.slots.len() - 1);
         }
     }
+}
+
+/// Places for so many words: a third is free at least.
+fn places(words: usize) -> usize {
+    (words * 3 / 2).next_power_of_two().max(16)
+}
+
+fn shift(words: usize) -> u32 {
+    u64::BITS - places(words).trailing_zeros()
 }
 
 /// How a token comes about: the last merge of its own bytes, and when, which is 0 for a byte and else its rank + 1.
@@ -162,7 +203,7 @@ mod tests {
             for (id, bytes) in spelt.iter().enumerate().filter_map(|(id, bytes)| Some((id, bytes.as_ref()?))) {
                 let mut out = Vec::new();
                 table.encode(bytes, &mut MergeScratch::default(), &mut out);
-                let found = whole.find(bytes);
+                let found = whole.find(Key::new(bytes), bytes);
                 prop_assert!(found.is_none_or(|found| out == [found] && found == id as i32));
                 prop_assert_eq!(whole.bytes_of(id as i32), bytes.len());
             }

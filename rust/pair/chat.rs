@@ -13,6 +13,7 @@ use super::prompt::{Parts, parted};
 use super::render::{Renderer, failed};
 use super::text::{Texts, check_special, is_blank};
 use super::trained::{Render, empty_think};
+use crate::bpe::common_prefix;
 use crate::error::{Reason, Result, Warning};
 use crate::read::bad::Bad;
 use crate::read::chat::Chat;
@@ -209,9 +210,6 @@ pub(super) fn texts(
     } else {
         common_prefix(&alone, &whole_chosen).min(common_prefix(&alone, &whole_rejected))
     };
-    while !alone.is_char_boundary(cut) {
-        cut -= 1;
-    }
     let alone = if cut < alone.len() {
         pair.warn(Warning::NoTurnBoundary);
         Some(alone)
@@ -331,8 +329,4 @@ fn unread(name: &str, tokenizer: &Tokenizer) -> Bad {
     let known = tokenizer.variables().join(", ");
     let message = format!("no chat template reads `{name}`\nhint: it reads {known}");
     Bad::new(Reason::BadMessages, "chat_template_kwargs", message)
-}
-
-fn common_prefix(a: &str, b: &str) -> usize {
-    a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count()
 }

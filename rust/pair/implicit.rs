@@ -4,6 +4,8 @@ use std::sync::LazyLock;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
+use crate::bpe::common_prefix;
+
 /// Ends of what stands before an assistant's answer. White space after a marker belongs to the answer, unless the
 /// format fixes it.
 const ANSWERS: [&str; 14] = [
@@ -86,10 +88,7 @@ pub(super) struct Split {
 
 /// Where the prompt of two texts ends.
 pub(super) fn split(chosen: &str, rejected: &str) -> Split {
-    let mut common = chosen.bytes().zip(rejected.bytes()).take_while(|(a, b)| a == b).count();
-    while !chosen.is_char_boundary(common) || !rejected.is_char_boundary(common) {
-        common -= 1;
-    }
+    let common = common_prefix(chosen, rejected);
     let start = chosen.get(..common).unwrap_or_default();
     let last = turns(start).last();
     // What the model is asked begins behind the last answer's marker.

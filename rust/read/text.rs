@@ -8,7 +8,7 @@ use crate::error::Reason;
 /// # Errors
 /// A bad row if it is not UTF-8.
 pub fn text(bytes: &[u8]) -> Result<&str, Bad> {
-    std::str::from_utf8(bytes).map_err(|e| {
+    simdutf8::compat::from_utf8(bytes).map_err(|e| {
         let at = e.valid_up_to();
         let found = bytes.get(at).copied().unwrap_or_default();
         Bad {
