@@ -202,7 +202,7 @@ impl Walk<'_> {
             }
             i = word.end;
         }
-        self.scratch.mostly_whole = 4 * (self.ids.len() - before) < 5 * words;
+        self.scratch.mostly_whole = 5 * (self.ids.len() - before) < 6 * words;
         inside
     }
 
