@@ -212,6 +212,7 @@ fn part<'a, T>(array: &'a mut [T], start: usize, length: usize, name: &str) -> R
 }
 
 /// Writes ids as the 64 bits that torch indexes by; both have one length.
+#[inline]
 fn widen(out: &mut [i64], ids: &[i32]) {
     for (slot, id) in out.iter_mut().zip(ids) {
         *slot = i64::from(*id);

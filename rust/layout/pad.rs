@@ -1,5 +1,7 @@
 //! `padded`: one row a sequence, chosen rows first, padded on the right. TRL's collator, tensor for tensor.
 
+use multiversion::multiversion;
+
 use super::table::Table;
 use super::{Pairs, part, widen};
 use crate::error::{Error, Result};
@@ -29,22 +31,30 @@ pub fn pad_into(pairs: &Pairs<'_>, index: &[i64], pad_id: i64, out: Padded<'_>) 
         let pair = pairs.get(*i)?;
         for (row, completion) in [(k, pair.chosen), (n + k, pair.rejected)] {
             let (before, start) = (pair.prompt.len(), row * width);
-            let length = before + completion.len();
-            if length > width {
+            if before + completion.len() > width {
                 return Err(Error::Tensor(format!("row {row} needs more than its {width} slots")));
             }
             let ids = part(input_ids, start, width, "input_ids")?;
-            widen(part(ids, 0, before, "input_ids")?, pair.prompt);
-            widen(part(ids, before, completion.len(), "input_ids")?, completion);
-            part(ids, length, width - length, "input_ids")?.fill(pad_id);
             let attended = part(attention_mask, start, width, "attention_mask")?;
-            part(attended, 0, length, "attention_mask")?.fill(1);
-            part(attended, length, width - length, "attention_mask")?.fill(0);
             let completed = part(completion_mask, start, width, "completion_mask")?;
-            completed.fill(0);
-            part(completed, before, completion.len(), "completion_mask")?.fill(1);
+            write(pair.prompt, completion, pad_id, [ids, attended, completed]);
             table.push(start + before, before, completion)?;
         }
     }
     table.finish()
+}
+
+/// Fills the row of a sequence in the three arrays; it fits.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+fn write(prompt: &[i32], completion: &[i32], pad_id: i64, row: [&mut [i64]; 3]) {
+    let (before, end) = (prompt.len(), prompt.len() + completion.len());
+    let [ids, attended, completed] = row;
+    widen(&mut ids[..before], prompt);
+    widen(&mut ids[before..end], completion);
+    ids[end..].fill(pad_id);
+    attended[..end].fill(1);
+    attended[end..].fill(0);
+    completed[..before].fill(0);
+    completed[before..end].fill(1);
+    completed[end..].fill(0);
 }
