@@ -7,13 +7,15 @@ tokenizer that was just loaded and has encoded one short text, the best of some 
 best later pass. CPU time of one thread. `--record` appends the table to benches/RESULTS.md;
 gigatoken takes part where it is installed.
 
-    RAYON_NUM_THREADS=1 python benches/scripts.py --tokenizer FOLDER [--record]
+    RAYON_NUM_THREADS=1 python benches/scripts.py --tokenizer FOLDER [--rows FILE] [--record]
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import gzip
+import json
 import os
 import platform
 import random
@@ -111,6 +113,11 @@ def texts_of(parts: Iterator[str]) -> list[str]:
     return texts
 
 
+def chosen(file: Path) -> list[str]:
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["chosen"] for line in lines]
+
+
 Encode = Callable[[list[str]], Any]
 
 
@@ -161,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--only", help="one kind of text")
+    parser.add_argument("--rows", type=Path, help="a JSONL file: its `chosen` texts are a kind, too")
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
     arguments = parser.parse_args()
     if os.environ.get("RAYON_NUM_THREADS") != "1":
@@ -178,10 +186,11 @@ def main() -> None:
     header += [f"{name}, {state}" for name in names for state in ("cold", "warm")]
     header += ["ours to tokenizers, warm"]
     lines = [f"| {' | '.join(header)} |\n", "|" + " --- |" * len(header) + "\n"]
-    for kind, parts in kinds(random.Random(0)).items():
+    made = kinds(random.Random(0))
+    for kind in ["rows"] * bool(arguments.rows) + list(made):
         if arguments.only not in (None, kind):
             continue
-        texts = texts_of(parts)
+        texts = chosen(arguments.rows) if kind == "rows" else texts_of(made[kind])
         ids, *seconds = measured(ours, path, texts, LOADS)
         for name, load in peers.items():
             found, *theirs = measured(load, path, texts, 1 if name == "tokenizers" else LOADS)
