@@ -168,7 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--only", help="one kind of text")
-    parser.add_argument("--rows", type=Path, help="a JSONL file: its `chosen` texts are a kind, too")
+    parser.add_argument(
+        "--rows", type=Path, help="a JSONL file: its `chosen` texts are a kind, too"
+    )
     parser.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
     arguments = parser.parse_args()
     if os.environ.get("RAYON_NUM_THREADS") != "1":
