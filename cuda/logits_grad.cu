@@ -4,9 +4,9 @@ logits_grad.cu: gradient of the log-probs by the logits, in place or into a buff
 Math      dz_v = g * ([v == t] - exp(y_v - m)/S) * dy/dz, S = rest + exp(y_t - m); at the target g
           * rest/S * dy/dz; 0 in every row that no scored token names, and where g is 0 (0 * NaN is
           0 here: a weight of 0 selects nothing)
-Shapes    logits (R, V) T, row stride >= V; out (R, V) T, may be logits; logit_rows (M) int64;
-          targets (M) int32; row_max, row_rest, grad (M) float32; table (R) RowGrad, filled with
-          0xff bytes by the caller
+Shapes    logits (R, V) T, row stride >= V; out (R, V) T, may be logits; logit_rows (M) int64, or
+          null where token i has row i; targets (M) int32; row_max, row_rest, grad (M) float32; table
+          (R) RowGrad, filled with 0xff bytes by the caller, unless logit_rows is null
 Launch    grad_rows: ceil(M / 256) blocks of 256 threads, one token a thread; then logits_grad: (R,
           pieces) blocks of 256 threads, one piece of a row a block, its columns a multiple of 8; no
           shared memory
@@ -38,9 +38,11 @@ __global__ void __launch_bounds__(THREADS)
     const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i >= tokens) return;
     const int target = targets[i];
-    const long long r = logit_rows[i];
+    const long long r = logit_rows ? logit_rows[i] : i;
     const float g = grad[i];
-    if (target == IGNORE || g == 0.f || r < 0 || r >= rows) return;
+    if (r < 0 || r >= rows) return;
+    if (!logit_rows) table[r].target = ZERO;
+    if (target == IGNORE || g == 0.f) return;
     if (target < 0 || target >= columns) {
         table[r] = {MISSING, NAN, NAN, NAN};
         return;

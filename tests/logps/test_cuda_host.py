@@ -234,6 +234,28 @@ def test_cuda_and_cpu_kernels_agree(emulator, dtype, name):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [33, 40_003])  # of one tile, and of several that are split
+def test_without_rows_each_row_has_one_target(emulator, monkeypatch, dtype, columns):
+    """The bits of rows 0, 1, ..., whatever stood in the memory of the gradient's table."""
+    values, _, targets, grad = batch(dtype, columns, seed=columns, tokens=6)
+    values[:2] = values[2:4]
+    values, targets[2], grad[3], targets[4] = values[:6], columns, 0.0, -100
+    values[4] = math.nan
+    logits, rows = place(values, 1, 7), torch.arange(6)
+    monkeypatch.setattr(kernels, "processors", lambda device: 6)
+    named = kernels.token_stats(logits, rows, targets, *PLAIN, True)
+    scores = kernels.token_stats(logits, None, targets, *PLAIN, True)
+    assert [bits(a) for a in scores] == [bits(a) for a in named]
+    expected = gradient(logits, rows, targets, named, grad, PLAIN)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **of: empty(*a, **of).fill_(7))
+    monkeypatch.setattr(kernels, "_nowhere", None)
+    assert bits(gradient(logits, None, targets, scores, grad, PLAIN)) == bits(expected)
+    assert expected[2].isnan().all()
+    assert not expected[[1, 3, 4]].any()
+
+
 def test_the_operators_reach_the_kernels(emulator, monkeypatch):
     """The CUDA implementations of the ops, called on CPU tensors, give what the CPU ones give."""
     values, rows, targets, grad = batch(torch.float32, 129, seed=1)

@@ -262,6 +262,23 @@ def test_a_cuda_graph_replays_the_kernels():
     assert same_bits(dz.cpu(), expected_dz)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [33, 128_256])
+def test_without_rows_each_row_has_one_target(dtype, columns):
+    """As rows 0, 1, ... by bits, with unscored rows, a gradient of 0 and a target that is none."""
+    values, _, targets, grad = batch(dtype, columns, seed=columns)
+    logits, rows = torch.nan_to_num(values[:6]).cuda(), torch.arange(6).cuda()
+    targets[2], grad[3], targets[4] = columns, 0.0, -100
+    targets, grad = targets.cuda(), grad.cuda()
+    found = []
+    for which in (None, rows):
+        torch.full((6, 4), 7, dtype=torch.int32, device="cuda")  # what the table may find
+        scores = OPS.token_stats(logits, which, targets, *PLAIN, True)
+        dz = OPS.logits_grad(logits, which, targets, scores[1], scores[2], grad, *PLAIN)
+        found.append([t.cpu() for t in (*scores, dz)])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.fault("K11")
 def test_opcheck_on_the_device():
     values, rows, targets, grad = batch(torch.float32, 40, seed=0)

@@ -383,6 +383,27 @@ def test_wrong_arguments_are_refused_before_anything_is_written(name):
 
 
 @pytest.mark.fault("K8")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_rows_each_row_has_one_target(dtype):
+    logits = (torch.randn(5, 40, generator=torch.Generator().manual_seed(3)) * 4).to(dtype)
+    targets = torch.tensor([3, -100, 39, 0, 40], dtype=torch.int32)
+    grad = torch.tensor([1.0, 1.0, 0.0, -2.0, 1.0])
+    found = {}
+    for rows in (None, torch.arange(5)):
+        scores = OPS.token_stats(logits, rows, targets, 1.0, 0.0, 1.0, True)
+        dz = OPS.logits_grad(logits, rows, targets, scores[1], scores[2], grad, 1.0, 0.0, 1.0)
+        written = logits.clone()
+        OPS.logits_grad_(written, rows, targets, scores[1], scores[2], grad, 1.0, 0.0, 1.0)
+        found[rows is None] = [t.float().numpy() for t in (*scores, dz, written)]
+    for ours, named in zip(found[True], found[False], strict=True):
+        np.testing.assert_array_equal(ours, named)
+    arguments = (logits, None, targets.clamp(max=39), 1.0, 0.0, 1.0, False)
+    torch.library.opcheck(OPS.token_stats.default, arguments)
+    for few in (targets[:4], targets[:, None]):
+        with pytest.raises(TensorError, match=r"`targets` must be int32 of shape \(5,\), found"):
+            OPS.token_stats(logits, None, few, 1.0, 0.0, 1.0, False)
+
+
 def test_wrong_segments_are_refused():
     values, offsets = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32)
     for arguments, message in [

@@ -275,6 +275,15 @@ def _stride(logits: Tensor) -> int:
     return logits.stride(0) if logits.shape[0] > 1 else logits.shape[1]
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _nowhere(shape: tuple[int, ...], **of: Any) -> Tensor:
+    """A table whose targets are none."""
+    return torch.full(shape, -1, **of)
+
+
 def _check_grid(name: str, blocks: int) -> None:
     if blocks > MAX_GRID_X:  # CuPy would cut it to 32 bits
         raise TensorError(f"`{name}` must have at most {MAX_GRID_X} elements, found {blocks}")
@@ -282,7 +291,7 @@ def _check_grid(name: str, blocks: int) -> None:
 
 def token_stats(
     logits: Tensor,
-    logit_rows: Tensor,
+    logit_rows: Tensor | None,
     targets: Tensor,
     logit_scale: float,
     softcap: float,
@@ -290,7 +299,7 @@ def token_stats(
     stats: bool,
 ) -> tuple[Tensor, ...]:
     """``dpo_ext::token_stats``: one block a row, or one a tile where that keeps more busy."""
-    tokens, (rows, columns) = logit_rows.shape[0], logits.shape
+    tokens, (rows, columns) = targets.shape[0], logits.shape
     three = [logits.new_empty(tokens, dtype=torch.float32) for _ in range(3)]
     kept = tokens if stats else 0
     more = [logits.new_empty(kept, dtype=torch.float32) for _ in range(3)]
@@ -302,6 +311,8 @@ def token_stats(
     template = (TYPES[logits.dtype], how, _bool(stats))
     tile = tiles(columns)
     device, stride = logits.device, _stride(logits)
+    if logit_rows is None:  # tried: a null pointer, for which other kernels take a register more
+        logit_rows = torch.arange(tokens, device=device)
     table = (logit_rows.contiguous(), targets.contiguous())
     slots = processors(device) * blocks_at_once("token_stats", how, stats)
     pieces = cut(tokens, (1, tile.number), slots)
@@ -329,7 +340,7 @@ def token_stats(
 
 def logits_grad(
     logits: Tensor,
-    logit_rows: Tensor,
+    logit_rows: Tensor | None,
     targets: Tensor,
     row_max: Tensor,
     row_rest: Tensor,
@@ -340,7 +351,7 @@ def logits_grad(
     out: Tensor,
 ) -> None:
     """``dpo_ext::logits_grad`` into ``out``, which may be ``logits``."""
-    tokens, (rows, columns) = logit_rows.shape[0], logits.shape
+    tokens, (rows, columns) = targets.shape[0], logits.shape
     if rows == 0 or columns == 0:
         return
     _check_grid("logits", rows)
@@ -349,9 +360,11 @@ def logits_grad(
     how, scale, cap = transform_arguments(logit_scale, softcap, temperature)
     template = (TYPES[logits.dtype], how)
     # Allocated before the first write: a failure leaves the logits as they were.
-    table = torch.full((rows, ROW_GRAD_INTS), -1, dtype=torch.int32, device=device)
+    make = torch.empty if logit_rows is None else _nowhere  # `grad_rows` then writes every entry
+    table = make((rows, ROW_GRAD_INTS), dtype=torch.int32, device=device)
     if tokens:
-        saved = (t.contiguous() for t in (logit_rows, targets, row_max, row_rest, grad))
+        named = (logit_rows, targets, row_max, row_rest, grad)
+        saved = (_contiguous(t) for t in named)
         arguments = (logits, *saved, table, tokens, rows, stride, columns, scale, cap)
         launch("grad_rows", template, (-(-tokens // THREADS), 1), arguments, device)
     # Pieces of 8192 columns or more.
@@ -374,7 +387,7 @@ def segment_sum(values: Tensor, weights: Tensor | None, seq_offsets: Tensor) -> 
     sums = values.new_empty(sequences, dtype=torch.float32)
     if sequences:
         _check_grid("seq_offsets", sequences)
-        weights = None if weights is None else weights.contiguous()
-        arguments = (values.contiguous(), weights, seq_offsets.contiguous(), sums, values.shape[0])
+        read = (_contiguous(t) for t in (values, weights, seq_offsets))
+        arguments = (*read, sums, values.shape[0])
         launch("segment_sum", (), (sequences, 1), arguments, values.device)
     return sums

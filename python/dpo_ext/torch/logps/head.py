@@ -202,14 +202,14 @@ class Head(NamedTuple):
         """Log-probs and, if asked for, statistics of each row, and what `gradient` needs. The
         kernels give ``sums`` over sequences in place of log-probs, where no target is exact.
         """
-        rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
-            out = ops.token_stats(z, rows, targets, self.how, stats, sums)
+            out = ops.token_stats(z, None, targets, self.how, stats, sums)
             values, state = [out[0], *(out[3:] if stats else ())], [out[1], out[2]]
             if exact is not None:
                 values[0], factor = self._replace_target(z, targets, values[0], state, exact)
                 state.append(factor)
             return values, state
+        rows = torch.arange(z.shape[0], device=z.device)
         values = list(twin.token_stats(z, rows, targets, *self.how, stats)[: 5 if stats else 1])
         if exact is not None:
             replaced = self._with_target(z, targets, exact)
@@ -219,13 +219,13 @@ class Head(NamedTuple):
 
     def gradient(self, z: Tensor, targets: Tensor, kept: list[Tensor], g: Tensor) -> Tensor:
         """dz; the kernels write it over z."""
-        rows = torch.arange(z.shape[0], device=z.device)
         if self.kernels:
             if self.exact_target:
                 *kept, factor = kept
                 g = torch.where(g != 0, g * factor, 0.0)
-            ops.logits_grad_(z, rows, targets, *kept, g, *self.how)
+            ops.logits_grad_(z, None, targets, *kept, g, *self.how)
             return z
+        rows = torch.arange(z.shape[0], device=z.device)
         leaf = self._with_target(z, targets, kept[0]) if self.exact_target else z
         with torch.enable_grad():
             leaf = leaf.detach().requires_grad_()

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +43,9 @@ _profiled = torch._C._autograd._profiler_enabled  # noqa: SLF001 - no public nam
 
 _LIBRARY = torch.library.Library("dpo_ext", "DEF")
 _TRANSFORM = "float logit_scale, float softcap, float temperature"
-_SAVED = "Tensor logit_rows, Tensor targets, Tensor row_max, Tensor row_rest, Tensor grad"
+_SAVED = "Tensor? logit_rows, Tensor targets, Tensor row_max, Tensor row_rest, Tensor grad"
 _LIBRARY.define(
-    f"token_stats(Tensor logits, Tensor logit_rows, Tensor targets, {_TRANSFORM}, bool stats)"
+    f"token_stats(Tensor logits, Tensor? logit_rows, Tensor targets, {_TRANSFORM}, bool stats)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("segment_sum(Tensor values, Tensor? weights, Tensor seq_offsets) -> Tensor")
@@ -89,19 +90,23 @@ def _check_transform(logit_scale: float, softcap: float, temperature: float) -> 
         raise ValueError(f"`softcap` must be finite and above 0, or 0 for none, found {softcap}")
 
 
-def _check_token_stats(logits: Tensor, logit_rows: Tensor, targets: Tensor, *transform: float):
+def _check_token_stats(
+    logits: Tensor, logit_rows: Tensor | None, targets: Tensor, *transform: float
+):
     _check_logits(logits)
-    if logit_rows.ndim != 1:
-        raise TensorError(f"`logit_rows` must have shape (M,), found {tuple(logit_rows.shape)}")
-    shape = logit_rows.shape
-    _check("logit_rows", logit_rows, torch.int64, shape, logits)
+    shape = logits.shape[:1]
+    if logit_rows is not None:
+        if logit_rows.ndim != 1:
+            raise TensorError(f"`logit_rows` must have shape (M,), found {tuple(logit_rows.shape)}")
+        shape = logit_rows.shape
+        _check("logit_rows", logit_rows, torch.int64, shape, logits)
     _check("targets", targets, torch.int32, shape, logits)
     _check_transform(*transform)
 
 
 def _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform):
     _check_token_stats(logits, logit_rows, targets, *transform)
-    shape = logit_rows.shape
+    shape = targets.shape
     for name, tensor in (("row_max", row_max), ("row_rest", row_rest), ("grad", grad)):
         _check(name, tensor, torch.float32, shape, logits)
 
@@ -142,14 +147,14 @@ def called_plainly(tensor: Tensor) -> bool:
 
 def token_stats(
     logits: Tensor,
-    logit_rows: Tensor,
+    logit_rows: Tensor | None,
     targets: Tensor,
     transform: tuple[float, float, float],
     stats: bool,
     sums: Sums = NO_SUMS,
 ) -> tuple[Tensor, ...]:
     """``torch.ops.dpo_ext.token_stats``; with ``(weights, seq_offsets)`` the sums of sequences in
-    place of the log-probs.
+    place of the log-probs. Without ``logit_rows`` token i has row i.
     """
     weights, seq_offsets = sums
     if called_plainly(logits):
@@ -205,6 +210,10 @@ def _array(tensor: Tensor):
     return (tensor.detach() if tensor.requires_grad else tensor).numpy()
 
 
+def _rows(logit_rows: Tensor | None, targets: Tensor) -> Any:
+    return np.arange(targets.shape[0]) if logit_rows is None else _array(logit_rows)
+
+
 def _shape_of(logits: Tensor) -> tuple[int, int, int]:
     return logits.shape[0], logits.shape[1], _stride(logits)
 
@@ -222,7 +231,7 @@ def _stats_on_cpu(logits, logit_rows, targets, transform, stats, sums):
         _flat(logits),
         DTYPES[logits.dtype],
         _shape_of(logits),
-        _array(logit_rows),
+        _rows(logit_rows, targets),
         _array(targets),
         tuple(transform),
         stats,
@@ -237,8 +246,9 @@ def _stats_on_cpu(logits, logit_rows, targets, transform, stats, sums):
 
 def _grad_arguments(logits, logit_rows, targets, row_max, row_rest, grad, transform):
     _check_logits_grad(logits, logit_rows, targets, row_max, row_rest, grad, *transform)
-    table = (_array(t) for t in (logit_rows, targets, row_max, row_rest, grad))
-    return (_flat(logits), DTYPES[logits.dtype], _shape_of(logits), *table, transform)
+    table = (_array(t) for t in (targets, row_max, row_rest, grad))
+    rows = _rows(logit_rows, targets)
+    return (_flat(logits), DTYPES[logits.dtype], _shape_of(logits), rows, *table, transform)
 
 
 def _logits_grad_cpu(
@@ -340,7 +350,7 @@ _implement(
 @torch.library.register_fake("dpo_ext::token_stats", lib=_LIBRARY)
 def _token_stats_fake(logits, logit_rows, targets, logit_scale, softcap, temperature, stats):
     _check_token_stats(logits, logit_rows, targets, logit_scale, softcap, temperature)
-    tokens = logit_rows.shape[0]
+    tokens = targets.shape[0]
     three = [logits.new_empty(tokens, dtype=torch.float32) for _ in range(3)]
     kept = tokens if stats else 0
     more = [logits.new_empty(kept, dtype=torch.float32) for _ in range(3)]
