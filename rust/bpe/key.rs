@@ -1,12 +1,14 @@
 //! What a word is found by.
 
+use super::ranks::BITS;
+
 /// Longest word that is its own key.
 pub(crate) const SHORT: usize = 15;
 /// Longest word whose key has room for an id beside it.
 pub(crate) const TINY: usize = 12;
 /// Where such an id is: behind the bytes of the word, before its length.
 const ID_SHIFT: u32 = 8 * TINY as u32;
-const ID_BITS: u128 = (1 << 21) - 1;
+const ID_MASK: u128 = (1 << BITS) - 1;
 /// How many models' keys are told apart by [`Key::of_model`].
 pub(crate) const MODELS: usize = 16;
 
@@ -52,8 +54,8 @@ impl Key {
     /// The id that [`Self::beside`] put beside this key.
     #[inline]
     pub(crate) fn id_in(self, slot: u128) -> Option<u32> {
-        let is_mine = (slot ^ self.0) & !(ID_BITS << ID_SHIFT) == 0;
-        is_mine.then_some((slot >> ID_SHIFT & ID_BITS) as u32)
+        let is_mine = (slot ^ self.0) & !(ID_MASK << ID_SHIFT) == 0;
+        is_mine.then_some((slot >> ID_SHIFT & ID_MASK) as u32)
     }
 
     #[inline]
@@ -98,6 +100,17 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn a_slot_gives_its_id_to_its_own_key_alone(word in "[ab\0é]{1,12}", other in "[ab\0é]{1,12}", id in 0..1u32 << BITS) {
+            prop_assume!(word.len() <= TINY && other.len() <= TINY);
+            let [key, another] = [&word, &other].map(|word| Key::new(word.as_bytes()));
+            let slot = key.beside(id);
+            prop_assert!(slot != 0);
+            prop_assert_eq!(key.id_in(slot), Some(id));
+            prop_assert_eq!(another.id_in(slot).is_some(), word == other);
+            prop_assert_eq!(key.of_model(1).id_in(slot), None);
+        }
+
         #[test]
         fn a_key_does_not_depend_on_what_surrounds_the_word(word in "\\PC{0,15}", before in "\\PC{0,5}", after in "\\PC{0,20}") {
             prop_assume!(word.len() <= SHORT && !word.is_empty());
