@@ -155,8 +155,8 @@ def fire():
     time.sleep(float(sys.argv[2]))
     os.kill(os.getpid(), signal.SIGINT)
 from dpo_ext import PairDataset, Tokenizer
-threading.Thread(target=fire, daemon=True).start()
 try:
+    threading.Thread(target=fire, daemon=True).start()
     tokenizer = Tokenizer.from_pretrained(sys.argv[1])
     PairDataset.from_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 200_000, tokenizer)
     time.sleep(5)

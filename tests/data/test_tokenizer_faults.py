@@ -276,7 +276,7 @@ def load(times):
         ctypes.CDLL(None).malloc_trim(0)
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * resource.getpagesize()
-# The heap comes to rest a tokenizer's size higher or lower: its highest place at rest is the measure.
+# A heap comes to rest a tokenizer's size higher or lower: its highest place at rest is the measure.
 before = max(load(5) for _ in range(4))
 print((load(20) - before) / 2**20)
 """
@@ -287,10 +287,15 @@ print((load(20) - before) / 2**20)
 def test_a_tokenizer_that_is_dropped_leaves_nothing_behind(tmp_path):
     folder = write_folder(tmp_path / "m", normalizer={"type": "NFC"})
     result = subprocess.run(
-        [sys.executable, "-c", LOADED, folder], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOADED, folder],
+        capture_output=True,
+        text=True,
+        check=True,
+        # One heap for all threads: beside other work several come to rest 10 MB higher or lower.
+        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"},
     )
     # 40 of them; each left 0.9 MB in the thread that loaded it.
-    assert float(result.stdout) <= 5.0
+    assert float(result.stdout) <= 2.0
 
 
 LONG = """
