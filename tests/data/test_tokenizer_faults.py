@@ -1,6 +1,7 @@
 """`Tokenizer`: Arrow columns, and its faults: hostile files, ids, blocks, long words, growing caches."""
 
 import json
+import os
 import random
 import string
 import subprocess
