@@ -5,8 +5,8 @@ Math      dz_v = g * ([v == t] - exp(y_v - m)/S) * dy/dz, S = rest + exp(y_t - m
           * rest/S * dy/dz; 0 in every row that no scored token names, and where g is 0 (0 * NaN is
           0 here: a weight of 0 selects nothing)
 Shapes    logits (R, V) T, row stride >= V; out (R, V) T, may be logits; logit_rows (M) int64, or
-          null where token i has row i; targets (M) int32; row_max, row_rest, grad (M) float32; table
-          (R) RowGrad, filled with 0xff bytes by the caller, unless logit_rows is null
+          null where token i has row i; targets (M) int32; row_max, row_rest, grad (M) float32;
+          table (R) RowGrad, filled with 0xff bytes by the caller, unless logit_rows is null
 Launch    grad_rows: ceil(M / 256) blocks of 256 threads, one token a thread; then logits_grad: (R,
           pieces) blocks of 256 threads, one piece of a row a block, its columns a multiple of 8; no
           shared memory

@@ -80,7 +80,9 @@ fn copied(text: &[u8], start: usize, end: usize) -> [u8; 16] {
 #[inline]
 fn fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
-    product as u64 ^ (product >> 64) as u64
+    // Without the last term all words that make a factor 0 would have one hash.
+    let both = (a ^ b.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product as u64 ^ (product >> 64) as u64 ^ both
 }
 
 /// 64 bits of more than [`SHORT`] bytes.
@@ -96,8 +98,18 @@ fn digest(word: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn words_that_make_a_factor_zero_have_hashes_of_their_own() {
+        let begin = 0x9e37_79b9_7f4a_7c15_u64.to_le_bytes();
+        let words = (0..20_000u32).map(|i| [&begin[..], &i.to_le_bytes()].concat());
+        let hashes: HashSet<u64> = words.map(|word| Key::new(&word).hash() >> 40).collect();
+        assert!(hashes.len() > 10_000, "{} places for 20,000 words", hashes.len());
+    }
 
     proptest! {
         #[test]
